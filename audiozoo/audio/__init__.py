@@ -1,0 +1,33 @@
+"""Waveforms in and out: files, resampling, spectrograms and the features of the papers."""
+
+from audiozoo.audio.features import (
+    frame,
+    hann_window,
+    hertz_to_mel,
+    log_mel_spectrogram,
+    long_log_mel_spectrogram,
+    mel_filterbank,
+    mel_to_hertz,
+    spectrogram,
+    stft,
+)
+from audiozoo.audio.files import AudioInfo, blocks, check_waveform, info, read, resample, write
+
+__all__ = [
+    "AudioInfo",
+    "blocks",
+    "check_waveform",
+    "frame",
+    "hann_window",
+    "hertz_to_mel",
+    "info",
+    "log_mel_spectrogram",
+    "long_log_mel_spectrogram",
+    "mel_filterbank",
+    "mel_to_hertz",
+    "read",
+    "resample",
+    "spectrogram",
+    "stft",
+    "write",
+]
