@@ -1,0 +1,33 @@
+"""What the whole field shares and no paper here introduced, with the numerics that the published checkpoints expect."""
+
+from audiozoo.layers.activations import ACTIVATIONS, activation, gelu
+from audiozoo.layers.attention import KeyValues, MultiHeadAttention, attend, causal_mask, merge_heads, split_heads
+from audiozoo.layers.basic import Dropout, Embed, GroupNorm, LayerNorm, Linear, dropout, promote
+from audiozoo.layers.convolution import Conv1d, ConvTranspose1d
+from audiozoo.layers.positions import sinusoids
+from audiozoo.layers.stacking import scan_layers, stack_layers, unstack_layers
+
+__all__ = [
+    "ACTIVATIONS",
+    "Conv1d",
+    "ConvTranspose1d",
+    "Dropout",
+    "Embed",
+    "GroupNorm",
+    "KeyValues",
+    "LayerNorm",
+    "Linear",
+    "MultiHeadAttention",
+    "activation",
+    "attend",
+    "causal_mask",
+    "dropout",
+    "gelu",
+    "merge_heads",
+    "promote",
+    "scan_layers",
+    "sinusoids",
+    "split_heads",
+    "stack_layers",
+    "unstack_layers",
+]

@@ -1,0 +1,169 @@
+r"""Scaled dot-product attention (arXiv 1706.03762, §3.2) and its cache.
+
+Arrays of one head are laid out `(batch, heads, time, head_dim)`: on a CPU both products are then batched matrix
+products without a copy. The softmax keeps the dtype of its input, float64 included; sums of products in bfloat16 and
+float16 are taken in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from audiozoo.layers.basic import Dropout, Linear
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class KeyValues:
+    """Keys and values of one attention layer, `(batch, heads, time, head_dim)` each: the cache, as a value."""
+
+    key: Float[Array, "batch heads time head_dim"]
+    value: Float[Array, "batch heads time head_dim"]
+
+    @classmethod
+    def empty(cls, batch: int, heads: int, time: int, head_dim: int, dtype: Any) -> KeyValues:
+        """Room for `time` frames."""
+        return cls(jnp.zeros((batch, heads, time, head_dim), dtype), jnp.zeros((batch, heads, time, head_dim), dtype))
+
+    def write(self, other: KeyValues, position: int | Int[Array, ""]) -> KeyValues:
+        """This cache with `other`'s frames put at `position` and after."""
+        start = (0, 0, position, 0)
+        return KeyValues(
+            jax.lax.dynamic_update_slice(self.key, other.key.astype(self.key.dtype), start),
+            jax.lax.dynamic_update_slice(self.value, other.value.astype(self.value.dtype), start),
+        )
+
+
+def split_heads(x: Float[Array, "batch time channels"], heads: int) -> Float[Array, "batch heads time head_dim"]:
+    """Cut the channels into heads."""
+    batch, time, channels = x.shape
+    return x.reshape(batch, time, heads, channels // heads).swapaxes(1, 2)
+
+
+def merge_heads(x: Float[Array, "batch heads time head_dim"]) -> Float[Array, "batch time channels"]:
+    """Lay the heads side by side again."""
+    batch, heads, time, head_dim = x.shape
+    return x.swapaxes(1, 2).reshape(batch, time, heads * head_dim)
+
+
+def causal_mask(queries: int, keys: int, offset: int | Int[Array, ""] = 0) -> Bool[Array, "1 1 queries keys"]:
+    r"""True where query $i$, which stands at position `offset` + $i$, may see key $j \le$ `offset` + $i$."""
+    return (jnp.arange(keys)[None, :] <= jnp.arange(queries)[:, None] + offset)[None, None]
+
+
+def attend(
+    query: Float[Array, "batch heads queries head_dim"],
+    key: Float[Array, "batch heads keys head_dim"],
+    value: Float[Array, "batch heads keys head_dim"],
+    *,
+    scale: float,
+    mask: Bool[Array, "#batch #heads #queries keys"] | None = None,
+    bias: Float[Array, "#batch #heads #queries keys"] | None = None,
+    dropout_rate: float = 0.0,
+    dropout: Dropout | None = None,
+) -> tuple[Float[Array, "batch heads queries head_dim"], Float[Array, "batch heads queries keys"]]:
+    r"""$\operatorname{softmax}(\text{scale}\; QK^\top + B)\,V$ and the attention weights.
+
+    Args:
+        query: $Q$. Its batch may be a multiple of the keys' (several beams of one example, side by side).
+        key: $K$.
+        value: $V$.
+        scale: multiplies the queries.
+        mask: True where a query may see a key. A query that may see nothing attends to all keys alike.
+        bias: $B$, added to the scores.
+        dropout_rate: for the attention weights.
+        dropout: source of dropout keys.
+    """
+    batch, heads, queries, head_dim = query.shape
+    beams = batch // key.shape[0]
+    if beams > 1:
+        query = query.reshape(key.shape[0], beams, heads, queries, head_dim).swapaxes(1, 2)
+        query = query.reshape(key.shape[0], heads, beams * queries, head_dim)
+        mask = None if mask is None else _rows_of_beams(mask, key.shape[0], beams, queries)
+        bias = None if bias is None else _rows_of_beams(bias, key.shape[0], beams, queries)
+    accumulate = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.einsum("bhqd,bhkd->bhqk", query * scale, key, preferred_element_type=accumulate)
+    if bias is not None:
+        scores = scores + bias
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    if dropout is not None:
+        weights = dropout(weights, dropout_rate)
+    output = jnp.einsum("bhqk,bhkd->bhqd", weights, value)
+    if beams > 1:
+        output = output.reshape(-1, heads, beams, queries, head_dim).swapaxes(1, 2).reshape(batch, heads, queries, -1)
+        weights = weights.reshape(-1, heads, beams, queries, key.shape[2]).swapaxes(1, 2)
+        weights = weights.reshape(batch, heads, queries, -1)
+    return output, weights
+
+
+def _rows_of_beams(x: jax.Array, examples: int, beams: int, queries: int) -> jax.Array:
+    """A mask or bias `(#batch, #heads, #queries, keys)` in the layout of beams folded into the queries."""
+    x = jnp.broadcast_to(x, (x.shape[0], x.shape[1], queries, x.shape[3]))
+    if x.shape[0] == 1:
+        return jnp.tile(x, (1, 1, beams, 1))
+    x = x.reshape(examples, beams, x.shape[1], queries, x.shape[3]).swapaxes(1, 2)
+    return x.reshape(examples, x.shape[1], beams * queries, x.shape[4])
+
+
+class MultiHeadAttention(nnx.Module):
+    r"""$\operatorname{MultiHead}(X, Y) = [\text{head}_1; \dots; \text{head}_h]\,W^O$ (arXiv 1706.03762, §3.2.2).
+
+    Queries come from $X$, keys and values from $Y$ (from $X$ itself in self-attention). The projections are called
+    `q_proj`, `k_proj`, `v_proj` and `out_proj`, as everywhere in the field.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        heads: int,
+        *,
+        use_bias: bool = True,
+        key_bias: bool | None = None,
+        dropout: float = 0.0,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.q_proj = Linear(features, features, use_bias=use_bias, **kwargs)
+        self.k_proj = Linear(features, features, use_bias=use_bias if key_bias is None else key_bias, **kwargs)
+        self.v_proj = Linear(features, features, use_bias=use_bias, **kwargs)
+        self.out_proj = Linear(features, features, use_bias=use_bias, **kwargs)
+        self.heads, self.dropout_rate = heads, dropout
+        self.scale = (features // heads) ** -0.5
+
+    def key_values(self, y: Float[Array, "batch keys channels"]) -> KeyValues:
+        """The keys and values of $Y$, to be computed once and used by many queries."""
+        return KeyValues(split_heads(self.k_proj(y), self.heads), split_heads(self.v_proj(y), self.heads))
+
+    def __call__(
+        self,
+        x: Float[Array, "batch queries channels"],
+        key_values: KeyValues | None = None,
+        *,
+        mask: Bool[Array, "#batch #heads #queries keys"] | None = None,
+        bias: Float[Array, "#batch #heads #queries keys"] | None = None,
+        dropout: Dropout | None = None,
+    ) -> tuple[Float[Array, "batch queries channels"], Float[Array, "batch heads queries keys"]]:
+        """Attend from $X$ to `key_values`, or to $X$ itself; returns the output and the attention weights."""
+        if key_values is None:
+            key_values = self.key_values(x)
+        output, weights = attend(
+            split_heads(self.q_proj(x), self.heads),
+            key_values.key,
+            key_values.value,
+            scale=self.scale,
+            mask=mask,
+            bias=bias,
+            dropout_rate=self.dropout_rate,
+            dropout=dropout,
+        )
+        return self.out_proj(merge_heads(output)), weights

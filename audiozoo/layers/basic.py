@@ -1,0 +1,110 @@
+"""Linear maps, embeddings, normalisation and dropout: Flax's own, with PyTorch's numerics where the defaults differ.
+
+Every layer takes `dtype` (the dtype of the computation; by default that of its input and parameters together) and
+`param_dtype` (of the parameters), and keeps float64 when it is given float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+Dtype = Any
+
+
+def promote(*arrays: jax.Array | None, dtype: Dtype | None = None) -> tuple[Any, ...]:
+    """The arrays in `dtype`, or in the dtype that holds them all; None stays None."""
+    common = jnp.result_type(*(a for a in arrays if a is not None)) if dtype is None else dtype
+    return tuple(None if a is None else jnp.asarray(a, common) for a in arrays)
+
+
+class Linear(nnx.Linear):
+    """$x W + b$ with `kernel` $W$ of shape `(in, out)`."""
+
+
+class Embed(nnx.Embed):
+    """A table of shape `(entries, features)`, read by index; `attend` multiplies by its transpose, for tied heads."""
+
+
+class LayerNorm(nnx.LayerNorm):
+    """Layer normalisation over the last axis, two-pass variance, `epsilon` 1e-5 unless the checkpoint says otherwise."""
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        epsilon: float = 1e-5,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(
+            num_features,
+            epsilon=epsilon,
+            use_bias=use_bias,
+            use_scale=use_scale,
+            use_fast_variance=False,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+
+
+class GroupNorm(nnx.GroupNorm):
+    """Group normalisation of `(batch, time, channels)` over time and the channels of each group, two-pass variance."""
+
+    def __init__(
+        self,
+        num_features: int,
+        num_groups: int,
+        *,
+        epsilon: float = 1e-5,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(
+            num_features,
+            num_groups=num_groups,
+            epsilon=epsilon,
+            use_fast_variance=False,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+
+
+def dropout(x: Float[Array, "*shape"], rate: float, key: jax.Array | None) -> Float[Array, "*shape"]:
+    """Zero each value with probability `rate` and scale the rest by 1/(1 - rate); with no key, return `x` as it is."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+
+
+class Dropout:
+    """A sequence of dropout keys split off one key, so that a forward draws each mask from a key of its own.
+
+    `Dropout(None)` drops nothing: inference.
+    """
+
+    def __init__(self, key: jax.Array | None):
+        self.key = key
+        self.count = 0
+
+    def next_key(self) -> jax.Array | None:
+        """The next key, or None outside training."""
+        if self.key is None:
+            return None
+        self.count += 1
+        return jax.random.fold_in(self.key, self.count)
+
+    def __call__(self, x: Float[Array, "*shape"], rate: float) -> Float[Array, "*shape"]:
+        """`x` with the next mask applied."""
+        return dropout(x, rate, self.next_key()) if rate else x
