@@ -1,0 +1,38 @@
+"""What every test shares: exact matrix products, a hypothesis profile, and the test recordings."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Threads belong to the machine, not to each of several pytest-xdist workers. Set before JAX is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that wants the network's protocol brings its own server
+
+import jax
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("audiozoo", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("audiozoo")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _exact_matrix_products():
+    """Accelerators round the factors of a float32 product unless asked not to."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def recordings() -> Path:
+    """The directory of real recordings that lies beside a developer's checkout; without it the test is skipped."""
+    for directory in (os.environ.get("AUDIOZOO_RECORDINGS"), ROOT.parent / "shared" / "audio"):
+        if directory and Path(directory).is_dir():
+            return Path(directory)
+    pytest.skip("the recordings are not there: set AUDIOZOO_RECORDINGS to their directory")
