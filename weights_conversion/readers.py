@@ -114,12 +114,12 @@ class _Strided(LazyTensor):
         if math.prod(self.shape) == 0:
             return np.zeros(self.shape, self.dtype)
         span = _span(self.shape, self.strides)
-        flat = _fresh(self.path, self.offset, span * self.dtype.itemsize).view(self.dtype)
+        stored = _fresh(self.path, self.offset, span * self.dtype.itemsize)
         if self.strides == _c_strides(self.shape):
-            values = flat.reshape(self.shape)
+            values = stored.view(self.dtype).reshape(self.shape)
         else:
             byte_strides = [stride * self.dtype.itemsize for stride in self.strides]
-            values = np.lib.stride_tricks.as_strided(flat, self.shape, byte_strides).copy()
+            values = np.ndarray(self.shape, self.dtype, stored.data, 0, byte_strides).copy()
         if self.conjugate:
             values = np.conj(values)
         return np.negative(values) if self.negate else values
@@ -1624,6 +1624,8 @@ def _open_onnx(path: Path) -> TensorSource:
                 metadata["properties"][entry[1].text()] = entry[2].text() if 2 in entry else ""
         if "graph" not in metadata:
             raise _Damaged("it holds no graph")
+        if not metadata["opset"]:  # mandatory, and written after the graph
+            raise _Damaged("it names no operator set; it may be truncated")
     return TensorSource(path, "onnx", tensors, metadata)
 
 
