@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import base64
 import difflib
+import importlib.util
 import json
 import os
 import re
@@ -296,6 +297,21 @@ class WhisperTokenizer:
         first = max(ranks.values(), default=-1) + 1
         added = {name: first + i for i, name in enumerate(names)}
         return cls._from_bpe(ids, _merges_of_ranks(ranks), added, **options)
+
+    @classmethod
+    def from_openai_package(
+        cls, multilingual: bool = True, num_languages: int | None = None, **options: Any
+    ) -> WhisperTokenizer:
+        """From the files inside the installed package `openai-whisper`, which is not imported."""
+        package = importlib.util.find_spec("whisper")
+        name = "multilingual.tiktoken" if multilingual else "gpt2.tiktoken"
+        for folder in (package.submodule_search_locations or []) if package else []:
+            if (path := Path(folder, "assets", name)).is_file():
+                return cls.from_tiktoken(path, num_languages, multilingual=multilingual, **options)
+        raise SourceError(
+            f"There is no tokenizer: OpenAI's checkpoints come without one; put {name} from the package openai-whisper "
+            "beside the checkpoint, or install that package."
+        )
 
     @classmethod
     def from_vocabulary_list(cls, path: str | os.PathLike[str], **options: Any) -> WhisperTokenizer:

@@ -1,0 +1,155 @@
+"""From waveforms and text to a model's inputs, with Hugging Face's names and layouts, and back to text.
+
+One module a paper; what they share is here: reading a batch out of whatever the user gives, padding it, and one clear
+sentence for what cannot be used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from audiozoo.audio.files import check_waveform
+from audiozoo.errors import AudioError, CheckpointError, UsageError
+
+
+def waveform_batch(
+    waveforms: Any, sampling_rate: int | None, expected_rate: int, minimum_samples: int
+) -> list[np.ndarray]:
+    """The mono waveforms in `waveforms`, each checked, as float32 `(time,)`.
+
+    Args:
+        waveforms: one waveform (array `(time,)` or list of floats), or a batch (array `(batch, time)`, or a list of
+            waveforms of any lengths).
+        sampling_rate: Hz, as the caller says; `None` warns.
+        expected_rate: Hz that the model was trained with.
+        minimum_samples: the fewest samples that a waveform may have.
+
+    Raises:
+        AudioError: in a batch, the sentence begins with the index of the waveform.
+    """
+    if sampling_rate is None:
+        warnings.warn(
+            f"No sampling_rate was given; the waveform is taken to be at {expected_rate} Hz, as the model expects.",
+            stacklevel=3,
+        )
+    if isinstance(waveforms, list | tuple):
+        if not waveforms:
+            raise AudioError("The waveform is empty (0 samples).")
+        batched = np.ndim(waveforms[0]) > 0
+    else:
+        shape = np.shape(waveforms)
+        batched = len(shape) > 1
+        if len(shape) > 2:
+            raise AudioError(
+                f"The waveforms have shape {shape}; (time,) or (batch, time), one channel each, is expected."
+            )
+        if batched and 0 < shape[1] <= 2 and shape[0] >= minimum_samples:
+            raise AudioError(
+                f"The waveform has shape {shape}, which looks like (time, channels), but one channel is expected; "
+                "average the channels, or read the file with audiozoo.audio.read(path, mono=True)."
+            )
+    if not batched:
+        samples = check_waveform(waveforms, sampling_rate, expected_rate, minimum_samples=minimum_samples)
+        return [samples.astype(np.float32, copy=False)]
+    checked = []
+    for index, waveform in enumerate(waveforms):
+        try:
+            samples = check_waveform(waveform, sampling_rate, expected_rate, minimum_samples=minimum_samples)
+        except AudioError as problem:
+            raise AudioError(f"Item {index} of the batch: {problem}") from None
+        checked.append(samples.astype(np.float32, copy=False))
+    if not checked:
+        raise AudioError("The batch is empty (0 waveforms).")
+    return checked
+
+
+def pad_batch(
+    waveforms: Sequence[np.ndarray],
+    padding: bool | str,
+    *,
+    max_length: int | None = None,
+    truncation: bool = False,
+    pad_to_multiple_of: int | None = None,
+    padding_value: float = 0.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Waveforms of one length, and which samples are real.
+
+    Args:
+        waveforms: float32 `(time,)` each.
+        padding: `True` or "longest"; "max_length" (what is longer stays, unless there is `truncation`); `False` or
+            "do_not_pad" (then they must have one length already).
+        max_length: samples.
+        truncation: cut what is longer than `max_length`.
+        pad_to_multiple_of: round the length up to a multiple.
+        padding_value: what fills.
+
+    Returns:
+        float32 `(batch, time)` and an int32 mask of 0 and 1 of the same shape.
+    """
+    if padding not in (True, False, "longest", "max_length", "do_not_pad"):
+        raise UsageError(f"There is no padding '{padding}'; choose longest, max_length or do_not_pad.")
+    if (truncation or padding == "max_length") and max_length is None:
+        raise UsageError("Padding to max_length and truncation need a max_length.")
+
+    def rounded(length: int) -> int:
+        return length if not pad_to_multiple_of else -(-length // pad_to_multiple_of) * pad_to_multiple_of
+
+    if truncation and max_length is not None:
+        waveforms = [waveform[: rounded(max_length)] for waveform in waveforms]
+    lengths = [len(waveform) for waveform in waveforms]
+    length = max(lengths)
+    if padding in (True, "longest"):
+        length = rounded(length)
+    elif padding == "max_length" and max_length is not None:
+        length = max(length, rounded(max_length))
+    elif min(lengths) < length:
+        raise UsageError(
+            f"Waveforms of {min(lengths)} to {length} samples do not make one array; choose padding='longest'."
+        )
+    batch = np.full((len(waveforms), length), padding_value, np.float32)
+    mask = np.zeros((len(waveforms), length), np.int32)
+    for row, waveform in enumerate(waveforms):
+        batch[row, : len(waveform)] = waveform
+        mask[row, : len(waveform)] = 1
+    return batch, mask
+
+
+def zero_mean_unit_variance(waveform: np.ndarray) -> np.ndarray:
+    r"""$(x - \bar x) / \sqrt{\mathrm{var}(x) + 10^{-7}}$ over one unpadded waveform."""
+    return (waveform - waveform.mean()) / np.sqrt(waveform.var() + 1e-7)
+
+
+def check_return_tensors(return_tensors: str | None) -> None:
+    """Outputs are NumPy arrays, which JAX takes as they are; anything else gets a sentence."""
+    if return_tensors not in (None, "np"):
+        raise UsageError(
+            f"audiozoo's processors return NumPy arrays; return_tensors='{return_tensors}' is not offered."
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a checkpoint's file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as problem:
+        raise CheckpointError(f"'{path}' is not valid JSON ({problem}); it may be truncated.") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"'{path}' does not hold a JSON object.")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object under a temporary name, then rename it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
