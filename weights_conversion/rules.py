@@ -103,11 +103,22 @@ def reshape(ours: Sequence[int], foreign: Sequence[int]) -> Operation:
 
 def split(parts: int | Sequence[int], axis: int = 0) -> Operation:
     """One foreign tensor cut along `axis` into equal parts, or into parts of the given lengths, for several of ours."""
-    if isinstance(parts, int):
-        cut = lambda a: np.split(a, parts, axis)  # noqa: E731
-    else:
-        cut = lambda a: np.split(a, np.cumsum(parts)[:-1], axis)  # noqa: E731
-    return Operation(f"split({parts}, {axis})", lambda a: tuple(cut(a[0])), lambda a: (np.concatenate(a, axis),))
+
+    def cut(arrays: Arrays) -> Arrays:
+        array = arrays[0]
+        if isinstance(parts, int):
+            return tuple(np.split(array, parts, axis))
+        if array.shape[axis] != sum(parts):
+            raise ValueError(f"{array.shape[axis]} does not divide into {parts}")
+        return tuple(np.split(array, np.cumsum(parts)[:-1], axis))
+
+    def join(arrays: Arrays) -> Arrays:
+        lengths = [array.shape[axis] for array in arrays]
+        if lengths != ([lengths[0]] * parts if isinstance(parts, int) else list(parts)):
+            raise ValueError(f"{lengths} are not the parts {parts}")
+        return (np.concatenate(arrays, axis),)
+
+    return Operation(f"split({parts}, {axis})", cut, join)
 
 
 def fuse(parts: int | Sequence[int], axis: int = 0) -> Operation:
@@ -160,7 +171,7 @@ def _words(templates: Iterable[str]) -> dict[str, str]:
     for template in templates:
         for name, alternatives in _PLACEHOLDER.findall(template):
             if alternatives or name not in words:
-                words[name] = alternatives or words.get(name, r"\d+")
+                words[name] = alternatives or words.get(name, r"(?:0|[1-9]\d*)")
     return words
 
 
@@ -202,7 +213,8 @@ class Rule:
         for side in ("_foreign", "_ours"):
             templates = getattr(self, side)
             if any({n for n, _ in _PLACEHOLDER.findall(t)} != set(words) for t in templates):
-                raise ValueError(f"every template of a rule must name the same placeholders: {self.foreign} {self.ours}")
+                sides = f"{self.foreign} {self.ours}"
+                raise ValueError(f"every template of a rule must name the same placeholders: {sides}")
             object.__setattr__(self, side + "_regex", tuple(_regex(t, words) for t in templates))
 
     def _match(self, side: str, name: str) -> dict[str, str] | None:
@@ -264,6 +276,14 @@ class Tied:
     same_as: str
 
 
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equal in dtype, shape and every bit: NaN equals the same NaN, and minus zero does not equal zero."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    a, b = np.atleast_1d(np.ascontiguousarray(a)), np.atleast_1d(np.ascontiguousarray(b))
+    return np.array_equal(a.view(np.uint8), b.view(np.uint8))
+
+
 @dataclass(frozen=True)
 class Step:
     """One application of a rule: these foreign tensors give these parameters."""
@@ -300,14 +320,19 @@ class Table:
         """The applications of rules that fill these parameters, in the order of `paths`; raises if one has none."""
         steps: dict[tuple[str, ...], Step] = {}
         problems = []
+        paths = list(paths)
+        present = set(paths)
         for path in paths:
             found = [(rule, values) for rule in self.rules if (values := rule.match_ours(path)) is not None]
             if len(found) != 1:
                 problems.append(f"  - {path}  ({'no rule' if not found else f'{len(found)} rules'} for this parameter)")
                 continue
             rule, values = found[0]
-            names = rule.foreign_names(values)
-            steps.setdefault(names, Step(names, rule.our_paths(values), rule.operation))
+            names, ours = rule.foreign_names(values), rule.our_paths(values)
+            if absent := [other for other in ours if other not in present]:
+                problems.append(f"  - {', '.join(absent)}  (goes together with {path})")
+                continue
+            steps.setdefault(names, Step(names, ours, rule.operation))
         if problems:
             raise CheckpointError("The conversion table does not cover the model:\n" + "\n".join(problems))
         return list(steps.values())
@@ -344,13 +369,16 @@ class Table:
                 problems.append(f"  + {name}  (the same tensor as {actual[today]})")
             actual[today] = name
         tied = {t.name: t for t in self.tied}
+        for pair in self.tied:
+            if pair.name in actual and pair.same_as not in actual:
+                actual[pair.same_as] = actual.pop(pair.name)  # a file may hold either of the two
         steps: dict[tuple[str, ...], Step] = {}
         for today, name in actual.items():
             if any(re.fullmatch(i.pattern, today) for i in self.ignored):
                 continue
             if today in tied and tied[today].same_as in actual:
                 other = actual[tied[today].same_as]
-                if not np.array_equal(tensors.read(name), tensors.read(other), equal_nan=True):
+                if not _same_bits(tensors.read(name), tensors.read(other)):
                     problems.append(f"  + {name}  (differs from {other}, to which the model ties it)")
                 continue
             found = [(rule, values) for rule in self.rules if (values := rule.match_foreign(today)) is not None]
@@ -368,12 +396,15 @@ class Table:
             if all(path not in expected for path in step.ours):
                 problems.extend(f"  + {name}  (the model has no such parameter)" for name in step.foreign)
                 continue
-            virtual = tuple(np.broadcast_to(np.zeros((), tensors.dtype(n)), tensors.shape(n)) for n in step.foreign)
+            virtual = tuple(np.broadcast_to(np.False_, tensors.shape(n)) for n in step.foreign)
             try:
                 arrays = step.operation.forward(virtual)
+                if [a.shape for a in step.operation.inverse(arrays)] != [v.shape for v in virtual]:
+                    raise ValueError
             except ValueError:
                 shapes = ", ".join(str(v.shape) for v in virtual)
-                problems.append(f"  ! {', '.join(step.foreign)}  (shape {shapes} does not go through {step.operation.name})")
+                names, operation = ", ".join(step.foreign), step.operation.name
+                problems.append(f"  ! {names}  (shape {shapes} does not go through {operation})")
                 arrays = ()
             for path, array in zip(step.ours, arrays, strict=False):
                 if path in filled:
