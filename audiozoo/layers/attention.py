@@ -33,11 +33,11 @@ class KeyValues:
 
     def write(self, other: KeyValues, position: int | Int[Array, ""]) -> KeyValues:
         """This cache with `other`'s frames put at `position` and after."""
-        start = (0, 0, position, 0)
-        return KeyValues(
-            jax.lax.dynamic_update_slice(self.key, other.key.astype(self.key.dtype), start),
-            jax.lax.dynamic_update_slice(self.value, other.value.astype(self.value.dtype), start),
-        )
+
+        def put(mine: jax.Array, new: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(mine, new.astype(mine.dtype), position, axis=2)
+
+        return KeyValues(put(self.key, other.key), put(self.value, other.value))
 
 
 def split_heads(x: Float[Array, "batch time channels"], heads: int) -> Float[Array, "batch heads time head_dim"]:

@@ -36,14 +36,19 @@ Checkpoints: `openai/whisper-{tiny,base,small,medium}[.en]`, `-large`, `-large-v
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from audiozoo.decoding import GenerateOutput, GenerationConfig, Growing, Shared, generate
+from audiozoo.decoding.generate import Streamer
 from audiozoo.errors import UsageError
 from audiozoo.layers import (
     Conv1d,
@@ -67,6 +72,7 @@ from audiozoo.outputs import (
     Seq2SeqModelOutput,
     SequenceClassifierOutput,
 )
+from audiozoo.text.whisper_tokenizer import language_code
 
 ENCODER_STRIDE = 2  # mel frames per encoder frame: an encoder frame lasts 20 ms
 
@@ -107,7 +113,12 @@ class WhisperConfig:
     mask_feature_min_masks: int = 0
     use_weighted_layer_sum: bool = False  # classification reads a learned mix of all layers
     classifier_proj_size: int = 256  # width before the classifier
-    num_labels: int = 2  # classes of the classifier
+    id2label: tuple[str, ...] = ("LABEL_0", "LABEL_1")  # names of the classifier's classes
+
+    @property
+    def num_labels(self) -> int:
+        """Classes of the classifier."""
+        return len(self.id2label)
 
     @classmethod
     def _size(cls, width: int, layers: int, decoder_layers: int | None = None, **changes: Any) -> WhisperConfig:
@@ -673,6 +684,232 @@ class WhisperForConditionalGeneration(nnx.Module):
         loss = None if labels is None else cross_entropy(logits, labels)
         rest = {name: outputs[name] for name in outputs if name != "last_hidden_state"}
         return Seq2SeqLMOutput(loss=loss, logits=logits, **rest)
+
+    def prompt(
+        self,
+        batch: int,
+        *,
+        language: str | Sequence[str] | None = None,
+        task: str | None = None,
+        return_timestamps: bool = False,
+        prompt_ids: Sequence[int] | None = None,
+    ) -> Int[np.ndarray, "batch tokens"]:
+        """§2.3's first tokens: what to do, in which language, with or without times, after which text.
+
+        Args:
+            batch: number of examples.
+            language: code, name or token ("de", "german", "<|de|>"), one for all or one each. An English-only model takes none.
+            task: "transcribe" or "translate".
+            return_timestamps: whether time tokens are wanted.
+            prompt_ids: previous text, put before the start; its first token may be `<|startofprev|>`.
+
+        Raises:
+            UsageError: for a language or task that the model does not have.
+        """
+        ids = self.generation_config
+        if not ids.is_multilingual:
+            if language not in (None, "en", "english", "<|en|>") or task not in (None, "transcribe"):
+                raise UsageError("This model is English-only: it transcribes, and takes neither a language nor a task.")
+            rows = [[ids.decoder_start_token_id]] * batch
+        else:
+            tasks = dict(ids.task_to_id)
+            if (task or "transcribe") not in tasks:
+                raise UsageError(f"There is no task {task!r}; there are {', '.join(tasks)}.")
+            languages = [language or "en"] * batch if language is None or isinstance(language, str) else list(language)
+            if len(languages) != batch:
+                raise UsageError(f"{len(languages)} languages were given for {batch} examples.")
+            rows = [[ids.decoder_start_token_id, self.language_id(name), tasks[task or "transcribe"]] for name in languages]
+        previous = list(prompt_ids or ())
+        if previous and previous[0] != ids.prev_sot_token_id:
+            previous = [ids.prev_sot_token_id, *previous]
+        last = [] if return_timestamps else [ids.no_timestamps_token_id]
+        return np.asarray([previous + row + last for row in rows], np.int32)
+
+    def language_id(self, language: str) -> int:
+        """The token of a language given by code, name or token.
+
+        Raises:
+            UsageError: if the model does not have it.
+        """
+        tokens = dict(self.generation_config.lang_to_id)
+        name = language if language in tokens else f"<|{language_code(language)}|>"
+        if name not in tokens:
+            raise UsageError(f"This model has no token for the language {language!r}.")
+        return tokens[name]
+
+    def detect_language(
+        self, input_features: Float[Array, "batch mels time"] | None = None, *, encoder_outputs: Any = None
+    ) -> Float[Array, "batch languages"]:
+        """§2.3, spoken-language identification: probabilities in the order of `generation_config.lang_to_id`.
+
+        Raises:
+            UsageError: for an English-only model.
+        """
+        ids = self.generation_config
+        if not ids.is_multilingual:
+            raise UsageError("This model is English-only, so it cannot tell languages apart.")
+        return _detect_language(*nnx.split(self), input_features, encoder_outputs)
+
+    def start(
+        self, encoder_hidden_states: Float[Array, "batch frames d_model"], length: int
+    ) -> WhisperCache:
+        """The cache that `step` and `prefill` take, with room for `length` tokens."""
+        return _marked(self.model.decoder.start(encoder_hidden_states, length))
+
+    def prefill(
+        self, tokens: Int[Array, "batch time"], cache: WhisperCache
+    ) -> tuple[Float[Array, "batch vocabulary"], WhisperCache]:
+        """Feed a prompt; returns the logits after its last token (see `audiozoo.decoding.generate`)."""
+        return self.step(tokens, cache, 0)
+
+    def step(
+        self, tokens: Int[Array, "rows time"], cache: WhisperCache, position: int | Int[Array, ""]
+    ) -> tuple[Float[Array, "rows vocabulary"], WhisperCache]:
+        """Feed the token at `position`; returns the logits of the next one."""
+        decoded = self.model.decoder(tokens, past_key_values=_unmarked(cache), cache_position=position)
+        return self.head(decoded.last_hidden_state[:, -1:])[:, 0], _marked(decoded.past_key_values)
+
+    def generate(
+        self,
+        input_features: Float[Array, "batch mels time"] | None = None,
+        *,
+        language: str | Sequence[str] | None = None,
+        task: str | None = None,
+        return_timestamps: bool = False,
+        prompt_ids: Sequence[int] | None = None,
+        decoder_input_ids: Int[Array, "batch tokens"] | None = None,
+        encoder_outputs: BaseModelOutput | None = None,
+        allow_short: bool = False,
+        key: jax.Array | None = None,
+        streamer: Streamer | None = None,
+        attention_mask: Any = None,
+        **options: Any,
+    ) -> Int[np.ndarray, "rows tokens"] | GenerateOutput:
+        """Tokens for one window of 30 s an example, by one compiled loop. For longer audio see `transcribe`.
+
+        Args:
+            input_features: log-mel spectrogram.
+            language: of the speech; English by default (`detect_language` tells, `transcribe` detects).
+            task: "transcribe" or "translate".
+            return_timestamps: generate time tokens, by OpenAI's rules for them.
+            prompt_ids: previous text.
+            decoder_input_ids: the whole prompt, instead of what `language`, `task`, `return_timestamps` and `prompt_ids` make.
+            encoder_outputs: an earlier encoding, instead of `input_features`.
+            allow_short: accept less than 30 s; see `WhisperEncoder`.
+            key: randomness for `do_sample=True`.
+            streamer: called on the host with every token.
+            attention_mask: of the processor; Whisper does not use it.
+            options: as for `transformers.generate`; see `audiozoo.decoding.GenerationConfig`.
+
+        Returns:
+            New tokens, up to and with `<|endoftext|>`, padded to the longest; with `return_dict_in_generate=True` a
+            `GenerateOutput`, whose `sequences` begin with the prompt.
+
+        Raises:
+            UsageError: for an unknown option, language or task, or if nothing can be generated after the prompt.
+        """
+        ids = self.generation_config
+        if input_features is None and encoder_outputs is None:
+            raise UsageError("Give generate input_features, or encoder_outputs of an earlier call.")
+        source = encoder_outputs.last_hidden_state if input_features is None else input_features
+        if decoder_input_ids is None:
+            decoder_input_ids = self.prompt(
+                len(source), language=language, task=task, return_timestamps=return_timestamps, prompt_ids=prompt_ids
+            )
+        length = decoder_input_ids.shape[1]
+        room = self.config.max_target_positions - length
+        if room < 1:
+            raise UsageError(
+                f"The prompt has {length} tokens; this model has {self.config.max_target_positions} positions in all."
+            )
+        defaults = {
+            "eos_token_id": ids.eos_token_id,
+            "pad_token_id": ids.pad_token_id,
+            "suppress_tokens": ids.suppress_tokens or None,
+            "begin_suppress_tokens": ids.begin_suppress_tokens or None,
+        }
+        if "max_length" not in options:
+            defaults["max_new_tokens"] = room
+        config = GenerationConfig(**(defaults | options))
+        limit = min(config.new_tokens(length), room)
+        # A few lengths of buffer, so that another limit does not compile again.
+        buffer = min(room, next(size for size in (32, 64, 128, 256, 512, limit) if size >= limit))
+        config = config.replace(max_new_tokens=buffer, max_length=None)
+        rules: tuple[Any, ...] = ()
+        if return_timestamps:
+            from audiozoo.decoding.timestamps import TimestampRules
+
+            rules = (TimestampRules.of(ids, length),)
+        output = _generate(
+            *nnx.split(self),
+            input_features,
+            encoder_outputs,
+            jnp.asarray(decoder_input_ids, jnp.int32),
+            jnp.int32(limit),
+            key,
+            config=config,
+            rules=rules,
+            allow_short=allow_short,
+            streamer=streamer,
+        ).trim()
+        return output if config.return_dict_in_generate else np.asarray(output.sequences)[:, length:]
+
+
+@partial(jax.jit, static_argnames=("graphdef", "config", "rules", "allow_short", "streamer"))
+def _generate(
+    graphdef: Any,
+    state: Any,
+    input_features: jax.Array | None,
+    encoder_outputs: BaseModelOutput | None,
+    prompt: jax.Array,
+    limit: jax.Array,
+    key: jax.Array | None,
+    *,
+    config: GenerationConfig,
+    rules: tuple[Any, ...],
+    allow_short: bool,
+    streamer: Streamer | None,
+) -> GenerateOutput:
+    model = nnx.merge(graphdef, state)
+    if encoder_outputs is None:
+        encoder_outputs = model.model.encoder(input_features, allow_short=allow_short)
+    cache = model.start(encoder_outputs.last_hidden_state, prompt.shape[1] + config.new_tokens(prompt.shape[1]))
+    return generate(
+        model.step,
+        cache,
+        prompt,
+        config,
+        prefill=model.prefill,
+        max_new_tokens=limit,
+        key=key,
+        logits_processors=rules,
+        streamer=streamer,
+    )
+
+
+@partial(jax.jit, static_argnames=("graphdef",))
+def _detect_language(
+    graphdef: Any, state: Any, input_features: jax.Array | None, encoder_outputs: BaseModelOutput | None
+) -> jax.Array:
+    model = nnx.merge(graphdef, state)
+    if encoder_outputs is None:
+        encoder_outputs = model.model.encoder(input_features)
+    hidden = encoder_outputs.last_hidden_state
+    start = jnp.full((hidden.shape[0], 1), model.generation_config.decoder_start_token_id)
+    logits = model.head(model.model.decoder(start, None, hidden).last_hidden_state)[:, 0]
+    languages = jnp.asarray([token for _, token in model.generation_config.lang_to_id])
+    return jax.nn.softmax(logits[:, languages], axis=-1)
+
+
+def _marked(cache: WhisperCache) -> WhisperCache:
+    """Tell the search which arrays grow with the tokens and which all beams share."""
+    own = tuple(KeyValues(Growing(kv.key, 2), Growing(kv.value, 2)) for kv in cache.self_attention)
+    return WhisperCache(own, Shared(cache.cross_attention))  # type: ignore[arg-type]
+
+
+def _unmarked(cache: WhisperCache) -> WhisperCache:
+    own = tuple(KeyValues(kv.key.value, kv.value.value) for kv in cache.self_attention)
+    return WhisperCache(own, cache.cross_attention.value)  # type: ignore[attr-defined]
 
 
 class WhisperDecoderWrapper(nnx.Module):

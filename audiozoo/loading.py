@@ -1,0 +1,234 @@
+"""Behind the front door: from a path to a model, and back to a directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from audiozoo import checkpoints, sharding
+from audiozoo.errors import CheckpointError, SourceError, UsageError
+from audiozoo.registry import PAPERS, Paper, paper_of_class
+from weights_conversion import ForeignCheckpoint, read_json
+from weights_conversion.readers import write_safetensors
+
+Progress = Callable[[int, int], None]
+
+
+def variables(model: nnx.Module) -> dict[str, nnx.Variable]:
+    """A model's parameters and statistics by dotted path, in a fixed order; random state is not among them."""
+    state = nnx.state(model, nnx.Not(nnx.RngState))
+    return {".".join(map(str, path)): leaf for path, leaf in sorted(nnx.to_flat_state(state), key=lambda item: item[0])}
+
+
+def with_variables(model: nnx.Module, values: Mapping[str, Any]) -> nnx.Module:
+    """The model with these arrays in place of its own; every one of its variables must be given."""
+    graphdef, state = nnx.split(model)
+    flat = []
+    for path, leaf in nnx.to_flat_state(state):
+        name = ".".join(map(str, path))
+        flat.append((path, leaf.replace(values[name]) if name in values else leaf))
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def paper_of(path: Path) -> Paper:
+    """The paper whose model lies at a path.
+
+    Raises:
+        SourceError: if nothing there is a model of the zoo.
+    """
+    if path.is_dir() and (path / "config.json").is_file():
+        config = read_json(path / "config.json")
+        native = config.get("audiozoo")
+        names = [native["model_class"]] if isinstance(native, Mapping) else config.get("architectures") or []
+        for name in names:
+            try:
+                return paper_of_class(str(name))
+            except UsageError as error:
+                raise SourceError(f"{path / 'config.json'} names the class {name}. {error}") from None
+        for entry in PAPERS:
+            if config.get("model_type") in (entry.conversion.MODEL_TYPE, None) and _has_weights(path):
+                if config.get("model_type") == entry.conversion.MODEL_TYPE or entry.conversion.recognise(path):
+                    return entry
+    elif path.exists():
+        for entry in PAPERS:
+            if entry.conversion.recognise(path):
+                return entry
+    if not path.exists():
+        raise SourceError(f"{path} does not exist.")
+    known = ", ".join(entry.title for entry in PAPERS)
+    raise SourceError(f"{path} is no checkpoint of a model that audiozoo runs ({known}).")
+
+
+def _has_weights(directory: Path) -> bool:
+    return any(any(directory.glob(p)) for p in ("*.safetensors*", "*.bin*", "*.pt", "*.pth"))
+
+
+def load(
+    path: Path,
+    *,
+    model_class: str | None = None,
+    dtype: Any = None,
+    param_dtype: Any = None,
+    mesh: Any = None,
+    rules: Sequence[Any] | None = None,
+    initialize: str | None = None,
+    progress: Progress | None = None,
+) -> nnx.Module:
+    """See `audiozoo.load`; `path` exists already."""
+    paper = paper_of_class(model_class) if model_class else paper_of(path)
+    param_dtype = jnp.dtype(param_dtype or jnp.float32)
+    if path.is_dir() and checkpoints.is_native(path):
+        return _load_native(path, paper, model_class, dtype, param_dtype, mesh, rules)
+    foreign = paper.conversion.open_checkpoint(path, model_class)
+    if foreign.model_class not in paper.classes:
+        raise SourceError(f"{path} holds a {foreign.model_class}; {paper.title} has {', '.join(paper.classes)}.")
+    cls = paper.model_class(foreign.model_class)
+    return convert(foreign, cls, dtype, param_dtype, mesh, rules, initialize, progress)
+
+
+def convert(
+    foreign: ForeignCheckpoint,
+    cls: Any,
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
+    mesh: Any = None,
+    rules: Sequence[Any] | None = None,
+    initialize: str | None = None,
+    progress: Progress | None = None,
+) -> nnx.Module:
+    """Read a foreign checkpoint tensor by tensor into a model, each one straight to its shards."""
+
+    def create(rngs: nnx.Rngs) -> nnx.Module:
+        return cls(foreign.config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    abstract = nnx.eval_shape(lambda: create(nnx.Rngs(0)))
+    expected = variables(abstract)
+    shardings = _shardings(expected, mesh, rules)
+    steps = foreign.table.plan(
+        foreign.tensors,
+        expected,
+        where=str(foreign.source),
+        model=foreign.model_class,
+        may_be_absent=initialize,
+    )
+    total = sum(int(np.prod(v.shape)) * jnp.dtype(v.dtype).itemsize for v in expected.values())
+    done, values = 0, {}
+    for name, array in foreign.table.read(foreign.tensors, steps):
+        if name not in expected:
+            continue
+        values[name] = place(array, expected[name].dtype, shardings.get(name))
+        done += values[name].nbytes
+        if progress is not None:
+            progress(done, total)
+    if absent := [name for name in expected if name not in values]:
+        fresh = variables(create(nnx.Rngs(0)))
+        values |= {name: place(np.asarray(fresh[name][...]), expected[name].dtype, shardings.get(name)) for name in absent}
+    return finish(with_variables(abstract, values), foreign.attributes)
+
+
+def place(array: np.ndarray, dtype: Any, where: Any = None) -> jax.Array:
+    """An array on its devices, in C order and of the model's dtype, with no second copy on the host."""
+    array = np.ascontiguousarray(array, dtype=dtype)
+    return jnp.asarray(array) if where is None else jax.device_put(array, where)
+
+
+def finish(model: nnx.Module, attributes: Mapping[str, Any]) -> nnx.Module:
+    """Set what a checkpoint says beside its weights."""
+    for name, value in attributes.items():
+        setattr(model, name, value)
+    return model
+
+
+def _shardings(expected: Mapping[str, Any], mesh: Any, rules: Sequence[Any] | None) -> dict[str, Any]:
+    if mesh is None:
+        if rules is not None:
+            raise UsageError("Sharding rules need a mesh: audiozoo.load(…, mesh=audiozoo.sharding.make_mesh({…})).")
+        return {}
+    return sharding.shardings_for(expected, mesh, sharding.DEFAULT_RULES if rules is None else rules)
+
+
+# --- native directories ----------------------------------------------------------------------------------------------
+
+
+def save(model: nnx.Module, directory: Path, *, files: Iterable[Path] = (), overwrite: bool = False) -> None:
+    """See `audiozoo.save`."""
+    values = {name: leaf[...] for name, leaf in variables(model).items()}
+    config: dict[str, Any] = {"model_class": type(model).__name__, "config": dataclasses.asdict(model.config)}  # type: ignore[attr-defined]
+    if hasattr(model, "generation_config"):
+        config["generation_config"] = dataclasses.asdict(model.generation_config)
+    checkpoints.save(values, directory, config, files=list(files), overwrite=overwrite)
+
+
+def _load_native(
+    path: Path, paper: Paper, model_class: str | None, dtype: Any, param_dtype: Any, mesh: Any, rules: Any
+) -> nnx.Module:
+    saved = checkpoints.read_config(path)
+    if model_class not in (None, saved["model_class"]):
+        raise CheckpointError(f"{path} holds a {saved['model_class']}, not a {model_class}.")
+    cls = paper.model_class(saved["model_class"])
+    config = from_dict(paper.config_class, saved["config"])
+    abstract = nnx.eval_shape(lambda: cls(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0)))
+    expected = variables(abstract)
+    values = checkpoints.restore(path, expected, _shardings(expected, mesh, rules))
+    attributes = {}
+    if "generation_config" in saved:
+        kind = type(_attribute_of(cls, config, "generation_config"))
+        attributes["generation_config"] = from_dict(kind, saved["generation_config"])
+    return finish(with_variables(abstract, values), attributes)
+
+
+def _attribute_of(cls: Any, config: Any, name: str) -> Any:
+    return getattr(nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0))), name)
+
+
+def from_dict(cls: Any, values: Mapping[str, Any]) -> Any:
+    """A frozen dataclass from JSON: lists become tuples, nested dataclasses their own kind; unknown names are an error."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - set(fields)):
+        raise CheckpointError(f"{cls.__name__} has no {', '.join(unknown)}; a newer audiozoo may have written this.")
+
+    def frozen(value: Any) -> Any:
+        return tuple(frozen(v) for v in value) if isinstance(value, list) else value
+
+    return cls(**{name: frozen(value) for name, value in values.items()})
+
+
+# --- Hugging Face directories ----------------------------------------------------------------------------------------
+
+
+def export(
+    model: nnx.Module,
+    directory: Path,
+    *,
+    files: Iterable[Path] = (),
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """See `audiozoo.export`."""
+    paper = paper_of_class(type(model).__name__)
+    form = paper.conversion.hugging_face(model)
+    values = {name: leaf[...] for name, leaf in variables(model).items()}
+    total, done = sum(v.nbytes for v in values.values()), 0
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        nonlocal done
+        for name, array in form.table.write(values):
+            yield name, array
+            done += array.nbytes
+            if progress is not None:
+                progress(done, total)
+
+    with checkpoints.written_whole(directory, overwrite=overwrite) as temporary:
+        for file in files:
+            (temporary / file.name).write_bytes(file.read_bytes())
+        for name, value in form.files.items():
+            (temporary / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        write_safetensors(temporary, tensors())

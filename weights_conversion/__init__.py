@@ -1,0 +1,117 @@
+"""Foreign checkpoints: what each paper's originals call things, and how that becomes ours.
+
+One module a paper. Each gives
+
+- `recognise(path) -> bool`: is this file or directory one of the original project's own forms? (Hugging Face
+  directories need no recognising: their `config.json` names the class.)
+- `open_checkpoint(path, model_class=None) -> ForeignCheckpoint`: opened, not yet read;
+- `hugging_face(model) -> HuggingFaceForm`: what `audiozoo.export` writes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from audiozoo.errors import CheckpointError, SourceError
+from weights_conversion.rules import Table, Tensors
+
+
+@dataclass
+class ForeignCheckpoint:
+    """A checkpoint of another project, opened but not read.
+
+    Attributes:
+        model_class: name of our class that runs it.
+        config: our configuration of that class.
+        tensors: the foreign tensors.
+        table: how they become our parameters.
+        attributes: what else to set on the model (`generation_config` …).
+        source: where it came from, for messages.
+    """
+
+    model_class: str
+    config: Any
+    tensors: Tensors
+    table: Table
+    source: Path
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class HuggingFaceForm:
+    """What a model looks like as a Hugging Face directory.
+
+    Attributes:
+        files: JSON files by name; `config.json` is one of them.
+        table: the correspondence to write the tensors by.
+    """
+
+    files: Mapping[str, Mapping[str, Any]]
+    table: Table
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        SourceError: if there is no such file.
+        CheckpointError: if it is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SourceError(f"{path.parent} has no {path.name}.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__} where a JSON object is due.")
+    return value
+
+
+def take(config: Mapping[str, Any], names: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The entries of a foreign configuration that are named, each of the type of its default.
+
+    Args:
+        config: the foreign configuration.
+        names: names and defaults of our configuration.
+        where: the file, for messages.
+
+    Raises:
+        CheckpointError: for a value of the wrong type.
+    """
+    taken = {}
+    for name, default in names.items():
+        if config.get(name) is None:
+            continue
+        value = config[name]
+        kind = type(default)
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if isinstance(value, list):
+            value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
+        if default is not None and not isinstance(value, kind):
+            raise CheckpointError(f"{where}: {name} is {config[name]!r}, which is no {kind.__name__}.")
+        taken[name] = value
+    return taken
+
+
+def labels_from_hugging_face(config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """`{"id2label": names in order}` if the configuration names or counts its classes, else nothing."""
+    named = config.get("id2label")
+    if isinstance(named, Mapping) and named:
+        return {"id2label": tuple(str(named[key]) for key in sorted(named, key=int))}
+    if isinstance(config.get("num_labels"), int):
+        return {"id2label": tuple(f"LABEL_{i}" for i in range(config["num_labels"]))}
+    return {}
+
+
+def labels_to_hugging_face(labels: tuple[str, ...]) -> dict[str, Any]:
+    """The two dictionaries that a Hugging Face configuration names its classes with."""
+    return {
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
