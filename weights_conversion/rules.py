@@ -403,8 +403,8 @@ class Table:
                     raise ValueError
             except ValueError:
                 shapes = ", ".join(str(v.shape) for v in virtual)
-                names, operation = ", ".join(step.foreign), step.operation.name
-                problems.append(f"  ! {names}  (shape {shapes} does not go through {operation})")
+                which, operation = ", ".join(step.foreign), step.operation.name
+                problems.append(f"  ! {which}  (shape {shapes} does not go through {operation})")
                 arrays = ()
             for path, array in zip(step.ours, arrays, strict=False):
                 if path in filled:

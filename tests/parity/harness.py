@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import re
 import zlib
 from collections import defaultdict
@@ -47,8 +48,9 @@ MAIN_FIELDS = ("last_hidden_state", "logits", "encoder_last_hidden_state", "extr
 
 
 @contextlib.contextmanager
-def precision(name: str = "float64", threads: int = 2) -> Iterator[None]:
-    """Both sides in float64 or float32, products exact, PyTorch on `threads` threads."""
+def precision(name: str = "float64", threads: int | None = None) -> Iterator[None]:
+    """Both sides in float64 or float32, products exact, PyTorch on `threads` threads (2; 1 beside other workers)."""
+    threads = threads or (1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     dtype, before, before_threads = getattr(torch, name), torch.get_default_dtype(), torch.get_num_threads()
     torch.set_default_dtype(dtype)
     torch.set_num_threads(threads)
