@@ -156,7 +156,7 @@ class GenerationConfig:
             "patience",
             "used with num_beams > 1 and do_sample=False",
         )
-        returnable = self.num_beams if self.patience is None else self.max_candidates
+        returnable = self.num_beams if self.patience is None else max(self.num_beams, self.max_candidates)
         if self.num_beams > 1:
             require(self.num_return_sequences <= returnable, "num_return_sequences", f"at most {returnable}")
         elif not self.do_sample:
