@@ -165,8 +165,8 @@ def _expand(
 
     found = dataclasses.replace(running.take(beam), log_probs=log_probs)
     origin = (beam + beams * jnp.arange(batch)[:, None]).astype(jnp.int32)
-    tokens = lax.dynamic_update_slice(found.tokens, token[..., None], (0, 0, length))
-    origins = lax.dynamic_update_slice(found.origins, origin[..., None], (0, 0, index))
+    tokens = lax.dynamic_update_slice_in_dim(found.tokens, token[..., None], length, axis=2)
+    origins = lax.dynamic_update_slice_in_dim(found.origins, origin[..., None], index, axis=2)
     found = dataclasses.replace(found, tokens=tokens, origins=origins)
     stopped = setup.stops(tokens.reshape(batch * candidates, -1), token.reshape(-1), length + 1)
     state = dataclasses.replace(

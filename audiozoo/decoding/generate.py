@@ -344,8 +344,8 @@ class Search:
             chosen = jnp.take_along_axis(constrained, token[:, None], axis=1)[:, 0]
             log_prob = chosen - jax.nn.logsumexp(constrained, axis=-1)
             log_prob = jnp.where(state.finished, 0.0, log_prob)
-            log_probs = lax.dynamic_update_slice(log_probs, log_prob[:, None], (0, index))
-        tokens = lax.dynamic_update_slice(state.tokens, token[:, None], (0, length))
+            log_probs = lax.dynamic_update_slice_in_dim(log_probs, log_prob[:, None], index, axis=1)
+        tokens = lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], length, axis=1)
         if self.streamer is not None:
             io_callback(_host(self.streamer), None, token, length, ordered=True)
         return dataclasses.replace(

@@ -29,6 +29,7 @@ import difflib
 import os
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any, BinaryIO
 
@@ -180,7 +181,7 @@ class TranscriptionOptions:
         return list(zip(frames[::2], frames[1::2], strict=True))
 
 
-# -------------------------------------------------------------------------------------------- what is asked and answered
+# ------------------------------------------------------------------------------------------- what is asked and answered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +233,7 @@ def compression_ratio(text: str) -> float:
     return len(data) / len(zlib.compress(data))
 
 
-# ---------------------------------------------------------------------------------------------------- compiled functions
+# --------------------------------------------------------------------------------------------------- compiled functions
 
 
 class _Programs:
@@ -289,7 +290,7 @@ class _Programs:
             no_speech_token_id: whose probability after <|startoftranscript|> is wanted.
         """
         model = nnx.merge(self._graphdef, state)
-        batch, length = prompt.shape
+        length = prompt.shape[1]
         slots = length + config.new_tokens(length)
 
         def feed(tokens: Array, cache: Any, padding: Array, position: Array | int) -> tuple[Array, Any]:
@@ -648,7 +649,7 @@ def _gather(audio: Sequence[Encoded]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack([x[row] for x, row in zip(leaves, rows, strict=True)]), *caches)
 
 
-# --------------------------------------------------------------------------------------------------------- the recording
+# -------------------------------------------------------------------------------------------------------- the recording
 
 
 @dataclasses.dataclass
@@ -936,7 +937,7 @@ class _Stream:
         return following
 
 
-# ---------------------------------------------------------------------------------------------------------- the front end
+# -------------------------------------------------------------------------------------------------------- the front end
 
 
 def _advance(streams: Sequence[_Stream], decoder: WindowDecoder, batch_size: int) -> Iterator[None]:
@@ -945,10 +946,8 @@ def _advance(streams: Sequence[_Stream], decoder: WindowDecoder, batch_size: int
     running: list[tuple[Generator[Any, Any, None], Any]] = []  # with what each is asking for
 
     def send(generator: Generator[Any, Any, None], answer: Any) -> None:
-        try:
+        with suppress(StopIteration):
             running.append((generator, generator.send(answer)))
-        except StopIteration:
-            pass
 
     while True:
         while len(running) < batch_size and (stream := next(waiting, None)) is not None:
