@@ -1,0 +1,201 @@
+"""The hub through its real client, against a server on the loopback interface."""
+
+import os
+import socket
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+
+from audiozoo.errors import SourceError
+from audiozoo.hub import resolve
+from weights_conversion.readers import open_tensors, write_safetensors
+
+from .hub_server import HubServer
+
+NAME = "zoo/tiny"
+
+
+@pytest.fixture(autouse=True)
+def _online(monkeypatch):
+    """The other tests run offline; this one's network is its own server. No proxy, no token, no long waits."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+@pytest.fixture
+def weights(tmp_path):
+    (path,) = write_safetensors(tmp_path / "made", [("w", np.arange(50_000, dtype=np.float32))])
+    return path.read_bytes()
+
+
+@pytest.fixture
+def hub(weights):
+    files = {
+        "config.json": b'{"architectures": ["Tiny"]}',
+        "tokenizer.json": b"{}",
+        "vocab.txt": b"a\nb\n",
+        "README.md": b"# tiny",
+        "model.safetensors": weights,
+        "pytorch_model.bin": b"pickle" * 1000,
+        "flax_model.msgpack": b"flax" * 1000,
+        "tf_model.h5": b"tf" * 1000,
+        "onnx/model.onnx": b"onnx" * 1000,
+        "model.fp16.safetensors": b"variant",
+    }
+    with HubServer({NAME: files}) as server:
+        yield server
+
+
+@pytest.fixture
+def get(hub, tmp_path):
+    def get(name=NAME, **options):
+        return resolve(name, endpoint=hub.endpoint, cache_dir=tmp_path / "cache", **options)
+
+    return get
+
+
+def visible(directory):
+    """Files in the cache that a reader could take for complete."""
+    return [
+        file
+        for file in directory.rglob("*")
+        if file.is_file() and ".incomplete" not in file.name and "snapshots" in file.parts
+    ]
+
+
+def test_a_path_is_itself(tmp_path):
+    assert resolve(tmp_path) == tmp_path
+    with pytest.raises(SourceError, match="does not exist"):
+        resolve(tmp_path / "nothing" / "here")
+    with pytest.raises(SourceError, match="does not exist"):
+        resolve("not a name at all!")
+
+
+def test_download_takes_one_copy_of_the_weights(hub, get):
+    path = get()
+    assert sorted(os.listdir(path)) == ["config.json", "model.safetensors", "tokenizer.json", "vocab.txt"]
+    assert sorted(hub.downloads()) == ["config.json", "model.safetensors", "tokenizer.json", "vocab.txt"]
+    assert open_tensors(path).read("w")[-1] == 49_999
+
+
+@pytest.mark.parametrize(
+    ("files", "taken"),
+    [
+        (("pytorch_model.bin", "model.onnx"), ["pytorch_model.bin"]),
+        (
+            ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"),
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"],
+        ),
+        (
+            ("pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json", "flax_model.msgpack"),
+            ["pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"],
+        ),
+        (("model.bin", "vocabulary.txt"), ["model.bin", "vocabulary.txt"]),
+        (("voice.onnx", "voice.onnx.json"), ["voice.onnx", "voice.onnx.json"]),
+        (("params/_METADATA", "params/d/0", "config.json"), ["0", "_METADATA", "config.json"]),
+    ],
+)
+def test_which_files_are_taken(hub, get, files, taken):
+    hub.repositories[NAME] = {file: file.encode() for file in files}
+    get()
+    assert sorted(hub.downloads()) == taken
+
+
+def test_second_call_downloads_nothing(hub, get):
+    first = get()
+    hub.requests.clear()
+    assert get() == first
+    assert hub.downloads() == []
+
+
+def test_patterns_and_then_the_rest(hub, get):
+    path = get(patterns=("config.json", "tokenizer.json", "absent.json"))
+    assert sorted(os.listdir(path)) == ["config.json", "tokenizer.json"]
+    hub.requests.clear()
+    assert sorted(os.listdir(get())) == ["config.json", "model.safetensors", "tokenizer.json", "vocab.txt"]
+    assert sorted(hub.downloads()) == ["model.safetensors", "vocab.txt"]
+    with pytest.raises(SourceError, match=r"zoo/tiny holds none of the files nothing\.json, \*\.flac\."):
+        get(patterns=("nothing.json", "*.flac"))
+
+
+def test_offline_with_and_without_the_cache(hub, get, monkeypatch):
+    path = get(revision="main")
+    hub.requests.clear()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert get() == path
+    assert get(patterns=("config.json",)) == path
+    with pytest.raises(SourceError, match="zoo/other is not in the local cache, and HF_HUB_OFFLINE is set"):
+        get("zoo/other")
+    with pytest.raises(SourceError, match="at revision v9 is not in the local cache"):
+        get(revision="v9")
+    with pytest.raises(
+        SourceError, match=r"In the local cache, zoo/tiny holds none of the files \*\.flac; and HF_HUB_OFFLINE is set"
+    ):
+        get(patterns=("*.flac",))
+    assert hub.requests == []
+
+
+def test_offline_with_half_a_snapshot(hub, get, monkeypatch):
+    get(patterns=("config.json",))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        SourceError, match=r"In the local cache, zoo/tiny holds no weights .*; and HF_HUB_OFFLINE is set"
+    ):
+        get()
+
+
+def test_a_server_that_is_gone(hub, get, tmp_path):
+    path = get()
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    assert resolve(NAME, endpoint=endpoint, cache_dir=tmp_path / "cache") == path
+    with pytest.raises(SourceError, match="zoo/other is not in the local cache, and the hub cannot be reached"):
+        resolve("zoo/other", endpoint=endpoint, cache_dir=tmp_path / "cache")
+
+
+def test_missing_gated_and_unknown_revisions(hub, get):
+    with pytest.raises(SourceError, match="zoo/absent is neither a path nor a repository of the hub"):
+        get("zoo/absent")
+    with pytest.raises(SourceError, match="zoo/tiny has no revision v9"):
+        get(revision="v9")
+    hub.repositories["zoo/empty"] = {"README.md": b""}
+    with pytest.raises(SourceError, match="zoo/empty holds no weights"):
+        get("zoo/empty")
+    hub.gated.add(NAME)
+    with pytest.raises(SourceError, match="zoo/tiny is gated: accept its conditions"):
+        get()
+
+
+def test_revisions(hub, get):
+    hub.tags["v1"] = {**hub.repositories[NAME], "config.json": b'{"version": 1}'}
+    old, new = get(revision="v1"), get()
+    assert (old / "config.json").read_bytes() == b'{"version": 1}'
+    assert old != new
+    assert hub.downloads().count("model.safetensors") == 1  # the same content, stored once
+    assert get(revision=HubServer.commit(hub.tags["v1"])) == old
+
+
+def test_an_interrupted_download_is_resumed(hub, get, weights, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 4096)
+    hub.cut, hub.cuts = {"model.safetensors": 60_000}, 1
+    path = get()
+    assert (path / "model.safetensors").read_bytes() == weights
+    ranges = [r for method, p, r in hub.requests if method == "GET" and p.endswith("model.safetensors")]
+    assert ranges[0] is None
+    assert ranges[1] == f"bytes={60_000 // 4096 * 4096}-"  # the client keeps whole pieces
+
+
+def test_a_download_that_never_ends_well(hub, get, tmp_path, weights):
+    hub.cut, hub.cuts = {"model.safetensors": 10}, 1000
+    with pytest.raises(SourceError, match="zoo/tiny could not be downloaded, try again") as caught:
+        get()
+    assert "\n" not in str(caught.value)
+    assert not [file for file in visible(tmp_path / "cache") if file.name == "model.safetensors"]
+    hub.cuts = 0
+    assert (get() / "model.safetensors").read_bytes() == weights
