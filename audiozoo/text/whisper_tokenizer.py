@@ -75,6 +75,8 @@ _ALIASES = {
 LANGUAGE_CODES: dict[str, str] = {name: code for code, name in LANGUAGES.items()} | _ALIASES
 """English name or alias -> code."""
 
+_OLD_CODES = {"iw": "he", "jv": "jw"}  # some vocabularies write `<|iw|>`
+
 TASKS = ("transcribe", "translate")
 TIMESTAMP_SECONDS = 0.02  # between two neighbouring timestamp tokens
 TIMESTAMPS = 1501  # 0.00 … 30.00 s
@@ -93,6 +95,7 @@ _TIMESTAMP_TOKEN = re.compile(r"<\|\d+\.\d+\|>")
 def language_code(language: str) -> str:
     """`"de"` for `"de"`, `"German"`, `"<|de|>"`; raises `UsageError` for a language that Whisper does not know."""
     wanted = language.strip().lower().removeprefix("<|").removesuffix("|>")
+    wanted = _OLD_CODES.get(wanted, wanted)
     if wanted in LANGUAGES:
         return wanted
     if wanted in LANGUAGE_CODES:
@@ -364,17 +367,19 @@ class WhisperTokenizer:
         return len(self.all_language_tokens)
 
     @cached_property
+    def _language_tokens(self) -> dict[str, int]:
+        codes = {_OLD_CODES.get(name[2:-2], name[2:-2]): index for name, index in self._specials.items()}
+        return {code: index for code, index in codes.items() if code in LANGUAGES}
+
+    @property
     def all_language_tokens(self) -> tuple[int, ...]:
         """Ids of the language tokens, in the order of `all_language_codes`."""
-        return tuple(
-            index for name, index in self._specials.items() if name[2:-2] in LANGUAGES and index < self.translate
-        )
+        return tuple(self._language_tokens.values())
 
-    @cached_property
+    @property
     def all_language_codes(self) -> tuple[str, ...]:
         """ "en", "zh" …, in the order of `all_language_tokens`."""
-        names = {index: name for name, index in self._specials.items()}
-        return tuple(names[index][2:-2] for index in self.all_language_tokens)
+        return tuple(self._language_tokens)
 
     @property
     def all_special_ids(self) -> list[int]:
@@ -384,12 +389,12 @@ class WhisperTokenizer:
     def language_token(self, language: str) -> int:
         """Id of `<|de|>` for "de" or "german"."""
         code = language_code(language)
-        if f"<|{code}|>" not in self._specials:
+        if code not in self._language_tokens:
             raise UsageError(
                 f"This checkpoint has no token for {LANGUAGES[code]} ('{code}'); "
                 f"it knows {self.num_languages} languages."
             )
-        return self._specials[f"<|{code}|>"]
+        return self._language_tokens[code]
 
     def sot_sequence(self, language: str | None = None, task: str | None = None) -> tuple[int, ...]:
         """`<|startoftranscript|> <|language|> <|task|>`; English-only checkpoints have the first alone.
