@@ -84,11 +84,11 @@ class WhisperConfig:
     vocab_size: int = 51865  # tokens: text, special, languages and 1501 times
     num_mel_bins: int = 80  # mel channels; 128 from large-v3 on
     d_model: int = 384  # width of encoder and decoder
-    encoder_layers: int = 4
-    encoder_attention_heads: int = 6
+    encoder_layers: int = 4  # blocks
+    encoder_attention_heads: int = 6  # of d_model / heads channels each
     encoder_ffn_dim: int = 1536  # width of the encoder's MLP
-    decoder_layers: int = 4
-    decoder_attention_heads: int = 6
+    decoder_layers: int = 4  # blocks
+    decoder_attention_heads: int = 6  # of d_model / heads channels each
     decoder_ffn_dim: int = 1536  # width of the decoder's MLP
     max_source_positions: int = 1500  # encoder frames, 20 ms each: 30 s
     max_target_positions: int = 448  # tokens, prompt included
@@ -99,18 +99,18 @@ class WhisperConfig:
     encoder_layerdrop: float = 0.0  # chance that training skips an encoder layer
     decoder_layerdrop: float = 0.0  # chance that training skips a decoder layer
     init_std: float = 0.02  # of the normal distribution that weights start from
-    pad_token_id: int = 50256
+    pad_token_id: int = 50256  # fills up shorter rows of tokens
     eos_token_id: int = 50256  # <|endoftext|>
-    bos_token_id: int = 50256
+    bos_token_id: int = 50256  # of no use to the model; kept for export
     decoder_start_token_id: int = 50257  # <|startoftranscript|>
     tie_word_embeddings: bool = True  # logits by the token embedding's transpose
     apply_spec_augment: bool = False  # SpecAugment on the log-mel in training (large-v2's recipe)
     mask_time_prob: float = 0.05  # share of frames under time spans
     mask_time_length: int = 10  # frames a span
-    mask_time_min_masks: int = 2
+    mask_time_min_masks: int = 2  # spans at least, whatever the share
     mask_feature_prob: float = 0.0  # share of mel channels under channel spans
     mask_feature_length: int = 10  # channels a span
-    mask_feature_min_masks: int = 0
+    mask_feature_min_masks: int = 0  # spans at least, whatever the share
     use_weighted_layer_sum: bool = False  # classification reads a learned mix of all layers
     classifier_proj_size: int = 256  # width before the classifier
     id2label: tuple[str, ...] = ("LABEL_0", "LABEL_1")  # names of the classifier's classes
@@ -230,20 +230,20 @@ class WhisperConfig:
 class WhisperGenerationConfig:
     """The token ids of §2.3's format and the choices that the released checkpoints ship for generation."""
 
-    eos_token_id: int = 50256
-    pad_token_id: int = 50256
-    decoder_start_token_id: int = 50257
+    eos_token_id: int = 50256  # <|endoftext|>
+    pad_token_id: int = 50256  # fills up shorter rows of tokens
+    decoder_start_token_id: int = 50257  # <|startoftranscript|>
     prev_sot_token_id: int = 50360  # <|startofprev|>: the previous text follows
     no_speech_token_id: int = 50361  # <|nospeech|>
     no_timestamps_token_id: int = 50362  # the time tokens, 0.00 s first, come right after it
-    is_multilingual: bool = False
+    is_multilingual: bool = False  # whether a language and a task belong to the prompt
     lang_to_id: tuple[tuple[str, int], ...] = ()  # ("<|en|>", id) pairs
     task_to_id: tuple[tuple[str, int], ...] = ()  # ("transcribe", id) and ("translate", id)
     suppress_tokens: tuple[int, ...] = ()  # never generated
     begin_suppress_tokens: tuple[int, ...] = ()  # not generated as the first token: a blank, the end
     max_initial_timestamp_index: int | None = 50  # the first time token is at most this many steps of 20 ms
     alignment_heads: tuple[tuple[int, int], ...] = ()  # (decoder layer, head) whose attention follows the words
-    max_length: int = 448
+    max_length: int = 448  # tokens, prompt included
 
 
 class WhisperEncoderLayer(nnx.Module):
@@ -332,7 +332,7 @@ class WhisperEncoder(nnx.Module):
         gelu = activation("gelu")
         x = gelu(self.conv1(x))  # (batch, time, d_model)
         x = gelu(self.conv2(x))  # (batch, time / 2, d_model)
-        x = x + self.embed_positions.embedding[: x.shape[1]].astype(x.dtype)
+        x = x + self.embed_positions(jnp.arange(x.shape[1])).astype(x.dtype)
         x = dropout(x, config.dropout)
         hidden_states, attentions = [], []
         for layer in self.layers:
@@ -358,7 +358,7 @@ def layer_drop(layer: nnx.Module, x: jax.Array, rate: float, dropout: Dropout, *
 @jax.tree_util.register_dataclass
 @dataclass
 class WhisperCache:
-    """What decoding keeps: each layer's own keys and values so far, and those of the audio, computed once."""
+    """Not in the paper: what decoding keeps, each layer's keys and values so far and those of the audio, taken once."""
 
     self_attention: tuple[KeyValues, ...]
     cross_attention: tuple[KeyValues, ...]  # one row an example, also when several beams share it
@@ -474,9 +474,8 @@ class WhisperDecoder(nnx.Module):
             raise UsageError(f"{time} tokens are too many: this model has {config.max_target_positions} positions.")
         dropout = Dropout(key)
         if position_ids is None:
-            positions = jax.lax.dynamic_slice_in_dim(self.embed_positions.embedding[...], cache_position, time)[None]
-        else:
-            positions = self.embed_positions.embedding[position_ids]
+            position_ids = jnp.broadcast_to(cache_position + jnp.arange(time), x.shape[:2])
+        positions = self.embed_positions(position_ids)
         x = dropout(x + positions.astype(x.dtype), config.dropout)
         keys = time if past_key_values is None else past_key_values.self_attention[0].key.shape[2]
         mask = causal_mask(time, keys, 0 if past_key_values is None else cache_position)
