@@ -50,10 +50,14 @@ class Conv1d(nnx.Module):
         self.stride, self.dilation, self.groups, self.dtype = stride, dilation, groups, dtype
         self.padding = (padding, padding) if isinstance(padding, int) else padding
 
+    def weight(self) -> Float[Array, "time inputs outputs"]:
+        """The kernel that is applied; a reparametrised layer computes it."""
+        return self.kernel[...]
+
     def __call__(self, x: Float[Array, "batch time channels"]) -> Float[Array, "batch frames features"]:
         """Convolve along time."""
         bias = None if self.bias is None else self.bias[...]
-        x, kernel, bias = promote(x, self.kernel[...], bias, dtype=self.dtype)
+        x, kernel, bias = promote(x, self.weight(), bias, dtype=self.dtype)
         y = jax.lax.conv_general_dilated(
             x,
             kernel,
@@ -101,10 +105,14 @@ class ConvTranspose1d(nnx.Module):
         reach = dilation * (kernel_size - 1) - padding
         self.padding = (reach, reach + output_padding)
 
+    def weight(self) -> Float[Array, "time inputs outputs"]:
+        """The kernel that is applied; a reparametrised layer computes it."""
+        return self.kernel[...]
+
     def __call__(self, x: Float[Array, "batch frames channels"]) -> Float[Array, "batch time features"]:
         """Spread each frame over `stride` times as many."""
         bias = None if self.bias is None else self.bias[...]
-        x, kernel, bias = promote(x, self.kernel[...], bias, dtype=self.dtype)
+        x, kernel, bias = promote(x, self.weight(), bias, dtype=self.dtype)
         if self.groups > 1:
             # (K, in, out/g) -> (K, in/g, out): the forward convolution wants its groups on the output axis.
             size, features, width = kernel.shape
