@@ -88,7 +88,7 @@ class WeightNormConvTranspose1d(_WeightNorm, ConvTranspose1d):
 
 
 def fold_weight_norm(model: Model) -> Model:
-    """A copy of the model in which every weight-normalised layer has its one kernel: for inference, outside the call."""
+    """A copy of the model in which every weight-normalised layer has its one kernel, for inference."""
     model = nnx.merge(*nnx.split(model))
     for _, module in nnx.iter_modules(model):
         if isinstance(module, _WeightNorm):
