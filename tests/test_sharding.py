@@ -1,0 +1,277 @@
+"""Sharding rules on eight virtual devices: the specs that are expected, and the numbers of one device."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+PRELUDE = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from audiozoo import sharding
+from audiozoo.errors import UsageError
+from audiozoo.sharding import DEFAULT_RULES, TRANSFORMER, Rule, batch_sharding, fsdp, make_mesh, shard, shardings_for
+
+assert len(jax.devices()) == 8
+
+
+class Attention(nnx.Module):
+    def __init__(self, width, rngs):
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            setattr(self, name, nnx.Linear(width, width, rngs=rngs))
+
+    def __call__(self, x):
+        batch, time, width = x.shape
+        q, k, v = (f(x).reshape(batch, time, 4, width // 4) for f in (self.q_proj, self.k_proj, self.v_proj))
+        weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) / 4)
+        return self.out_proj(jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape))
+
+
+class Norm(nnx.Module):
+    def __init__(self, width):
+        self.scale, self.bias = nnx.Param(jnp.ones(width)), nnx.Param(jnp.zeros(width))
+
+    def __call__(self, x):
+        x = x - x.mean(-1, keepdims=True)
+        return x / jnp.sqrt(1e-5 + (x * x).mean(-1, keepdims=True)) * self.scale + self.bias
+
+
+class Layer(nnx.Module):
+    def __init__(self, width, rngs):
+        self.self_attention = Attention(width, rngs)
+        self.fc1 = nnx.Linear(width, 4 * width, rngs=rngs)
+        self.fc2 = nnx.Linear(4 * width, width, rngs=rngs)
+        self.norm = Norm(width)
+
+    def __call__(self, x):
+        x = x + self.self_attention(self.norm(x))
+        return x + self.fc2(jax.nn.relu(self.fc1(x)))
+
+
+class Model(nnx.Module):
+    def __init__(self, width=32, vocabulary=48, layers=2, rngs=None):
+        self.embed_tokens = nnx.Embed(vocabulary, width, rngs=rngs)
+        self.embed_positions = nnx.Embed(24, width, rngs=rngs)
+        self.layers = nnx.List([Layer(width, rngs) for _ in range(layers)])
+
+    def __call__(self, ids):
+        x = self.embed_tokens.embedding[...][ids] + self.embed_positions.embedding[: ids.shape[1]]
+        for layer in self.layers:
+            x = layer(x)
+        return x @ self.embed_tokens.embedding[...].T
+
+
+def flat(tree, path=""):
+    if not isinstance(tree, dict):
+        return {path: tree}
+    return {k: v for key, child in tree.items() for k, v in flat(child, f"{path}.{key}".strip(".")).items()}
+
+
+def specs(model, mesh, rules):
+    return {name: place.spec for name, place in flat(shardings_for(model, mesh, rules)).items()}
+
+
+def raises(sentence, function, *arguments):
+    try:
+        function(*arguments)
+    except UsageError as error:
+        assert sentence in str(error), str(error)
+    else:
+        raise AssertionError(f"no error {sentence!r}")
+"""
+
+
+def on_eight_devices(code):
+    """Run code after `PRELUDE` in a process with eight virtual devices; its last line of output is JSON."""
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
+    run = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:audiozoo", "-c", PRELUDE + code],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_numbers_equal_those_of_one_device():
+    """Outputs and gradients on four mesh shapes under each ruleset, in float64, against the unsharded model."""
+    errors = on_eight_devices(
+        """
+jax.config.update("jax_enable_x64", True)
+model = Model(layers=1, rngs=nnx.Rngs(0))
+graphdef, state = nnx.split(model)
+state = jax.tree.map(lambda x: x.astype(jnp.float64), state)
+model = nnx.merge(graphdef, state)
+ids = jax.random.randint(jax.random.key(1), (8, 12), 0, 48)
+
+
+def loss(model, ids):
+    logits = model(ids)
+    return jnp.mean(jax.nn.logsumexp(logits, -1) - logits[..., 3]), logits
+
+
+step = jax.jit(jax.value_and_grad(loss, has_aux=True, allow_int=True))
+(_, expected), gradients = step(model, ids)
+errors = {}
+for data, tensor in ((8, 1), (4, 2), (2, 4), (1, 8)):
+    mesh = make_mesh({"data": data, "tensor": tensor})
+    for label, rules in (("tensor", TRANSFORMER), ("fsdp", (fsdp(64),)), ("both", (*TRANSFORMER, fsdp(64)))):
+        if label != "both" and data != 4:
+            continue
+        sharded = shard(model, mesh, rules)
+        (_, logits), sharded_gradients = step(sharded, jax.device_put(ids, batch_sharding(mesh)))
+        assert len(logits.sharding.device_set) == 8
+        difference = jnp.abs(jax.device_get(logits) - expected).max()
+        pairs = zip(jax.tree.leaves(gradients), jax.tree.leaves(sharded_gradients), strict=True)
+        slope = max(np.abs(np.asarray(a) - np.asarray(b)).max() for a, b in pairs)
+        errors[f"{data}x{tensor} {label}"] = float(max(difference, slope))
+print(json.dumps(errors))
+"""
+    )
+    assert len(errors) == 6
+    assert max(errors.values()) < 1e-12, errors
+
+
+def test_specs_of_the_transformer_rules():
+    on_eight_devices(
+        """
+model = nnx.eval_shape(lambda: Model(rngs=nnx.Rngs(0)))
+for tensor in (2, 4, 8):
+    mesh = make_mesh({"data": -1, "tensor": tensor})
+    assert mesh.shape == {"data": 8 // tensor, "tensor": tensor}
+    assert mesh.axis_types == (jax.sharding.AxisType.Auto,) * 2
+    found = specs(model, mesh, TRANSFORMER)
+    for i in (0, 1):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            assert found[f"layers.{i}.self_attention.{name}.kernel"] == P(None, "tensor")
+            assert found[f"layers.{i}.self_attention.{name}.bias"] == P("tensor")
+        assert found[f"layers.{i}.self_attention.out_proj.kernel"] == P("tensor", None)
+        assert found[f"layers.{i}.self_attention.out_proj.bias"] == P(None)
+        assert found[f"layers.{i}.fc1.kernel"] == P(None, "tensor")
+        assert found[f"layers.{i}.fc2.kernel"] == P("tensor", None)
+        assert found[f"layers.{i}.norm.scale"] == P(None)
+    assert found["embed_tokens.embedding"] == P("tensor", None)
+    assert found["embed_positions.embedding"] == P(None, None)
+    assert len(found) == 2 + 2 * 14
+
+sharded = shard(Model(rngs=nnx.Rngs(0)), make_mesh({"data": 2, "tensor": 4}), TRANSFORMER)
+kernel = sharded.layers[0].fc1.kernel[...]
+assert {s.data.shape for s in kernel.addressable_shards} == {(32, 32)}, kernel.sharding
+print("{}")
+"""
+    )
+
+
+def test_rules_are_ordered_and_checked():
+    on_eight_devices(
+        """
+mesh = make_mesh({"data": 4, "tensor": 2})
+params = {"a": {"kernel": jax.ShapeDtypeStruct((8, 6), "float32")}, "b.kernel": jax.ShapeDtypeStruct((8, 6), "float32")}
+found = shardings_for(params, mesh, [("a\\\\.kernel", P("tensor")), ("kernel", P(None, "tensor"))])
+assert found["a"]["kernel"].spec == P("tensor", None) and found["b.kernel"].spec == P(None, "tensor")
+found = shardings_for(params, mesh, [("b\\\\.kernel", P()), ("kernel", P(("data", "tensor")))])
+assert found["a"]["kernel"].spec == P(("data", "tensor"), None) and found["b.kernel"].spec == P(None, None)
+
+raises("'q_proj' matches no parameter", shardings_for, params, mesh, [("q_proj", P("tensor"))])
+raises("matches no parameter that an earlier rule", shardings_for, params, mesh, [("kernel", P()), ("a", P("tensor"))])
+raises("names the axis 'model'; the mesh has data, tensor", shardings_for, params, mesh, [("kernel", P("model"))])
+raises("has 3 entries", shardings_for, params, mesh, [("kernel", P(None, None, "data"))])
+raises("not a regular expression", shardings_for, params, mesh, [("(", P())])
+raises("only one fsdp", shardings_for, params, mesh, [fsdp(), fsdp()])
+raises("needs 6 devices, and there are 8", make_mesh, {"data": 6})
+raises("at least 1", make_mesh, {"data": -1, "tensor": -1})
+raises("at least 1", make_mesh, {"data": 0})
+# Rules for a family of models may match nothing, and may name axes that this mesh does not have.
+assert shardings_for(params, make_mesh({"data": 8}), TRANSFORMER)["a"]["kernel"].spec == P(None, None)
+print("{}")
+"""
+    )
+
+
+def test_axes_that_do_not_divide_move_on():
+    on_eight_devices(
+        """
+mesh = make_mesh({"data": 2, "tensor": 4})
+
+
+def spec(shape, wanted, *more):
+    return shardings_for({"x": jax.ShapeDtypeStruct(shape, "float32")}, mesh, [("x", wanted), *more])["x"].spec
+
+
+assert spec((8, 8), P(None, "tensor")) == P(None, "tensor")
+assert spec((8, 6), P(None, "tensor")) == P("tensor", None)  # 6 is not divisible by 4: on to the next axis
+assert spec((3, 8, 6), P(None, None, "tensor")) == P(None, "tensor", None)
+assert spec((5, 6), P(None, "tensor")) == P(None, None)  # nor is 5: replicated
+assert spec((51865, 6), P("tensor")) == P(None, None)
+assert spec((6, 8), P(("data", "tensor"))) == P("data", "tensor")  # 6 is divisible by 2, not by 8
+assert spec((), P()) == P()
+assert spec((4, 0), P(None, "tensor")) == P(None, "tensor")
+for shape in ((8, 6), (5, 6), (51865, 6), (6, 8)):
+    for wanted in (P("tensor"), P(None, "tensor"), P(("data", "tensor")), P("tensor", "data")):
+        jax.device_put(np.zeros(shape), jax.sharding.NamedSharding(mesh, spec(shape, wanted)))
+
+# fsdp: the longest axis that divides, above min_size, for what is not divided yet.
+def fallback(shape, *rules):
+    return shardings_for({"x": jax.ShapeDtypeStruct(shape, "float32")}, mesh, [*rules, fsdp(64)])["x"].spec
+
+
+assert fallback((8, 16)) == P(None, "data")
+assert fallback((16, 8)) == P("data", None)
+assert fallback((8, 17)) == P("data", None)
+assert fallback((9, 17)) == P(None, None)
+assert fallback((4, 8)) == P(None, None)  # smaller than min_size
+assert fallback((8, 16), ("x", P("tensor"))) == P("tensor", None)
+assert fallback((9, 16), Rule("x", P("tensor"))) == P(None, "tensor")
+assert fallback((9, 18), Rule("x", P("tensor"))) == P(None, "data")  # tensor divides neither axis
+print("{}")
+"""
+    )
+
+
+def test_restore_straight_into_shards(tmp_path):
+    """Save from one layout, restore into others and to another dtype, without an unsharded copy in between."""
+    on_eight_devices(
+        f"""
+from audiozoo import checkpoints
+directory = {str(tmp_path / "model")!r}
+model = Model(rngs=nnx.Rngs(0))
+sharded = shard(model, make_mesh({{"data": 4, "tensor": 2}}), DEFAULT_RULES)
+checkpoints.save(sharded, directory, {{"model_class": "Model"}})
+expected = flat(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+abstract = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Model(rngs=nnx.Rngs(1))), nnx.Param))
+for data, tensor in ((8, 1), (2, 4), (1, 8)):
+    mesh = make_mesh({{"data": data, "tensor": tensor}})
+    places = shardings_for(abstract, mesh, (*TRANSFORMER, fsdp(64)))
+    restored = flat(checkpoints.restore(directory, abstract, places))
+    assert set(restored) == set(expected)
+    for name, place in flat(places).items():
+        assert restored[name].sharding == place, name
+        np.testing.assert_array_equal(restored[name], expected[name])
+half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), abstract)
+for name, array in flat(checkpoints.restore(directory, half, places)).items():
+    np.testing.assert_array_equal(array, expected[name].astype(jnp.bfloat16))
+print("{{}}")
+"""
+    )
+
+
+@pytest.mark.parametrize("name", ["TRANSFORMER", "DEFAULT_RULES"])
+def test_rules_for_families_are_never_required(name):
+    from audiozoo import sharding
+
+    assert all(not rule.required for rule in getattr(sharding, name) if isinstance(rule, sharding.Rule))
