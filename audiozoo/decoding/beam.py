@@ -154,14 +154,15 @@ def _expand(
 
     chain = (*setup.constraints(beams), *processors.warpers_from_config(config, setup.temperature))
     scores = processors.apply(chain, jax.nn.log_softmax(logits, axis=-1), running.tokens.reshape(rows, -1), length)
-    accumulated = (scores.reshape(batch, beams, vocabulary) + running.log_probs[..., None]).reshape(batch, -1)
+    accumulated = scores.reshape(batch, beams, vocabulary) + running.log_probs[..., None]
     if config.do_sample:
         # Gumbel top-k: a sample without replacement (Kool et al., 2019, arXiv:1903.06059).
-        _, chosen = lax.top_k(accumulated + setup.gumbel(state.keys, index, accumulated), candidates)
-        log_probs = jnp.take_along_axis(accumulated, chosen, axis=1)
+        flat = accumulated.reshape(batch, -1)
+        noisy = flat + setup.gumbel(state.keys, index, flat)
+        beam, token = _top(noisy.reshape(accumulated.shape), candidates)
     else:
-        log_probs, chosen = lax.top_k(accumulated, candidates)
-    beam, token = chosen // vocabulary, (chosen % vocabulary).astype(jnp.int32)
+        beam, token = _top(accumulated, candidates)
+    log_probs = accumulated[jnp.arange(batch)[:, None], beam, token]
 
     found = dataclasses.replace(running.take(beam), log_probs=log_probs)
     origin = (beam + beams * jnp.arange(batch)[:, None]).astype(jnp.int32)
@@ -176,6 +177,19 @@ def _expand(
         logits=record(state.logits, logits, index),
     )
     return state, found, stopped.reshape(batch, candidates)
+
+
+def _top(
+    scores: Float[Array, "batch beams vocab"], count: int
+) -> tuple[Int[Array, "batch count"], Int[Array, "batch count"]]:
+    """Beam and token of the `count` best scores of each example, best first: the best of each beam, then of those."""
+    batch, beams, vocabulary = scores.shape
+    each = min(count, vocabulary)
+    # One row a beam: on a CPU, XLA sorts a single long row where it selects from several.
+    of_beam, tokens = lax.top_k(scores.reshape(batch * beams, vocabulary), each)
+    _, best = lax.top_k(of_beam.reshape(batch, beams * each), count)
+    token = jnp.take_along_axis(tokens.reshape(batch, beams * each), best, axis=1)
+    return best // each, token.astype(jnp.int32)
 
 
 class _Standard:

@@ -334,7 +334,7 @@ class Search:
         warpers = processors.warpers_from_config(config, self.temperature)
         scores = processors.apply(warpers, constrained, state.tokens, length)
         if config.do_sample:
-            token = argmax(scores + self.gumbel(state.keys, index, scores))
+            token = self._draw(state.keys, index, scores)
         else:
             token = argmax(scores)
         token = jnp.where(state.finished, config.fill_token_id, token)
@@ -359,6 +359,13 @@ class Search:
             logits=record(state.logits, logits, index),
         )
 
+    def _draw(self, keys: Array | None, index: Int[Array, ""], scores: Float[Array, "rows vocab"]) -> Array:
+        """One token per row, distributed as the softmax of `scores`."""
+        if keys is None:
+            return argmax(scores + self.gumbel(keys, index, scores))
+        uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, index), (), scores.dtype))(keys)
+        return invert_cdf(scores, uniform)
+
     def gumbel(self, keys: Array | None, index: Int[Array, ""], scores: Float[Array, "rows scores"]) -> Array:
         """Standard Gumbel noise for one step: the caller's, or drawn from the rows' keys."""
         if self.noise is not None:
@@ -377,6 +384,33 @@ def row_keys(key: Array, rows: int) -> Array:
     if key.shape[0] != rows:
         raise UsageError(f"{key.shape[0]} random keys were given for {rows} rows; give one key, or one for each row.")
     return key
+
+
+def invert_cdf(scores: Float[Array, "rows vocab"], uniform: Float[Array, " rows"]) -> Int[Array, " rows"]:
+    r"""The token at which the cumulative probability passes $u$; one uniform number a row instead of one a token.
+
+    The sum runs over blocks first and then within one of them, so that the vocabulary is read once.
+    """
+    rows, vocabulary = scores.shape
+    block = max(1, round(vocabulary**0.5))
+    blocks = -(-vocabulary // block)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))  # softmax without its divisor
+    weights = jnp.pad(weights, ((0, 0), (0, blocks * block - vocabulary))).reshape(rows, blocks, block)
+    # Rounding must not lead into a block or to a token of probability zero: only others are candidates.
+    of_block = jnp.sum(weights, axis=-1)
+    before = jnp.cumsum(of_block, axis=-1)
+    chosen = _first(before > (uniform * before[:, -1])[:, None], of_block > 0)
+    rest = uniform * before[:, -1] - jnp.take_along_axis(before - of_block, chosen[:, None], axis=1)[:, 0]
+    inside = jnp.take_along_axis(weights, chosen[:, None, None], axis=1)[:, 0]
+    token = _first(jnp.cumsum(inside, axis=-1) > rest[:, None], inside > 0)
+    return (chosen * block + token).astype(jnp.int32)
+
+
+def _first(reached: Bool[Array, "rows n"], possible: Bool[Array, "rows n"]) -> Int[Array, " rows"]:
+    """The first possible index that is reached, else the last possible one."""
+    last = possible.shape[1] - 1 - jnp.argmax(possible[:, ::-1], axis=1)
+    found = reached & possible
+    return jnp.where(jnp.any(found, axis=1), jnp.argmax(found, axis=1), last)
 
 
 def argmax(scores: Float[Array, "rows vocab"]) -> Int[Array, " rows"]:

@@ -7,19 +7,16 @@ compared: tokens must be equal, scores equal to float32 rounding.
 from __future__ import annotations
 
 import functools
-import itertools
 import random
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from audiozoo.decoding import GenerationConfig, beam, generate
-from audiozoo.decoding import processors as ours
+from audiozoo.decoding import GenerationConfig, generate
 from tests.decoding import table_model
 from tests.parity.harness import precision
 from tests.tolerances import tolerance
