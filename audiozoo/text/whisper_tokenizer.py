@@ -609,7 +609,7 @@ class WhisperTokenizer:
         return text
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **options: Any) -> list[Any]:
-        """`decode` of every row."""
+        """`decode` of every row; prompts are left out too, which the batch method of transformers 5.23 forgets."""
         return [self.decode(row, skip_special_tokens, **options) for row in sequences]
 
     def decode_with_timestamps(self, token_ids: Any) -> str:
