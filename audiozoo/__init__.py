@@ -194,7 +194,9 @@ def jit(model: nnx.Module, method: str = "__call__") -> Callable[..., Any]:
     return run
 
 
-def save(model: nnx.Module, directory: str | Path, *, processor_from: str | Path | None = None, overwrite: bool = False):
+def save(
+    model: nnx.Module, directory: str | Path, *, processor_from: str | Path | None = None, overwrite: bool = False
+):
     """Write a model as a native checkpoint: Orbax arrays beside a `config.json`, restored straight into shards.
 
     Args:

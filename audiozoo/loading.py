@@ -130,7 +130,9 @@ def convert(
             progress(done, total)
     if absent := [name for name in expected if name not in values]:
         fresh = variables(create(nnx.Rngs(0)))
-        values |= {name: place(np.asarray(fresh[name][...]), expected[name].dtype, shardings.get(name)) for name in absent}
+        values |= {
+            name: place(np.asarray(fresh[name][...]), expected[name].dtype, shardings.get(name)) for name in absent
+        }
     return finish(with_variables(abstract, values), foreign.attributes)
 
 

@@ -184,5 +184,6 @@ def paper_of_class(name: str) -> Paper:
     classes = [c for entry in PAPERS for c in entry.classes]
     near = difflib.get_close_matches(name, classes, n=1)
     raise UsageError(
-        f"No paper of the zoo has a class {name!r}" + (f"; did you mean {near[0]}?" if near else f"; there are {classes}.")
+        f"No paper of the zoo has a class {name!r}"
+        + (f"; did you mean {near[0]}?" if near else f"; there are {classes}.")
     )

@@ -82,9 +82,7 @@ conv_transpose1d = permute(2, 0, 1)  # ConvTranspose1d: (in, out/groups, time) -
 
 def squeeze(axis: int) -> Operation:
     """Drop an axis of length one; the inverse puts it back."""
-    return Operation(
-        f"squeeze({axis})", _each(lambda a: np.squeeze(a, axis)), _each(lambda a: np.expand_dims(a, axis))
-    )
+    return Operation(f"squeeze({axis})", _each(lambda a: np.squeeze(a, axis)), _each(lambda a: np.expand_dims(a, axis)))
 
 
 def unsqueeze(axis: int) -> Operation:
@@ -96,9 +94,7 @@ def unsqueeze(axis: int) -> Operation:
 
 def reshape(ours: Sequence[int], foreign: Sequence[int]) -> Operation:
     """Another shape for the same values in the same order; one length of each may be -1."""
-    return Operation(
-        f"reshape({tuple(ours)})", _each(lambda a: a.reshape(ours)), _each(lambda a: a.reshape(foreign))
-    )
+    return Operation(f"reshape({tuple(ours)})", _each(lambda a: a.reshape(ours)), _each(lambda a: a.reshape(foreign)))
 
 
 def split(parts: int | Sequence[int], axis: int = 0) -> Operation:

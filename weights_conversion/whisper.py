@@ -74,9 +74,7 @@ def hugging_face_table(config: WhisperConfig, model_class: str) -> Table:
     # Early directories hold the bare model's names without "model.".
     old = ((r"^(encoder|decoder)\.", r"model.\1."),)
     head = (
-        {"tied": (Tied("proj_out.weight", "model.decoder.embed_tokens.weight"),)}
-        if config.tie_word_embeddings
-        else {}
+        {"tied": (Tied("proj_out.weight", "model.decoder.embed_tokens.weight"),)} if config.tie_word_embeddings else {}
     )
     untied = () if config.tie_word_embeddings else (Rule("proj_out.weight", "proj_out.kernel", transpose),)
     if model_class == "WhisperModel":
@@ -267,9 +265,7 @@ def _with_token_ids(sizes: dict[str, Any]) -> WhisperConfig:
     end = 50257 if multilingual else 50256
     sizes.setdefault("encoder_ffn_dim", 4 * sizes["d_model"])
     sizes.setdefault("decoder_ffn_dim", 4 * sizes["d_model"])
-    return WhisperConfig(
-        **sizes, pad_token_id=end, eos_token_id=end, bos_token_id=end, decoder_start_token_id=end + 1
-    )
+    return WhisperConfig(**sizes, pad_token_id=end, eos_token_id=end, bos_token_id=end, decoder_start_token_id=end + 1)
 
 
 # (decoder layer, head) pairs of the released models whose attention follows the words, by (vocabulary, encoder
@@ -281,7 +277,11 @@ _ALIGNMENT_HEADS: dict[tuple[int, int, int], str] = {
     (51865, 6, 6): "3.1 4.2 4.3 4.7 5.1 5.2 5.4 5.6",
     (51864, 12, 12): "6.6 7.0 7.3 7.8 8.2 8.5 8.7 9.0 9.4 9.8 9.10 10.0 10.1 10.2 10.3 10.6 10.11 11.2 11.4",
     (51865, 12, 12): "5.3 5.9 8.0 8.4 8.7 8.8 9.0 9.7 9.9 10.5",
-    (51864, 24, 24): "11.4 14.1 14.12 14.14 15.4 16.0 16.4 16.9 17.12 17.14 18.7 18.10 18.15 20.0 20.3 20.9 20.14 21.12",
+    (
+        51864,
+        24,
+        24,
+    ): "11.4 14.1 14.12 14.14 15.4 16.0 16.4 16.9 17.12 17.14 18.7 18.10 18.15 20.0 20.3 20.9 20.14 21.12",
     (51865, 24, 24): "13.15 15.4 15.15 16.1 20.0 23.4",
     (51865, 32, 32): "10.12 13.17 16.11 16.12 16.13 17.15 17.16 18.4 18.11 18.19 19.11 21.2 21.3 22.3 22.9 22.12 23.5 "
     "23.7 23.13 25.5 26.1 26.12 27.15",
@@ -379,7 +379,9 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
                 begin_suppress_tokens=tuple(side.get("suppress_ids_begin") or generation.begin_suppress_tokens),
             )
     else:
-        raise SourceError(f"{path} is a bare {tensors.format} file; give the directory that also holds its config.json.")
+        raise SourceError(
+            f"{path} is a bare {tensors.format} file; give the directory that also holds its config.json."
+        )
     return ForeignCheckpoint(wanted, config, tensors, table, path, {"generation_config": generation})
 
 

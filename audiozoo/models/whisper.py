@@ -323,7 +323,9 @@ class WhisperEncoder(nnx.Module):
         expected = ENCODER_STRIDE * config.max_source_positions
         _, mels, time = input_features.shape
         if mels != config.num_mel_bins:
-            raise UsageError(f"The features have {mels} mel channels; this model was trained with {config.num_mel_bins}.")
+            raise UsageError(
+                f"The features have {mels} mel channels; this model was trained with {config.num_mel_bins}."
+            )
         if time != expected and not (allow_short and 0 < time < expected):
             raise UsageError(f"The features have {time} frames; Whisper takes {expected} (pad the audio to 30 s).")
         dropout = Dropout(key)
@@ -717,7 +719,9 @@ class WhisperForConditionalGeneration(nnx.Module):
             languages = [language or "en"] * batch if language is None or isinstance(language, str) else list(language)
             if len(languages) != batch:
                 raise UsageError(f"{len(languages)} languages were given for {batch} examples.")
-            rows = [[ids.decoder_start_token_id, self.language_id(name), tasks[task or "transcribe"]] for name in languages]
+            rows = [
+                [ids.decoder_start_token_id, self.language_id(name), tasks[task or "transcribe"]] for name in languages
+            ]
         previous = list(prompt_ids or ())
         if previous and previous[0] != ids.prev_sot_token_id:
             previous = [ids.prev_sot_token_id, *previous]
@@ -749,9 +753,7 @@ class WhisperForConditionalGeneration(nnx.Module):
             raise UsageError("This model is English-only, so it cannot tell languages apart.")
         return _detect_language(*nnx.split(self), input_features, encoder_outputs)
 
-    def start(
-        self, encoder_hidden_states: Float[Array, "batch frames d_model"], length: int
-    ) -> WhisperCache:
+    def start(self, encoder_hidden_states: Float[Array, "batch frames d_model"], length: int) -> WhisperCache:
         """The cache that `step` and `prefill` take, with room for `length` tokens."""
         return _marked(self.model.decoder.start(encoder_hidden_states, length))
 

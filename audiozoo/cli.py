@@ -1,0 +1,349 @@
+"""The command line: `audiozoo list | show | transcribe | convert | export | demo`.
+
+Results go to standard output, progress and messages to standard error. The exit code is 0 if all went well, 1 if
+something could not be done (one sentence says what), 2 for a command that makes no sense.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from audiozoo import packaged, registry
+from audiozoo.errors import AudiozooError, SourceError, UsageError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Audio papers in JAX, running the real checkpoints.",
+    rich_markup_mode=None,
+)
+messages = Console(stderr=True)
+
+
+def main() -> None:
+    """Run a command; every expected error becomes one sentence and the exit code 1."""
+    try:
+        app()
+    except AudiozooError as error:
+        messages.print(f"audiozoo: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except BrokenPipeError:
+        sys.exit(1)
+    except KeyboardInterrupt:
+        messages.print("audiozoo: interrupted.", style="red")
+        sys.exit(130)
+
+
+def cache_directory() -> Path:
+    """Where compiled programs are kept between runs: `$AUDIOZOO_CACHE`, else audiozoo's place in the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("AUDIOZOO_CACHE") or Path(base) / "audiozoo")
+
+
+def keep_compiled_programs() -> None:
+    """Turn on JAX's persistent compilation cache."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@contextmanager
+def progress_bar(description: str, total: float | None, unit: str) -> Iterator[Callable[[float, float], None]]:
+    """A bar on standard error; gives `update(done, total)`."""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} " + unit if total or unit else "{task.completed:.0f}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda done, whole: progress.update(task, completed=done, total=whole)
+
+
+def megabytes(update: Callable[[float, float], None]) -> Callable[[int, int], None]:
+    """A progress callback in bytes, for a bar in megabytes."""
+    return lambda done, total: update(done / 1e6, total / 1e6)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, then rename it."""
+    try:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", delete=False) as file:
+            file.write(text)
+        Path(file.name).replace(path)
+    except OSError as error:
+        raise SourceError(f"{path} cannot be written ({error.strerror}).") from None
+
+
+# --- list and show ---------------------------------------------------------------------------------------------------
+
+
+@app.command("list")
+def list_papers(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
+    """List the papers: sizes, tasks and how many checkpoints."""
+    if as_json:
+        import dataclasses
+
+        print(json.dumps([dataclasses.asdict(entry) for entry in registry.PAPERS], indent=2))
+        return
+    table = Table("paper", "year", "arXiv", "sizes", "tasks", "checkpoints", "licences")
+    for entry in registry.PAPERS:
+        licences = sorted({c.licence for c in entry.checkpoints})
+        table.add_row(
+            entry.name,
+            str(entry.year),
+            entry.arxiv or "-",
+            ", ".join(entry.sizes),
+            ", ".join(entry.tasks),
+            str(len(entry.checkpoints)),
+            ", ".join(licences),
+        )
+    Console().print(table)
+
+
+@app.command()
+def show(paper: Annotated[str, typer.Argument(help="a paper's name, such as whisper")]) -> None:
+    """Show one paper: its classes, sizes and published checkpoints with their licences."""
+    entry = registry.paper(paper)
+    console = Console()
+    console.print(f"{entry.title}: {entry.paper} ({entry.year}" + (f", arXiv {entry.arxiv})" if entry.arxiv else ")"))
+    console.print(f"classes: {', '.join(entry.classes)}")
+    console.print(f"tasks:   {', '.join(entry.tasks)}")
+    console.print(f"file:    audiozoo/models/{entry.name}.py")
+    table = Table("checkpoint", "size", "licence")
+    for checkpoint in entry.checkpoints:
+        table.add_row(checkpoint.name, checkpoint.size, checkpoint.licence)
+    console.print(table)
+
+
+# --- conversion ------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="hub id, directory or file")],
+    out: Annotated[Path, typer.Argument(help="directory to write")],
+    model_class: Annotated[str | None, typer.Option(help="the class, where the checkpoint leaves a choice")] = None,
+    param_dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64")] = "float32",
+    overwrite: Annotated[bool, typer.Option(help="replace OUT if it exists")] = False,
+) -> None:
+    """Convert a checkpoint of any known form into a native one (Orbax), with its processor's files."""
+    _convert(source, out, model_class, param_dtype, overwrite, to_hugging_face=False)
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="hub id, directory or file")],
+    out: Annotated[Path, typer.Argument(help="directory to write")],
+    model_class: Annotated[str | None, typer.Option(help="the class, where the checkpoint leaves a choice")] = None,
+    overwrite: Annotated[bool, typer.Option(help="replace OUT if it exists")] = False,
+) -> None:
+    """Write a checkpoint of any known form as a Hugging Face directory, for PyTorch."""
+    _convert(source, out, model_class, "float32", overwrite, to_hugging_face=True)
+
+
+def _convert(
+    source: str, out: Path, model_class: str | None, param_dtype: str, overwrite: bool, *, to_hugging_face: bool
+) -> None:
+    import audiozoo
+    from audiozoo import hub
+
+    if param_dtype not in ("float32", "bfloat16", "float16", "float64"):
+        raise UsageError(f"{param_dtype!r} is no dtype for parameters; take float32, bfloat16, float16 or float64.")
+    if out.exists() and not overwrite:
+        raise SourceError(f"{out} exists already; give another place, or --overwrite.")
+    if param_dtype == "float64":
+        import jax
+
+        jax.config.update("jax_enable_x64", True)
+    path = hub.resolve(source)
+    with progress_bar("reading", None, "MB") as update:
+        model = audiozoo.load(path, model_class=model_class, param_dtype=param_dtype, progress=megabytes(update))
+    directory = path if path.is_dir() else path.parent
+    if to_hugging_face:
+        with progress_bar("writing", None, "MB") as update:
+            audiozoo.export(model, out, processor_from=directory, overwrite=overwrite, progress=megabytes(update))
+    else:
+        audiozoo.save(model, out, processor_from=directory, overwrite=overwrite)
+    messages.print(f"wrote {type(model).__name__} to {out}", markup=False, highlight=False)
+
+
+# --- transcription ---------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def transcribe(
+    files: Annotated[list[str], typer.Argument(help="sound files; - is standard input")],
+    model: Annotated[str | None, typer.Option(help="hub id, directory or file; by default Whisper tiny.en")] = None,
+    language: Annotated[str | None, typer.Option(help="code or name; detected if not given")] = None,
+    task: Annotated[str, typer.Option(help="transcribe, or translate (into English)")] = "transcribe",
+    output_format: Annotated[str, typer.Option("--format", help="txt, srt, vtt, tsv or json")] = "txt",
+    output_dir: Annotated[
+        Path | None, typer.Option(help="write FILE.FORMAT there instead of to standard output")
+    ] = None,
+    word_timestamps: Annotated[bool, typer.Option("--word-timestamps", help="time every word")] = False,
+    beam_size: Annotated[int | None, typer.Option(help="beams, at temperature 0")] = None,
+    best_of: Annotated[int | None, typer.Option(help="samples, at temperatures above 0")] = None,
+    patience: Annotated[float | None, typer.Option(help="of the beam search")] = None,
+    length_penalty: Annotated[float | None, typer.Option(help="of the beam search, 0 to 1")] = None,
+    temperature: Annotated[str, typer.Option(help="one, or several tried in turn")] = "0,0.2,0.4,0.6,0.8,1",
+    compression_ratio_threshold: Annotated[float, typer.Option(help="text that zlib shrinks more is refused")] = 2.4,
+    logprob_threshold: Annotated[float, typer.Option(help="mean log-probability below which text is refused")] = -1.0,
+    no_speech_threshold: Annotated[
+        float, typer.Option(help="probability of silence above which text is dropped")
+    ] = 0.6,
+    initial_prompt: Annotated[str | None, typer.Option(help="text that comes before the audio")] = None,
+    carry_initial_prompt: Annotated[
+        bool, typer.Option("--carry-initial-prompt", help="repeat it at every window")
+    ] = False,
+    condition_on_previous_text: Annotated[bool, typer.Option(help="prompt each window with the text so far")] = True,
+    suppress_tokens: Annotated[str, typer.Option(help="token ids, -1 for all that is not speech")] = "-1",
+    clip_timestamps: Annotated[str, typer.Option(help="start,end,start,… in seconds")] = "0",
+    hallucination_silence_threshold: Annotated[
+        float | None, typer.Option(help="skip silence longer than this around doubtful text (needs --word-timestamps)")
+    ] = None,
+    without_timestamps: Annotated[bool, typer.Option("--without-timestamps", help="text only")] = False,
+    batch_size: Annotated[int, typer.Option(help="windows decoded together")] = 1,
+    padding: Annotated[str, typer.Option(help="of the last window: silence or zeros")] = "silence",
+    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+    dtype: Annotated[str, typer.Option(help="of the computation: float32 or bfloat16")] = "float32",
+) -> None:
+    """Transcribe sound files."""
+    from audiozoo.text import subtitles
+
+    if output_format not in subtitles.FORMATS:
+        raise UsageError(f"There is no format {output_format!r}; there are {', '.join(subtitles.FORMATS)}.")
+    if output_dir is not None and not output_dir.is_dir():
+        try:
+            output_dir.mkdir(parents=True)
+        except OSError as error:
+            raise SourceError(f"{output_dir} cannot be made ({error.strerror}).") from None
+    try:
+        temperatures = tuple(float(t) for t in temperature.split(","))
+    except ValueError:
+        raise UsageError(f"--temperature {temperature!r} must be numbers with commas between them.") from None
+    options = {
+        "language": language,
+        "task": task,
+        "word_timestamps": word_timestamps,
+        "beam_size": beam_size,
+        "best_of": best_of,
+        "patience": patience,
+        "length_penalty": length_penalty,
+        "temperature": temperatures,
+        "compression_ratio_threshold": compression_ratio_threshold,
+        "logprob_threshold": logprob_threshold,
+        "no_speech_threshold": no_speech_threshold,
+        "initial_prompt": initial_prompt,
+        "carry_initial_prompt": carry_initial_prompt,
+        "condition_on_previous_text": condition_on_previous_text,
+        "suppress_tokens": suppress_tokens,
+        "clip_timestamps": clip_timestamps,
+        "hallucination_silence_threshold": hallucination_silence_threshold,
+        "without_timestamps": without_timestamps,
+        "batch_size": batch_size,
+        "padding": padding,
+        "seed": seed,
+    }
+    missing = [f for f in files if f != "-" and not Path(f).is_file()]
+    if missing:
+        raise SourceError(
+            f"{missing[0]} is not there." if len(missing) == 1 else f"{', '.join(missing)} are not there."
+        )
+
+    keep_compiled_programs()
+    import audiozoo
+    from audiozoo.decoding import long_form
+
+    long_form.TranscriptionOptions.of(options)  # an error comes before the model is read
+    source = model or packaged.whisper()
+    recogniser = audiozoo.load(source, dtype=dtype if dtype != "float32" else None)
+    processor = audiozoo.load_processor(source)
+    failed = 0
+    for file in files:
+        recording: Any = sys.stdin.buffer.read() if file == "-" else file
+        name = "standard input" if file == "-" else file
+        try:
+            with progress_bar(Path(name).name, None, "s") as update:
+                result = long_form.transcribe(recogniser, processor, recording, progress=update, **options)
+        except AudiozooError as error:
+            if len(files) == 1:
+                raise
+            messages.print(f"audiozoo: {name}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            failed += 1
+            continue
+        text = subtitles.render(result, output_format)
+        if output_dir is None:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        else:
+            stem = "stdin" if file == "-" else Path(file).stem
+            write_whole(output_dir / f"{stem}.{output_format}", text)
+    if failed:
+        raise SourceError(f"{failed} of {len(files)} files could not be transcribed.")
+
+
+# --- the demo --------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def demo() -> None:
+    """Convert real Whisper weights from another framework's file and transcribe real speech with them."""
+    started = time.perf_counter()
+    keep_compiled_programs()
+    import jax
+
+    import audiozoo
+    from audiozoo import audio
+    from audiozoo.decoding import long_form
+    from audiozoo.loading import variables
+    from audiozoo.text.metrics import word_error_rate
+    from audiozoo.text.normalizers import EnglishTextNormalizer
+
+    weights, speech = packaged.TINY_EN.verified(), packaged.SPEECH.verified()
+    print(f"weights   {packaged.TINY_EN.content}, from the package {packaged.TINY_EN.package}")
+    before = time.perf_counter()
+    model = audiozoo.load(weights.parent)
+    processor = audiozoo.load_processor(weights.parent)
+    parameters = variables(model)
+    count = sum(p.size for p in parameters.values())
+    seconds = time.perf_counter() - before
+    print(f"          {len(parameters)} arrays, {count / 1e6:.1f} M parameters, converted to JAX in {seconds:.1f} s")
+    waveform = audio.read(speech)
+    print(f"speech    {packaged.SPEECH.content}")
+    before = time.perf_counter()
+    result = long_form.transcribe(model, processor, waveform)
+    seconds = time.perf_counter() - before
+    print(f"heard     {result['text'].strip()}")
+    print(f"said      {packaged.SPEECH_TEXT}")
+    normalise = EnglishTextNormalizer()
+    error = float(word_error_rate(normalise(packaged.SPEECH_TEXT), normalise(result["text"])))
+    words = len(normalise(packaged.SPEECH_TEXT).split())
+    length = len(waveform) / 16_000
+    print(f"agreement {100 * (1 - error):.0f} % of {words} words")
+    print(
+        f"time      {length:.1f} s of speech in {seconds:.1f} s on {jax.devices()[0].platform}, compilation included;"
+    )
+    print(f"          {time.perf_counter() - started:.1f} s in all")
+    if error > 0.1:
+        raise AudiozooError("The transcript is not what was said; this installation does not work as it should.")
+
+
+if __name__ == "__main__":
+    main()
