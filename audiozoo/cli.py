@@ -95,26 +95,25 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @app.command("list")
-def list_papers(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
-    """List the papers: sizes, tasks and how many checkpoints."""
+def list_papers(
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="print the README's table")] = False,
+) -> None:
+    """List the papers: sizes, tasks, checkpoints and licences."""
+    if markdown:
+        print(registry.markdown_table(), end="")
+        return
     if as_json:
         import dataclasses
 
         print(json.dumps([dataclasses.asdict(entry) for entry in registry.PAPERS], indent=2))
         return
-    table = Table("paper", "year", "arXiv", "sizes", "tasks", "checkpoints", "licences")
     for entry in registry.PAPERS:
-        licences = sorted({c.licence for c in entry.checkpoints})
-        table.add_row(
-            entry.name,
-            str(entry.year),
-            entry.arxiv or "-",
-            ", ".join(entry.sizes),
-            ", ".join(entry.tasks),
-            str(len(entry.checkpoints)),
-            ", ".join(licences),
-        )
-    Console().print(table)
+        print(f"{entry.name}  ({entry.title}, {entry.year}" + (f", arXiv {entry.arxiv})" if entry.arxiv else ")"))
+        print(f"  sizes        {', '.join(entry.sizes)}")
+        print(f"  tasks        {', '.join(entry.tasks)}")
+        print(f"  checkpoints  {len(entry.checkpoints)}: audiozoo show {entry.name}")
+        print(f"  licences     {', '.join(sorted({c.licence for c in entry.checkpoints}))}")
 
 
 @app.command()

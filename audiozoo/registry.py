@@ -187,3 +187,16 @@ def paper_of_class(name: str) -> Paper:
         f"No paper of the zoo has a class {name!r}"
         + (f"; did you mean {near[0]}?" if near else f"; there are {classes}.")
     )
+
+
+def markdown_table() -> str:
+    """The README's table of papers."""
+    rows = ["| paper | year | classes | sizes | tasks | checkpoints | code | notebook |", "| --- " * 8 + "|"]
+    for entry in PAPERS:
+        link = f"[{entry.title}](https://arxiv.org/abs/{entry.arxiv})" if entry.arxiv else entry.title
+        rows.append(
+            f"| {link} | {entry.year} | {', '.join(f'`{c}`' for c in entry.classes)} | {len(entry.sizes)} "
+            f"| {', '.join(entry.tasks)} | {len(entry.checkpoints)} | [{entry.name}.py](audiozoo/models/{entry.name}.py) "
+            f"| [{entry.name}.ipynb](notebooks/{entry.name}.ipynb) |"
+        )
+    return "\n".join(rows) + "\n"
