@@ -10,7 +10,7 @@ with that matrix folded along its symmetry.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 
@@ -182,6 +182,105 @@ def mel_filterbank(
         raise UsageError(f"There is no filter norm '{norm}'; choose slaney or None.")
     filters.setflags(write=False)
     return filters
+
+
+# --------------------------------------------------------------------------------------------------------------- Kaldi
+
+
+def kaldi_window(name: str, length: int) -> np.ndarray:
+    r"""Kaldi's windows, symmetric: "povey" ($\mathrm{hann}^{0.85}$), hanning, hamming, blackman, rectangular."""
+    if name == "povey":
+        return hann_window(length, periodic=False) ** 0.85
+    windows: dict[str, Callable[[int], np.ndarray]] = {
+        "hanning": np.hanning,
+        "hamming": np.hamming,
+        "blackman": np.blackman,
+        "rectangular": np.ones,
+    }
+    if name not in windows:
+        raise UsageError(f"Kaldi has no window '{name}'; choose povey, {', '.join(windows)}.")
+    return windows[name](length)
+
+
+def kaldi_fbank(
+    x: Float[Array, "*batch time"],
+    n_mels: int = 80,
+    sampling_rate: int = 16_000,
+    *,
+    frame_length: float = 25.0,
+    frame_shift: float = 10.0,
+    window: str = "povey",
+    preemphasis: float = 0.97,
+    remove_dc_offset: bool = True,
+    f_min: float = 20.0,
+    f_max: float = 0.0,
+    snip_edges: bool = True,
+    power: float = 2.0,
+    floor: float = float(np.finfo(np.float32).eps),
+    dither: float = 0.0,
+    key: Array | None = None,
+) -> Float[Array, "*batch frames mels"]:
+    r"""Kaldi's log-mel filterbank energies (`compute-fbank-feats`), as `torchaudio.compliance.kaldi.fbank` has them.
+
+    Each frame by itself loses its mean, is sharpened ($y_n = x_n - c\,x_{n-1}$, with $x_{-1} = x_0$), windowed, and
+    padded to a power of two for the transform. The triangles are straight over mel; the logarithm is natural.
+
+    Args:
+        x: waveforms. Kaldi's are 16-bit integers: multiply by 32,768 where the checkpoint was trained so (fairseq S2T),
+            not where it was not (AST).
+        n_mels: bands.
+        sampling_rate: Hz.
+        frame_length: ms.
+        frame_shift: ms.
+        window: see `kaldi_window`.
+        preemphasis: $c$.
+        remove_dc_offset: subtract each frame's mean.
+        f_min: lower edge of the lowest band, Hz.
+        f_max: upper edge of the highest band, Hz; not positive: that much below half the sampling rate.
+        snip_edges: only whole frames, $1 + \lfloor (T - L) / S \rfloor$; else $\lfloor (T + S/2) / S \rfloor$ frames of
+            the waveform mirrored at its ends.
+        power: 2 for energies, 1 for magnitudes.
+        floor: least value before the logarithm.
+        dither: standard deviation of noise added to every frame; needs `key`.
+        key: of `jax.random`.
+
+    Raises:
+        AudioError: shorter than one frame.
+    """
+    length, shift = int(sampling_rate * frame_length * 0.001), int(sampling_rate * frame_shift * 0.001)
+    if not snip_edges:
+        frames = (x.shape[-1] + shift // 2) // shift
+        left = length // 2 - shift // 2
+        right = (frames - 1) * shift + length - left - x.shape[-1]
+        if frames < 1:
+            raise AudioError(f"{x.shape[-1]} samples are fewer than half a frame shift of {shift} samples.")
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(max(left, 0), max(right, 0))], mode="symmetric")
+        x = x[..., max(-left, 0) :]
+    y = frame(x, length, shift)
+    if not snip_edges:
+        y = y[..., :frames, :]
+    if dither:
+        if key is None:
+            raise UsageError("Dither is random: give kaldi_fbank a key of jax.random.")
+        y = y + dither * jax.random.normal(key, y.shape, y.dtype)
+    if remove_dc_offset:
+        y = y - y.mean(axis=-1, keepdims=True)
+    y = y - preemphasis * jnp.concatenate([y[..., :1], y[..., :-1]], axis=-1)
+    n_fft = 1 << (length - 1).bit_length()
+    spectrum = jnp.fft.rfft(y * jnp.asarray(kaldi_window(window, length), y.dtype), n_fft)
+    filters = mel_filterbank(
+        n_fft // 2 + 1,
+        n_mels,
+        sampling_rate,
+        f_min=f_min,
+        f_max=f_max if f_max > 0 else sampling_rate / 2 + f_max,
+        scale="kaldi",
+        norm=None,
+        triangles_in_mel=True,
+    )
+    energies = _magnitude(spectrum, power)
+    mel = jnp.matmul(energies, jnp.asarray(filters, energies.dtype), precision=jax.lax.Precision.HIGHEST)
+    return jnp.log(jnp.maximum(mel, floor))
 
 
 # ------------------------------------------------------------------------------------------------------------- Whisper

@@ -197,3 +197,62 @@ def test_blocks_of_any_size_make_the_same_spectrogram(sizes, padding):
 def test_stereo_is_refused():
     with pytest.raises(AudioError, match="one dimension"):
         audio.long_log_mel_spectrogram(np.zeros((2, 16_000), np.float32))
+
+
+# --------------------------------------------------------------------------------------------------------------- Kaldi
+
+
+def plain_fbank(x, n_mels, window, snip_edges, remove_dc, preemphasis, low, high, power):
+    """Kaldi's features frame by frame, in NumPy."""
+    count = 1 + (len(x) - 400) // 160 if snip_edges else (len(x) + 80) // 160
+    hertz = np.arange(257) * 16_000 / 512
+    mel = 1127 * np.log(1 + hertz / 700)
+    edges = np.linspace(1127 * np.log(1 + low / 700), 1127 * np.log(1 + high / 700), n_mels + 2)
+    rows = []
+    for t in range(count):
+        index = np.arange(400) + 160 * t - (0 if snip_edges else 120)
+        index = np.where(index < 0, -1 - index, index)
+        index = np.where(index >= len(x), 2 * len(x) - 1 - index, index)
+        y = x[index] - (x[index].mean() if remove_dc else 0.0)
+        y = np.array([y[n] - preemphasis * y[max(n - 1, 0)] for n in range(400)]) * window
+        energy = np.abs(np.fft.rfft(y, 512)) ** power
+        bands = []
+        for left, centre, right in zip(edges, edges[1:], edges[2:], strict=False):
+            up, down = (mel - left) / (centre - left), (right - mel) / (right - centre)
+            bands.append((energy * np.clip(np.minimum(up, down), 0, None)).sum())
+        rows.append(np.log(np.maximum(bands, 1.1920928955078125e-07)))
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("snip_edges", [True, False])
+@pytest.mark.parametrize("samples", [400, 1_999, 4_000])
+@pytest.mark.parametrize(
+    ("window", "remove_dc", "preemphasis", "low", "high", "power"),
+    [("povey", True, 0.97, 20, 0, 2), ("hanning", False, 0.5, 100, -400, 1), ("hamming", True, 0.0, 20, 7_600, 2)],
+)
+def test_kaldis_features(samples, window, remove_dc, preemphasis, low, high, power, snip_edges):
+    x = np.random.default_rng(4).standard_normal((2, samples)) + 0.3
+    shapes = {"povey": np.hanning(400) ** 0.85, "hanning": np.hanning(400), "hamming": np.hamming(400)}
+    top = high if high > 0 else 8_000 + high
+    expected = [plain_fbank(row, 40, shapes[window], snip_edges, remove_dc, preemphasis, low, top, power) for row in x]
+    options = {"window": window, "remove_dc_offset": remove_dc, "preemphasis": preemphasis, "snip_edges": snip_edges}
+    with jax.enable_x64(True):
+        ours = audio.kaldi_fbank(jnp.asarray(x), 40, f_min=low, f_max=high, power=power, **options)
+        assert ours.dtype == np.float64
+    assert_close(ours, np.stack(expected), "output")
+
+
+def test_kaldis_dither_is_explicit_and_bad_input_is_named():
+    silence = jnp.zeros(1_000)
+    np.testing.assert_allclose(audio.kaldi_fbank(silence), np.log(np.finfo(np.float32).eps), rtol=1e-6)
+    a, b = (audio.kaldi_fbank(silence, dither=1.0, key=jax.random.key(0)) for _ in range(2))
+    np.testing.assert_array_equal(a, b)
+    assert np.std(a) > 0
+    with pytest.raises(UsageError, match="give kaldi_fbank a key"):
+        audio.kaldi_fbank(silence, dither=1.0)
+    with pytest.raises(UsageError, match="no window 'kaiser'"):
+        audio.kaldi_fbank(silence, window="kaiser")
+    with pytest.raises(AudioError, match="fewer than one frame"):
+        audio.kaldi_fbank(silence[:399])
+    with pytest.raises(AudioError, match="fewer than half a frame shift"):
+        audio.kaldi_fbank(silence[:79], snip_edges=False)
