@@ -109,7 +109,7 @@ def load(
         dtype: dtype of the computation; by default that of parameters and inputs.
         param_dtype: dtype of the parameters; float32 by default, whatever the file holds.
         mesh: devices to lay the parameters out on; every tensor goes straight to its shards.
-        rules: `(regular expression, PartitionSpec)` pairs for that mesh, first match wins; by default `sharding.DEFAULT_RULES`.
+        rules: `(regular expression, PartitionSpec)` pairs, first match wins; by default `sharding.DEFAULT_RULES`.
         initialize: a regular expression of parameter paths that are drawn at random if the checkpoint does not have
             them (a new head, for fine-tuning). Without it the checkpoint must hold every parameter.
         revision: branch, tag or commit of a hub repository.

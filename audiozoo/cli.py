@@ -237,7 +237,7 @@ def transcribe(
         temperatures = tuple(float(t) for t in temperature.split(","))
     except ValueError:
         raise UsageError(f"--temperature {temperature!r} must be numbers with commas between them.") from None
-    options = {
+    options: dict[str, Any] = {
         "language": language,
         "task": task,
         "word_timestamps": word_timestamps,

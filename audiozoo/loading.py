@@ -54,9 +54,9 @@ def paper_of(path: Path) -> Paper:
             except UsageError as error:
                 raise SourceError(f"{path / 'config.json'} names the class {name}. {error}") from None
         for entry in PAPERS:
-            if config.get("model_type") in (entry.conversion.MODEL_TYPE, None) and _has_weights(path):
-                if config.get("model_type") == entry.conversion.MODEL_TYPE or entry.conversion.recognise(path):
-                    return entry
+            named = config.get("model_type")
+            if named == entry.conversion.MODEL_TYPE or (named is None and entry.conversion.recognise(path)):
+                return entry
     elif path.exists():
         for entry in PAPERS:
             if entry.conversion.recognise(path):
@@ -65,10 +65,6 @@ def paper_of(path: Path) -> Paper:
         raise SourceError(f"{path} does not exist.")
     known = ", ".join(entry.title for entry in PAPERS)
     raise SourceError(f"{path} is no checkpoint of a model that audiozoo runs ({known}).")
-
-
-def _has_weights(directory: Path) -> bool:
-    return any(any(directory.glob(p)) for p in ("*.safetensors*", "*.bin*", "*.pt", "*.pth"))
 
 
 def load(
@@ -163,7 +159,8 @@ def _shardings(expected: Mapping[str, Any], mesh: Any, rules: Sequence[Any] | No
 def save(model: nnx.Module, directory: Path, *, files: Iterable[Path] = (), overwrite: bool = False) -> None:
     """See `audiozoo.save`."""
     values = {name: leaf[...] for name, leaf in variables(model).items()}
-    config: dict[str, Any] = {"model_class": type(model).__name__, "config": dataclasses.asdict(model.config)}  # type: ignore[attr-defined]
+    settings = dataclasses.asdict(model.config)  # type: ignore[attr-defined]
+    config: dict[str, Any] = {"model_class": type(model).__name__, "config": settings}
     if hasattr(model, "generation_config"):
         config["generation_config"] = dataclasses.asdict(model.generation_config)
     checkpoints.save(values, directory, config, files=list(files), overwrite=overwrite)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, dataclass_transform
 
 import jax
 from jaxtyping import Array, Float
 
+ABSENT: Any = None  # the default of fields that every ordinary call computes
 
+
+@dataclass_transform()
 class ModelOutput:
     """Base of the output dataclasses: a pytree, with `output["logits"]`, iteration over what is set, and `keys()`."""
 
@@ -37,7 +40,7 @@ class ModelOutput:
 class BaseModelOutput(ModelOutput):
     """An encoder's output."""
 
-    last_hidden_state: Float[Array, "batch time channels"] | None = None
+    last_hidden_state: Float[Array, "batch time channels"] = ABSENT
     hidden_states: tuple[Float[Array, "batch time channels"], ...] | None = None
     attentions: tuple[Float[Array, "batch heads query key"], ...] | None = None
 
@@ -45,7 +48,7 @@ class BaseModelOutput(ModelOutput):
 class DecoderOutput(ModelOutput):
     """A decoder's output, with the cache that the next call takes."""
 
-    last_hidden_state: Float[Array, "batch time channels"] | None = None
+    last_hidden_state: Float[Array, "batch time channels"] = ABSENT
     past_key_values: Any = None
     hidden_states: tuple[Float[Array, "batch time channels"], ...] | None = None
     attentions: tuple[Float[Array, "batch heads query key"], ...] | None = None
@@ -55,7 +58,7 @@ class DecoderOutput(ModelOutput):
 class Seq2SeqModelOutput(ModelOutput):
     """An encoder-decoder's output without a head."""
 
-    last_hidden_state: Float[Array, "batch time channels"] | None = None
+    last_hidden_state: Float[Array, "batch time channels"] = ABSENT
     past_key_values: Any = None
     decoder_hidden_states: tuple[Float[Array, "batch time channels"], ...] | None = None
     decoder_attentions: tuple[Float[Array, "batch heads query key"], ...] | None = None
@@ -69,7 +72,7 @@ class Seq2SeqLMOutput(ModelOutput):
     """An encoder-decoder's output with a language-model head."""
 
     loss: Float[Array, ""] | None = None
-    logits: Float[Array, "batch time vocabulary"] | None = None
+    logits: Float[Array, "batch time vocabulary"] = ABSENT
     past_key_values: Any = None
     decoder_hidden_states: tuple[Float[Array, "batch time channels"], ...] | None = None
     decoder_attentions: tuple[Float[Array, "batch heads query key"], ...] | None = None
@@ -83,7 +86,7 @@ class CausalLMOutput(ModelOutput):
     """A decoder's output with a language-model (or CTC) head."""
 
     loss: Float[Array, ""] | None = None
-    logits: Float[Array, "batch time vocabulary"] | None = None
+    logits: Float[Array, "batch time vocabulary"] = ABSENT
     past_key_values: Any = None
     hidden_states: tuple[Float[Array, "batch time channels"], ...] | None = None
     attentions: tuple[Float[Array, "batch heads query key"], ...] | None = None
@@ -94,7 +97,7 @@ class SequenceClassifierOutput(ModelOutput):
     """A classifier's output, one row of logits for each item."""
 
     loss: Float[Array, ""] | None = None
-    logits: Float[Array, "batch labels"] | None = None
+    logits: Float[Array, "batch labels"] = ABSENT
     hidden_states: tuple[Float[Array, "batch time channels"], ...] | None = None
     attentions: tuple[Float[Array, "batch heads query key"], ...] | None = None
 
@@ -103,6 +106,25 @@ class TokenClassifierOutput(ModelOutput):
     """A classifier's output, one row of logits for each frame."""
 
     loss: Float[Array, ""] | None = None
-    logits: Float[Array, "batch time labels"] | None = None
+    logits: Float[Array, "batch time labels"] = ABSENT
+    hidden_states: tuple[Float[Array, "batch time channels"], ...] | None = None
+    attentions: tuple[Float[Array, "batch heads query key"], ...] | None = None
+
+
+class Wav2Vec2BaseModelOutput(ModelOutput):
+    """A speech encoder's output, with the convolutional features that it read."""
+
+    last_hidden_state: Float[Array, "batch time channels"] = ABSENT
+    extract_features: Float[Array, "batch time features"] | None = None
+    hidden_states: tuple[Float[Array, "batch time channels"], ...] | None = None
+    attentions: tuple[Float[Array, "batch heads query key"], ...] | None = None
+
+
+class XVectorOutput(ModelOutput):
+    """A speaker model's output: `embeddings` to compare speakers by, `logits` for the training loss."""
+
+    loss: Float[Array, ""] | None = None
+    logits: Float[Array, "batch channels"] = ABSENT
+    embeddings: Float[Array, "batch channels"] | None = None
     hidden_states: tuple[Float[Array, "batch time channels"], ...] | None = None
     attentions: tuple[Float[Array, "batch heads query key"], ...] | None = None

@@ -196,7 +196,8 @@ def markdown_table() -> str:
         link = f"[{entry.title}](https://arxiv.org/abs/{entry.arxiv})" if entry.arxiv else entry.title
         rows.append(
             f"| {link} | {entry.year} | {', '.join(f'`{c}`' for c in entry.classes)} | {len(entry.sizes)} "
-            f"| {', '.join(entry.tasks)} | {len(entry.checkpoints)} | [{entry.name}.py](audiozoo/models/{entry.name}.py) "
+            f"| {', '.join(entry.tasks)} | {len(entry.checkpoints)} "
+            f"| [{entry.name}.py](audiozoo/models/{entry.name}.py) "
             f"| [{entry.name}.ipynb](notebooks/{entry.name}.ipynb) |"
         )
     return "\n".join(rows) + "\n"

@@ -1,4 +1,4 @@
-"""Whisper's foreign forms: Hugging Face directories, OpenAI's `.pt` files, CTranslate2 (`faster-whisper`) directories."""
+"""Whisper's foreign forms: Hugging Face directories, OpenAI's `.pt` files, `faster-whisper`'s CTranslate2 files."""
 
 from __future__ import annotations
 
@@ -73,16 +73,14 @@ def hugging_face_table(config: WhisperConfig, model_class: str) -> Table:
     whole = (*_ENCODER, *_DECODER, *_transformer(_STACK))
     # Early directories hold the bare model's names without "model.".
     old = ((r"^(encoder|decoder)\.", r"model.\1."),)
-    head = (
-        {"tied": (Tied("proj_out.weight", "model.decoder.embed_tokens.weight"),)} if config.tie_word_embeddings else {}
-    )
+    tied = (Tied("proj_out.weight", "model.decoder.embed_tokens.weight"),) if config.tie_word_embeddings else ()
     untied = () if config.tie_word_embeddings else (Rule("proj_out.weight", "proj_out.kernel", transpose),)
     if model_class == "WhisperModel":
         return Table(whole, renames=((r"^model\.", ""),))
     if model_class == "WhisperForConditionalGeneration":
-        return Table((*_deeper(whole), *untied), renames=old, **head)
+        return Table((*_deeper(whole), *untied), renames=old, tied=tied)
     if model_class == "WhisperForCausalLM":
-        return Table((*_deeper((*_DECODER, *_transformer("decoder"))), *untied), renames=old, **head)
+        return Table((*_deeper((*_DECODER, *_transformer("decoder"))), *untied), renames=old, tied=tied)
     if model_class == "WhisperForAudioClassification":
         classifier = (
             Rule("layer_weights", "layer_weights"),
@@ -98,7 +96,7 @@ _CONFIG_DEFAULTS = {f.name: f.default for f in dataclasses.fields(WhisperConfig)
 
 def config_from_hugging_face(config: Mapping[str, Any], where: str = "config.json") -> WhisperConfig:
     """Our configuration from a `config.json`."""
-    return WhisperConfig(**take(config, _CONFIG_DEFAULTS, where), **labels_from_hugging_face(config))
+    return WhisperConfig(**(take(config, _CONFIG_DEFAULTS, where) | labels_from_hugging_face(config)))
 
 
 def generation_from_hugging_face(config: Mapping[str, Any], model: WhisperConfig) -> WhisperGenerationConfig:

@@ -5,7 +5,7 @@ from audiozoo.layers.attention import KeyValues, MultiHeadAttention, attend, cau
 from audiozoo.layers.basic import Dropout, Embed, GroupNorm, LayerNorm, Linear, dropout, promote
 from audiozoo.layers.convolution import Conv1d, ConvTranspose1d
 from audiozoo.layers.positions import sinusoids
-from audiozoo.layers.stacking import scan_layers, stack_layers, unstack_layers
+from audiozoo.layers.stacking import layer_drop, scan_layers, stack_layers, unstack_layers
 
 __all__ = [
     "ACTIVATIONS",
@@ -23,6 +23,7 @@ __all__ = [
     "causal_mask",
     "dropout",
     "gelu",
+    "layer_drop",
     "merge_heads",
     "promote",
     "scan_layers",

@@ -13,7 +13,7 @@ from audiozoo.errors import UsageError
 
 
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    r"""The exact GELU, $x\,\Phi(x) = \tfrac{x}{2}\bigl(1 + \operatorname{erf}(x / \sqrt 2)\bigr)$; JAX's default is not exact."""
+    r"""The exact GELU (JAX's default is not): $x\,\Phi(x) = \tfrac{x}{2}(1 + \operatorname{erf}(x / \sqrt 2))$."""
     return 0.5 * x * (1.0 + jax.lax.erf(x * (1.0 / math.sqrt(2.0))))
 
 

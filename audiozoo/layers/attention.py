@@ -128,11 +128,14 @@ class MultiHeadAttention(nnx.Module):
         use_bias: bool = True,
         key_bias: bool | None = None,
         dropout: float = 0.0,
+        kernel_init: nnx.Initializer | None = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        if kernel_init is not None:
+            kwargs["kernel_init"] = kernel_init
         self.q_proj = Linear(features, features, use_bias=use_bias, **kwargs)
         self.k_proj = Linear(features, features, use_bias=use_bias if key_bias is None else key_bias, **kwargs)
         self.v_proj = Linear(features, features, use_bias=use_bias, **kwargs)

@@ -31,7 +31,7 @@ class Embed(nnx.Embed):
 
 
 class LayerNorm(nnx.LayerNorm):
-    """Layer normalisation over the last axis, two-pass variance, `epsilon` 1e-5 unless the checkpoint says otherwise."""
+    """Layer normalisation over the last axis, two-pass variance, `epsilon` 1e-5 unless told otherwise."""
 
     def __init__(
         self,

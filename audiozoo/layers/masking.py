@@ -19,8 +19,8 @@ def span_mask(
 ) -> Bool[Array, "batch length"]:
     r"""True inside random spans of `span` steps; spans may overlap.
 
-    Row $b$ with $L_b$ valid steps gets $\lfloor p\,L_b/\text{span} + u \rfloor$ spans, $u \sim U[0, 1)$ drawn once for the
-    batch, at least `minimum`, and as many as fit at the most; their starts are drawn without replacement from
+    Row $b$ with $L_b$ valid steps gets $\lfloor p\,L_b/\text{span} + u \rfloor$ spans, $u \sim U[0, 1)$ drawn once for
+    the batch, at least `minimum`, and as many as fit at the most; their starts are drawn without replacement from
     $0 \dots L_b - \text{span}$.
     """
     if lengths is None:

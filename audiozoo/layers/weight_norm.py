@@ -65,14 +65,16 @@ class WeightNormConv1d(_WeightNorm, Conv1d):
 
     With `dim` 0, PyTorch's default, there is a magnitude for each output channel: `kernel_g` is `(1, 1, out)`. With
     `dim` 2 there is one for each tap, `(time, 1, 1)`, as in wav2vec 2.0's positional convolution. `kernel_v` is
-    `(time, in / groups, out)`.
+    `(time, in / groups, out)`. Where the checkpoint holds the product alone (`folded`), there is one `kernel`, until
+    `apply_weight_norm` takes it apart for training.
     """
 
-    def __init__(self, *args: Any, dim: int = 0, **kwargs: Any):
+    def __init__(self, *args: Any, dim: int = 0, folded: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)
         # PyTorch's axes (out, in, time) in our order (time, in, out).
         self.axis = {0: 2, 1: 1, 2: 0}[dim]
-        self.normalise()
+        if not folded:
+            self.normalise()
 
 
 class WeightNormConvTranspose1d(_WeightNorm, ConvTranspose1d):
@@ -81,10 +83,11 @@ class WeightNormConvTranspose1d(_WeightNorm, ConvTranspose1d):
     PyTorch's dimension 0 is the input channel here: `kernel_g` is `(1, in, 1)`; `kernel_v` is `(time, in, out)`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, folded: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.axis = 1
-        self.normalise()
+        if not folded:
+            self.normalise()
 
 
 def fold_weight_norm(model: Model) -> Model:

@@ -247,7 +247,7 @@ class WhisperGenerationConfig:
 
 
 class WhisperEncoderLayer(nnx.Module):
-    r"""Figure 1, encoder block: $x + \mathrm{SelfAttention}(\mathrm{LN}(x))$, then $x + \mathrm{MLP}(\mathrm{LN}(x))$."""
+    r"""Figure 1, encoder block: $x + \mathrm{SelfAttention}(\mathrm{LN}(x))$, $x + \mathrm{MLP}(\mathrm{LN}(x))$."""
 
     def __init__(self, config: WhisperConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -309,8 +309,7 @@ class WhisperEncoder(nnx.Module):
             input_features: log-mel spectrogram, 10 ms a frame, channels first as the processor gives it.
             output_attentions: return every block's attention weights.
             output_hidden_states: return the input of every block, and the output.
-            allow_short: accept fewer frames than 30 s. The model was trained on 30 s only; a shorter input is faster and
-                reads the first rows of the position table.
+            allow_short: accept fewer frames than 30 s, which is faster; the model was trained on 30 s only.
             key: switches dropout and layer drop on.
 
         Returns:
@@ -351,7 +350,7 @@ class WhisperEncoder(nnx.Module):
 
 def layer_drop(layer: nnx.Module, x: jax.Array, rate: float, dropout: Dropout, *args: Any) -> tuple[jax.Array, ...]:
     """`layer(x, dropout, *args)`, or `x` itself with probability `rate` in training (LayerDrop, arXiv 1909.11556)."""
-    out, *rest = layer(x, dropout, *args)  # type: ignore[operator]
+    out, *rest = layer(x, dropout, *args)
     if rate and (key := dropout.next_key()) is not None:
         out = jnp.where(jax.random.uniform(key) < rate, x, out)
     return out, *rest
@@ -367,7 +366,7 @@ class WhisperCache:
 
 
 class WhisperDecoderLayer(nnx.Module):
-    """Figure 1, decoder block: causal self-attention, cross-attention and MLP, each after a LayerNorm, each residual."""
+    """Figure 1, decoder block: causal self-attention, cross-attention, MLP; each after a LayerNorm, each residual."""
 
     def __init__(self, config: WhisperConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -423,7 +422,7 @@ class WhisperDecoder(nnx.Module):
     def start(
         self, encoder_hidden_states: Float[Array, "batch frames d_model"], length: int, *, beams: int = 1
     ) -> WhisperCache:
-        """An empty cache for `length` tokens of `beams` continuations of each example, with the audio's keys and values.
+        """An empty cache for `length` tokens of `beams` continuations an example, and the audio's keys and values.
 
         Args:
             encoder_hidden_states: the encoder's output, one row an example.
@@ -470,7 +469,7 @@ class WhisperDecoder(nnx.Module):
         config = self.config
         if (input_ids is None) == (inputs_embeds is None):
             raise UsageError("Give the decoder either token ids or embedded tokens, not both and not neither.")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x: Any = inputs_embeds if input_ids is None else self.embed_tokens(input_ids)
         time = x.shape[1]
         if time > config.max_target_positions:
             raise UsageError(f"{time} tokens are too many: this model has {config.max_target_positions} positions.")
@@ -483,7 +482,8 @@ class WhisperDecoder(nnx.Module):
         mask = causal_mask(time, keys, 0 if past_key_values is None else cache_position)
         if attention_mask is not None:
             mask = mask & (attention_mask[:, None, None, :] != 0)
-        hidden_states, attentions, cross_attentions, key_values = [], [], [], []
+        hidden_states, attentions, cross_attentions = [], [], []
+        key_values: list[KeyValues] = []
         for i, layer in enumerate(self.layers):
             past = audio = None
             if past_key_values is not None:
@@ -657,8 +657,8 @@ class WhisperForConditionalGeneration(nnx.Module):
     ) -> Seq2SeqLMOutput:
         r"""Logits for every token and, with `labels`, the training loss of §2.4.
 
-        $\mathcal L = -\frac1{|M|}\sum_{t \in M} \log p(y_t \mid y_{<t}, \text{audio})$, with $M$ the positions whose label is not
-        -100: §2.3 masks the loss over the previous text.
+        $\mathcal L = -\frac1{|M|}\sum_{t \in M} \log p(y_t \mid y_{<t}, \text{audio})$, $M$ being the
+        positions whose label is not -100: §2.3 masks the loss over the previous text.
 
         Args:
             input_features: log-mel spectrogram.
@@ -674,7 +674,7 @@ class WhisperForConditionalGeneration(nnx.Module):
         if labels is not None:
             if labels.shape[1] > self.config.max_target_positions:
                 raise UsageError(
-                    f"{labels.shape[1]} labels are too many: this model has {self.config.max_target_positions} positions."
+                    f"{labels.shape[1]} labels are too many; there are {self.config.max_target_positions} positions."
                 )
             if decoder_input_ids is None and options.get("decoder_inputs_embeds") is None:
                 decoder_input_ids = shift_tokens_right(
@@ -699,7 +699,7 @@ class WhisperForConditionalGeneration(nnx.Module):
 
         Args:
             batch: number of examples.
-            language: code, name or token ("de", "german", "<|de|>"), one for all or one each. An English-only model takes none.
+            language: code, name or token ("de", "german", "<|de|>"), one for all or one each.
             task: "transcribe" or "translate".
             return_timestamps: whether time tokens are wanted.
             prompt_ids: previous text, put before the start; its first token may be `<|startofprev|>`.
@@ -778,7 +778,7 @@ class WhisperForConditionalGeneration(nnx.Module):
         task: str | None = None,
         return_timestamps: bool = False,
         prompt_ids: Sequence[int] | None = None,
-        decoder_input_ids: Int[Array, "batch tokens"] | None = None,
+        decoder_input_ids: Any = None,
         encoder_outputs: BaseModelOutput | None = None,
         allow_short: bool = False,
         key: jax.Array | None = None,
@@ -794,7 +794,7 @@ class WhisperForConditionalGeneration(nnx.Module):
             task: "transcribe" or "translate".
             return_timestamps: generate time tokens, by OpenAI's rules for them.
             prompt_ids: previous text.
-            decoder_input_ids: the whole prompt, instead of what `language`, `task`, `return_timestamps` and `prompt_ids` make.
+            decoder_input_ids: the whole prompt, instead of what the four before it make.
             encoder_outputs: an earlier encoding, instead of `input_features`.
             allow_short: accept less than 30 s; see `WhisperEncoder`.
             key: randomness for `do_sample=True`.
@@ -812,7 +812,7 @@ class WhisperForConditionalGeneration(nnx.Module):
         ids = self.generation_config
         if input_features is None and encoder_outputs is None:
             raise UsageError("Give generate input_features, or encoder_outputs of an earlier call.")
-        source = encoder_outputs.last_hidden_state if input_features is None else input_features
+        source: Any = input_features if encoder_outputs is None else encoder_outputs.last_hidden_state
         if decoder_input_ids is None:
             decoder_input_ids = self.prompt(
                 len(source), language=language, task=task, return_timestamps=return_timestamps, prompt_ids=prompt_ids
@@ -904,13 +904,14 @@ def _detect_language(
 
 def _marked(cache: WhisperCache) -> WhisperCache:
     """Tell the search which arrays grow with the tokens and which all beams share."""
-    own = tuple(KeyValues(Growing(kv.key, 2), Growing(kv.value, 2)) for kv in cache.self_attention)
+    mark: Any = Growing
+    own = tuple(KeyValues(mark(kv.key, 2), mark(kv.value, 2)) for kv in cache.self_attention)
     return WhisperCache(own, Shared(cache.cross_attention))  # type: ignore[arg-type]
 
 
-def _unmarked(cache: WhisperCache) -> WhisperCache:
+def _unmarked(cache: Any) -> WhisperCache:
     own = tuple(KeyValues(kv.key.value, kv.value.value) for kv in cache.self_attention)
-    return WhisperCache(own, cache.cross_attention.value)  # type: ignore[attr-defined]
+    return WhisperCache(own, cache.cross_attention.value)
 
 
 class WhisperDecoderWrapper(nnx.Module):
@@ -921,7 +922,7 @@ class WhisperDecoderWrapper(nnx.Module):
 
 
 class WhisperForCausalLM(nnx.Module):
-    """Not in the paper; in the released checkpoints: the decoder alone, which drafts for a model with the same encoder."""
+    """Not in the paper; in the released checkpoints: the decoder alone, to draft for a model with the same encoder."""
 
     def __init__(self, config: WhisperConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.model = WhisperDecoderWrapper(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -1016,7 +1017,7 @@ class WhisperForAudioClassification(nnx.Module):
         x = encoder_outputs.last_hidden_state
         if mixed:
             weights = jax.nn.softmax(self.layer_weights[...])
-            x = jnp.einsum("l,lbtd->btd", weights, jnp.stack(encoder_outputs.hidden_states))
+            x = jnp.einsum("l,lbtd->btd", weights, jnp.stack(encoder_outputs.hidden_states or ()))
         pooled = self.projector(x).mean(axis=1)
         logits = self.classifier(pooled)
         return SequenceClassifierOutput(

@@ -346,7 +346,7 @@ def test_openai_model_through_its_own_names():
         x, ids = features().astype(np.float32), tokens()
         with torch.no_grad():
             theirs = reference(torch.tensor(x), torch.tensor(ids))
-        # LayerNorm and softmax are float32 inside the original whatever its weights are, so float32 is as far as it goes.
+        # LayerNorm and softmax are float32 inside the original whatever its weights are.
         ours = model(jnp.asarray(x), decoder_input_ids=jnp.asarray(ids)).logits
         harness.assert_close(ours, theirs, name="logits")
 
