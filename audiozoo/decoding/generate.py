@@ -240,9 +240,11 @@ class Search:
         else:
 
             def feed(index: Array, cache: Any) -> Any:
-                return self.step(lax.dynamic_slice_in_dim(prompt, index, 1, axis=1), cache, index)[1]
+                after = self.step(lax.dynamic_slice_in_dim(prompt, index, 1, axis=1), cache, index)[1]
+                _check_cache(cache, after, "step")
+                return after
 
-            before = lax.fori_loop(0, self.prompt_length - 1, feed, cache)
+            before = lax.fori_loop(0, self.prompt_length - 1, feed, cache) if self.prompt_length > 1 else cache
             logits, filled = self.step(prompt[:, -1:], before, jnp.asarray(self.prompt_length - 1, jnp.int32))
         _check_cache(cache, filled, "prefill" if self.prefill is not None else "step")
         return jnp.repeat(_at_least_float32(logits), copies, axis=0), caches.expand(filled, copies)

@@ -1,0 +1,201 @@
+r"""Speculative decoding: a small model drafts, the large one checks all drafted tokens in one pass.
+
+Leviathan et al. (2023, arXiv:2211.17192), Algorithm 1 in its greedy case, which `transformers` calls assisted
+generation: the draft's tokens are kept up to the first that the target would not have chosen, and the target's own
+choice follows them. The result is therefore the target's greedy result, whatever the draft does; the draft decides only
+how fast.
+
+Both models are steps over *several* tokens a row:
+
+    step(tokens Int[B, L], cache, position Int[]) -> (logits Float[B, L, V], cache)
+
+feeds the tokens at `position … position + L - 1`, writes their keys and values to these slots, lets token $i$ attend to
+slots up to its own, and returns the logits after each. Rejected tokens are undone by moving the position back: slots at
+or after it are never attended to and are overwritten later, so nothing is copied.
+
+In a batch all rows advance together, by the smallest number of accepted tokens among the unfinished rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+
+from audiozoo.decoding import processors
+from audiozoo.decoding.config import GenerationConfig
+from audiozoo.decoding.generate import GenerateOutput, Search, argmax
+from audiozoo.decoding.processors import LogitsProcessor
+from audiozoo.errors import UsageError
+
+MultiStep: TypeAlias = Callable[
+    [Int[Array, "batch fed"], Any, Int[Array, ""]], tuple[Float[Array, "batch fed vocab"], Any]
+]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AssistedOutput(GenerateOutput):
+    """The target's greedy result, and how it was reached.
+
+    Attributes:
+        rounds: how often the target ran after the prompt.
+        accepted: how many drafted tokens were kept.
+    """
+
+    rounds: Int[Array, ""] | None = None
+    accepted: Int[Array, ""] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _State:
+    target: Any
+    draft: Any
+    tokens: Int[Array, "batch buffer"]
+    length: Int[Array, ""]
+    finished: Bool[Array, " batch"]
+    lengths: Int[Array, " batch"]
+    rounds: Int[Array, ""]
+    accepted: Int[Array, ""]
+
+
+def assisted_generate(
+    target_step: MultiStep,
+    draft_step: MultiStep,
+    target_cache: Any,
+    draft_cache: Any,
+    prompt: Int[Array, "batch prompt"],
+    config: GenerationConfig,
+    *,
+    num_assistant_tokens: int = 5,
+    logits_processors: Sequence[LogitsProcessor] = (),
+    max_new_tokens: int | Int[Array, ""] | None = None,
+) -> AssistedOutput:
+    """Greedy search with `target_step`, sped up by `draft_step`; traceable, in one loop.
+
+    Args:
+        target_step: the model whose tokens are wanted.
+        draft_step: a cheaper model over the same vocabulary.
+        target_cache: the target's cache, with `num_assistant_tokens` slots more than prompt and new tokens.
+        draft_cache: likewise.
+        prompt: the tokens to continue.
+        config: the options; those of greedy search.
+        num_assistant_tokens: how many tokens are drafted at a time.
+        logits_processors: as for `generate`; they apply to draft and target alike.
+        max_new_tokens: a traced limit, at most that of `config`.
+
+    Raises:
+        UsageError: for sampling, beams or requests for scores.
+    """
+    for name in ("do_sample", "output_scores", "output_logits", "output_log_probs"):
+        if getattr(config, name):
+            raise UsageError(f"Speculative decoding is greedy and returns tokens only; {name} must be False.")
+    if config.num_beams > 1:
+        raise UsageError(f"Speculative decoding is greedy; num_beams={config.num_beams} must be 1.")
+    if num_assistant_tokens < 1:
+        raise UsageError(f"num_assistant_tokens={num_assistant_tokens} must be at least 1.")
+    drafted, prompt = num_assistant_tokens, prompt.astype(jnp.int32)
+    batch, prompt_length = prompt.shape
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("the search is used for its constraints only")
+
+    search = Search(
+        refuse, config, prompt_length, logits_processors=tuple(logits_processors), max_new_tokens=max_new_tokens
+    )
+    constraints = search.constraints(1)
+
+    def choose(logits: Float[Array, "batch vocab"], tokens: Array, length: Array) -> Int[Array, " batch"]:
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        return argmax(processors.apply(constraints, logits, tokens, length))
+
+    def append(tokens: Array, chosen: Array, length: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(tokens, chosen[:, None], length, axis=1)
+
+    def commit(state: _State, chosen: Int[Array, " batch"]) -> _State:
+        """Append one token to every unfinished row, as greedy search does."""
+        token = jnp.where(state.finished, config.fill_token_id, chosen)
+        tokens = append(state.tokens, token, state.length)
+        length = state.length + 1
+        return dataclasses.replace(
+            state,
+            tokens=tokens,
+            length=length,
+            finished=state.finished | search.stops(tokens, token, length),
+            lengths=jnp.where(state.finished, state.lengths, length),
+        )
+
+    # The prompt, through both models; the target chooses the first token.
+    zero = jnp.zeros((), jnp.int32)
+    logits, target_cache = target_step(prompt, target_cache, zero)
+    _, draft_cache = draft_step(prompt, draft_cache, zero)
+    buffer = jnp.full((batch, prompt_length + search.buffer_new + drafted), config.fill_token_id, jnp.int32)
+    state = _State(
+        target=target_cache,
+        draft=draft_cache,
+        tokens=lax.dynamic_update_slice(buffer, prompt, (0, 0)),
+        length=jnp.asarray(prompt_length, jnp.int32),
+        finished=jnp.zeros(batch, bool),
+        lengths=jnp.full(batch, prompt_length, jnp.int32),
+        rounds=zero,
+        accepted=zero,
+    )
+    state = commit(state, choose(logits[:, -1], state.tokens, state.length))
+
+    def speculate(state: _State) -> _State:
+        length = state.length
+
+        # Draft. If all of the last draft was accepted, the draft has not yet been fed the last but one token; feeding
+        # two tokens first covers both cases and writes again what was there in the other.
+        def draft(index: Array, carry: tuple[Array, Any, Array]) -> tuple[Array, Any, Array]:
+            tokens, cache, chosen = carry
+            tokens = append(tokens, chosen, length + index - 1)
+            fed = lax.dynamic_slice_in_dim(tokens, length + index - 1, 1, axis=1)
+            logits, cache = draft_step(fed, cache, length + index - 1)
+            return tokens, cache, choose(logits[:, -1], tokens, length + index)
+
+        two = lax.dynamic_slice_in_dim(state.tokens, length - 2, 2, axis=1)
+        logits, cache = draft_step(two, state.draft, length - 2)
+        first = choose(logits[:, -1], state.tokens, length)
+        tokens, cache, last = lax.fori_loop(1, drafted, draft, (state.tokens, cache, first))
+        tokens = append(tokens, last, length + drafted - 1)
+
+        # Check: the target sees the last token and the draft, and makes its own choice after each.
+        fed = lax.dynamic_slice_in_dim(tokens, length - 1, drafted + 1, axis=1)
+        logits, target_cache = target_step(fed, state.target, length - 1)
+        own = jnp.stack([choose(logits[:, i], tokens, length + i) for i in range(drafted + 1)], axis=1)
+        agree = jnp.cumsum(own[:, :-1] != fed[:, 1:], axis=1) == 0
+        matches = jnp.where(state.finished, drafted, jnp.sum(agree, axis=1))
+        keep = jnp.min(matches).astype(jnp.int32)  # drafted tokens that stand, for all rows
+
+        # Keep the agreed tokens and one more, unless the rows end before.
+        def keep_one(state: _State) -> _State:
+            return commit(state, lax.dynamic_index_in_dim(own, state.length - length, axis=1, keepdims=False))
+
+        def going(state: _State) -> Array:
+            return (state.length <= length + keep) & ~jnp.all(state.finished)
+
+        state = dataclasses.replace(state, target=target_cache, draft=cache)
+        kept = lax.while_loop(going, keep_one, state)
+        return dataclasses.replace(
+            kept, rounds=state.rounds + 1, accepted=state.accepted + jnp.minimum(kept.length - length, keep)
+        )
+
+    state = lax.while_loop(lambda state: ~jnp.all(state.finished), speculate, state)
+    # Drafted tokens that were never committed may stand behind the end.
+    behind = jnp.arange(state.tokens.shape[1]) >= state.length
+    tokens = jnp.where(behind, config.fill_token_id, state.tokens)[:, : prompt_length + search.buffer_new]
+    return AssistedOutput(
+        sequences=tokens,
+        lengths=state.lengths,
+        prompt_length=prompt_length,
+        steps=state.length - prompt_length,
+        rounds=state.rounds,
+        accepted=state.accepted,
+    )
