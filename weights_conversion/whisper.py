@@ -311,7 +311,6 @@ def _generation_defaults(config: WhisperConfig) -> WhisperGenerationConfig:
         pad_token_id=config.pad_token_id,
         decoder_start_token_id=start,
         prev_sot_token_id=translate + 3,
-        no_speech_token_id=translate + 4,
         no_timestamps_token_id=translate + 5,
         is_multilingual=multilingual,
         lang_to_id=languages if multilingual else (),
@@ -412,8 +411,6 @@ def hugging_face(model: Any) -> HuggingFaceForm:
     files: dict[str, Mapping[str, Any]] = {"config.json": config}
     if name == "WhisperForConditionalGeneration":
         generation = dataclasses.asdict(model.generation_config)
-        no_speech = generation.pop("no_speech_token_id")
-        assert no_speech == model.generation_config.no_timestamps_token_id - 1
         for table in ("lang_to_id", "task_to_id"):
             generation[table] = dict(generation[table])
         if not model.generation_config.is_multilingual:

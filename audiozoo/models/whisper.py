@@ -60,6 +60,7 @@ from audiozoo.layers import (
     MultiHeadAttention,
     activation,
     causal_mask,
+    layer_drop,
     sinusoids,
 )
 from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy
@@ -234,7 +235,6 @@ class WhisperGenerationConfig:
     pad_token_id: int = 50256  # fills up shorter rows of tokens
     decoder_start_token_id: int = 50257  # <|startoftranscript|>
     prev_sot_token_id: int = 50360  # <|startofprev|>: the previous text follows
-    no_speech_token_id: int = 50361  # <|nospeech|>
     no_timestamps_token_id: int = 50362  # the time tokens, 0.00 s first, come right after it
     is_multilingual: bool = False  # whether a language and a task belong to the prompt
     lang_to_id: tuple[tuple[str, int], ...] = ()  # ("<|en|>", id) pairs
@@ -346,14 +346,6 @@ class WhisperEncoder(nnx.Module):
             hidden_states=(*hidden_states, x) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
-
-
-def layer_drop(layer: nnx.Module, x: jax.Array, rate: float, dropout: Dropout, *args: Any) -> tuple[jax.Array, ...]:
-    """`layer(x, dropout, *args)`, or `x` itself with probability `rate` in training (LayerDrop, arXiv 1909.11556)."""
-    out, *rest = layer(x, dropout, *args)
-    if rate and (key := dropout.next_key()) is not None:
-        out = jnp.where(jax.random.uniform(key) < rate, x, out)
-    return out, *rest
 
 
 @jax.tree_util.register_dataclass
