@@ -45,6 +45,15 @@ class BaseModelOutput(ModelOutput):
     attentions: tuple[Float[Array, "batch heads query key"], ...] | None = None
 
 
+class BaseModelOutputWithPooling(ModelOutput):
+    """An encoder's output, with one vector for the whole input."""
+
+    last_hidden_state: Float[Array, "batch time channels"] = ABSENT
+    pooler_output: Float[Array, "batch channels"] = ABSENT
+    hidden_states: tuple[Float[Array, "batch time channels"], ...] | None = None
+    attentions: tuple[Float[Array, "batch heads query key"], ...] | None = None
+
+
 class DecoderOutput(ModelOutput):
     """A decoder's output, with the cache that the next call takes."""
 

@@ -47,7 +47,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from audiozoo.decoding import GenerateOutput, GenerationConfig, Growing, Shared, generate
+from audiozoo.decoding import GenerateOutput, GenerationConfig, Growing, Shared, generate, long_form
 from audiozoo.decoding.generate import Streamer
 from audiozoo.errors import UsageError
 from audiozoo.layers import (
@@ -1018,3 +1018,15 @@ class WhisperForAudioClassification(nnx.Module):
             hidden_states=encoder_outputs.hidden_states,
             attentions=encoder_outputs.attentions,
         )
+
+
+def transcribe(model: WhisperForConditionalGeneration, processor: Any, audio: Any, **options: Any) -> Any:
+    """§4.5: text, segments and, if wanted, words of a recording of any length; see `audiozoo.decoding.long_form`."""
+    return long_form.transcribe(model, processor, audio, **options)
+
+
+def align(
+    model: WhisperForConditionalGeneration, processor: Any, audio: Any, text: str, **options: Any
+) -> list[dict[str, Any]]:
+    """Not in the paper: when the words of a known text are said; see `audiozoo.decoding.long_form`."""
+    return long_form.align(model, processor, audio, text, **options)
