@@ -1,0 +1,1 @@
+"""Ours against the originals, side by side in one process: `python -m benchmarks PAPER…`."""

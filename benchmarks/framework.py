@@ -1,0 +1,253 @@
+"""Timing that can be believed.
+
+All contenders of a case run in one process on the same threads, in turn (`A B C A B C …`), so that what else the
+machine does hits all alike. The first call, which compiles, is timed apart; then come warm calls, of which the median
+counts and the quartiles are shown. What they return is compared first: a fast wrong answer is no result.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+RECORDS = Path(__file__).parent / "records"
+OURS = "audiozoo"
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "numpy",
+    "torch",
+    "transformers",
+    "openai-whisper",
+    "faster-whisper",
+    "ctranslate2",
+    "onnxruntime",
+)
+
+Run = Callable[[], Any]  # one timed call, which returns only when its result is there
+Factory = Callable[[], Run]  # loads the weights, prepares the input
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table.
+
+    Attributes:
+        name: what is done.
+        ours: makes our call.
+        references: makes the originals' calls, by name; the first is the one that the target is about.
+        target: how many times as fast as the first reference ours should be.
+        agreement: how well our result agrees with a reference's, in words; raises if it does not.
+        repeats: warm calls of each contender.
+    """
+
+    name: str
+    ours: Factory
+    references: Mapping[str, Factory]
+    target: float | None = None
+    agreement: Callable[[Any, Any], str] | None = None
+    repeats: int = 10
+
+    @property
+    def contenders(self) -> dict[str, Factory]:
+        """Ours first, then the originals."""
+        return {OURS: self.ours, **self.references}
+
+
+@dataclass
+class Timing:
+    """What was measured of one contender; seconds and bytes."""
+
+    first: float
+    warm: list[float] = field(default_factory=list)
+    agreement: str = ""
+    peak_memory: int | None = None
+
+    @property
+    def median(self) -> float:
+        """The warm call in the middle."""
+        return statistics.median(self.warm)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """A quarter of the warm calls is faster than the first, a quarter slower than the second."""
+        if len(self.warm) < 2:
+            return self.median, self.median
+        low, _, high = statistics.quantiles(self.warm, n=4, method="inclusive")
+        return low, high
+
+    def record(self, ratio: float | None) -> dict[str, Any]:
+        """For the JSON file; `ratio` is how many times as fast ours is."""
+        low, high = self.quartiles
+        return {
+            "median_s": self.median,
+            "quartiles_s": [low, high],
+            "repeats": len(self.warm),
+            "first_call_s": self.first,
+            "compile_s": max(0.0, self.first - self.median),
+            "agreement": self.agreement,
+            "peak_memory_bytes": self.peak_memory,
+            "ours_is_times_as_fast": ratio,
+        }
+
+
+def limit_threads(count: int) -> None:
+    """Give this process, JAX, PyTorch and CTranslate2 alike `count` cores. Before any of them is imported."""
+    loaded = {"jax", "torch", "ctranslate2"} & set(sys.modules)
+    if loaded:
+        raise RuntimeError(f"threads must be limited before {', '.join(sorted(loaded))} is imported")
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        os.environ[name] = str(count)
+    os.environ["AUDIOZOO_BENCHMARK_THREADS"] = str(count)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def threads() -> int:
+    """The number of threads that every contender gets."""
+    return int(os.environ.get("AUDIOZOO_BENCHMARK_THREADS", os.cpu_count() or 1))
+
+
+def _timed(run: Run) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = run()
+    return time.perf_counter() - start, result
+
+
+def measure(case: Case, repeats: int | None = None) -> dict[str, Timing]:
+    """Time all contenders of a case, interleaved."""
+    runs, timings, results = {}, {}, {}
+    for name, factory in case.contenders.items():
+        runs[name] = factory()
+        first, results[name] = _timed(runs[name])
+        timings[name] = Timing(first)
+    for name in case.references:
+        if case.agreement is not None:
+            timings[name].agreement = case.agreement(results[OURS], results[name])
+    results.clear()
+    for run in runs.values():
+        run()
+    gc.collect()
+    for _ in range(repeats or case.repeats):
+        for name, run in runs.items():
+            timings[name].warm.append(_timed(run)[0])
+    return timings
+
+
+def peak_memory(paper: str, case: str, contender: str) -> int:
+    """Bytes that one contender needs at most, imports and weights included, in a process of its own."""
+    program = f"from benchmarks.framework import _measure_memory; _measure_memory({paper!r}, {case!r}, {contender!r})"
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{paper}, {case}, {contender}: {done.stderr[-2000:]}")
+    return int(done.stdout.strip().rsplit("\n", 1)[-1])
+
+
+def _measure_memory(paper: str, case: str, contender: str) -> None:
+    (found,) = [c for c in cases_of(paper) if c.name == case]
+    run = found.contenders[contender]()
+    for _ in range(2):
+        run()
+    unit = 1 if sys.platform == "darwin" else 1024
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def cases_of(paper: str) -> Sequence[Case]:
+    """The cases of `benchmarks/<paper>.py`."""
+    return importlib.import_module(f"benchmarks.{paper}").CASES
+
+
+def papers() -> list[str]:
+    """The papers that have benchmarks."""
+    own = {"__init__", "__main__", "framework"}
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in own)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n")
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def surroundings() -> dict[str, Any]:
+    """What the numbers depend on."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "processor": _processor(),
+        "threads": threads(),
+        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
+        "versions": versions,
+    }
+
+
+def run_paper(
+    paper: str,
+    *,
+    only: str | None = None,
+    repeats: int | None = None,
+    memory: bool = False,
+    on_case: Callable[[Case, dict[str, Timing]], None] | None = None,
+) -> dict[str, Any]:
+    """All cases of a paper, as a record for the JSON file.
+
+    Args:
+        paper: its module name.
+        only: run the cases whose names contain this.
+        repeats: warm calls, instead of each case's own number.
+        memory: also measure peak memory, each contender in a process of its own.
+        on_case: called with each case as it is done.
+    """
+    record: dict[str, Any] = {"paper": paper, **surroundings(), "cases": {}}
+    for case in cases_of(paper):
+        if only and only not in case.name:
+            continue
+        timings = measure(case, repeats)
+        if memory:
+            for name, timing in timings.items():
+                timing.peak_memory = peak_memory(paper, case.name, name)
+        ours = timings[OURS].median
+        record["cases"][case.name] = {
+            "target": case.target,
+            "contenders": {
+                name: timing.record(None if name == OURS else timing.median / ours) for name, timing in timings.items()
+            },
+        }
+        if on_case is not None:
+            on_case(case, timings)
+        gc.collect()
+    return record
+
+
+def write_json(record: Any, path: Path) -> None:
+    """Write a record whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
