@@ -1,7 +1,15 @@
 """What the whole field shares and no paper here introduced, with the numerics that the published checkpoints expect."""
 
 from audiozoo.layers.activations import ACTIVATIONS, activation, gelu
-from audiozoo.layers.attention import KeyValues, MultiHeadAttention, attend, causal_mask, merge_heads, split_heads
+from audiozoo.layers.attention import (
+    KeyValues,
+    MultiHeadAttention,
+    attend,
+    attend_without_weights,
+    causal_mask,
+    merge_heads,
+    split_heads,
+)
 from audiozoo.layers.basic import Dropout, Embed, GroupNorm, LayerNorm, Linear, dropout, promote
 from audiozoo.layers.convolution import Conv1d, ConvTranspose1d
 from audiozoo.layers.positions import sinusoids
@@ -20,6 +28,7 @@ __all__ = [
     "MultiHeadAttention",
     "activation",
     "attend",
+    "attend_without_weights",
     "causal_mask",
     "dropout",
     "gelu",

