@@ -322,7 +322,8 @@ def log_mel_spectrogram(x: Float[Array, "*batch time"], n_mels: int = 80) -> Flo
 
 
 @contextmanager
-def _double_precision_on_cpu() -> Iterator[None]:
+def double_precision_on_cpu() -> Iterator[None]:
+    """Inside, JAX computes in float64 on the CPU, so that features do not depend on the accelerator."""
     try:
         cpu = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS leaves the CPU out: the default device, in single precision
@@ -397,7 +398,7 @@ def long_log_mel_spectrogram(
     def transform(samples: np.ndarray) -> None:
         filled = np.zeros(span, np.float64)
         filled[: len(samples)] = samples
-        with _double_precision_on_cpu():
+        with double_precision_on_cpu():
             chunks.append(np.asarray(_log10_mel_chunk(jnp.asarray(filled), n_mels)).astype(dtype))
 
     waiting: list[np.ndarray] = []
