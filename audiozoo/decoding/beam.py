@@ -5,7 +5,8 @@ Two searches share their expansion step and differ in which hypotheses they keep
 - `_Standard` is that of `transformers` 5: a pool of $K$ finished hypotheses, ranked by $\log P / n^{\lambda}$ over $n$
   generated tokens, improved until the running beams cannot beat it (`early_stopping` says how that is judged);
 - `_Patient` is first come, first served with controlled patience (Kasai et al., 2022, arXiv:2204.05424, Algorithm 1),
-  as OpenAI's Whisper runs it: hypotheses are collected as they finish until there are $\mathrm{round}(p K)$ of them.
+  as OpenAI's Whisper runs it: hypotheses are collected as they finish until there are $\mathrm{round}(p K)$ of them,
+  and the constraints act on logits before these become log-probabilities.
 
 One deviation from `transformers`: with `pad_token_id=0` it fills finished sequences with end-of-sequence, because its
 test for "is there a padding token" takes 0 for no; here padding is padding.
@@ -105,7 +106,7 @@ def search(
         cache=cache,
         length=jnp.asarray(prompt_length, jnp.int32),
         running=hypotheses(beams, first),
-        done=hypotheses(policy.pool, jnp.zeros((), dtype)),
+        done=hypotheses(policy.pool, jnp.asarray(_NEVER, dtype)),
         rows=jnp.arange(rows, dtype=jnp.int32),
         improvable=jnp.ones(batch, bool),
         continuing=jnp.asarray(True),
@@ -153,12 +154,16 @@ def _expand(
     candidates = min(max(2, 1 + len(config.eos_token_ids)) * beams, beams * vocabulary)
 
     chain = (*setup.constraints(beams), *processors.warpers_from_config(config, setup.temperature))
-    scores = processors.apply(chain, jax.nn.log_softmax(logits, axis=-1), running.tokens.reshape(rows, -1), length)
+    flat = running.tokens.reshape(rows, -1)
+    if config.patience is None:  # `transformers` processes log-probabilities, and does not normalise them again
+        scores = processors.apply(chain, jax.nn.log_softmax(logits, axis=-1), flat, length)
+    else:  # OpenAI processes logits
+        scores = jax.nn.log_softmax(processors.apply(chain, logits, flat, length), axis=-1)
     accumulated = scores.reshape(batch, beams, vocabulary) + running.log_probs[..., None]
     if config.do_sample:
         # Gumbel top-k: a sample without replacement (Kool et al., 2019, arXiv:1903.06059).
-        flat = accumulated.reshape(batch, -1)
-        noisy = flat + setup.gumbel(state.keys, index, flat)
+        long = accumulated.reshape(batch, -1)
+        noisy = long + setup.gumbel(state.keys, index, long)
         beam, token = _top(noisy.reshape(accumulated.shape), candidates)
     else:
         beam, token = _top(accumulated, candidates)

@@ -65,6 +65,9 @@ class Streamer(Protocol):
 class GenerateOutput:
     """What a search found. Rows are examples times `num_return_sequences`, best first within an example.
 
+    A beam search that ends with fewer hypotheses than are to be returned (possible with `patience`) fills up with rows
+    that hold the prompt alone and have scores of -1e9.
+
     Attributes:
         sequences: prompt and new tokens, padded to the buffer; `trim` cuts it to what `transformers` returns.
         lengths: tokens of each row, the prompt and a final end-of-sequence included.

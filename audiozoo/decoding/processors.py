@@ -6,7 +6,7 @@ A processor is a pure function
 
 where `tokens` is the whole buffer, of which the first `length` columns are filled (prompt included). Each one here
 equals the processor of the same purpose in `transformers.generation`; `from_config` puts them in its order. Beam search
-hands them log-probabilities instead of logits, also as `transformers` does.
+hands them log-probabilities instead of logits, as `transformers` does (and with `patience` logits, as OpenAI does).
 """
 
 # ruff: noqa: D102 (a processor is documented by its class)

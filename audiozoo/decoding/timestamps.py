@@ -161,8 +161,10 @@ def dynamic_time_warping(cost: Float[np.ndarray, "rows columns"]) -> tuple[np.nd
     r"""The monotone path through `cost` from its first to its last cell with the least sum.
 
     $D_{i,j} = c_{i,j} + \min(D_{i-1,j-1},\, D_{i-1,j},\, D_{i,j-1})$. All cells of an anti-diagonal depend on the two
-    before it only, so one NumPy operation does a whole anti-diagonal. Ties go to $D_{i,j-1}$, as in the released code,
-    and sums are float32, as there.
+    before it only, so one NumPy operation does a whole anti-diagonal.
+
+    As in the released code, sums are float32, and where neither of the first two is the one smallest, $D_{i,j-1}$ is
+    taken, which for $D_{i-1,j-1} = D_{i-1,j} < D_{i,j-1}$ is not the least.
 
     Returns:
         Rows and columns of the path's cells, in order.

@@ -16,7 +16,10 @@ import torch
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from audiozoo.decoding import GenerationConfig, generate
+from audiozoo.decoding import GenerationConfig, beam, generate
+from audiozoo.decoding import cache as caches
+from audiozoo.decoding import processors as ours
+from audiozoo.decoding.generate import Search
 from tests.decoding import table_model
 from tests.parity.harness import precision
 from tests.tolerances import tolerance
@@ -176,3 +179,311 @@ def _random_options(seed):
 @pytest.mark.parametrize("seed", range(30))
 def test_random_combinations(seed):
     _check(_random_options(seed), range(seed, seed + 9))
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+WARPERS = {
+    "temperature": {"temperature": 0.7, "top_k": 0},
+    "top_k": {"top_k": 4},
+    "top_p": {"top_k": 0, "top_p": 0.7},
+    "min_p": {"top_k": 0, "min_p": 0.1},
+    "typical": {"top_k": 0, "typical_p": 0.6},
+    "cutoffs": {"top_k": 0, "epsilon_cutoff": 0.05, "eta_cutoff": 0.1},
+    "all": {"temperature": 1.3, "top_k": 9, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2},
+}
+
+
+@pytest.mark.parametrize("warper", WARPERS)
+def test_sampling_with_the_same_noise(warper, monkeypatch):
+    """With `torch.multinomial` replaced by the Gumbel trick on our noise, tokens and processed scores are equal."""
+    for seed in range(4):
+        noise = np.random.default_rng(seed).gumbel(size=(NEW, BATCH, VOCABULARY)).astype(np.float32)
+        steps = iter(noise)
+
+        def multinomial(probabilities, num_samples, steps=steps):
+            assert num_samples == 1
+            return (probabilities.log() + torch.from_numpy(next(steps))).argmax(-1, keepdim=True)
+
+        monkeypatch.setattr(torch, "multinomial", multinomial)
+        options = {"do_sample": True, "eos_token_id": 3, **WARPERS[warper]}
+        lookup = table_model.make_tables(seed, VOCABULARY, eos=(3,))
+        _compare(*_both(lookup, _prompt(seed), options, noise=noise))
+
+
+def test_beam_sampling_with_the_same_noise(monkeypatch):
+    for seed in range(4):
+        noise = np.random.default_rng(seed).gumbel(size=(NEW, BATCH, 3 * VOCABULARY)).astype(np.float32)
+        steps = iter(noise)
+
+        def multinomial(probabilities, num_samples, steps=steps):
+            return (probabilities.log() + torch.from_numpy(next(steps))).topk(num_samples).indices
+
+        monkeypatch.setattr(torch, "multinomial", multinomial)
+        options = {"do_sample": True, "eos_token_id": 3, "num_beams": 3, "num_return_sequences": 2, "temperature": 1.5}
+        lookup = table_model.make_tables(seed, VOCABULARY, eos=(3,))
+        _compare(*_both(lookup, _prompt(seed), options, noise=noise))
+
+
+# --- padding ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_left_padding_is_not_a_repetition(beams):
+    prompt = np.array([[PAD, PAD, 1], [PAD, 4, 2], [3, 5, 6]])
+    mask = prompt != PAD
+    options = {"repetition_penalty": 2.0, "num_beams": beams}
+    lookup = table_model.make_tables(3, VOCABULARY, scale=1.0)
+    lookup.position[:, PAD] += 1.0  # the padding token is also an attractive word
+    _compare(*_both(lookup, prompt, options, mask=mask))
+    unmasked, _ = _both(lookup, prompt, options)
+    masked, _ = _both(lookup, prompt, options, mask=mask)
+    assert not np.array_equal(unmasked.sequences, masked.sequences)
+
+
+def test_padding_zero_is_padding_where_the_reference_fills_with_end_of_sequence():
+    options = {"pad_token_id": 0, "eos_token_id": 3, "num_beams": 2}
+    seen = 0
+    for seed in range(6):
+        lookup = table_model.make_tables(seed, VOCABULARY, eos=(3,))
+        result, expected = _both(lookup, _prompt(seed), options)
+        for row, length in enumerate(result.lengths):
+            theirs = expected.sequences[row].numpy()
+            np.testing.assert_array_equal(result.sequences[row, :length], theirs[:length])
+            assert (result.sequences[row, length:] == 0).all()
+            assert (theirs[length:] == 3).all()
+            seen += len(theirs) - length
+    assert seen > 0
+
+
+# --- OpenAI's beam search --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("beams", "patience"), [(2, 1.0), (3, 2.0), (5, 0.6)])
+def test_patient_beam_search_is_openais(beams, patience):
+    from whisper.decoding import BeamSearchDecoder, MaximumLikelihoodRanker
+
+    class Inference:
+        def rearrange_kv_cache(self, source_indices):
+            pass
+
+    eos, returned = 3, max(beams, round(beams * patience))
+    options = GenerationConfig(
+        max_new_tokens=NEW,
+        num_beams=beams,
+        patience=patience,
+        num_return_sequences=min(returned, round(beams * patience)),
+        begin_suppress_tokens=(eos,),  # as Whisper does; OpenAI's ranking divides by zero on an empty text
+        eos_token_id=eos,
+        pad_token_id=eos,
+    )
+    for seed in range(10):
+        lookup = table_model.make_tables(seed, VOCABULARY, scale=(0.5, 1.5, 4.0)[seed % 3], eos=(eos,))
+        prompt = _prompt(seed)
+        result = _run(lookup, prompt, options).trim()
+
+        decoder = BeamSearchDecoder(beams, eos, Inference(), patience)
+        tokens = torch.from_numpy(prompt).repeat_interleave(beams, dim=0)
+        totals = torch.zeros(BATCH * beams)
+        for index in range(NEW):
+            logits = torch.from_numpy(table_model.logits_of(lookup, tokens.numpy()))
+            if index == 0:
+                logits[:, eos] = -torch.inf
+            tokens, completed = decoder.update(tokens, logits, totals)
+            if completed:
+                break
+        grouped, sums = decoder.finalize(tokens.reshape(BATCH, beams, -1), totals.reshape(BATCH, beams))
+        new = [[row[PROMPT:] for row in rows] for rows in grouped]  # the prompt may hold eos
+        found = [[row[: (row == eos).nonzero()[0, 0]] for row in rows] for rows in new]
+        best = MaximumLikelihoodRanker(None).rank(found, sums)
+        for example in range(BATCH):
+            rows = slice(example * options.num_return_sequences, (example + 1) * options.num_return_sequences)
+            ours_by_text = {
+                tuple(token for token in result.new_tokens(row) if token != eos): result.sum_log_probs[row]
+                for row in range(rows.start, rows.stop)
+                if result.lengths[row] > PROMPT
+            }
+            theirs = {tuple(row.tolist()): total for row, total in zip(found[example], sums[example], strict=True)}
+            first = tuple(token for token in result.new_tokens(rows.start) if token != eos)
+            assert first == tuple(found[example][best[example]].tolist())
+            assert set(ours_by_text) <= set(theirs)
+            assert len(ours_by_text) == min(len(theirs), options.num_return_sequences)
+            for text, total in ours_by_text.items():
+                _close(total, theirs[text])
+
+
+# --- processors one by one -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_each_processor(dtype):
+    from transformers.generation import logits_process as theirs
+
+    eos, source = (3, 8), np.array([[1, 2, 1, 4, 2, 1], [5, 5, 6, 7, 5, 6]])
+    source_t, mask = torch.from_numpy(source), torch.tensor([2, 0])
+    bias = {(5,): 2.0, (1, 2): -3.0, (3, 4): 4.0, (8, 4): 1.0, (3, 2, 1): 5.0}
+    bad = [[4], [2, 6], [1, 7, 2], [3]]
+    bad_ours = tuple((tuple(word), -np.inf) for word in bad if word != [3])
+    pairs = [
+        (ours.SuppressTokens((1, 4, 99)), theirs.SuppressTokensLogitsProcessor([1, 4, 99])),
+        (ours.SuppressTokensAtBegin((1, 4), 5), theirs.SuppressTokensAtBeginLogitsProcessor([1, 4], 5)),
+        (ours.MinLength(6, eos), theirs.MinLengthLogitsProcessor(6, list(eos))),
+        (ours.MinLength(3 + 4, eos), theirs.MinNewTokensLengthLogitsProcessor(3, 4, list(eos))),
+        (ours.ForcedTokens(((1, 7),)), theirs.ForcedBOSTokenLogitsProcessor(7)),
+        (ours.ForcedTokens(((8 - 1, eos),)), theirs.ForcedEOSTokenLogitsProcessor(8, list(eos))),
+        (ours.RepetitionPenalty(1.7), theirs.RepetitionPenaltyLogitsProcessor(1.7)),
+        (ours.RepetitionPenalty(1.7, mask.numpy()), theirs.RepetitionPenaltyLogitsProcessor(1.7, mask)),
+        (ours.EncoderRepetitionPenalty(1.7, source), theirs.EncoderRepetitionPenaltyLogitsProcessor(1.7, source_t)),
+        *((ours.NoRepeatNGram(n), theirs.NoRepeatNGramLogitsProcessor(n)) for n in (1, 2, 3, 4)),
+        *(
+            (ours.EncoderNoRepeatNGram(n, source), theirs.EncoderNoRepeatNGramLogitsProcessor(n, source_t))
+            for n in (2, 3)
+        ),
+        (ours.SequenceBias(tuple(bias.items())), theirs.SequenceBiasLogitsProcessor(bias)),
+        (ours.SequenceBias(bad_ours), theirs.NoBadWordsLogitsProcessor(bad, list(eos))),
+        (
+            ours.ExponentialDecayLengthPenalty(3 + 2, 1.3, eos),
+            theirs.ExponentialDecayLengthPenalty((2, 1.3), list(eos), 3),
+        ),
+        (ours.RemoveInvalidValues(), theirs.InfNanRemoveLogitsProcessor()),
+        (ours.Normalize(), theirs.LogitNormalization()),
+        (ours.Temperature(0.3), theirs.TemperatureLogitsWarper(0.3)),
+        *((ours.TopK(k, 2), theirs.TopKLogitsWarper(k, min_tokens_to_keep=2)) for k in (1, 5, 12, 99)),
+        *((ours.TopP(p, 2), theirs.TopPLogitsWarper(p, min_tokens_to_keep=2)) for p in (0.05, 0.5, 0.9, 0.999)),
+        *((ours.MinP(p, 2), theirs.MinPLogitsWarper(p, min_tokens_to_keep=2)) for p in (0.0, 0.05, 0.5, 1.0)),
+        *((ours.TypicalP(p, 2), theirs.TypicalLogitsWarper(p, min_tokens_to_keep=2)) for p in (0.05, 0.5, 0.9)),
+        *((ours.EpsilonCutoff(e, 2), theirs.EpsilonLogitsWarper(e, min_tokens_to_keep=2)) for e in (0.01, 0.1, 0.9)),
+        *((ours.EtaCutoff(e, 2), theirs.EtaLogitsWarper(e, min_tokens_to_keep=2)) for e in (0.01, 0.1, 0.9)),
+    ]
+    entry = tolerance("output", "float64") if dtype == "float64" else tolerance("scores", "float32")
+    changed = set()
+    with jax.enable_x64(dtype == "float64"):
+        for mine, reference in pairs:
+            apply = jax.jit(
+                lambda *arguments, mine=mine: mine(*arguments), compiler_options={"xla_backend_optimization_level": 0}
+            )
+            for seed, length in [(seed, length) for seed in range(4) for length in (1, 2, 3, 5, 6, 7, 14)]:
+                rng = np.random.default_rng([seed, length])
+                logits = (3 * rng.normal(size=(2, VOCABULARY))).astype(dtype)
+                logits[rng.random(logits.shape) < 0.15] = -np.inf
+                tokens = rng.integers(0, 5, size=(2, 14)) if seed else np.tile([3, 2, 1, 2, 4, 3, 4], (2, 2))
+                if isinstance(mine, ours.SequenceBias):
+                    logits = np.maximum(logits, -50)  # their index arithmetic is for finite logits
+                actual = np.asarray(apply(logits, tokens, np.int32(length)))
+                given, seen = torch.from_numpy(logits.copy()), torch.from_numpy(tokens[:, :length])
+                if length < getattr(reference, "ngram_size", 1) - 1:
+                    continue
+                expected = reference(seen, given).numpy()
+                assert actual.dtype == logits.dtype, mine
+                np.testing.assert_allclose(actual, expected, rtol=entry.rtol, atol=entry.atol, err_msg=repr(mine))
+                if not np.array_equal(expected, logits):
+                    changed.add(id(mine))
+    # Only a top-k of (almost) the whole vocabulary and a min-p of 0 may leave everything as it was.
+    idle = [mine for mine, _ in pairs if id(mine) not in changed]
+    assert all(
+        (isinstance(mine, ours.TopK) and mine.k >= VOCABULARY - 1) or mine == ours.MinP(0.0, 2) for mine in idle
+    ), idle
+
+
+# --- a real model ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_through_a_transformers_model_with_encoder_and_cache(beams):
+    """Our loop drives BART through a callback, without a cache; `transformers` drives it with its own."""
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    config = BartConfig(
+        vocab_size=31,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=40,
+        init_std=0.7,
+        forced_eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = BartForConditionalGeneration(config).eval()
+    source = torch.randint(3, 31, (3, 7), generator=torch.Generator().manual_seed(1))
+    options = {
+        "max_new_tokens": 16,
+        "eos_token_id": (2, 9),
+        "pad_token_id": 1,
+        "num_beams": beams,
+        "length_penalty": 0.5,
+    }
+    options["num_return_sequences"] = beams
+
+    def logits_after(tokens, length, source):
+        with torch.no_grad():
+            ids = torch.from_numpy(np.array(source)).long()
+            decoded = torch.from_numpy(np.array(tokens)[:, : int(length)]).long()
+            return model(input_ids=ids, decoder_input_ids=decoded).logits[:, -1].numpy()
+
+    def step(tokens, cache, position):
+        written = jax.lax.dynamic_update_slice_in_dim(cache["tokens"], tokens, position, axis=1)
+        shape = jax.ShapeDtypeStruct((tokens.shape[0], 31), np.float32)
+        logits = jax.pure_callback(logits_after, shape, written, position + 1, cache["source"])
+        return logits, {"tokens": written, "source": cache["source"]}
+
+    prompt = np.full((3, 1), config.decoder_start_token_id, np.int32)
+    cache = {"tokens": np.zeros((3, 17), np.int32), "source": source.numpy().astype(np.int32)}
+    ours_result = generate(step, cache, prompt, GenerationConfig(**options)).trim()
+    expected = model.generate(
+        source,
+        attention_mask=torch.ones_like(source),
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **{**options, "eos_token_id": [2, 9]},
+    )
+    np.testing.assert_array_equal(ours_result.sequences, expected.sequences.numpy())
+    if beams > 1:
+        entry = tolerance("output", "float32")  # with and without a cache: another order of summation
+        np.testing.assert_allclose(
+            ours_result.sequences_scores, expected.sequences_scores.numpy(), rtol=entry.rtol, atol=entry.atol
+        )
+
+
+# --- mutation --------------------------------------------------------------------------------------------------------
+
+
+def _wrong_penalty(self, generated, dtype):
+    return (generated + 1) ** self.setup.config.length_penalty
+
+
+def _never_stops(self, tokens, last, length):
+    return jax.numpy.broadcast_to(length >= self.max_length, last.shape)
+
+
+def _no_reorder(cache, rows, length):
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "mutant"),
+    [
+        (beam._Standard, "_penalty", _wrong_penalty),
+        (Search, "stops", _never_stops),
+        (caches, "reorder", _no_reorder),
+        (beam, "_NEVER", -1.0),
+    ],
+)
+def test_a_wrong_search_is_noticed(place, name, mutant, monkeypatch):
+    options = {
+        "num_beams": 3,
+        "length_penalty": 0.7,
+        "num_return_sequences": 3,
+        "eos_token_id": 3,
+        "max_new_tokens": 13,
+    }
+    _check(options, range(6))
+    _run.clear_cache()
+    monkeypatch.setattr(place, name, mutant)
+    with pytest.raises(AssertionError):
+        _check(options, range(6))
+    _run.clear_cache()
