@@ -1,0 +1,1720 @@
+r"""# VITS: Conditional Variational Autoencoder with Adversarial Learning for End-to-End Text-to-Speech
+
+Jaehyeon Kim, Jungil Kong, Juhee Son, 2021, arXiv 2106.06103.
+
+Text and waveform are tied by one latent sequence $z$. A posterior encoder reads $z$ off the spectrogram; a prior
+encoder predicts it from the text, one Gaussian for each phoneme, made flexible by a normalising flow; a HiFi-GAN
+decoder turns it into sound. Which frame belongs to which phoneme is found while training, by a search for the monotonic
+alignment that makes $z$ most likely; a flow-based predictor learns to sample the durations that the search found.
+
+    spectrogram ── Conv, WaveNet × 16, Conv ── N(μ_q, σ_q) ──> z ── HiFi-GAN ──> waveform          training
+                                                               │ f, 4 couplings
+                                                             f(z) ── monotonic alignment search ──┐
+    ids ── embed ── 6 × [attention, LN, convolutions, LN] ── Conv ──> μ_p, σ_p of each phoneme ───┘
+                                   └── duration predictor ──> frames of each phoneme
+
+    ids ──> μ_p, σ_p, durations ── repeat each phoneme ── N(μ_p, σ_p) ── f⁻¹ ──> z ── HiFi-GAN ──> waveform   synthesis
+
+| paper | here |
+| --- | --- |
+| §2.1.2, Eq. 2, reconstruction loss | `VitsLosses.mel`, on `hifigan.log_mel` |
+| §2.1.3, Eq. 3 and 4, KL divergence | `kl_loss` |
+| §2.2.1, Eq. 5 and 6, monotonic alignment search | `log_likelihoods`, `monotonic_alignment` |
+| §2.2.2, Eq. 7, duration prediction; Appendix B | `VitsStochasticDurationPredictor` |
+| §2.3, Eq. 8 to 10, adversarial training | `VitsDiscriminator`, on `hifigan`'s losses |
+| §2.4, Eq. 11, final loss | `generator_losses`, `discriminator_losses` |
+| §2.5.1, posterior encoder | `VitsPosteriorEncoder`, `VitsWaveNet` |
+| §2.5.2, prior encoder | `VitsTextEncoder`, `VitsResidualCouplingBlock` |
+| §2.5.3, decoder | `hifigan.HifiGanGenerator` |
+| §2.5.4, discriminator | `VitsDiscriminator` |
+| §2.5.5, stochastic duration predictor; Figure 5 | `VitsConvFlow`, `rational_quadratic_spline` |
+| §3.2, multi-speaker; §4.3, voice conversion | `speaker_id`, `VitsModel.voice_conversion` |
+| §3.3 and §4.4, deterministic predictor, the ablation | `VitsDurationPredictor` |
+| not in the paper: compiled and streamed synthesis | `Synthesizer` |
+
+Where the original is wrong, the paper is followed. `transformers` runs the duration predictor's flows in the training
+direction with a permutation after the first, affine one, which its own reverse direction does not undo; here the two
+directions are inverse to each other, as in the authors' code. In a padded batch `transformers` lets what lies behind
+the end of an item leak into its last samples; here each item sounds as it does by itself.
+
+Checkpoints: `facebook/mms-tts-*` (1,100 languages), `kakao-enterprise/vits-ljs` and `-vctk`, the authors'
+`pretrained_ljs.pth` and `pretrained_vctk.pth`, MMS' `G_100000.pth`, and Piper's voices, `.ckpt` and `.onnx`.
+
+    import audiozoo
+    from audiozoo.models.vits import speak
+    model = audiozoo.load("facebook/mms-tts-eng")
+    processor = audiozoo.load_processor("facebook/mms-tts-eng")
+    for sentence in speak(model, processor, "Good morning. How are you?"):
+        audiozoo.audio.write("sentence.wav", sentence.waveform, model.config.sampling_rate)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from audiozoo.errors import UsageError
+from audiozoo.layers import Conv1d, Dropout, Embed, LayerNorm, Linear, activation, attend, gelu
+from audiozoo.layers.attention import merge_heads, split_heads
+from audiozoo.layers.weight_norm import WeightNormConv1d, fold_weight_norm
+from audiozoo.models import hifigan
+from audiozoo.models.hifigan import HifiGanConfig, HifiGanGenerator, PeriodDiscriminator, ScaleDiscriminator
+from audiozoo.outputs import ModelOutput
+
+# --- configuration ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class VitsConfig:
+    """VITS' sizes (§2.5, Appendix A) under `transformers`' names; the defaults are MMS' English voice."""
+
+    vocab_size: int = 38  # symbols: phonemes or characters
+    hidden_size: int = 192  # h, channels of the text encoder, the WaveNets and the duration predictor
+    num_hidden_layers: int = 6  # blocks of the text encoder
+    num_attention_heads: int = 2  # of each block
+    window_size: int = 4  # symbols on either side whose relative position is learnt
+    use_bias: bool = True  # whether the attention's projections have biases
+    ffn_dim: int = 768  # channels between a block's two convolutions
+    layerdrop: float = 0.0  # kept for export; the paper drops no layer
+    ffn_kernel_size: int = 3  # taps of a block's convolutions
+    flow_size: int = 192  # channels of the latent z
+    spectrogram_bins: int = 513  # bins of the linear spectrogram
+    hidden_act: str = "relu"  # between a block's two convolutions
+    hidden_dropout: float = 0.1  # after attention and after the convolutions
+    attention_dropout: float = 0.1  # of attention weights
+    activation_dropout: float = 0.1  # between the convolutions
+    layer_norm_eps: float = 1e-5  # ε of every layer normalisation
+    use_stochastic_duration_prediction: bool = True  # the flow-based predictor, or the deterministic one
+    num_speakers: int = 1  # voices
+    speaker_embedding_size: int = 0  # channels of a voice's embedding; 0 with one voice
+    upsample_initial_channel: int = 512  # decoder's channels before its first stage
+    upsample_rates: tuple[int, ...] = (8, 8, 2, 2)  # samples out for each one in, stage by stage
+    upsample_kernel_sizes: tuple[int, ...] = (16, 16, 4, 4)  # taps of the transposed convolutions
+    resblock_kernel_sizes: tuple[int, ...] = (3, 7, 11)  # taps, one residual block each
+    resblock_dilation_sizes: tuple[tuple[int, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5))  # of each block's layers
+    resblock: str = "1"  # HiFi-GAN's residual blocks of variant "1" or "2"; transformers knows only "1"
+    leaky_relu_slope: float = 0.1  # below zero, in the decoder
+    depth_separable_channels: int = 2  # channels of the duration predictor's flows
+    depth_separable_num_layers: int = 3  # dilated convolutions of each conditioner
+    duration_predictor_flow_bins: int = 10  # K, bins of a spline
+    duration_predictor_tail_bound: float = 5.0  # B, the splines act on [-B, B]
+    duration_predictor_kernel_size: int = 3  # taps
+    duration_predictor_dropout: float = 0.5  # in training
+    duration_predictor_num_flows: int = 4  # spline couplings in each of the two flows
+    duration_predictor_filter_channels: int = 256  # channels of the deterministic predictor
+    prior_encoder_num_flows: int = 4  # couplings of f
+    prior_encoder_num_wavenet_layers: int = 4  # layers in each of them
+    posterior_encoder_num_wavenet_layers: int = 16  # layers
+    wavenet_kernel_size: int = 5  # taps
+    wavenet_dilation_rate: int = 1  # layer i is dilated by this to the power of i
+    wavenet_dropout: float = 0.0  # in training
+    speaking_rate: float = 1.0  # default of the call's argument; twice as fast at 2
+    noise_scale: float = 0.667  # default of the call's argument; standard deviation of z about the prior
+    noise_scale_duration: float = 0.8  # default of the call's argument; standard deviation of the durations' noise
+    sampling_rate: int = 16_000  # Hz
+    pad_token_id: int | None = None  # kept for export
+    decoder_weight_norm: bool = False  # decoder's kernels as magnitude and direction; True for the authors' files
+    has_posterior: bool = True  # whether what only training and voice conversion need is there; False for .onnx
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise UsageError(
+                f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} attention heads."
+            )
+
+    @property
+    def hop_length(self) -> int:
+        """Samples of waveform for each frame of z."""
+        return math.prod(self.upsample_rates)
+
+    @property
+    def decoder(self) -> HifiGanConfig:
+        """The decoder: HiFi-GAN's generator without normalised ends (§2.5.3)."""
+        return HifiGanConfig(
+            model_in_dim=self.flow_size,
+            sampling_rate=self.sampling_rate,
+            upsample_initial_channel=self.upsample_initial_channel,
+            upsample_rates=self.upsample_rates,
+            upsample_kernel_sizes=self.upsample_kernel_sizes,
+            resblock=self.resblock,
+            resblock_kernel_sizes=self.resblock_kernel_sizes,
+            resblock_dilation_sizes=self.resblock_dilation_sizes,
+            leaky_relu_slope=self.leaky_relu_slope,
+            condition_dim=self.speaker_embedding_size,
+            use_post_bias=False,
+            weight_norm=self.decoder_weight_norm,
+            weight_norm_ends=False,
+        )
+
+    @classmethod
+    def mms(cls, **changes: Any) -> VitsConfig:
+        """A voice of MMS (arXiv 2305.13516, §6): one speaker, 16 kHz, the language's characters."""
+        return cls(**changes)
+
+    @classmethod
+    def ljs(cls, **changes: Any) -> VitsConfig:
+        """One speaker at 22,050 Hz, 178 phonemes (§3.1, LJ Speech)."""
+        return cls(**{"vocab_size": 178, "sampling_rate": 22_050, **changes})
+
+    @classmethod
+    def vctk(cls, **changes: Any) -> VitsConfig:
+        """109 speakers at 22,050 Hz (§3.1, VCTK)."""
+        return cls.ljs(**{"num_speakers": 109, "speaker_embedding_size": 256, **changes})
+
+    @classmethod
+    def piper_high(cls, **changes: Any) -> VitsConfig:
+        """Piper's high quality: the paper's sizes."""
+        return cls(**{"vocab_size": 256, "sampling_rate": 22_050, **changes})
+
+    @classmethod
+    def piper_medium(cls, **changes: Any) -> VitsConfig:
+        """Piper's medium quality: HiFi-GAN's variant 3 as decoder."""
+        sizes: dict[str, Any] = {
+            "upsample_initial_channel": 256,
+            "upsample_rates": (8, 8, 4),
+            "upsample_kernel_sizes": (16, 16, 8),
+            "resblock": "2",
+            "resblock_kernel_sizes": (3, 5, 7),
+            "resblock_dilation_sizes": ((1, 2), (2, 6), (3, 12)),
+        }
+        return cls.piper_high(**(sizes | changes))
+
+    @classmethod
+    def piper_low(cls, **changes: Any) -> VitsConfig:
+        """Piper's low quality: medium at 16 kHz."""
+        return cls.piper_medium(**{"sampling_rate": 16_000, **changes})
+
+    @classmethod
+    def piper_x_low(cls, **changes: Any) -> VitsConfig:
+        """Piper's lowest quality: half the channels, 16 kHz."""
+        return cls.piper_low(**{"hidden_size": 96, "flow_size": 96, "ffn_dim": 384, **changes})
+
+
+class VitsModelOutput(ModelOutput):
+    """What synthesis gives; `spectrogram` is the masked latent z, the decoder's input."""
+
+    waveform: Float[Array, "batch samples"] | None = None
+    sequence_lengths: Int[Array, " batch"] | None = None
+    spectrogram: Float[Array, "batch frames latent"] | None = None
+    hidden_states: tuple[Float[Array, "batch time channels"], ...] | None = None
+    attentions: tuple[Float[Array, "batch heads query key"], ...] | None = None
+    durations: Float[Array, "batch time"] | None = None
+
+
+class VitsTextEncoderOutput(ModelOutput):
+    """The text encoder's output: one Gaussian for each symbol."""
+
+    last_hidden_state: Float[Array, "batch time channels"] | None = None
+    prior_means: Float[Array, "batch time latent"] | None = None
+    prior_log_variances: Float[Array, "batch time latent"] | None = None
+    hidden_states: tuple[Float[Array, "batch time channels"], ...] | None = None
+    attentions: tuple[Float[Array, "batch heads query key"], ...] | None = None
+
+
+def _kwargs(dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> dict[str, Any]:
+    return {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+
+
+# --- text encoder ----------------------------------------------------------------------------------------------------
+
+
+def relative_to_absolute(x: Float[Array, "*batch queries offsets"]) -> Float[Array, "*batch queries queries"]:
+    r"""$y_{i,j} = x_{i,\,j-i+w}$ where $|j - i| \le w$, else 0: the $2w + 1$ offsets put on their diagonals.
+
+    Row $i$ moves right by $i$ when rows of length $L + 1$ are read as rows of length $L$.
+    """
+    queries, offsets = x.shape[-2:]
+    window, width = offsets // 2, queries + offsets - 1
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width + 1 - offsets)])
+    x = x.reshape(*x.shape[:-2], -1)[..., : queries * width].reshape(*x.shape[:-2], queries, width)
+    return x[..., window : window + queries]
+
+
+def absolute_to_relative(
+    x: Float[Array, "*batch queries queries"], window: int
+) -> Float[Array, "*batch queries offsets"]:
+    r"""The $2w + 1$ diagonals of `relative_to_absolute`, side by side again."""
+    queries = x.shape[-1]
+    width = queries + 2 * window
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(window, window)])
+    x = x.reshape(*x.shape[:-2], -1)
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, queries)])
+    return x.reshape(*x.shape[:-1], queries, width + 1)[..., : 2 * window + 1]
+
+
+class VitsAttention(nnx.Module):
+    r"""Self-attention with windowed relative positions (§2.5.2; Shaw et al., arXiv 1803.02155, Eq. 3 and 4).
+
+    $\text{score}_{ij} = \frac{q_i \cdot (k_j + a^K_{j-i})}{\sqrt{d}}$ and
+    $o_i = \sum_j \alpha_{ij} (v_j + a^V_{j-i})$, with $a = 0$ outside the window; all heads share the tables.
+    """
+
+    def __init__(self, config: VitsConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        size, kwargs = config.hidden_size, _kwargs(dtype, param_dtype, rngs)
+        self.k_proj = Linear(size, size, use_bias=config.use_bias, **kwargs)
+        self.v_proj = Linear(size, size, use_bias=config.use_bias, **kwargs)
+        self.q_proj = Linear(size, size, use_bias=config.use_bias, **kwargs)
+        self.out_proj = Linear(size, size, use_bias=config.use_bias, **kwargs)
+        self.heads, self.window, self.dropout_rate = (
+            config.num_attention_heads,
+            config.window_size,
+            config.attention_dropout,
+        )
+        head_dim = size // self.heads
+        self.scale = head_dim**-0.5
+        shape = (1, 2 * config.window_size + 1, head_dim)
+        self.emb_rel_k = nnx.Param(self.scale * jax.random.normal(rngs.params(), shape, param_dtype))
+        self.emb_rel_v = nnx.Param(self.scale * jax.random.normal(rngs.params(), shape, param_dtype))
+
+    def __call__(
+        self,
+        x: Float[Array, "batch time channels"],
+        mask: Bool[Array, "#batch 1 1 time"] | None = None,
+        dropout: Dropout | None = None,
+    ) -> tuple[Float[Array, "batch time channels"], Float[Array, "batch heads query key"]]:
+        """Attend; returns the output and the attention weights."""
+        query = split_heads(self.q_proj(x), self.heads)
+        key, value = split_heads(self.k_proj(x), self.heads), split_heads(self.v_proj(x), self.heads)
+        relative_keys, relative_values = self.emb_rel_k[0].astype(query.dtype), self.emb_rel_v[0].astype(query.dtype)
+        bias = relative_to_absolute((query * self.scale) @ relative_keys.T)
+        output, weights = attend(
+            query,
+            key,
+            value,
+            scale=self.scale,
+            mask=mask,
+            bias=bias,
+            dropout_rate=self.dropout_rate,
+            dropout=dropout,
+        )
+        output = output + absolute_to_relative(weights, self.window) @ relative_values
+        return self.out_proj(merge_heads(output)), weights
+
+
+class VitsFeedForward(nnx.Module):
+    """Two convolutions over time where a Transformer has two linear maps (§2.5.2; Glow-TTS, arXiv 2005.11129, §3.4)."""
+
+    def __init__(self, config: VitsConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        kwargs, taps = _kwargs(dtype, param_dtype, rngs), config.ffn_kernel_size
+        padding = ((taps - 1) // 2, taps // 2)
+        self.conv_1 = Conv1d(config.hidden_size, config.ffn_dim, taps, padding=padding, **kwargs)
+        self.conv_2 = Conv1d(config.ffn_dim, config.hidden_size, taps, padding=padding, **kwargs)
+        self.activation, self.dropout_rate = activation(config.hidden_act), config.activation_dropout
+
+    def __call__(
+        self,
+        x: Float[Array, "batch time channels"],
+        mask: Float[Array, "batch time 1"],
+        dropout: Dropout | None = None,
+    ) -> Float[Array, "batch time channels"]:
+        """Convolve twice; padding is silence before each convolution and in the output."""
+        x = self.activation(self.conv_1(x * mask))
+        x = dropout(x, self.dropout_rate) if dropout else x
+        return self.conv_2(x * mask) * mask
+
+
+class VitsEncoderLayer(nnx.Module):
+    """A block of the text encoder (§2.5.2): attention and convolutions, each added and then normalised."""
+
+    def __init__(self, config: VitsConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        kwargs = _kwargs(dtype, param_dtype, rngs)
+        self.attention = VitsAttention(config, **kwargs)
+        self.layer_norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, **kwargs)
+        self.feed_forward = VitsFeedForward(config, **kwargs)
+        self.final_layer_norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, **kwargs)
+        self.dropout_rate = config.hidden_dropout
+
+    def __call__(
+        self,
+        x: Float[Array, "batch time channels"],
+        mask: Float[Array, "batch time 1"],
+        dropout: Dropout | None = None,
+    ) -> tuple[Float[Array, "batch time channels"], Float[Array, "batch heads query key"]]:
+        """The block's output and its attention weights."""
+        dropout = dropout or Dropout(None)
+        attended, weights = self.attention(x, (mask[..., 0] > 0)[:, None, None], dropout)
+        x = self.layer_norm(x + dropout(attended, self.dropout_rate))
+        x = self.final_layer_norm(x + dropout(self.feed_forward(x, mask, dropout), self.dropout_rate))
+        return x, weights
+
+
+class VitsEncoder(nnx.Module):
+    """The Transformer inside the text encoder (§2.5.2)."""
+
+    def __init__(self, config: VitsConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        kwargs = _kwargs(dtype, param_dtype, rngs)
+        self.layers = nnx.List([VitsEncoderLayer(config, **kwargs) for _ in range(config.num_hidden_layers)])
+
+    def __call__(
+        self,
+        x: Float[Array, "batch time channels"],
+        mask: Float[Array, "batch time 1"],
+        dropout: Dropout | None = None,
+    ) -> tuple[Float[Array, "batch time channels"], tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        """The last output, the outputs of all layers with the input first, and all attention weights."""
+        x = x * mask
+        states, attentions = [], []
+        for layer in self.layers:
+            states.append(x)
+            x, weights = layer(x, mask, dropout)
+            attentions.append(weights)
+        x = x * mask
+        return x, (*states, x), tuple(attentions)
+
+
+class VitsTextEncoder(nnx.Module):
+    r"""Symbols to $h_{text}$ and to the prior's $\mu_p$ and $\log \sigma_p$, one of each for a symbol (§2.5.2)."""
+
+    def __init__(self, config: VitsConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        kwargs = _kwargs(dtype, param_dtype, rngs)
+        self.embed_tokens = Embed(config.vocab_size, config.hidden_size, **kwargs)
+        self.encoder = VitsEncoder(config, **kwargs)
+        self.project = Conv1d(config.hidden_size, 2 * config.flow_size, 1, **kwargs)
+        self.scale = math.sqrt(config.hidden_size)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "batch time"],
+        mask: Float[Array, "batch time 1"],
+        dropout: Dropout | None = None,
+    ) -> VitsTextEncoderOutput:
+        """Encode; what `transformers` calls log-variances are logarithms of standard deviations."""
+        x, states, attentions = self.encoder(self.embed_tokens(input_ids) * self.scale, mask, dropout)
+        means, log_deviations = jnp.split(self.project(x) * mask, 2, axis=-1)
+        return VitsTextEncoderOutput(x, means, log_deviations, states, attentions)
+
+
+# --- posterior encoder and flow --------------------------------------------------------------------------------------
+
+
+class VitsWaveNet(nnx.Module):
+    r"""Non-causal WaveNet residual blocks (§2.5.1; WaveGlow, arXiv 1811.00002, §2.2).
+
+    Per layer $a = \tanh(W_f * x + V_f g) \odot \sigma(W_g * x + V_g g)$; one half of a projection of $a$ is added to
+    $x$, the other to the output.
+    """
+
+    def __init__(
+        self,
+        config: VitsConfig,
+        num_layers: int,
+        *,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        size, kwargs = config.hidden_size, _kwargs(dtype, param_dtype, rngs)
+        if config.speaker_embedding_size:
+            self.cond_layer = WeightNormConv1d(config.speaker_embedding_size, 2 * size * num_layers, 1, **kwargs)
+        taps, dilations = config.wavenet_kernel_size, [config.wavenet_dilation_rate**i for i in range(num_layers)]
+        self.in_layers = nnx.List(
+            [
+                WeightNormConv1d(size, 2 * size, taps, dilation=d, padding=(taps - 1) * d // 2, **kwargs)
+                for d in dilations
+            ]
+        )
+        # The last layer has nothing to add to.
+        widths = [2 * size] * (num_layers - 1) + [size]
+        self.res_skip_layers = nnx.List([WeightNormConv1d(size, width, 1, **kwargs) for width in widths])
+        self.size, self.dropout_rate = size, config.wavenet_dropout
+
+    def __call__(
+        self,
+        x: Float[Array, "batch time channels"],
+        mask: Float[Array, "batch time 1"],
+        condition: Float[Array, "batch 1 speaker"] | None = None,
+        dropout: Dropout | None = None,
+    ) -> Float[Array, "batch time channels"]:
+        """All layers; `condition` is a voice's embedding."""
+        output = jnp.zeros((), x.dtype)
+        conditions = None if condition is None else self.cond_layer(condition)
+        for i, (gates, projection) in enumerate(zip(self.in_layers, self.res_skip_layers, strict=True)):
+            a = gates(x)
+            if conditions is not None:
+                a = a + conditions[..., 2 * self.size * i : 2 * self.size * (i + 1)]
+            a = jnp.tanh(a[..., : self.size]) * jax.nn.sigmoid(a[..., self.size :])
+            a = projection(dropout(a, self.dropout_rate) if dropout else a)
+            if i < len(self.in_layers) - 1:
+                x = (x + a[..., : self.size]) * mask
+                output = output + a[..., self.size :]
+            else:
+                output = output + a
+        return output * mask
+
+
+class VitsPosteriorEncoder(nnx.Module):
+    r"""Linear spectrogram to $q_\phi(z \mid x) = \mathcal N(\mu_q, \sigma_q)$ (§2.5.1)."""
+
+    def __init__(self, config: VitsConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        kwargs = _kwargs(dtype, param_dtype, rngs)
+        self.conv_pre = Conv1d(config.spectrogram_bins, config.hidden_size, 1, **kwargs)
+        self.wavenet = VitsWaveNet(config, config.posterior_encoder_num_wavenet_layers, **kwargs)
+        self.conv_proj = Conv1d(config.hidden_size, 2 * config.flow_size, 1, **kwargs)
+
+    def __call__(
+        self,
+        spectrogram: Float[Array, "batch frames bins"],
+        mask: Float[Array, "batch frames 1"],
+        condition: Float[Array, "batch 1 speaker"] | None = None,
+        *,
+        noise: Float[Array, "batch frames latent"],
+        dropout: Dropout | None = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        r"""$z = \mu_q + \sigma_q \epsilon$ with $\epsilon$ = `noise`; returns $z, \mu_q, \log \sigma_q$."""
+        x = self.wavenet(self.conv_pre(spectrogram) * mask, mask, condition, dropout)
+        mean, log_deviation = jnp.split(self.conv_proj(x) * mask, 2, axis=-1)
+        return (mean + noise * jnp.exp(log_deviation)) * mask, mean, log_deviation
+
+
+class VitsResidualCouplingLayer(nnx.Module):
+    r"""Affine coupling that shifts and does not scale, so that volumes are kept (§2.5.2; arXiv 1605.08803, Eq. 4)."""
+
+    def __init__(self, config: VitsConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        kwargs, half = _kwargs(dtype, param_dtype, rngs), config.flow_size // 2
+        self.conv_pre = Conv1d(half, config.hidden_size, 1, **kwargs)
+        self.wavenet = VitsWaveNet(config, config.prior_encoder_num_wavenet_layers, **kwargs)
+        self.conv_post = Conv1d(config.hidden_size, half, 1, **kwargs)
+        # A new flow is the identity.
+        self.conv_post.kernel[...] = jnp.zeros_like(self.conv_post.kernel[...])
+        self.conv_post.bias[...] = jnp.zeros_like(self.conv_post.bias[...])
+
+    def __call__(
+        self,
+        x: Float[Array, "batch frames latent"],
+        mask: Float[Array, "batch frames 1"],
+        condition: Float[Array, "batch 1 speaker"] | None = None,
+        *,
+        reverse: bool = False,
+        dropout: Dropout | None = None,
+    ) -> Float[Array, "batch frames latent"]:
+        r"""$[x_a, x_b] \mapsto [x_a, x_b \pm m(x_a)]$."""
+        first, second = jnp.split(x, 2, axis=-1)
+        mean = self.conv_post(self.wavenet(self.conv_pre(first) * mask, mask, condition, dropout)) * mask
+        second = (second - mean) * mask if reverse else mean + second * mask
+        return jnp.concatenate([first, second], axis=-1)
+
+
+class VitsResidualCouplingBlock(nnx.Module):
+    r"""The normalising flow $f_\theta$ (§2.1.3, Eq. 4; §2.5.2): couplings, the channels turned round after each."""
+
+    def __init__(self, config: VitsConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        kwargs = _kwargs(dtype, param_dtype, rngs)
+        self.flows = nnx.List(
+            [VitsResidualCouplingLayer(config, **kwargs) for _ in range(config.prior_encoder_num_flows)]
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "batch frames latent"],
+        mask: Float[Array, "batch frames 1"],
+        condition: Float[Array, "batch 1 speaker"] | None = None,
+        *,
+        reverse: bool = False,
+        dropout: Dropout | None = None,
+    ) -> Float[Array, "batch frames latent"]:
+        r"""$f_\theta(z)$, or $f_\theta^{-1}$ with `reverse`. Volumes are kept: the Jacobian's determinant is 1."""
+        if reverse:
+            for flow in reversed(self.flows):
+                x = flow(x[..., ::-1], mask, condition, reverse=True)
+            return x
+        for flow in self.flows:
+            x = flow(x, mask, condition, dropout=dropout)[..., ::-1]
+        return x
+
+
+# --- duration prediction ---------------------------------------------------------------------------------------------
+
+MIN_BIN = 1e-3  # least width and height of a spline's bin, as a part of the whole interval
+MIN_DERIVATIVE = 1e-3  # least slope at a knot
+
+
+def rational_quadratic_spline(
+    x: Float[Array, "*shape"],
+    widths: Float[Array, "*shape bins"],
+    heights: Float[Array, "*shape bins"],
+    derivatives: Float[Array, "*shape knots"],
+    *,
+    reverse: bool = False,
+    bound: float = 5.0,
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    r"""Monotonic rational-quadratic spline with linear tails (§2.5.5, Figure 5; arXiv 1906.04032, §3.1).
+
+    $K$ bins divide $[-B, B]$; in bin $k$, with $\xi = (x - x_k)/w_k$, mean slope $s = h_k / w_k$ and slopes $\delta$ at
+    the knots,
+    $$y = y_k + \frac{h_k\,[s\,\xi^2 + \delta_k\,\xi(1-\xi)]}{s + (\delta_{k+1} + \delta_k - 2s)\,\xi(1-\xi)}.$$
+    Outside of $[-B, B]$ it is the identity.
+
+    Args:
+        x: where to evaluate.
+        widths: of the bins, before their softmax.
+        heights: of the bins, before their softmax.
+        derivatives: at the $K - 1$ inner knots, before their softplus; at $\pm B$ the slope is 1.
+        reverse: evaluate the inverse.
+        bound: $B$.
+
+    Returns:
+        The values, and the logarithm of the derivative there.
+    """
+    bins = widths.shape[-1]
+    inside = (x >= -bound) & (x <= bound)
+    # Nothing outside may reach a division or a root: not even its gradient.
+    x_in = jnp.where(inside, x, jnp.zeros((), x.dtype))
+    edge = jnp.full((*derivatives.shape[:-1], 1), math.log(math.exp(1 - MIN_DERIVATIVE) - 1), derivatives.dtype)
+    slopes = MIN_DERIVATIVE + jax.nn.softplus(jnp.concatenate([edge, derivatives, edge], axis=-1))
+
+    def knots(unnormalised: jax.Array) -> jax.Array:
+        parts = MIN_BIN + (1 - MIN_BIN * bins) * jax.nn.softmax(unnormalised, axis=-1)
+        inner = 2 * bound * jnp.cumsum(parts, axis=-1)[..., :-1] - bound
+        end = jnp.full((*inner.shape[:-1], 1), bound, inner.dtype)
+        return jnp.concatenate([-end, inner, end], axis=-1)
+
+    x_knots, y_knots = knots(widths), knots(heights)
+    located = y_knots if reverse else x_knots
+    index = jnp.clip(jnp.sum(x_in[..., None] >= located[..., :-1], axis=-1) - 1, 0, bins - 1)
+    chosen = jnp.arange(bins) == index[..., None]
+
+    def at(values: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(chosen, values, jnp.zeros((), values.dtype)), axis=-1)
+
+    x_k, w = at(x_knots[..., :-1]), at(jnp.diff(x_knots, axis=-1))
+    y_k, h = at(y_knots[..., :-1]), at(jnp.diff(y_knots, axis=-1))
+    d_k, d_next, s = at(slopes[..., :-1]), at(slopes[..., 1:]), h / w
+    curvature = d_k + d_next - 2 * s
+    if reverse:
+        # The root in [0, 1] of a ξ² + b ξ + c, in the form that does not cancel.
+        offset = x_in - y_k
+        a, b, c = h * (s - d_k) + offset * curvature, h * d_k - offset * curvature, -s * offset
+        discriminant = jnp.square(b) - 4 * a * c
+        positive = discriminant > 0
+        root = jnp.where(positive, jnp.sqrt(jnp.where(positive, discriminant, 1)), 0)
+        xi = 2 * c / (-b - root)
+        value = xi * w + x_k
+    else:
+        xi = (x_in - x_k) / w
+    mixed = xi * (1 - xi)
+    denominator = s + curvature * mixed
+    if not reverse:
+        value = y_k + h * (s * jnp.square(xi) + d_k * mixed) / denominator
+    numerator = jnp.square(s) * (d_next * jnp.square(xi) + 2 * s * mixed + d_k * jnp.square(1 - xi))
+    log_slope = jnp.log(numerator) - 2 * jnp.log(denominator)
+    log_slope = jnp.where(inside, -log_slope if reverse else log_slope, jnp.zeros((), x.dtype))
+    return jnp.where(inside, value, x), log_slope
+
+
+class VitsDilatedDepthSeparableConv(nnx.Module):
+    """Dilated depth-separable convolutions, the residual blocks of the duration predictor (§2.5.5, Figure 5b)."""
+
+    def __init__(
+        self,
+        config: VitsConfig,
+        dropout: float = 0.0,
+        *,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        kwargs = _kwargs(dtype, param_dtype, rngs)
+        size, taps, layers = (
+            config.hidden_size,
+            config.duration_predictor_kernel_size,
+            config.depth_separable_num_layers,
+        )
+        self.convs_dilated = nnx.List(
+            [
+                Conv1d(size, size, taps, dilation=taps**i, padding=(taps - 1) * taps**i // 2, groups=size, **kwargs)
+                for i in range(layers)
+            ]
+        )
+        self.convs_pointwise = nnx.List([Conv1d(size, size, 1, **kwargs) for _ in range(layers)])
+        self.norms_1 = nnx.List([LayerNorm(size, **kwargs) for _ in range(layers)])
+        self.norms_2 = nnx.List([LayerNorm(size, **kwargs) for _ in range(layers)])
+        self.dropout_rate = dropout
+
+    def __call__(
+        self,
+        x: Float[Array, "batch time channels"],
+        mask: Float[Array, "batch time 1"],
+        condition: Float[Array, "batch time channels"] | None = None,
+        dropout: Dropout | None = None,
+    ) -> Float[Array, "batch time channels"]:
+        """All layers; `condition` is added to the input."""
+        if condition is not None:
+            x = x + condition
+        layers = zip(self.convs_dilated, self.convs_pointwise, self.norms_1, self.norms_2, strict=True)
+        for dilated, pointwise, norm_1, norm_2 in layers:
+            y = gelu(norm_1(dilated(x * mask)))
+            y = gelu(norm_2(pointwise(y)))
+            x = x + (dropout(y, self.dropout_rate) if dropout else y)
+        return x * mask
+
+
+class VitsConvFlow(nnx.Module):
+    """Coupling of a spline whose bins are predicted from the other half (§2.5.5; neural spline flows, 1906.04032)."""
+
+    def __init__(self, config: VitsConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        kwargs = _kwargs(dtype, param_dtype, rngs)
+        self.half, self.bins = config.depth_separable_channels // 2, config.duration_predictor_flow_bins
+        self.bound, self.scale = config.duration_predictor_tail_bound, math.sqrt(config.hidden_size)
+        self.conv_pre = Conv1d(self.half, config.hidden_size, 1, **kwargs)
+        self.conv_dds = VitsDilatedDepthSeparableConv(config, **kwargs)
+        self.conv_proj = Conv1d(config.hidden_size, self.half * (3 * self.bins - 1), 1, **kwargs)
+        # A new spline has equal bins.
+        self.conv_proj.kernel[...] = jnp.zeros_like(self.conv_proj.kernel[...])
+        self.conv_proj.bias[...] = jnp.zeros_like(self.conv_proj.bias[...])
+
+    def __call__(
+        self,
+        x: Float[Array, "batch time pair"],
+        mask: Float[Array, "batch time 1"],
+        condition: Float[Array, "batch time channels"],
+        *,
+        reverse: bool = False,
+    ) -> tuple[Float[Array, "batch time pair"], Float[Array, " batch"]]:
+        """The transformed pair and the log-determinant of each item (of the inverse with `reverse`)."""
+        first, second = jnp.split(x, 2, axis=-1)
+        parameters = self.conv_proj(self.conv_dds(self.conv_pre(first), mask, condition)) * mask
+        parameters = parameters.reshape(*first.shape, -1)
+        second, log_slope = rational_quadratic_spline(
+            second,
+            parameters[..., : self.bins] / self.scale,
+            parameters[..., self.bins : 2 * self.bins] / self.scale,
+            parameters[..., 2 * self.bins :],
+            reverse=reverse,
+            bound=self.bound,
+        )
+        return jnp.concatenate([first, second], axis=-1) * mask, jnp.sum(log_slope * mask, axis=(1, 2))
+
+
+class VitsElementwiseAffine(nnx.Module):
+    """A shift and a scale for each channel, first in both flows (Appendix B; Glow, arXiv 1807.03039, §3.1)."""
+
+    def __init__(self, config: VitsConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        channels = config.depth_separable_channels
+        self.translate = nnx.Param(jnp.zeros(channels, param_dtype))
+        self.log_scale = nnx.Param(jnp.zeros(channels, param_dtype))
+        self.dtype = dtype
+
+    def __call__(
+        self,
+        x: Float[Array, "batch time pair"],
+        mask: Float[Array, "batch time 1"],
+        condition: Float[Array, "batch time channels"] | None = None,
+        *,
+        reverse: bool = False,
+    ) -> tuple[Float[Array, "batch time pair"], Float[Array, " batch"]]:
+        """The transformed pair and the log-determinant of each item (of the inverse with `reverse`)."""
+        translate, log_scale = self.translate[...].astype(x.dtype), self.log_scale[...].astype(x.dtype)
+        log_determinant = jnp.sum(log_scale * mask, axis=(1, 2))
+        if reverse:
+            return (x - translate) * jnp.exp(-log_scale) * mask, -log_determinant
+        return (translate + jnp.exp(log_scale) * x) * mask, log_determinant
+
+
+class VitsStochasticDurationPredictor(nnx.Module):
+    r"""Durations by a flow, with variational dequantisation and data augmentation (§2.2.2, Eq. 7; Appendix B).
+
+    A duration $d$ is an integer and a single number, a flow wants neither: $u \in [0, 1)$ makes it continuous, $d - u$,
+    and $\nu$ gives it company. Both come from $q_\phi(u, \nu \mid d, h)$, itself a flow, and
+    $$\log p(d \mid h) \ge
+    \mathbb E_{q}\Bigl[\log \frac{p_\theta(d - u, \nu \mid h)}{q_\phi(u, \nu \mid d, h)}\Bigr].$$
+    """
+
+    def __init__(self, config: VitsConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        kwargs, size, rate = _kwargs(dtype, param_dtype, rngs), config.hidden_size, config.duration_predictor_dropout
+
+        def flows(skip: int | None = None) -> nnx.List:
+            layers: list[Any] = [VitsElementwiseAffine(config, **kwargs)]
+            for i in range(1, config.duration_predictor_num_flows + 1):
+                layers.append(None if i == skip else VitsConvFlow(config, **kwargs))
+            return nnx.List(layers)
+
+        self.conv_pre = Conv1d(size, size, 1, **kwargs)
+        self.conv_proj = Conv1d(size, size, 1, **kwargs)
+        self.conv_dds = VitsDilatedDepthSeparableConv(config, rate, **kwargs)
+        if config.speaker_embedding_size:
+            self.cond = Conv1d(config.speaker_embedding_size, size, 1, **kwargs)
+        # Sampling leaves out the first spline, so files for inference do not hold it.
+        self.flows = flows(skip=None if config.has_posterior else 1)
+        if config.has_posterior:
+            self.post_conv_pre = Conv1d(1, size, 1, **kwargs)
+            self.post_conv_proj = Conv1d(size, size, 1, **kwargs)
+            self.post_conv_dds = VitsDilatedDepthSeparableConv(config, rate, **kwargs)
+            self.post_flows = flows()
+
+    def condition(
+        self,
+        hidden_states: Float[Array, "batch time channels"],
+        mask: Float[Array, "batch time 1"],
+        speaker: Float[Array, "batch 1 speaker"] | None,
+        dropout: Dropout | None,
+    ) -> Float[Array, "batch time channels"]:
+        """What the flows are conditioned on. No gradient reaches the text encoder (§2.2.2)."""
+        x = self.conv_pre(jax.lax.stop_gradient(hidden_states))
+        if speaker is not None:
+            x = x + self.cond(jax.lax.stop_gradient(speaker))
+        return self.conv_proj(self.conv_dds(x, mask, dropout=dropout)) * mask
+
+    def __call__(
+        self,
+        hidden_states: Float[Array, "batch time channels"],
+        mask: Float[Array, "batch time 1"],
+        speaker: Float[Array, "batch 1 speaker"] | None = None,
+        *,
+        noise: Float[Array, "batch time 2"],
+    ) -> Float[Array, "batch time 1"]:
+        r"""Sample $\log d$: `noise`, already scaled, through the inverse of $p_\theta$'s flow."""
+        condition = self.condition(hidden_states, mask, speaker, None)
+        z = noise
+        # The first spline only ever transforms ν, which is dropped here: it is left out.
+        for flow in (*reversed(self.flows[2:]), self.flows[0]):
+            z, _ = flow(z[..., ::-1], mask, condition, reverse=True)
+        return z[..., :1]
+
+    def negative_log_likelihood(
+        self,
+        hidden_states: Float[Array, "batch time channels"],
+        mask: Float[Array, "batch time 1"],
+        durations: Float[Array, "batch time 1"],
+        speaker: Float[Array, "batch 1 speaker"] | None = None,
+        *,
+        noise: Float[Array, "batch time 2"],
+        dropout: Dropout | None = None,
+    ) -> Float[Array, " batch"]:
+        r"""The negative of the bound of Eq. 7, in nats for each item; `noise` is standard normal."""
+        condition = self.condition(hidden_states, mask, speaker, dropout)
+        posterior = self.post_conv_dds(self.post_conv_pre(durations), mask, dropout=dropout)
+        posterior = self.post_conv_proj(posterior) * mask
+
+        def total(x: jax.Array) -> jax.Array:
+            return jnp.sum(x * mask, axis=(1, 2))
+
+        def log_normal(x: jax.Array) -> jax.Array:
+            return -0.5 * (math.log(2 * math.pi) + jnp.square(x))
+
+        # log q(u, ν | d, h) = log N(ε) - log|det|; the sigmoid that brings u into (0, 1) is part of the flow.
+        noise = noise * mask
+        z, log_determinant = _forward(self.post_flows, noise, mask, condition + posterior)
+        u, nu = z[..., :1], z[..., 1:]
+        log_determinant = log_determinant + total(jax.nn.log_sigmoid(u) + jax.nn.log_sigmoid(-u))
+        log_q = total(log_normal(noise)) - log_determinant
+
+        # log p(d - u, ν | h), with log(d - u) as the first step of its flow.
+        log_rest = jnp.log(jnp.maximum((durations - jax.nn.sigmoid(u)) * mask, 1e-5)) * mask
+        z, log_determinant = _forward(self.flows, jnp.concatenate([log_rest, nu], axis=-1), mask, condition)
+        log_p = total(log_normal(z)) + log_determinant - total(log_rest)
+        return log_q - log_p
+
+
+def _forward(flows: nnx.List, z: jax.Array, mask: jax.Array, condition: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A flow of the duration predictor, data to noise: affine, then splines, the two channels swapped after each."""
+    z, log_determinant = flows[0](z, mask)
+    for flow in flows[1:]:
+        z, more = flow(z, mask, condition)
+        z, log_determinant = z[..., ::-1], log_determinant + more
+    return z, log_determinant
+
+
+class VitsDurationPredictor(nnx.Module):
+    """The deterministic predictor of $\\log d$ (§3.3, Table 2's ablation; FastSpeech, arXiv 1905.09263, §3.3)."""
+
+    def __init__(self, config: VitsConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        kwargs, size = _kwargs(dtype, param_dtype, rngs), config.duration_predictor_filter_channels
+        taps, epsilon = config.duration_predictor_kernel_size, config.layer_norm_eps
+        self.conv_1 = Conv1d(config.hidden_size, size, taps, padding=taps // 2, **kwargs)
+        self.norm_1 = LayerNorm(size, epsilon=epsilon, **kwargs)
+        self.conv_2 = Conv1d(size, size, taps, padding=taps // 2, **kwargs)
+        self.norm_2 = LayerNorm(size, epsilon=epsilon, **kwargs)
+        self.proj = Conv1d(size, 1, 1, **kwargs)
+        if config.speaker_embedding_size:
+            self.cond = Conv1d(config.speaker_embedding_size, config.hidden_size, 1, **kwargs)
+        self.dropout_rate = config.duration_predictor_dropout
+
+    def __call__(
+        self,
+        hidden_states: Float[Array, "batch time channels"],
+        mask: Float[Array, "batch time 1"],
+        speaker: Float[Array, "batch 1 speaker"] | None = None,
+        *,
+        noise: Float[Array, "batch time 2"] | None = None,
+        dropout: Dropout | None = None,
+    ) -> Float[Array, "batch time 1"]:
+        r"""$\log d$. No gradient reaches the text encoder; `noise` is not used."""
+        dropout = dropout or Dropout(None)
+        x = jax.lax.stop_gradient(hidden_states)
+        if speaker is not None:
+            x = x + self.cond(jax.lax.stop_gradient(speaker))
+        x = dropout(self.norm_1(jax.nn.relu(self.conv_1(x * mask))), self.dropout_rate)
+        x = dropout(self.norm_2(jax.nn.relu(self.conv_2(x * mask))), self.dropout_rate)
+        return self.proj(x * mask) * mask
+
+
+# --- alignment -------------------------------------------------------------------------------------------------------
+
+
+def log_likelihoods(
+    z: Float[Array, "batch frames latent"],
+    means: Float[Array, "batch time latent"],
+    log_deviations: Float[Array, "batch time latent"],
+) -> Float[Array, "batch frames time"]:
+    r"""$\log \mathcal N(f(z)_j;\ \mu_i, \sigma_i)$ of every frame $j$ under every symbol $i$ (§2.2.1, Eq. 6)."""
+    precision = jnp.exp(-2 * log_deviations)
+    constant = jnp.sum(-0.5 * math.log(2 * math.pi) - log_deviations, axis=-1)
+    constant = constant - 0.5 * jnp.sum(jnp.square(means) * precision, axis=-1)
+    squares = jnp.einsum("bfd,btd->bft", -0.5 * jnp.square(z), precision)
+    products = jnp.einsum("bfd,btd->bft", z, means * precision)
+    return constant[:, None] + squares + products
+
+
+def monotonic_alignment(
+    scores: Float[Array, "batch frames time"],
+    frames: Int[Array, " batch"],
+    times: Int[Array, " batch"],
+) -> Float[Array, "batch frames time"]:
+    r"""Monotonic alignment search (§2.2.1, Eq. 5; Glow-TTS, arXiv 2005.11129, Algorithm 1), on the device.
+
+    Of all alignments that begin at the first symbol, end at the last one, and from frame to frame stay or go one symbol
+    on, the one of the greatest sum of scores: $Q_{i,j} = \max(Q_{i-1,j-1}, Q_{i,j-1}) + \text{score}_{i,j}$, walked
+    back from the end. At a tie the path stays (walking back), as in the authors' search.
+
+    Args:
+        scores: log-likelihoods.
+        frames: frames of each item, not fewer than its symbols.
+        times: symbols of each item.
+
+    Returns:
+        1 where frame and symbol belong together, else 0. No gradient goes through it.
+    """
+    scores = jax.lax.stop_gradient(scores)
+    batch, _, time = scores.shape
+    never = jnp.asarray(-1e9, scores.dtype)
+    symbol = jnp.arange(time)
+
+    def forward(best: jax.Array, step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        frame, score = step
+        before = jnp.concatenate([jnp.full((batch, 1), never), best[:, :-1]], axis=1)
+        came = (symbol == frame) | (best < before)  # from the symbol before
+        start = jnp.where((frame == 0) & (symbol == 0), 0, before)
+        return score + jnp.maximum(start, jnp.where(symbol == frame, never, best)), came
+
+    def backward(index: jax.Array, step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        frame, came = step
+        valid = frame < frames
+        here = jnp.where(valid[:, None], symbol == index[:, None], False)
+        moves = valid & (index > 0) & jnp.take_along_axis(came, index[:, None], axis=1)[:, 0]
+        return index - moves, here
+
+    steps = jnp.arange(scores.shape[1])
+    _, came = jax.lax.scan(forward, jnp.full((batch, time), never), (steps, scores.swapaxes(0, 1)))
+    _, path = jax.lax.scan(backward, times - 1, (steps, came), reverse=True)
+    return path.swapaxes(0, 1).astype(scores.dtype)
+
+
+def repeat_by_duration(
+    durations: Float[Array, "batch time"], frames: int, *values: Float[Array, "batch time channels"]
+) -> tuple[Float[Array, "batch frames channels"], ...]:
+    """Each symbol's values, as many times as its duration says; zeros after the last one."""
+    ends = jnp.cumsum(durations, axis=-1)
+    position = jnp.arange(frames, dtype=ends.dtype)
+    index = jax.vmap(partial(jnp.searchsorted, side="right"), in_axes=(0, None))(ends, position)
+    valid = (position < ends[:, -1:])[..., None]
+    index = jnp.minimum(index, ends.shape[1] - 1)[..., None]
+    return tuple(jnp.where(valid, jnp.take_along_axis(v, index, axis=1), jnp.zeros((), v.dtype)) for v in values)
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+def frame_mask(lengths: Int[Array, " batch"], frames: int, dtype: Any) -> Float[Array, "batch frames 1"]:
+    """1 before each item's end, 0 after it."""
+    return (jnp.arange(frames) < lengths[:, None])[..., None].astype(dtype)
+
+
+class VitsTrainingOutput(ModelOutput):
+    """What a training forward gives: a segment of waveform, and what the losses compare (§2.1 to §2.3)."""
+
+    waveform: Float[Array, "batch samples"] | None = None
+    segment_starts: Int[Array, " batch"] | None = None
+    duration_loss: Float[Array, ""] | None = None
+    kl_loss: Float[Array, ""] | None = None
+    alignment: Float[Array, "batch frames time"] | None = None
+    latents: Float[Array, "batch frames latent"] | None = None
+
+
+class VitsModel(nnx.Module):
+    """VITS, whole: synthesis, voice conversion and the generator's part of training (Figure 1)."""
+
+    def __init__(self, config: VitsConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        kwargs = _kwargs(dtype, param_dtype, rngs)
+        self.text_encoder = VitsTextEncoder(config, **kwargs)
+        self.flow = VitsResidualCouplingBlock(config, **kwargs)
+        self.decoder = HifiGanGenerator(config.decoder, **kwargs)
+        stochastic = config.use_stochastic_duration_prediction
+        predictor = VitsStochasticDurationPredictor if stochastic else VitsDurationPredictor
+        self.duration_predictor = predictor(config, **kwargs)
+        if config.num_speakers > 1:
+            self.embed_speaker = Embed(config.num_speakers, config.speaker_embedding_size, **kwargs)
+        if config.has_posterior:
+            self.posterior_encoder = VitsPosteriorEncoder(config, **kwargs)
+        self.config = config
+
+    def speaker_embedding(
+        self, speaker_id: int | Int[Array, " batch"] | None
+    ) -> Float[Array, "batch 1 speaker"] | None:
+        """The embedding of a voice, or of a voice for each item; None without one, or where there is one voice only.
+
+        Raises:
+            UsageError: for a voice that the model does not have.
+        """
+        voices = self.config.num_speakers
+        if speaker_id is None or voices <= 1:
+            return None
+        ids = jnp.atleast_1d(jnp.asarray(speaker_id))
+        if not isinstance(ids, jax.core.Tracer) and not bool(jnp.all((ids >= 0) & (ids < voices))):
+            raise UsageError(f"There is no voice {speaker_id}; this model has voices 0 to {voices - 1}.")
+        return self.embed_speaker(ids)[:, None]
+
+    def encode(
+        self,
+        input_ids: Int[Array, "batch time"],
+        attention_mask: Int[Array, "batch time"] | None = None,
+        speaker_id: int | Int[Array, " batch"] | None = None,
+        *,
+        speaking_rate: float | Float[Array, ""] | None = None,
+        noise_scale_duration: float | Float[Array, ""] | None = None,
+        duration_noise: Float[Array, "batch time 2"] | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[VitsTextEncoderOutput, Float[Array, "batch time"]]:
+        """The first half of synthesis: the prior of each symbol, and how many frames it lasts.
+
+        Arguments as for the call.
+        """
+        config, time = self.config, input_ids.shape[1]
+        encoded = self.text_encoder(input_ids, self._symbol_mask(input_ids, attention_mask))
+        hidden = encoded.last_hidden_state
+        mask = self._symbol_mask(input_ids, attention_mask).astype(hidden.dtype)
+        if duration_noise is None:
+            duration_noise = jax.random.normal(_key(key, 0), (input_ids.shape[0], time, 2), hidden.dtype)
+        scale = config.noise_scale_duration if noise_scale_duration is None else noise_scale_duration
+        log_durations = self.duration_predictor(
+            hidden, mask, self.speaker_embedding(speaker_id), noise=duration_noise.astype(hidden.dtype) * scale
+        )
+        rate = config.speaking_rate if speaking_rate is None else speaking_rate
+        durations = jnp.ceil(jnp.exp(log_durations) * mask * (1.0 / rate))
+        return encoded, durations[..., 0]
+
+    def _symbol_mask(self, input_ids: jax.Array, attention_mask: jax.Array | None) -> Float[Array, "batch time 1"]:
+        dtype = self.text_encoder.embed_tokens.embedding.dtype
+        present = jnp.ones(input_ids.shape, dtype) if attention_mask is None else jnp.asarray(attention_mask, dtype)
+        return present[..., None]
+
+    def latents(
+        self,
+        means: Float[Array, "batch time latent"],
+        log_deviations: Float[Array, "batch time latent"],
+        durations: Float[Array, "batch time"],
+        speaker_id: int | Int[Array, " batch"] | None = None,
+        *,
+        frames: int,
+        noise_scale: float | Float[Array, ""] | None = None,
+        prior_noise: Float[Array, "batch frames latent"] | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "batch frames latent"], Int[Array, " batch"]]:
+        r"""$z = f_\theta^{-1}(\mu_p + \sigma_p \epsilon)$, `frames` frames, zero after each end; and the ends."""
+        means, log_deviations = repeat_by_duration(durations, frames, means, log_deviations)
+        if prior_noise is None:
+            prior_noise = jax.random.normal(_key(key, 1), means.shape, means.dtype)
+        scale = self.config.noise_scale if noise_scale is None else noise_scale
+        # A text without a frame still has one, of silence.
+        lengths = jnp.maximum(jnp.sum(durations, axis=-1), 1).astype(jnp.int32)
+        mask = frame_mask(lengths, frames, means.dtype)
+        z = means + prior_noise.astype(means.dtype) * jnp.exp(log_deviations) * scale
+        return self.flow(z, mask, self.speaker_embedding(speaker_id), reverse=True) * mask, lengths
+
+    def decode(
+        self,
+        latents: Float[Array, "batch frames latent"],
+        lengths: Int[Array, " batch"] | None = None,
+        speaker_id: int | Int[Array, " batch"] | None = None,
+    ) -> Float[Array, "batch samples"]:
+        """The last part of synthesis: z to waveform, silent after each item's end."""
+        return self.decoder(latents, self.speaker_embedding(speaker_id), lengths=lengths)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "batch time"],
+        attention_mask: Int[Array, "batch time"] | None = None,
+        speaker_id: int | Int[Array, " batch"] | None = None,
+        *,
+        speaking_rate: float | None = None,
+        noise_scale: float | None = None,
+        noise_scale_duration: float | None = None,
+        durations: Float[Array, "batch time"] | None = None,
+        duration_noise: Float[Array, "batch time 2"] | None = None,
+        prior_noise: Float[Array, "batch frames latent"] | None = None,
+        key: jax.Array | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> VitsModelOutput:
+        """Synthesise.
+
+        How many frames come out depends on the durations. Eagerly they are looked at; inside `jax.jit` the shape must
+        be known before, and is that of `prior_noise` (what is longer is cut, what is shorter is silent at the end).
+        `Synthesizer` compiles both halves and needs no such thing.
+
+        Args:
+            input_ids: symbols.
+            attention_mask: 1 for symbols, 0 for padding.
+            speaker_id: a voice, or one for each item, of a model with several.
+            speaking_rate: speed; 2 is twice as fast.
+            noise_scale: standard deviation of z about its prior; 0 gives the same speech each time.
+            noise_scale_duration: the same for the durations.
+            durations: frames of each symbol, in place of predicted ones.
+            duration_noise: standard normal values for the durations.
+            prior_noise: standard normal values for z.
+            key: source of what noise is not given; always the same one if there is none.
+            output_attentions: also return the text encoder's attention weights.
+            output_hidden_states: also return the outputs of its layers.
+
+        Returns:
+            `waveform`, `sequence_lengths` in samples, `spectrogram` (z) and `durations`.
+
+        Raises:
+            UsageError: inside `jax.jit`, if the number of frames is not known; for an unknown voice.
+        """
+        encoded, predicted = self.encode(
+            input_ids,
+            attention_mask,
+            speaker_id,
+            speaking_rate=speaking_rate,
+            noise_scale_duration=noise_scale_duration,
+            duration_noise=duration_noise,
+            key=key,
+        )
+        if durations is None:
+            durations = predicted
+        durations = jnp.asarray(durations, predicted.dtype)
+        if prior_noise is not None:
+            frames = prior_noise.shape[1]
+        elif isinstance(durations, jax.core.Tracer):
+            raise UsageError(
+                "The number of frames depends on the text, so inside jax.jit it must be given, as the length of "
+                "prior_noise; audiozoo.models.vits.Synthesizer(model) compiles synthesis for texts of any length."
+            )
+        else:
+            frames = max(int(jnp.max(jnp.sum(durations, axis=-1))), 1)
+        z, lengths = self.latents(
+            encoded.prior_means,
+            encoded.prior_log_variances,
+            durations,
+            speaker_id,
+            frames=frames,
+            noise_scale=noise_scale,
+            prior_noise=prior_noise,
+            key=key,
+        )
+        return VitsModelOutput(
+            waveform=self.decode(z, lengths, speaker_id),
+            sequence_lengths=lengths * self.config.hop_length,
+            spectrogram=z,
+            hidden_states=encoded.hidden_states if output_hidden_states else None,
+            attentions=encoded.attentions if output_attentions else None,
+            durations=durations,
+        )
+
+    def voice_conversion(
+        self,
+        spectrogram: Float[Array, "batch frames bins"],
+        source_id: int | Int[Array, " batch"],
+        target_id: int | Int[Array, " batch"],
+        *,
+        lengths: Int[Array, " batch"] | None = None,
+        noise_scale: float = 1.0,
+        posterior_noise: Float[Array, "batch frames latent"] | None = None,
+        key: jax.Array | None = None,
+    ) -> VitsModelOutput:
+        r"""The same speech in another voice (§4.3): $f^{-1}_{target}(f_{source}(z))$, for models with several voices.
+
+        Args:
+            spectrogram: linear spectrogram of the source, as `hifigan.linear_spectrogram` makes it.
+            source_id: its voice.
+            target_id: the wanted voice.
+            lengths: frames of each item.
+            noise_scale: standard deviation of z about its posterior.
+            posterior_noise: standard normal values for z.
+            key: source of the noise, if it is not given.
+
+        Raises:
+            UsageError: if the model has one voice only, or no posterior encoder.
+        """
+        if self.config.num_speakers <= 1:
+            raise UsageError("Voice conversion needs a model with several voices; this one has one.")
+        self._needs_posterior("Voice conversion")
+        batch, frames, _ = spectrogram.shape
+        lengths = jnp.full((batch,), frames) if lengths is None else lengths
+        mask = frame_mask(lengths, frames, spectrogram.dtype)
+        if posterior_noise is None:
+            posterior_noise = jax.random.normal(_key(key, 0), (batch, frames, self.config.flow_size), spectrogram.dtype)
+        source, target = self.speaker_embedding(source_id), self.speaker_embedding(target_id)
+        z, _, _ = self.posterior_encoder(spectrogram, mask, source, noise=posterior_noise * noise_scale)
+        z = self.flow(self.flow(z, mask, source), mask, target, reverse=True) * mask
+        waveform = self.decoder(z, target, lengths=lengths)
+        return VitsModelOutput(waveform=waveform, sequence_lengths=lengths * self.config.hop_length, spectrogram=z)
+
+    def _needs_posterior(self, what: str) -> None:
+        if not self.config.has_posterior:
+            raise UsageError(
+                f"{what} needs the posterior encoder, which a file made for synthesis alone does not hold; "
+                "load the training checkpoint instead."
+            )
+
+    def training_forward(
+        self,
+        input_ids: Int[Array, "batch time"],
+        attention_mask: Int[Array, "batch time"],
+        spectrogram: Float[Array, "batch frames bins"],
+        spectrogram_lengths: Int[Array, " batch"],
+        speaker_id: Int[Array, " batch"] | None = None,
+        *,
+        segment_frames: int = 32,
+        key: jax.Array | None = None,
+        posterior_noise: Float[Array, "batch frames latent"] | None = None,
+        duration_noise: Float[Array, "batch time 2"] | None = None,
+        segment_starts: Int[Array, " batch"] | None = None,
+    ) -> VitsTrainingOutput:
+        r"""The generator's forward in training (Figure 1a).
+
+        Args:
+            input_ids: symbols.
+            attention_mask: 1 for symbols, 0 for padding.
+            spectrogram: linear spectrogram of the recording, as `hifigan.linear_spectrogram` makes it.
+            spectrogram_lengths: frames of each item; at least as many as its symbols, and as `segment_frames`.
+            speaker_id: voice of each item.
+            segment_frames: frames of the segment of z that is decoded (§2.4, windowed generator training).
+            key: source of dropout, of the segments, and of what noise is not given; without it nothing is dropped.
+            posterior_noise: standard normal values for z.
+            duration_noise: standard normal values for the duration predictor's posterior.
+            segment_starts: first frame of each item's segment.
+
+        Raises:
+            UsageError: if the model was loaded from a file made for synthesis alone.
+        """
+        self._needs_posterior("Training")
+        config, (batch, frames, _) = self.config, spectrogram.shape
+        keys = (None,) * 4 if key is None else tuple(jax.random.split(key, 4))
+        dropout, dtype = Dropout(keys[0]), spectrogram.dtype
+        if posterior_noise is None:
+            posterior_noise = jax.random.normal(_key(keys[1], 0), (batch, frames, config.flow_size), dtype)
+        if duration_noise is None:
+            duration_noise = jax.random.normal(_key(keys[2], 1), (*input_ids.shape, 2), dtype)
+        if segment_starts is None:
+            room = spectrogram_lengths - segment_frames + 1
+            segment_starts = jnp.floor(jax.random.uniform(_key(keys[3], 2), (batch,)) * room).astype(jnp.int32)
+        speaker = self.speaker_embedding(speaker_id)
+        mask = frame_mask(spectrogram_lengths, frames, dtype)
+        symbols = jnp.asarray(attention_mask, dtype)[..., None]
+
+        text = self.text_encoder(input_ids, symbols, dropout)
+        z, _, log_q = self.posterior_encoder(spectrogram, mask, speaker, noise=posterior_noise, dropout=dropout)
+        z_p = self.flow(z, mask, speaker, dropout=dropout)
+
+        scores = log_likelihoods(*jax.lax.stop_gradient((z_p, text.prior_means, text.prior_log_variances)))
+        symbol_counts = jnp.sum(attention_mask, axis=-1).astype(jnp.int32)
+        alignment = monotonic_alignment(scores, spectrogram_lengths, symbol_counts)
+        durations = jnp.sum(alignment, axis=1)[..., None]
+        if config.use_stochastic_duration_prediction:
+            bound = self.duration_predictor.negative_log_likelihood(
+                text.last_hidden_state, symbols, durations, speaker, noise=duration_noise, dropout=dropout
+            )
+            duration_loss = jnp.sum(bound) / jnp.sum(symbols)
+        else:
+            predicted = self.duration_predictor(text.last_hidden_state, symbols, speaker, dropout=dropout)
+            target = jnp.log(durations + 1e-6) * symbols
+            duration_loss = jnp.sum(jnp.square(predicted - target)) / jnp.sum(symbols)
+
+        means = jnp.einsum("bft,btd->bfd", alignment, text.prior_means)
+        log_deviations = jnp.einsum("bft,btd->bfd", alignment, text.prior_log_variances)
+        waveform = self.decoder(slices(z, segment_starts, segment_frames), speaker)
+        divergence = kl_loss(z_p, log_q, means, log_deviations, mask)
+        return VitsTrainingOutput(waveform, segment_starts, duration_loss, divergence, alignment, z)
+
+
+def _key(key: jax.Array | None, index: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(0) if key is None else key, index)
+
+
+def slices(x: Float[Array, "batch time *rest"], starts: Int[Array, " batch"], size: int) -> jax.Array:
+    """`size` steps of each item, from its own start."""
+    return jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, size))(x, starts)
+
+
+# --- losses and discriminator ----------------------------------------------------------------------------------------
+
+
+def kl_loss(
+    z_p: Float[Array, "batch frames latent"],
+    log_q: Float[Array, "batch frames latent"],
+    means: Float[Array, "batch frames latent"],
+    log_deviations: Float[Array, "batch frames latent"],
+    mask: Float[Array, "batch frames 1"],
+) -> Float[Array, ""]:
+    r"""$\log q_\phi(z \mid x) - \log p_\theta(z \mid c)$ (§2.1.3, Eq. 3), a frame.
+
+    With $z = \mu_q + \sigma_q\epsilon$, $\log q$ is replaced by its mean $-\log\sigma_q - \tfrac12$; $\log p$ is taken
+    at the sample, $f(z)$, whose flow keeps volumes.
+    """
+    divergence = log_deviations - log_q - 0.5
+    divergence = divergence + 0.5 * jnp.square(z_p - means) * jnp.exp(-2.0 * log_deviations)
+    return jnp.sum(divergence * mask) / jnp.sum(mask)
+
+
+class VitsDiscriminator(nnx.Module):
+    """HiFi-GAN's multi-period discriminator, joined by one that sees the waveform as it is (§2.5.4)."""
+
+    def __init__(
+        self,
+        *,
+        periods: tuple[int, ...] = (2, 3, 5, 7, 11),
+        period_channels: tuple[int, ...] = (32, 128, 512, 1024, 1024),
+        scale_layers: tuple[tuple[int, int, int, int], ...] = hifigan.VITS_SCALE_LAYERS,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        kwargs = _kwargs(dtype, param_dtype, rngs)
+        self.discriminators = nnx.List(
+            [
+                ScaleDiscriminator(layers=scale_layers, **kwargs),
+                *(PeriodDiscriminator(period, channels=period_channels, **kwargs) for period in periods),
+            ]
+        )
+
+    def __call__(self, waveform: Float[Array, "batch time"]) -> tuple[list[jax.Array], list[hifigan.Features]]:
+        """Scores and features of each sub-discriminator."""
+        judged = [discriminator(waveform) for discriminator in self.discriminators]
+        return [scores for scores, _ in judged], [features for _, features in judged]
+
+
+class VitsLosses(ModelOutput):
+    """The generator's loss and its parts (§2.4, Eq. 11); of them `mel` is before its weight of 45."""
+
+    total: Float[Array, ""] | None = None
+    mel: Float[Array, ""] | None = None
+    kl: Float[Array, ""] | None = None
+    duration: Float[Array, ""] | None = None
+    adversarial: Float[Array, ""] | None = None
+    features: Float[Array, ""] | None = None
+
+
+class VitsBatch(ModelOutput):
+    """A batch for training: symbols, and recordings of the same rate as the model's (§3.1)."""
+
+    input_ids: Int[Array, "batch time"] | None = None
+    attention_mask: Int[Array, "batch time"] | None = None
+    waveform: Float[Array, "batch samples"] | None = None
+    waveform_lengths: Int[Array, " batch"] | None = None
+    speaker_id: Int[Array, " batch"] | None = None
+
+
+def spectrogram_of(config: VitsConfig, waveform: Float[Array, "batch samples"]) -> Float[Array, "batch frames bins"]:
+    r"""The posterior encoder's input (§3.1): $\sqrt{|X|^2 + 10^{-6}}$, a frame for each `hop_length` samples."""
+    n_fft = 2 * (config.spectrogram_bins - 1)
+    return hifigan.linear_spectrogram(waveform, n_fft, config.hop_length, epsilon=1e-6)
+
+
+def generator_losses(
+    model: VitsModel,
+    discriminator: VitsDiscriminator,
+    batch: VitsBatch,
+    *,
+    segment_frames: int = 32,
+    num_mels: int = 80,
+    mel_weight: float = 45.0,
+    kl_weight: float = 1.0,
+    **noise: Any,
+) -> tuple[VitsLosses, VitsTrainingOutput, Float[Array, "batch samples"]]:
+    r"""$L_{vae} = L_{recon} + L_{kl} + L_{dur} + L_{adv}(G) + L_{fm}(G)$ (§2.4, Eq. 11).
+
+    Args:
+        model: the generator.
+        discriminator: its judge, held fixed.
+        batch: symbols and recordings.
+        segment_frames: frames that are decoded.
+        num_mels: bands of the reconstruction loss.
+        mel_weight: $\lambda_{recon}$.
+        kl_weight: $\lambda_{kl}$.
+        **noise: `key`, or the noises, of `VitsModel.training_forward`.
+
+    Returns:
+        The losses, the forward's output and the recording's segments.
+    """
+    config, hop = model.config, model.config.hop_length
+    spectrogram = spectrogram_of(config, batch.waveform)
+    output = model.training_forward(
+        batch.input_ids,
+        batch.attention_mask,
+        spectrogram,
+        batch.waveform_lengths // hop,
+        batch.speaker_id,
+        segment_frames=segment_frames,
+        **noise,
+    )
+    real = slices(batch.waveform, output.segment_starts * hop, segment_frames * hop)
+    to_mel = partial(hifigan.mel_of_spectrogram, sampling_rate=config.sampling_rate, num_mels=num_mels)
+    target = to_mel(slices(spectrogram, output.segment_starts, segment_frames))
+    # L_recon = |x_mel - x̂_mel|₁ (Eq. 2)
+    mel = jnp.mean(jnp.abs(target - to_mel(spectrogram_of(config, output.waveform))))
+    _, real_features = discriminator(real)
+    scores, features = discriminator(output.waveform)
+    adversarial, matching = hifigan.generator_loss(scores), hifigan.feature_loss(real_features, features)
+    total = adversarial + matching + mel_weight * mel + output.duration_loss + kl_weight * output.kl_loss
+    losses = VitsLosses(total, mel, output.kl_loss, output.duration_loss, adversarial, matching)
+    return losses, output, real
+
+
+def discriminator_losses(
+    discriminator: VitsDiscriminator,
+    real: Float[Array, "batch samples"],
+    generated: Float[Array, "batch samples"],
+) -> Float[Array, ""]:
+    r"""$L_{adv}(D)$ (§2.3, Eq. 8); no gradient goes back into `generated`."""
+    scores, _ = discriminator(real)
+    judged, _ = discriminator(jax.lax.stop_gradient(generated))
+    return hifigan.discriminator_loss(scores, judged)
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class VitsTrainingState:
+    """Everything that training changes (§3.1): both networks' parameters and both optimisers' states."""
+
+    generator: Any
+    discriminator: Any
+    generator_optimizer: Any
+    discriminator_optimizer: Any
+
+
+class VitsTrainer:
+    """Alternating training of both networks (§2.3 and §3.1), one compiled step for each.
+
+    The default optimiser is the paper's: AdamW with $\\beta$ = (0.8, 0.99), weight decay 0.01 and a rate of 2e-4 that
+    falls by a factor of $0.999^{1/8}$ in every epoch.
+
+        trainer = VitsTrainer(model, VitsDiscriminator(rngs=nnx.Rngs(1)))
+        state = trainer.init()
+        for i, batch in enumerate(batches):
+            state, losses = trainer.step(state, batch, jax.random.key(i))
+        model = trainer.model(state)
+    """
+
+    def __init__(
+        self,
+        model: VitsModel,
+        discriminator: VitsDiscriminator,
+        *,
+        generator_optimizer: Any = None,
+        discriminator_optimizer: Any = None,
+        learning_rate: float | Callable[[Any], Any] = 2e-4,
+        segment_frames: int = 32,
+        mel_weight: float = 45.0,
+        kl_weight: float = 1.0,
+    ):
+        import optax
+
+        def adamw() -> Any:
+            return optax.adamw(learning_rate, b1=0.8, b2=0.99, eps=1e-9, weight_decay=0.01)
+
+        self.generator_optimizer = generator_optimizer or adamw()
+        self.discriminator_optimizer = discriminator_optimizer or adamw()
+        self.options = {"segment_frames": segment_frames, "mel_weight": mel_weight, "kl_weight": kl_weight}
+        self._generator, self._initial_generator = nnx.split(model)
+        self._discriminator, self._initial_discriminator = nnx.split(discriminator)
+        self.generator_step = jax.jit(self._generator_step)
+        self.discriminator_step = jax.jit(self._discriminator_step)
+
+    def init(self) -> VitsTrainingState:
+        """The state before the first step."""
+        g, d = self._initial_generator, self._initial_discriminator
+        return VitsTrainingState(g, d, self.generator_optimizer.init(g), self.discriminator_optimizer.init(d))
+
+    def model(self, state: VitsTrainingState) -> VitsModel:
+        """The trained generator."""
+        return nnx.merge(self._generator, state.generator)
+
+    def _discriminator_step(
+        self, state: VitsTrainingState, real: jax.Array, generated: jax.Array
+    ) -> tuple[VitsTrainingState, jax.Array]:
+        def loss_of(parameters: Any) -> jax.Array:
+            return discriminator_losses(nnx.merge(self._discriminator, parameters), real, generated)
+
+        loss, gradients = jax.value_and_grad(loss_of)(state.discriminator)
+        updates, optimizer = self.discriminator_optimizer.update(
+            gradients, state.discriminator_optimizer, state.discriminator
+        )
+        parameters = jax.tree.map(jnp.add, state.discriminator, updates)
+        return dataclasses.replace(state, discriminator=parameters, discriminator_optimizer=optimizer), loss
+
+    def _generator_step(
+        self, state: VitsTrainingState, batch: VitsBatch, key: jax.Array
+    ) -> tuple[VitsTrainingState, VitsLosses, jax.Array, jax.Array]:
+        discriminator = nnx.merge(self._discriminator, state.discriminator)
+
+        def loss_of(parameters: Any) -> tuple[jax.Array, tuple[VitsLosses, jax.Array, jax.Array]]:
+            model = nnx.merge(self._generator, parameters)
+            losses, output, real = generator_losses(model, discriminator, batch, key=key, **self.options)
+            return losses.total, (losses, real, output.waveform)
+
+        (_, (losses, real, generated)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.generator)
+        updates, optimizer = self.generator_optimizer.update(gradients, state.generator_optimizer, state.generator)
+        parameters = jax.tree.map(jnp.add, state.generator, updates)
+        state = dataclasses.replace(state, generator=parameters, generator_optimizer=optimizer)
+        return state, losses, real, generated
+
+    def step(
+        self, state: VitsTrainingState, batch: VitsBatch, key: jax.Array
+    ) -> tuple[VitsTrainingState, dict[str, jax.Array]]:
+        """A step of the generator, then one of the discriminator on the same segments; returns all losses by name."""
+        state, losses, real, generated = self.generator_step(state, batch, key)
+        state, judged = self.discriminator_step(state, real, generated)
+        return state, {name: losses[name] for name in losses.keys()} | {"discriminator": judged}  # noqa: SIM118
+
+
+# --- compiled synthesis ----------------------------------------------------------------------------------------------
+
+
+def bucket(length: int, least: int = 16) -> int:
+    """The smallest of a few lengths that holds `length`: eight to each doubling, so that at most 1/8 is padding."""
+    if length <= least:
+        return least
+    step = max(least, 2 ** (max(length - 1, 1).bit_length() - 4))
+    return -(-length // step) * step
+
+
+@dataclass(frozen=True)
+class Speech:
+    """Synthesised speech (not in the paper).
+
+    Attributes:
+        text: what was said, if it came from text.
+        waveform: float32 samples.
+        sampling_rate: Hz.
+        input_ids: symbols.
+        durations: samples of each symbol.
+    """
+
+    text: str
+    waveform: np.ndarray
+    sampling_rate: int
+    input_ids: np.ndarray
+    durations: np.ndarray
+
+
+def _noise(name: str, given: Any, size: int, key: jax.Array | None) -> dict[str, Any]:
+    """Given noise padded to a bucket; or the key, from which any length draws the same first values."""
+    if given is None:
+        return {"key": jax.random.key(0) if key is None else key}
+    given = np.asarray(given)[:, :size]
+    return {name: np.pad(given, ((0, 0), (0, size - given.shape[1]), (0, 0)))}
+
+
+class Synthesizer:
+    """Synthesis compiled once for each of a few lengths (not in the paper).
+
+    Symbols and frames are padded up to `bucket` lengths; masks keep the result what it would be without padding, noise
+    included. Between the two compiled halves one array, the durations, comes to the host.
+    """
+
+    def __init__(self, model: VitsModel):
+        self.config = model.config
+        graphdef, self._state = nnx.split(fold_weight_norm(model))
+
+        def first(state: Any, ids: jax.Array, mask: jax.Array, speaker: Any, options: dict[str, Any]) -> Any:
+            encoded, durations = nnx.merge(graphdef, state).encode(ids, mask, speaker, **options)
+            return encoded.prior_means, encoded.prior_log_variances, durations
+
+        def second(state: Any, frames: int, prior: Any, durations: Any, speaker: Any, options: dict[str, Any]) -> Any:
+            model = nnx.merge(graphdef, state)
+            z, lengths = model.latents(*prior, durations, speaker, frames=frames, **options)
+            return z, lengths
+
+        def whole(state: Any, frames: int, prior: Any, durations: Any, speaker: Any, options: dict[str, Any]) -> Any:
+            z, lengths = second(state, frames, prior, durations, speaker, options)
+            return nnx.merge(graphdef, state).decode(z, lengths, speaker)
+
+        def piece(state: Any, z: jax.Array, lengths: jax.Array, speaker: Any) -> jax.Array:
+            return nnx.merge(graphdef, state).decode(z, lengths, speaker)
+
+        self._first = jax.jit(first)
+        self._latents = jax.jit(second, static_argnums=1)
+        self._whole = jax.jit(whole, static_argnums=1)
+        self._piece = jax.jit(piece)
+
+    def _prior(
+        self,
+        input_ids: Any,
+        speaker_id: Any,
+        speaking_rate: Any,
+        noise_scale_duration: Any,
+        duration_noise: Any,
+        durations: Any,
+        key: jax.Array | None,
+    ) -> tuple[Any, np.ndarray, Any]:
+        ids = np.asarray(input_ids)
+        if ids.ndim == 2 and ids.shape[0] == 1:
+            ids = ids[0]
+        if ids.ndim != 1 or ids.size == 0:
+            raise UsageError(
+                f"Synthesis takes one text's symbols, (time,), at least one; these have shape {ids.shape}."
+            )
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            raise UsageError(
+                f"This model's symbols run from 0 to {self.config.vocab_size - 1}; "
+                f"these from {ids.min()} to {ids.max()}."
+            )
+        voices = self.config.num_speakers
+        if voices > 1 and speaker_id is not None and not 0 <= speaker_id < voices:
+            raise UsageError(f"There is no voice {speaker_id}; this model has voices 0 to {voices - 1}.")
+        time, config = ids.size, self.config
+        size = bucket(time, 32)
+        padded, mask = np.zeros((1, size), np.int32), np.zeros((1, size), np.int32)
+        padded[0, :time], mask[0, :time] = ids, 1
+        options: dict[str, Any] = {
+            "speaking_rate": float(config.speaking_rate if speaking_rate is None else speaking_rate),
+            "noise_scale_duration": float(
+                config.noise_scale_duration if noise_scale_duration is None else noise_scale_duration
+            ),
+        }
+        if options["speaking_rate"] <= 0:
+            raise UsageError(f"The speaking rate must be above 0; it is {options['speaking_rate']}.")
+        options |= _noise("duration_noise", duration_noise, size, key)
+        speaker = None if speaker_id is None or config.num_speakers <= 1 else np.asarray([speaker_id], np.int32)
+        means, deviations, predicted = self._first(self._state, padded, mask, speaker, options)
+        if durations is None:
+            lasting = np.asarray(predicted)
+        else:
+            lasting = np.zeros((1, size), np.float32)
+            lasting[0, :time] = np.asarray(durations).reshape(-1)
+        return (means, deviations), lasting, speaker
+
+    def _options(self, noise_scale: Any, prior_noise: Any, key: jax.Array | None, size: int) -> dict[str, Any]:
+        scale = float(self.config.noise_scale if noise_scale is None else noise_scale)
+        return {"noise_scale": scale} | _noise("prior_noise", prior_noise, size, key)
+
+    def __call__(
+        self,
+        input_ids: Sequence[int] | Int[Array, " time"],
+        speaker_id: int | None = None,
+        *,
+        speaking_rate: float | None = None,
+        noise_scale: float | None = None,
+        noise_scale_duration: float | None = None,
+        durations: Float[Array, " time"] | None = None,
+        duration_noise: Float[Array, "1 time 2"] | None = None,
+        prior_noise: Float[Array, "1 frames latent"] | None = None,
+        key: jax.Array | None = None,
+        text: str = "",
+    ) -> Speech:
+        """Synthesise one text; the options are those of `VitsModel`'s call.
+
+        Raises:
+            UsageError: for symbols or a voice that the model does not have.
+        """
+        prior, lasting, speaker = self._prior(
+            input_ids, speaker_id, speaking_rate, noise_scale_duration, duration_noise, durations, key
+        )
+        frames = max(int(lasting.sum()), 1)
+        size = bucket(frames)
+        options = self._options(noise_scale, prior_noise, key, size)
+        waveform = self._whole(self._state, size, prior, lasting, speaker, options)
+        return self._speech(text, np.asarray(waveform)[0, : frames * self.config.hop_length], input_ids, lasting)
+
+    def _speech(self, text: str, waveform: np.ndarray, input_ids: Any, lasting: np.ndarray) -> Speech:
+        ids = np.asarray(input_ids).reshape(-1)
+        samples = (lasting[0, : ids.size] * self.config.hop_length).astype(np.int64)
+        return Speech(text, waveform, self.config.sampling_rate, ids, samples)
+
+    def stream(
+        self,
+        input_ids: Sequence[int] | Int[Array, " time"],
+        speaker_id: int | None = None,
+        *,
+        chunk_frames: int = 64,
+        speaking_rate: float | None = None,
+        noise_scale: float | None = None,
+        noise_scale_duration: float | None = None,
+        durations: Float[Array, " time"] | None = None,
+        duration_noise: Float[Array, "1 time 2"] | None = None,
+        prior_noise: Float[Array, "1 frames latent"] | None = None,
+        key: jax.Array | None = None,
+    ) -> Iterator[np.ndarray]:
+        """The same waveform in pieces of `chunk_frames` frames, the first long before the last is computed.
+
+        Each piece is decoded with the frames around it that have a part in it (`HifiGanConfig.receptive_frames`), so
+        that the pieces laid end to end are the whole.
+        """
+        prior, lasting, speaker = self._prior(
+            input_ids, speaker_id, speaking_rate, noise_scale_duration, duration_noise, durations, key
+        )
+        frames, hop, reach = max(int(lasting.sum()), 1), self.config.hop_length, self.config.decoder.receptive_frames()
+        size = bucket(frames)
+        z, _ = self._latents(
+            self._state, size, prior, lasting, speaker, self._options(noise_scale, prior_noise, key, size)
+        )
+        z = np.asarray(z)[:, :frames]
+        window = chunk_frames + 2 * reach
+        for start in range(0, frames, chunk_frames):
+            # At the beginning the window is not moved to the left of it: what is there must be the convolutions' zeros.
+            left = max(start - reach, 0)
+            part = z[:, left : left + window]
+            length = np.asarray([part.shape[1]], np.int32)
+            part = np.pad(part, ((0, 0), (0, window - part.shape[1]), (0, 0)))
+            waveform = np.asarray(self._piece(self._state, part, length, speaker))[0]
+            first = (start - left) * hop
+            yield waveform[first : first + min(chunk_frames, frames - start) * hop]
+
+
+def speak(
+    model: VitsModel | Synthesizer,
+    processor: Any,
+    text: str,
+    *,
+    speaker_id: int | None = None,
+    speaking_rate: float | None = None,
+    noise_scale: float | None = None,
+    noise_scale_duration: float | None = None,
+    seed: int = 0,
+) -> Iterator[Speech]:
+    """Speak a text, sentence by sentence (not in the paper).
+
+    Args:
+        model: the model, or a `Synthesizer` of it to be used again.
+        processor: a `VitsProcessor` with the voice's symbols.
+        text: what to say.
+        speaker_id: voice, of a model with several.
+        speaking_rate: speed.
+        noise_scale: liveliness of the sound.
+        noise_scale_duration: liveliness of the rhythm.
+        seed: of the noise.
+    """
+    synthesizer = model if isinstance(model, Synthesizer) else Synthesizer(model)
+    if speaker_id is None and synthesizer.config.num_speakers > 1:
+        speaker_id = 0
+    for index, (sentence, ids) in enumerate(processor.sentences(text)):
+        yield synthesizer(
+            ids,
+            speaker_id,
+            speaking_rate=speaking_rate,
+            noise_scale=noise_scale,
+            noise_scale_duration=noise_scale_duration,
+            key=jax.random.fold_in(jax.random.key(seed), index),
+            text=sentence,
+        )
