@@ -52,49 +52,62 @@ def _norm(foreign: str, ours: str) -> tuple[Rule, Rule]:
     return Rule(f"{foreign}.weight", f"{ours}.scale"), Rule(f"{foreign}.bias", f"{ours}.bias")
 
 
-def _base() -> tuple[Rule, ...]:
-    theirs, ours = "encoder.layer.{i}.", "layers.{i}."
+# Within `encoder.layer.{i}.` of a file, within `layers.{i}.` in memory and here.
+_SPELLINGS = {
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+}
+
+
+def _base(in_memory: bool = False) -> tuple[Rule, ...]:
+    layer, norm = "layers.{i}." if in_memory else "encoder.layer.{i}.", "{n:layernorm_before|layernorm_after}"
     token = "embeddings.{token:cls_token|distillation_token|position_embeddings}"
     patches = "embeddings.patch_embeddings.projection."
+    linears = [
+        rule
+        for old, new in _SPELLINGS.items()
+        for rule in _linear(layer + (new if in_memory else old), "layers.{i}." + new)
+    ]
     return (
         Rule(token, token),
         Rule(f"{patches}weight", f"{patches}kernel", conv2d),
         Rule(f"{patches}bias", f"{patches}bias"),
-        *_linear(theirs + "attention.attention.query", ours + "attention.q_proj"),
-        *_linear(theirs + "attention.attention.key", ours + "attention.k_proj"),
-        *_linear(theirs + "attention.attention.value", ours + "attention.v_proj"),
-        *_linear(theirs + "attention.output.dense", ours + "attention.o_proj"),
-        *_linear(theirs + "intermediate.dense", ours + "mlp.fc1"),
-        *_linear(theirs + "output.dense", ours + "mlp.fc2"),
-        *_norm(theirs + "{n:layernorm_before|layernorm_after}", ours + "{n:layernorm_before|layernorm_after}"),
+        *linears,
+        *_norm(layer + norm, "layers.{i}." + norm),
         *_norm("layernorm", "layernorm"),
     )
 
 
 _TODAY = (
     (r"(^|\.)layers\.(\d+)\.", r"\1encoder.layer.\2."),
-    (r"\.attention\.q_proj\.", ".attention.attention.query."),
-    (r"\.attention\.k_proj\.", ".attention.attention.key."),
-    (r"\.attention\.v_proj\.", ".attention.attention.value."),
-    (r"\.attention\.o_proj\.", ".attention.output.dense."),
-    (r"\.mlp\.fc1\.", ".intermediate.dense."),
-    (r"\.mlp\.fc2\.", ".output.dense."),
+    *((rf"\.{re.escape(new)}\.", f".{old}.") for old, new in _SPELLINGS.items()),
 )
 
 
-def hugging_face_table(config: ASTConfig, model_class: str) -> Table:
-    """The correspondence with what `save_pretrained` writes for that class."""
+def hugging_face_table(config: ASTConfig, model_class: str, in_memory: bool = False) -> Table:
+    """The correspondence with what `save_pretrained` writes for that class.
+
+    Args:
+        config: ours.
+        model_class: a class's name.
+        in_memory: write the names of `state_dict()`; read those alone.
+    """
+    renames = () if in_memory else _TODAY
     if model_class == "ASTModel":
         head = Ignore(r"classifier\..*", "the bare model has no classifier")
-        return Table(_base(), renames=((rf"^{re.escape(BASE)}", ""), *_TODAY), ignored=(head,))
+        return Table(_base(in_memory), renames=((rf"^{re.escape(BASE)}", ""), *renames), ignored=(head,))
     if model_class == CLASSIFIER:
         rules = (
-            *(rule.prefixed(BASE, BASE) for rule in _base()),
+            *(rule.prefixed(BASE, BASE) for rule in _base(in_memory)),
             *_norm("classifier.layernorm", "classifier.layernorm"),
             *_linear("classifier.dense", "classifier.dense"),
         )
         # A directory of the bare model lacks the prefix; its head is then to be initialised.
-        return Table(rules, renames=((r"^(embeddings|encoder|layers|layernorm)\.", rf"{BASE}\1."), *_TODAY))
+        return Table(rules, renames=((r"^(embeddings|encoder|layers|layernorm)\.", rf"{BASE}\1."), *renames))
     raise CheckpointError(f"{model_class} is not one of AST's classes.")
 
 
