@@ -1,0 +1,345 @@
+"""Text to a voice's symbols: Hugging Face's and MMS' characters, the VITS authors' and Piper's phonemes."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from audiozoo.errors import CheckpointError, SourceError, UsageError
+from audiozoo.processors import check_return_tensors, read_json, write_json
+from audiozoo.text import phonemes
+
+# The symbols of the authors' English voices: padding, punctuation, letters, phonemes.
+AUTHORS_SYMBOLS = (
+    "_"
+    ';:,.!?¡¿—…"«»“” '
+    "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+    "ɑɐɒæɓʙβɔɕçɗɖðʤəɘɚɛɜɝɞɟʄɡɠɢʛɦɧħɥʜɨɪʝɭɬɫɮʟɱɯɰŋɳɲɴøɵɸθœɶʘɹɺɾɻʀʁɽʂʃʈʧʉʊʋⱱʌɣɤʍχʎʏʑʐʒʔʡʕʢǀǁǂǃˈˌːˑʼʴʰʱʲʷˠˤ˞↓↑→↗↘'̩'ᵻ"
+)
+_SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+")
+
+
+@lru_cache(maxsize=1)
+def _uroman() -> Any:
+    try:
+        import uroman
+    except ImportError:
+        raise UsageError(
+            "This voice reads romanised text, and the text has other characters; pip install uroman, "
+            "or romanise it beforehand."
+        ) from None
+    return uroman.Uroman()
+
+
+class VitsTokenizer:
+    """Characters or phonemes as `transformers.VitsTokenizer` reads them; the arguments are its.
+
+    Args:
+        vocabulary: id of each symbol.
+        language: ISO 639-3 code, of MMS' voices.
+        add_blank: put symbol 0 between all symbols and at both ends.
+        normalize: lower the case and drop what the vocabulary does not have.
+        phonemize: read the text as phonemes of American English.
+        is_uroman: romanise what is not ASCII.
+        pad_token: symbol that pads a batch.
+        unk_token: symbol for what the vocabulary does not have.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Mapping[str, int],
+        *,
+        language: str | None = None,
+        add_blank: bool = True,
+        normalize: bool = True,
+        phonemize: bool = True,
+        is_uroman: bool = False,
+        pad_token: str | None = "<pad>",
+        unk_token: str | None = "<unk>",
+    ):
+        self.vocabulary = dict(vocabulary)
+        # Special tokens that the vocabulary lacks come after it.
+        self.added: dict[str, int] = {}
+        for token in (pad_token, unk_token):
+            if token is not None and token not in self.vocabulary and token not in self.added:
+                self.added[token] = len(self.vocabulary) + len(self.added)
+        self.symbols = {index: symbol for symbol, index in (self.vocabulary | self.added).items()}
+        self.language, self.add_blank, self.normalize = language, add_blank, normalize
+        self.phonemize, self.is_uroman = phonemize, is_uroman
+        self.pad_token, self.unk_token = pad_token, unk_token
+
+    @classmethod
+    def from_directory(cls, directory: str | os.PathLike[str]) -> VitsTokenizer:
+        """From `vocab.json` and `tokenizer_config.json`, MMS' `vocab.txt`, or the authors' fixed symbols."""
+        folder = Path(directory)
+        if (folder / "vocab.json").is_file():
+            config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+            names = ("language", "add_blank", "normalize", "phonemize", "is_uroman", "pad_token", "unk_token")
+            options = {name: config[name] for name in names if name in config}
+            for name in ("pad_token", "unk_token"):
+                if isinstance(options.get(name), dict):
+                    options[name] = options[name].get("content")
+            return cls(read_json(folder / "vocab.json"), **options)
+        config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        data = config.get("data", {})
+        blank = bool(data.get("add_blank", True))
+        if (folder / "vocab.txt").is_file():
+            lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
+            symbols = lines[:-1] if lines[-1] == "" else lines
+            uroman = str(data.get("training_files", "")).split(".")[-1] == "uroman"
+            vocabulary = {symbol: index for index, symbol in enumerate(symbols)}
+            return cls(
+                vocabulary, add_blank=blank, phonemize=False, is_uroman=uroman, pad_token=symbols[0], unk_token=None
+            )
+        if "text_cleaners" in data:
+            vocabulary = {symbol: index for index, symbol in enumerate(AUTHORS_SYMBOLS)}
+            return cls(vocabulary, add_blank=blank, phonemize=True, pad_token="_", unk_token=None)
+        raise SourceError(f"'{folder}' holds no vocab.json, vocab.txt or .onnx.json, so its symbols are not known.")
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write `vocab.json` and `tokenizer_config.json` as `transformers` does."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "vocab.json", dict(sorted(self.vocabulary.items())))
+        names = ("language", "add_blank", "normalize", "phonemize", "is_uroman", "pad_token", "unk_token")
+        settings = {name: getattr(self, name) for name in names} | {"tokenizer_class": "VitsTokenizer"}
+        write_json(folder / "tokenizer_config.json", settings)
+
+    def _lowered(self, text: str) -> str:
+        """Lower case, but for what is a symbol as it stands."""
+        known = [*self.vocabulary, *self.added]
+        result, position = "", 0
+        while position < len(text):
+            found = next((symbol for symbol in known if symbol and text.startswith(symbol, position)), None)
+            result += text[position].lower() if found is None else found
+            position += len(found or " ")
+        return result
+
+    def prepare(self, text: str, normalize: bool | None = None) -> str:
+        """The text as it is cut into symbols: lowered, romanised, read as phonemes, as the voice wants it.
+
+        Raises:
+            UsageError: if the romaniser is missing.
+            PhonemizerMissingError: if espeak-ng is missing.
+        """
+        normalize = self.normalize if normalize is None else normalize
+        if normalize:
+            text = self._lowered(text)
+        if self.language == "ron":
+            text = text.replace("ț", "ţ")
+        if self.is_uroman and not text.isascii():
+            text = str(_uroman().romanize_string(text))
+        if self.phonemize:
+            return phonemes.phonemize(text, "en-us")
+        if normalize:
+            text = "".join(c for c in text if c in self.vocabulary).strip()
+        return text
+
+    def encode(self, prepared: str) -> list[int]:
+        """Ids of a prepared text.
+
+        Raises:
+            UsageError: for a symbol that the voice does not have and has no token for.
+        """
+        ids = []
+        for symbol in prepared:
+            index = self.vocabulary.get(symbol)
+            if index is None:
+                if self.unk_token is None:
+                    if self.phonemize:
+                        continue
+                    raise UsageError(f"This voice has no symbol {symbol!r}.")
+                index = (self.vocabulary | self.added)[self.unk_token]
+            ids.append(index)
+        return _interspersed(ids) if self.add_blank else ids
+
+    def sentences(self, text: str) -> list[tuple[str, list[int]]]:
+        """The sentences of a text, each with its ids; those without a symbol are left out."""
+        pieces = [(piece, self.encode(self.prepare(piece))) for piece in _SENTENCE_END.split(text.strip()) if piece]
+        return [(piece, ids) for piece, ids in pieces if len(ids) > int(self.add_blank)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The symbols of ids, without the blanks between."""
+        kept = list(ids)[1::2] if self.add_blank and len(ids) > 1 else list(ids)
+        return "".join(self.symbols.get(int(index), "") for index in kept)
+
+    @property
+    def pad_token_id(self) -> int:
+        """What pads a batch."""
+        return (self.vocabulary | self.added).get(self.pad_token or "", 0)
+
+
+def _interspersed(ids: Sequence[int], blank: int = 0) -> list[int]:
+    result = [blank] * (2 * len(ids) + 1)
+    result[1::2] = ids
+    return result
+
+
+class PiperTokenizer:
+    """Piper's phonemes: `^ _ p _ p _ … $`, each phoneme followed by a blank; unknown ones are skipped.
+
+    Args:
+        phoneme_ids: ids of each phoneme, from the `.onnx.json`.
+        voice: espeak-ng's name of the language.
+        phoneme_type: "espeak", or "text" for voices that read characters.
+        phoneme_map: phonemes to be replaced, each by several.
+    """
+
+    def __init__(
+        self,
+        phoneme_ids: Mapping[str, Sequence[int]],
+        voice: str = "en-us",
+        phoneme_type: str = "espeak",
+        phoneme_map: Mapping[str, Sequence[str]] | None = None,
+    ):
+        for mark in ("_", "^", "$"):
+            if not phoneme_ids.get(mark):
+                raise CheckpointError(f"The voice's phoneme_id_map has no {mark!r}.")
+        if phoneme_type not in ("espeak", "text"):
+            raise CheckpointError(
+                f"This voice reads phonemes of the kind '{phoneme_type}'; audiozoo makes those of espeak, or takes ids."
+            )
+        self.phoneme_ids = {phoneme: list(ids) for phoneme, ids in phoneme_ids.items()}
+        self.symbols = {ids[0]: phoneme for phoneme, ids in self.phoneme_ids.items() if len(ids) == 1}
+        self.voice, self.phoneme_type, self.phoneme_map = voice, phoneme_type, dict(phoneme_map or {})
+        self.pad_token_id = self.phoneme_ids["_"][0]
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> PiperTokenizer:
+        """From a voice's `.onnx.json`."""
+        config = read_json(Path(path))
+        if not isinstance(config.get("phoneme_id_map"), dict):
+            raise CheckpointError(f"'{path}' holds no phoneme_id_map, so it is no Piper voice's.")
+        voice = config.get("espeak", {}).get("voice", "en-us")
+        kind = config.get("phoneme_type", "espeak")
+        return cls(config["phoneme_id_map"], voice, kind, config.get("phoneme_map"))
+
+    def prepare(self, text: str, normalize: bool | None = None) -> str:
+        """The phonemes of a text, all sentences of it."""
+        if self.phoneme_type == "text":
+            return unicodedata.normalize("NFD", text)
+        return " ".join(phonemes.sentences(text, self.voice))
+
+    def encode(self, prepared: str) -> list[int]:
+        """Ids of phonemes, with the marks for the beginning and the end."""
+        ids = [*self.phoneme_ids["^"], self.pad_token_id]
+        for phoneme in unicodedata.normalize("NFD", prepared):
+            for replaced in self.phoneme_map.get(phoneme, (phoneme,)):
+                if replaced in self.phoneme_ids:
+                    ids += [*self.phoneme_ids[replaced], self.pad_token_id]
+        return ids + self.phoneme_ids["$"]
+
+    def sentences(self, text: str) -> list[tuple[str, list[int]]]:
+        """The sentences of a text, each with its ids; espeak-ng says where a sentence ends."""
+        if self.phoneme_type == "text":
+            pieces = [(piece, self.prepare(piece)) for piece in _SENTENCE_END.split(text.strip()) if piece]
+        else:
+            spoken = phonemes.sentences(text, self.voice)
+            written = [piece for piece in _SENTENCE_END.split(text.strip()) if piece]
+            # An abbreviation ends a sentence for espeak-ng and not here; then the phonemes have to do.
+            pieces = list(zip(written if len(written) == len(spoken) else spoken, spoken, strict=True))
+        return [(piece, self.encode(prepared)) for piece, prepared in pieces if prepared.strip()]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The phonemes of ids, without blanks and marks."""
+        dropped = {self.pad_token_id, *self.phoneme_ids["^"], *self.phoneme_ids["$"]}
+        return "".join(self.symbols.get(int(index), "") for index in ids if int(index) not in dropped)
+
+
+class VitsProcessor:
+    """A voice's front end: text, phonemes or nothing but ids to the model's inputs.
+
+    Args:
+        tokenizer: of the voice.
+    """
+
+    def __init__(self, tokenizer: VitsTokenizer | PiperTokenizer):
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_directory(cls, directory: str | os.PathLike[str]) -> VitsProcessor:
+        """From what lies beside a checkpoint: `vocab.json`, `vocab.txt`, the authors' `config.json`, `*.onnx.json`.
+
+        Raises:
+            SourceError: if there is none of them.
+            CheckpointError: if there are several voices.
+        """
+        folder = Path(directory)
+        if not folder.is_dir():
+            raise SourceError(f"There is no directory '{folder}'.")
+        if (folder / "vocab.json").is_file():
+            return cls(VitsTokenizer.from_directory(folder))
+        voices = sorted(folder.glob("*.onnx.json"))
+        if len(voices) > 1:
+            names = ", ".join(path.name for path in voices)
+            raise CheckpointError(f"'{folder}' holds several voices ({names}); give each a directory of its own.")
+        if voices:
+            return cls(PiperTokenizer.from_file(voices[0]))
+        if (folder / "config.json").is_file() and "phoneme_id_map" in read_json(folder / "config.json"):
+            return cls(PiperTokenizer.from_file(folder / "config.json"))
+        return cls(VitsTokenizer.from_directory(folder))
+
+    def sentences(self, text: str) -> list[tuple[str, list[int]]]:
+        """The sentences of a text, each with its ids.
+
+        Raises:
+            UsageError: if there is nothing to say.
+        """
+        found = self.tokenizer.sentences(text)
+        if not found:
+            raise UsageError("There is nothing to say: the text has no symbol that this voice knows.")
+        return found
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        *,
+        is_phonemes: bool = False,
+        normalize: bool | None = None,
+        return_tensors: str | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Ids of a text or of several, padded to one length.
+
+        Args:
+            text: one text or a list of them.
+            is_phonemes: whether they are phonemes already.
+            normalize: lower the case and drop unknown characters; the voice's setting if not given.
+            return_tensors: "np" or `None`; results are NumPy arrays.
+
+        Returns:
+            `input_ids` and `attention_mask`, int32 `(batch, time)`.
+
+        Raises:
+            UsageError: if there is no text.
+            PhonemizerMissingError: if the voice reads phonemes and espeak-ng is not installed.
+        """
+        check_return_tensors(return_tensors)
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
+            raise UsageError("There is no text.")
+        rows = []
+        for one in texts:
+            if not isinstance(one, str):
+                raise UsageError(f"A text is a string, not a {type(one).__name__}.")
+            rows.append(self.tokenizer.encode(one if is_phonemes else self.tokenizer.prepare(one, normalize)))
+        length = max(1, *(len(row) for row in rows)) if rows else 1
+        ids = np.full((len(rows), length), self.tokenizer.pad_token_id, np.int32)
+        mask = np.zeros((len(rows), length), np.int32)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)], mask[index, : len(row)] = row, 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def batch_decode(self, ids: Any) -> list[str]:
+        """The symbols of each row of ids, blanks left out."""
+        return [self.tokenizer.decode(row) for row in np.asarray(ids)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The symbols of ids, blanks left out."""
+        return self.tokenizer.decode(ids)
