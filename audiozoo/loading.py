@@ -113,7 +113,7 @@ def convert(
         expected,
         where=str(foreign.source),
         model=foreign.model_class,
-        may_be_absent=initialize,
+        may_be_absent="|".join(f"(?:{e})" for e in (initialize, foreign.may_be_absent) if e) or None,
     )
     total = sum(int(np.prod(v.shape)) * jnp.dtype(v.dtype).itemsize for v in expected.values())
     done, values = 0, {}
@@ -125,10 +125,13 @@ def convert(
         if progress is not None:
             progress(done, total)
     if absent := [name for name in expected if name not in values]:
-        fresh = variables(create(nnx.Rngs(0)))
-        values |= {
-            name: place(np.asarray(fresh[name][...]), expected[name].dtype, shardings.get(name)) for name in absent
-        }
+
+        def draw() -> dict[str, jax.Array]:
+            fresh = variables(create(nnx.Rngs(0)))
+            return {name: fresh[name][...] for name in absent}
+
+        # Compiled, so that what the checkpoint does have is not drawn as well.
+        values |= {n: place(np.asarray(a), expected[n].dtype, shardings.get(n)) for n, a in jax.jit(draw)().items()}
     return finish(with_variables(abstract, values), foreign.attributes)
 
 

@@ -121,10 +121,11 @@ class TokenClassifierOutput(ModelOutput):
 
 
 class Wav2Vec2BaseModelOutput(ModelOutput):
-    """A speech encoder's output, with the convolutional features that it read."""
+    """A speech encoder's output, with the convolutional features that it read, normalised and as they came."""
 
     last_hidden_state: Float[Array, "batch time channels"] = ABSENT
-    extract_features: Float[Array, "batch time features"] | None = None
+    extract_features: Float[Array, "batch time features"] = ABSENT
+    conv_features: Float[Array, "batch time features"] = ABSENT
     hidden_states: tuple[Float[Array, "batch time channels"], ...] | None = None
     attentions: tuple[Float[Array, "batch heads query key"], ...] | None = None
 

@@ -31,6 +31,8 @@ class ForeignCheckpoint:
         table: how they become our parameters.
         attributes: what else to set on the model (`generation_config` …).
         source: where it came from, for messages.
+        may_be_absent: a regular expression of parameters that published files of this kind may lack; they are drawn at
+            random.
     """
 
     model_class: str
@@ -39,6 +41,7 @@ class ForeignCheckpoint:
     table: Table
     source: Path
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    may_be_absent: str | None = None
 
 
 @dataclass

@@ -710,8 +710,8 @@ class Wav2Vec2Model(nnx.Module):
             key: switches dropout, layer drop and masking on.
 
         Returns:
-            `last_hidden_state`, `(batch, frames, hidden)`, and `extract_features`, the features after their LayerNorm,
-            which are what the quantiser reads.
+            `last_hidden_state`, `(batch, frames, hidden)`; `conv_features`, the feature encoder's output; and
+            `extract_features`, the same after its LayerNorm, which is what the quantiser reads.
 
         Raises:
             UsageError: for input of a wrong shape or of less than 400 samples.
@@ -722,30 +722,6 @@ class Wav2Vec2Model(nnx.Module):
         features = self.feature_extractor(input_values, lengths)
         if feature_grad_mult != 1.0:
             features = scale_gradient(features, feature_grad_mult)
-        return self.contextualize(
-            features,
-            attention_mask,
-            mask_time_indices,
-            mask_feature_indices=mask_feature_indices,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            hidden_states_before_norm=hidden_states_before_norm,
-            key=key,
-        )
-
-    def contextualize(
-        self,
-        features: Float[Array, "batch frames features"],
-        attention_mask: Int[Array, "batch samples"] | None = None,
-        mask_time_indices: Bool[Array, "batch frames"] | None = None,
-        *,
-        mask_feature_indices: Bool[Array, "batch hidden"] | None = None,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
-        hidden_states_before_norm: bool = False,
-        key: jax.Array | None = None,
-    ) -> Wav2Vec2BaseModelOutput:
-        """The call from the feature encoder's output on; arguments as there."""
         dropout = Dropout(key)
         batch, frames, _ = features.shape
         mask = None if attention_mask is None else self.frame_mask(attention_mask, frames, adapter=False)
@@ -767,6 +743,7 @@ class Wav2Vec2Model(nnx.Module):
         return Wav2Vec2BaseModelOutput(
             last_hidden_state=self.adapter(x) if hasattr(self, "adapter") else x,
             extract_features=extract_features,
+            conv_features=features,
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
@@ -1005,14 +982,9 @@ class Wav2Vec2ForPreTraining(_WithBackbone):
             mask_time_indices, _ = self.backbone.draw_masks(keys[0], len(input_values), frames, valid)
             if mask_time_indices is None:
                 raise UsageError("Pre-training needs masks: apply_spec_augment with a mask_time_prob above 0.")
-        grad_mult, masked = options.pop("feature_grad_mult", 1.0), options.pop("masked_group_norm", False)
-        lengths = attention_mask.astype(jnp.int32).sum(-1) if masked and attention_mask is not None else None
-        features = self.backbone.feature_extractor(input_values, lengths)
-        if grad_mult != 1.0:
-            features = scale_gradient(features, grad_mult)
-        wide = features.astype(jnp.promote_types(features.dtype, jnp.float32))
-        features_pen = jnp.square(wide).mean()
-        outputs = self.backbone.contextualize(features, attention_mask, mask_time_indices, key=keys[1], **options)
+        outputs = self.backbone(input_values, attention_mask, mask_time_indices, key=keys[1], **options)
+        features = outputs.conv_features
+        features_pen = jnp.square(features.astype(jnp.promote_types(features.dtype, jnp.float32))).mean()
         context = self.project_hid(outputs.last_hidden_state)
         unmasked = Dropout(keys[2])(outputs.extract_features, config.feat_quantizer_dropout)
         quantised, in_use, _ = self.quantizer(
