@@ -66,8 +66,8 @@ def fsdp(min_size: int = 1 << 16, axis: str = "data") -> Fsdp:
 TRANSFORMER: tuple[Rule, ...] = (
     Rule(r"(^|\.)(q_proj|k_proj|v_proj|fc1)\.kernel$", P(None, "tensor"), required=False),
     Rule(r"(^|\.)(q_proj|k_proj|v_proj|fc1)\.bias$", P("tensor"), required=False),
-    Rule(r"(^|\.)(out_proj|fc2)\.kernel$", P("tensor", None), required=False),
-    Rule(r"(^|\.)(out_proj|fc2)\.bias$", P(), required=False),
+    Rule(r"(^|\.)(out_proj|o_proj|fc2)\.kernel$", P("tensor", None), required=False),
+    Rule(r"(^|\.)(out_proj|o_proj|fc2)\.bias$", P(), required=False),
     Rule(r"(^|\.)(?!\w*position)\w+\.embedding$", P("tensor", None), required=False),
 )
 
