@@ -119,6 +119,33 @@ def _whisper_checkpoints() -> tuple[Checkpoint, ...]:
     return (*openai, *files, *distil, *faster)
 
 
+def _ast_checkpoints() -> tuple[Checkpoint, ...]:
+    hub = {
+        "audioset-10-10-0.4593": "audioset_10_10",
+        "audioset-10-10-0.450": "audioset_10_10",
+        "audioset-10-10-0.448": "audioset_10_10",
+        "audioset-10-10-0.448-v2": "audioset_10_10",
+        "audioset-12-12-0.447": "audioset_12_12",
+        "audioset-14-14-0.443": "audioset_14_14",
+        "audioset-16-16-0.442": "audioset_16_16",
+        "speech-commands-v2": "speech_commands_v2",
+    }
+    files = {
+        "audioset_10_10_0.4593": "audioset_10_10",
+        "audioset_10_10_0.4495": "audioset_10_10",
+        "audioset_10_10_0.4483": "audioset_10_10",
+        "audioset_10_10_0.4475": "audioset_10_10",
+        "audioset_12_12_0.4467": "audioset_12_12",
+        "audioset_14_14_0.4431": "audioset_14_14",
+        "audioset_16_16_0.4422": "audioset_16_16",
+        "speechcommands_10_10_0.9812": "speech_commands_v2",
+    }
+    return (
+        *(Checkpoint(f"MIT/ast-finetuned-{name}", size, "BSD-3-Clause") for name, size in hub.items()),
+        *(Checkpoint(f"{name}.pth", size, "BSD-3-Clause") for name, size in files.items()),
+    )
+
+
 PAPERS: tuple[Paper, ...] = (
     Paper(
         name="whisper",
@@ -154,6 +181,28 @@ PAPERS: tuple[Paper, ...] = (
         tasks=("transcription", "translation into English", "language identification", "alignment", "classification"),
         checkpoints=_whisper_checkpoints(),
         processor="audiozoo.processors.whisper:WhisperProcessor",
+    ),
+    Paper(
+        name="audio_spectrogram_transformer",
+        title="Audio Spectrogram Transformer",
+        paper="AST: Audio Spectrogram Transformer",
+        year=2021,
+        arxiv="2104.01778",
+        classes=("ASTForAudioClassification", "ASTModel"),
+        config="ASTConfig",
+        sizes=(
+            "audioset_10_10",
+            "audioset_12_12",
+            "audioset_14_14",
+            "audioset_16_16",
+            "esc50",
+            "speech_commands_v2",
+            "tiny",
+            "small",
+        ),
+        tasks=("tagging", "classification", "embedding"),
+        checkpoints=_ast_checkpoints(),
+        processor="audiozoo.processors.audio_spectrogram_transformer:ASTFeatureExtractor",
     ),
 )
 
