@@ -15,6 +15,7 @@ from flax import nnx
 
 from audiozoo import checkpoints, sharding
 from audiozoo.errors import CheckpointError, SourceError, UsageError
+from audiozoo.layers.abstract import abstract
 from audiozoo.registry import PAPERS, Paper, paper_of_class
 from weights_conversion import ForeignCheckpoint, read_json
 from weights_conversion.readers import write_safetensors
@@ -102,11 +103,11 @@ def convert(
 ) -> nnx.Module:
     """Read a foreign checkpoint tensor by tensor into a model, each one straight to its shards."""
 
-    def create(rngs: nnx.Rngs) -> nnx.Module:
+    def create(rngs: Any) -> nnx.Module:
         return cls(foreign.config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
-    abstract = nnx.eval_shape(lambda: create(nnx.Rngs(0)))
-    expected = variables(abstract)
+    model = abstract(create)
+    expected = variables(model)
     shardings = _shardings(expected, mesh, rules)
     steps = foreign.table.plan(
         foreign.tensors,
@@ -132,7 +133,7 @@ def convert(
 
         # Compiled, so that what the checkpoint does have is not drawn as well.
         values |= {n: place(np.asarray(a), expected[n].dtype, shardings.get(n)) for n, a in jax.jit(draw)().items()}
-    return finish(with_variables(abstract, values), foreign.attributes)
+    return finish(with_variables(model, values), foreign.attributes)
 
 
 def place(array: np.ndarray, dtype: Any, where: Any = None) -> jax.Array:
@@ -177,18 +178,18 @@ def _load_native(
         raise CheckpointError(f"{path} holds a {saved['model_class']}, not a {model_class}.")
     cls = paper.model_class(saved["model_class"])
     config = from_dict(paper.config_class, saved["config"])
-    abstract = nnx.eval_shape(lambda: cls(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0)))
-    expected = variables(abstract)
+    model = abstract(lambda rngs: cls(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs))
+    expected = variables(model)
     values = checkpoints.restore(path, expected, _shardings(expected, mesh, rules))
     attributes = {}
     if "generation_config" in saved:
         kind = type(_attribute_of(cls, config, "generation_config"))
         attributes["generation_config"] = from_dict(kind, saved["generation_config"])
-    return finish(with_variables(abstract, values), attributes)
+    return finish(with_variables(model, values), attributes)
 
 
 def _attribute_of(cls: Any, config: Any, name: str) -> Any:
-    return getattr(nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0))), name)
+    return getattr(abstract(lambda rngs: cls(config, rngs=rngs)), name)
 
 
 def from_dict(cls: Any, values: Mapping[str, Any]) -> Any:

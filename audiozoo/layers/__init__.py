@@ -1,5 +1,6 @@
 """What the whole field shares and no paper here introduced, with the numerics that the published checkpoints expect."""
 
+from audiozoo.layers.abstract import abstract
 from audiozoo.layers.activations import ACTIVATIONS, activation, gelu
 from audiozoo.layers.attention import (
     KeyValues,
@@ -26,6 +27,7 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "MultiHeadAttention",
+    "abstract",
     "activation",
     "attend",
     "attend_without_weights",
