@@ -193,7 +193,7 @@ def _attribute_of(cls: Any, config: Any, name: str) -> Any:
 
 
 def from_dict(cls: Any, values: Mapping[str, Any]) -> Any:
-    """A frozen dataclass from JSON: lists become tuples, nested dataclasses their own kind; unknown names are an error."""
+    """A frozen dataclass from JSON: lists become tuples; an unknown name is an error."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - set(fields)):
         raise CheckpointError(f"{cls.__name__} has no {', '.join(unknown)}; a newer audiozoo may have written this.")

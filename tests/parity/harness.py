@@ -750,6 +750,13 @@ def assert_detects(check: Callable[[], Any], mutations: Iterable[Mutation]) -> i
 # --- published sizes, at no memory -----------------------------------------------------------------------------------
 
 
+def abstract(factory: Callable[[], nnx.Module]) -> nnx.Module:
+    """`nnx.eval_shape(factory)` with one constant random key: counting keys in a trace is quadratic in flax 0.12.8."""
+    key = jax.random.key(0)
+    with Replaced(nnx.RngStream, "__call__", lambda _: key):
+        return nnx.eval_shape(factory)
+
+
 def assert_same_shapes(
     reference_factory: Callable[[], torch.nn.Module],
     our_factory: Callable[[], nnx.Module],
@@ -762,10 +769,7 @@ def assert_same_shapes(
     """
     with torch.device("meta"):
         reference = reference_factory()
-    key = jax.random.key(0)
-    # Counting keys in a trace is quadratic in flax 0.12.8.
-    with Replaced(nnx.RngStream, "__call__", lambda _: key):
-        model = nnx.eval_shape(our_factory)
+    model = abstract(our_factory)
     state = nnx.to_flat_state(nnx.state(model, VARIABLES))
     expected = {".".join(map(str, path)): variable for path, variable in state}
     source = StateDict(reference.state_dict())
