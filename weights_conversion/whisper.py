@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+from flax import nnx
+
 from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.models.whisper import WhisperConfig, WhisperGenerationConfig
 from audiozoo.text.whisper_tokenizer import LANGUAGES
@@ -20,6 +23,7 @@ from weights_conversion import (
 )
 from weights_conversion.readers import TensorSource, open_tensors
 from weights_conversion.rules import (
+    Ignore,
     Rule,
     Table,
     Tied,
@@ -75,19 +79,24 @@ def hugging_face_table(config: WhisperConfig, model_class: str) -> Table:
     old = ((r"^(encoder|decoder)\.", r"model.\1."),)
     tied = (Tied("proj_out.weight", "model.decoder.embed_tokens.weight"),) if config.tie_word_embeddings else ()
     untied = () if config.tie_word_embeddings else (Rule("proj_out.weight", "proj_out.kernel", transpose),)
+    # A whole model's directory also loads as one of its parts.
+    no_head = Ignore(r"proj_out\.weight", "this class has no language-model head")
+    no_encoder = Ignore(r"model\.encoder\..*", "a decoder alone is given encoded audio")
+    no_decoder = Ignore(r"decoder\..*", "a classifier has no decoder")
     if model_class == "WhisperModel":
-        return Table(whole, renames=((r"^model\.", ""),))
+        return Table(whole, renames=((r"^model\.", ""),), ignored=(no_head,))
     if model_class == "WhisperForConditionalGeneration":
         return Table((*_deeper(whole), *untied), renames=old, tied=tied)
     if model_class == "WhisperForCausalLM":
-        return Table((*_deeper((*_DECODER, *_transformer("decoder"))), *untied), renames=old, tied=tied)
+        return Table((*_deeper((*_DECODER, *_transformer("decoder"))), *untied), old, (no_encoder,), tied)
     if model_class == "WhisperForAudioClassification":
         classifier = (
             Rule("layer_weights", "layer_weights"),
             Rule("{part:projector|classifier}.weight", "{part}.kernel", transpose),
             Rule("{part:projector|classifier}.bias", "{part}.bias"),
         )
-        return Table((*_ENCODER, *_transformer("encoder"), *classifier), renames=((r"^model\.", ""),))
+        rules = (*_ENCODER, *_transformer("encoder"), *classifier)
+        return Table(rules, renames=((r"^model\.", ""),), ignored=(no_head, no_decoder))
     raise CheckpointError(f"{model_class} is not one of Whisper's classes.")
 
 
@@ -404,7 +413,7 @@ def hugging_face(model: Any) -> HuggingFaceForm:
         "is_encoder_decoder": name != "WhisperForCausalLM",
         "num_hidden_layers": model.config.encoder_layers,
         "begin_suppress_tokens": [220, model.config.eos_token_id],
-        "dtype": "float32",
+        "dtype": jax.tree.leaves(nnx.state(model, nnx.Param))[0].dtype.name,
     }
     if name == "WhisperForAudioClassification":
         config |= labels_to_hugging_face(labels)

@@ -1,0 +1,40 @@
+"""A Whisper of a few thousand random parameters, for tests without the original."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from audiozoo.loading import variables, with_variables
+from audiozoo.models import whisper
+from audiozoo.models.whisper import WhisperConfig
+from tests.random_weights import random_parameters
+from weights_conversion.whisper import hugging_face_table
+
+TINY = WhisperConfig(
+    vocab_size=67,
+    num_mel_bins=8,
+    d_model=16,
+    encoder_layers=2,
+    encoder_attention_heads=2,
+    encoder_ffn_dim=24,
+    decoder_layers=1,
+    decoder_attention_heads=4,
+    decoder_ffn_dim=20,
+    max_source_positions=12,
+    max_target_positions=48,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=1,
+    decoder_start_token_id=2,
+)
+
+
+def build(name: str = "WhisperForConditionalGeneration", config: WhisperConfig = TINY, **kwargs: Any) -> nnx.Module:
+    """A model whose every parameter is random, none at its initial 0 or 1."""
+    cls = getattr(whisper, name)
+    model = nnx.eval_shape(lambda: cls(config, **kwargs, rngs=nnx.Rngs(0)))
+    values = random_parameters(variables(model), hugging_face_table(config, name), seed=5)
+    return with_variables(model, {path: jnp.asarray(v, kwargs.get("param_dtype")) for path, v in values.items()})
