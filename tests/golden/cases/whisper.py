@@ -1,4 +1,4 @@
-"""Whisper: a tiny encoder, the logits of forced tokens, the training loss, and the tokens of two searches."""
+"""Whisper: a tiny encoder, the logits of forced tokens, the training loss, and the tokens of greedy decoding."""
 
 from __future__ import annotations
 
@@ -33,10 +33,9 @@ CONFIG = {
     "decoder_start_token_id": 2,
     "begin_suppress_tokens": None,
 }
-# The searches: what they begin with, how long they run, which tokens end them, and a factor on the decoder's last scale
+# Greedy decoding: what it begins with, how long it runs, which tokens end it, and a factor on the decoder's last scale
 # that makes the choices clear enough for every dtype.
 PROMPT, NEW_TOKENS, ENDS, SHARPER = (2, 11), 12, (1, 40, 41, 42, 43), 6.0
-BEAMS = {"greedy": 1, "beam": 3}
 
 
 def _theirs() -> Any:
@@ -74,15 +73,14 @@ def run(model: nnx.Module, x: dict[str, Any]) -> dict[str, Any]:
     }
     scale = model.model.decoder.layer_norm.scale
     scale[...] = SHARPER * scale[...]
-    for name, beams in BEAMS.items():
-        results[name] = model.generate(
-            x["input_features"],
-            decoder_input_ids=np.array([PROMPT] * 2),
-            max_new_tokens=NEW_TOKENS,
-            num_beams=beams,
-            eos_token_id=ENDS,
-            pad_token_id=0,
-        )
+    results["tokens"] = model.generate(
+        x["input_features"],
+        decoder_input_ids=np.array([PROMPT] * 2),
+        max_new_tokens=NEW_TOKENS,
+        no_repeat_ngram_size=1,
+        eos_token_id=ENDS,
+        pad_token_id=0,
+    )
     return results
 
 
@@ -101,23 +99,22 @@ def run_reference(model: Any, x: dict[str, np.ndarray]) -> dict[str, Any]:
     output = model(features, decoder_input_ids=tokens, labels=labels)
     results = {"encoder": output.encoder_last_hidden_state, "logits": output.logits, "loss": output.loss}
     model.model.decoder.layer_norm.weight.mul_(SHARPER)
-    for name, beams in BEAMS.items():
-        # The grandparent's `generate`: the plain search, without Whisper's own wrapping of it.
-        found = transformers.GenerationMixin.generate(
-            model,
-            features,
-            decoder_input_ids=torch.tensor([PROMPT] * 2),
-            max_new_tokens=NEW_TOKENS,
-            num_beams=beams,
-            do_sample=False,
-            eos_token_id=list(ENDS),
-            pad_token_id=0,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        best = torch.stack(found.logits).topk(2).values
-        assert beams > 1 or (best[..., 0] - best[..., 1]).min() > 0.5, "a choice is close: take another seed"
-        results[name] = found.sequences[:, len(PROMPT) :].to(torch.int32)
+    # The grandparent's `generate`: the plain search, without Whisper's own wrapping of it.
+    found = transformers.GenerationMixin.generate(
+        model,
+        features,
+        decoder_input_ids=torch.tensor([PROMPT] * 2),
+        max_new_tokens=NEW_TOKENS,
+        no_repeat_ngram_size=1,
+        do_sample=False,
+        eos_token_id=list(ENDS),
+        pad_token_id=0,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    best = torch.stack(found.scores).topk(2).values
+    assert (best[..., 0] - best[..., 1]).min() > 0.4, "a choice is close: take another seed"
+    results["tokens"] = found.sequences[:, len(PROMPT) :].to(torch.int32)
     return results
 
 
@@ -131,5 +128,6 @@ CASES = (
         run=run,
         reference=reference,
         run_reference=run_reference,
+        seed=39,
     ),
 )
