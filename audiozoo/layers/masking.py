@@ -20,15 +20,15 @@ def span_mask(
     r"""True inside random spans of `span` steps; spans may overlap.
 
     Row $b$ with $L_b$ valid steps gets $\lfloor p\,L_b/\text{span} + u \rfloor$ spans, $u \sim U[0, 1)$ drawn once for
-    the batch, at least `minimum`, and as many as fit at the most; their starts are drawn without replacement from
-    $0 \dots L_b - \text{span}$.
+    the batch, at least `minimum`, at the most as many as fit into `length` end to end and as there are places for;
+    their starts are drawn without replacement from $0 \dots L_b - \text{span}$.
     """
     if lengths is None:
         lengths = jnp.full((batch,), length)
     rounding, starts = jax.random.split(key)
     wanted = jnp.floor(probability * lengths / span + jax.random.uniform(rounding))
     possible = jnp.maximum(lengths - span + 1, 0)
-    count = jnp.minimum(jnp.maximum(wanted, minimum), jnp.minimum(possible, lengths // span))
+    count = jnp.minimum(jnp.maximum(wanted, minimum), jnp.minimum(possible, length // span))
     position = jnp.arange(length)
     # The `count` smallest of i.i.d. uniforms are a uniform draw of `count` starts without replacement.
     draw = jnp.where(position < possible[:, None], jax.random.uniform(starts, (batch, length)), jnp.inf)
