@@ -1,0 +1,845 @@
+r"""Connectionist temporal classification (Graves et al., ICML 2006), from scores of letters to text and back.
+
+- `greedy`: the best letter of each frame, repeats and blanks removed.
+- `BeamSearch`: prefix beam search (Hannun et al., arXiv 1408.2873, Algorithm 1) with an n-gram language model
+  (`NgramModel`, ARPA files) and hot words.
+- `forced_alignment`: when a known text is said, by Viterbi's algorithm, for a batch, on any device.
+- `chunked_logits`: a recording of any length in overlapping pieces whose edges are thrown away.
+- `transcribe_ctc`, `align`: the whole way, for a model and a processor.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from audiozoo.errors import SourceError, UsageError
+
+LOG_ZERO = -1e30
+STAR = "<star>"
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of frames that belongs to one token or word.
+
+    Attributes:
+        text: the token or word; a token's index where there is no vocabulary.
+        start: first frame.
+        end: frame after the last.
+        score: mean probability of the frames' tokens; 1 where it was not computed.
+    """
+
+    text: Any
+    start: int
+    end: int
+    score: float = 1.0
+
+    def seconds(self, frame_seconds: float) -> dict[str, Any]:
+        """The span in seconds, as a dictionary for JSON."""
+        return {
+            "text": self.text,
+            "start": round(self.start * frame_seconds, 3),
+            "end": round(self.end * frame_seconds, 3),
+            "score": round(float(self.score), 4),
+        }
+
+
+# --- greedy ----------------------------------------------------------------------------------------------------------
+
+
+def collapse(path: Sequence[int], blank: int = 0) -> list[Span]:
+    r"""The map $\mathcal B$ of the paper (§3.1): repeats become one, blanks go; every token with its frames."""
+    spans: list[Span] = []
+    start = 0
+    for frame in range(1, len(path) + 1):
+        if frame == len(path) or path[frame] != path[start]:
+            if path[start] != blank:
+                spans.append(Span(int(path[start]), start, frame))
+            start = frame
+    return spans
+
+
+def greedy(
+    logits: Float[np.ndarray, "batch frames vocabulary"],
+    lengths: Int[np.ndarray, " batch"] | None = None,
+    blank: int = 0,
+) -> list[list[Span]]:
+    """The tokens of the most probable path of every item."""
+    best = np.asarray(logits).argmax(axis=-1)
+    lengths = [best.shape[1]] * len(best) if lengths is None else lengths
+    return [collapse(row[: int(length)], blank) for row, length in zip(best, lengths, strict=True)]
+
+
+def words_of(tokens: Sequence[Span], delimiter: Any, join: Callable[[list[Any]], str] = "".join) -> list[Span]:
+    """Tokens between delimiters as words, from their first token's start to their last one's end."""
+    words: list[Span] = []
+    group: list[Span] = []
+    for token in [*tokens, Span(delimiter, 0, 0)]:
+        if token.text != delimiter:
+            group.append(token)
+        elif group:
+            frames = sum(t.end - t.start for t in group)
+            score = sum(t.score * (t.end - t.start) for t in group) / frames
+            words.append(Span(join([t.text for t in group]), group[0].start, group[-1].end, score))
+            group = []
+    return words
+
+
+# --- n-gram language models ------------------------------------------------------------------------------------------
+
+
+class NgramModel:
+    r"""A back-off n-gram model (Katz 1987) from an ARPA file.
+
+    $$p(w \mid h) = \begin{cases} p^*(w \mid h) & \text{if } hw \text{ was seen} \\ b(h)\, p(w \mid h') &
+    \text{otherwise, } h' = h \text{ without its first word} \end{cases}$$
+
+    Attributes:
+        order: the longest n-gram.
+        unknown: whether the model has a probability for `<unk>`.
+    """
+
+    def __init__(self, ngrams: Mapping[tuple[str, ...], tuple[float, float]]):
+        """From `{n-gram: (log10 probability, log10 back-off weight)}`."""
+        self._ngrams = dict(ngrams)
+        self.order = max((len(n) for n in self._ngrams), default=0)
+        if not self.order:
+            raise SourceError("The language model holds no n-gram.")
+        self.unknown = ("<unk>",) in self._ngrams
+
+    @classmethod
+    def from_arpa(cls, source: str | os.PathLike[str] | Iterable[str]) -> NgramModel:
+        """Read an ARPA file, which may be compressed with gzip, or its lines.
+
+        Raises:
+            SourceError: if there is no such file, or it is not in ARPA format.
+        """
+        if isinstance(source, str | os.PathLike):
+            path = Path(source)
+            if not path.is_file():
+                raise SourceError(f"There is no language model {path}.")
+            with path.open("rb") as file:
+                opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
+            try:
+                with opener(path, "rt", encoding="utf-8") as lines:  # type: ignore[operator]
+                    return cls(cls._parse(lines, str(path)))
+            except UnicodeDecodeError:
+                raise SourceError(f"{path} is not an ARPA file (binary models of KenLM are not read).") from None
+        return cls(cls._parse(source, "The language model"))
+
+    @staticmethod
+    def _parse(lines: Iterable[str], where: str) -> dict[tuple[str, ...], tuple[float, float]]:
+        ngrams: dict[tuple[str, ...], tuple[float, float]] = {}
+        order = 0
+        for number, line in enumerate(lines, 1):
+            line = line.strip()
+            if not line or line in ("\\data\\", "\\end\\") or line.startswith("ngram "):
+                continue
+            if line.startswith("\\") and line.endswith("-grams:"):
+                order = int(line[1:-7])
+                continue
+            parts = line.split()
+            try:
+                if not order or len(parts) not in (order + 1, order + 2):
+                    raise ValueError
+                backoff = float(parts[order + 1]) if len(parts) == order + 2 else 0.0
+                ngrams[tuple(parts[1 : order + 1])] = (float(parts[0]), backoff)
+            except ValueError:
+                raise SourceError(f"{where}: line {number} is not in ARPA format: {line[:60]!r}.") from None
+        return ngrams
+
+    def __contains__(self, word: str) -> bool:
+        return (word,) in self._ngrams
+
+    def start(self) -> tuple[str, ...]:
+        """The history at the beginning of a sentence."""
+        return ("<s>",) if self.order > 1 and ("<s>",) in self._ngrams else ()
+
+    def score(self, history: tuple[str, ...], word: str) -> tuple[float, tuple[str, ...]]:
+        r"""$\ln p(\text{word} \mid \text{history})$ and the next history; `-inf` for a word unknown to it."""
+        if word not in self:
+            word = "<unk>"
+        context, backoff = history[-(self.order - 1) :] if self.order > 1 else (), 0.0
+        following = (*history, word)[-(self.order - 1) :] if self.order > 1 else ()
+        while True:
+            found = self._ngrams.get((*context, word))
+            if found is not None:
+                return (found[0] + backoff) * math.log(10), following
+            if not context:
+                return -math.inf, following
+            backoff += self._ngrams.get(context, (0.0, 0.0))[1]
+            context = context[1:]
+
+
+# --- prefix beam search ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One result of a beam search.
+
+    Attributes:
+        tokens: its tokens' indices.
+        text: its tokens joined, delimiters as spaces.
+        score: what hypotheses are ranked by: `logit_score` plus the language model's and hot words' shares.
+        logit_score: log probability of the tokens, summed over all alignments that survived the beam.
+        lm_score: weighted log probability of the words and word bonus.
+    """
+
+    tokens: tuple[int, ...]
+    text: str
+    score: float
+    logit_score: float
+    lm_score: float
+
+
+@dataclass
+class _Beam:
+    blank: float = -math.inf  # log probability of the alignments that end in a blank
+    token: float = -math.inf  # and of those that end in the last token
+
+    @property
+    def total(self) -> float:
+        return _log_add(self.blank, self.token)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What the language side knows of a prefix; the same for every beam that holds it."""
+
+    history: tuple[str, ...]
+    word: str  # letters since the last delimiter
+    lm: float  # weighted scores of finished words
+    bonus: float  # of finished hot words
+
+
+def _log_add(a: float, b: float) -> float:
+    if a < b:
+        a, b = b, a
+    return a if b == -math.inf else a + math.log1p(math.exp(b - a))
+
+
+@dataclass
+class BeamSearch:
+    r"""Prefix beam search: the label sequence $l$ with the largest
+
+    $$\ln p_\text{CTC}(l \mid x) + \alpha \ln p_\text{LM}(l) + \beta \lvert l \rvert_\text{words} + \text{hot words}$$
+
+    (arXiv 1408.2873, Eq. 4), where $p_\text{CTC}$ sums over the alignments of $l$.
+
+    Attributes:
+        vocabulary: the tokens' texts.
+        blank: index of CTC's blank.
+        delimiter: the token between words; without it every token is a word.
+        skip: tokens that never appear in text (`<s>`, `<unk>` …); their frames' probability is left out.
+        language_model: of words.
+        alpha: weight of the language model.
+        beta: bonus for each word.
+        unknown_offset: added to the log10 probability of a word that the language model does not know.
+        score_boundary: whether the language model also scores the end of the sentence.
+        hotwords: words that get `hotword_weight` each; one that is under way gets its share while it competes.
+        hotword_weight: in natural logarithms.
+    """
+
+    vocabulary: Sequence[str]
+    blank: int = 0
+    delimiter: str | None = "|"
+    skip: Sequence[int] = ()
+    language_model: NgramModel | None = None
+    alpha: float = 0.5
+    beta: float = 1.5
+    unknown_offset: float = -10.0
+    score_boundary: bool = True
+    hotwords: Sequence[str] = ()
+    hotword_weight: float = 10.0
+    _prefixes: dict[str, float] = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for word in self.hotwords:
+            for length in range(1, len(word) + 1):
+                share = length / len(word)
+                self._prefixes[word[:length]] = max(self._prefixes.get(word[:length], 0.0), share)
+
+    def _finish(self, text: _Text) -> _Text:
+        """The text with its open word closed."""
+        if not text.word:
+            return text
+        score, history = 0.0, text.history
+        if self.language_model is not None:
+            logp, history = self.language_model.score(history, text.word)
+            if text.word not in self.language_model:
+                logp = (0.0 if logp == -math.inf else logp) + self.unknown_offset * math.log(10)
+            score = self.alpha * logp
+            score += self.beta
+        bonus = self.hotword_weight if text.word in self.hotwords else 0.0
+        return _Text(history, "", text.lm + score, text.bonus + bonus)
+
+    def _extend(self, text: _Text, token: int) -> _Text:
+        if self.delimiter is None:
+            return self._finish(_Text(text.history, self.vocabulary[token], text.lm, text.bonus))
+        if self.vocabulary[token] == self.delimiter:
+            return self._finish(text)
+        return _Text(text.history, text.word + self.vocabulary[token], text.lm, text.bonus)
+
+    def _rank(self, text: _Text) -> float:
+        """What the language side adds while the beam is running."""
+        return text.lm + text.bonus + self.hotword_weight * self._prefixes.get(text.word, 0.0)
+
+    def __call__(
+        self,
+        logits: Float[np.ndarray, "frames vocabulary"],
+        *,
+        beam_width: int = 100,
+        beam_prune_logp: float = -10.0,
+        token_min_logp: float = -5.0,
+        n_best: int = 1,
+    ) -> list[Hypothesis]:
+        """Search one item.
+
+        Args:
+            logits: scores of the frames; their softmax is taken here.
+            beam_width: prefixes kept after each frame.
+            beam_prune_logp: prefixes this much worse than the best are dropped.
+            token_min_logp: tokens less probable in a frame than this are not tried, the best one always.
+            n_best: how many hypotheses to return.
+
+        Returns:
+            The best hypotheses, best first.
+        """
+        logits = np.asarray(logits, np.float64)
+        if logits.ndim != 2 or logits.shape[1] != len(self.vocabulary):
+            raise UsageError(
+                f"Logits of shape (frames, {len(self.vocabulary)}) are wanted, one column a token, not {logits.shape}."
+            )
+        log_probs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+        start = _Text(self.language_model.start() if self.language_model else (), "", 0.0, 0.0)
+        texts: dict[tuple[int, ...], _Text] = {(): start}
+        beams: dict[tuple[int, ...], _Beam] = {(): _Beam(blank=0.0)}
+        skipped = frozenset(self.skip)
+        for frame in log_probs:
+            tried = [int(t) for t in np.flatnonzero(frame >= min(token_min_logp, frame.max()))]
+            following: dict[tuple[int, ...], _Beam] = {}
+
+            def at(prefix: tuple[int, ...], following: dict[tuple[int, ...], _Beam] = following) -> _Beam:
+                found = following.get(prefix)
+                if found is None:
+                    found = following[prefix] = _Beam()
+                return found
+
+            for prefix, beam in beams.items():
+                total = beam.total
+                last = prefix[-1] if prefix else None
+                for token in tried:
+                    logp = float(frame[token])
+                    if token == self.blank:
+                        same = at(prefix)
+                        same.blank = _log_add(same.blank, total + logp)
+                    elif token in skipped:
+                        continue
+                    else:
+                        longer = at((*prefix, token))
+                        if token == last:
+                            # A repeat continues the token; only after a blank it is a new one.
+                            same = at(prefix)
+                            same.token = _log_add(same.token, beam.token + logp)
+                            longer.token = _log_add(longer.token, beam.blank + logp)
+                        else:
+                            longer.token = _log_add(longer.token, total + logp)
+            ranked = []
+            for prefix, beam in following.items():
+                if beam.total == -math.inf:
+                    continue
+                if prefix not in texts:
+                    texts[prefix] = self._extend(texts[prefix[:-1]], prefix[-1])
+                ranked.append((beam.total + self._rank(texts[prefix]), prefix))
+            ranked.sort(reverse=True)
+            if not ranked:
+                continue
+            floor = ranked[0][0] + beam_prune_logp
+            beams = {prefix: following[prefix] for rank, prefix in ranked[:beam_width] if rank >= floor}
+            texts = {prefix: texts[prefix] for prefix in beams}
+        results = []
+        for prefix, beam in beams.items():
+            end = self._finish(texts[prefix])
+            lm = end.lm
+            if self.language_model is not None and self.score_boundary and "</s>" in self.language_model:
+                lm += self.alpha * self.language_model.score(end.history, "</s>")[0]
+            results.append(Hypothesis(prefix, self.text(prefix), beam.total + lm + end.bonus, beam.total, lm))
+        results.sort(key=lambda h: h.score, reverse=True)
+        return results[:n_best]
+
+    def text(self, tokens: Iterable[int]) -> str:
+        """Tokens as text."""
+        letters = [self.vocabulary[t] for t in tokens]
+        if self.delimiter is None:
+            return " ".join(letters)
+        return " ".join("".join(" " if x == self.delimiter else x for x in letters).split())
+
+
+# --- forced alignment ------------------------------------------------------------------------------------------------
+
+_BLOCK = 64  # frames between moves of the window
+
+
+@dataclass(frozen=True)
+class ForcedAlignment:
+    """The best alignment of every item.
+
+    Attributes:
+        states: for each frame, 2i + 1 inside token i and 2i in the blanks before it; -1 behind the item's end.
+        scores: log probability of what each frame says.
+        exact: whether the best of all alignments was found for certain (the window covered every state).
+    """
+
+    states: Int[np.ndarray, "batch frames"]
+    scores: Float[np.ndarray, "batch frames"]
+    exact: bool
+
+    def spans(self, item: int, targets: Sequence[Any]) -> list[Span]:
+        """Every token of an item with its frames and the mean probability in them."""
+        row, scores = self.states[item], self.scores[item]
+        inside = np.flatnonzero((row >= 0) & (row % 2 == 1))
+        result = []
+        edges = np.flatnonzero(np.diff(row[inside], prepend=-1))
+        for first, following in zip(edges, [*edges, len(inside)][1:], strict=True):
+            frames = inside[first:following]
+            probability = float(np.exp(scores[frames]).mean())
+            token = targets[int(row[frames[0]]) // 2]
+            result.append(Span(token, int(frames[0]), int(frames[-1]) + 1, probability))
+        return result
+
+
+@partial(jax.jit, static_argnames=("window", "blank"))
+def _viterbi(
+    log_probs: Float[Array, "blocks block vocabulary"],
+    extended: Int[Array, " states"],
+    frames: Int[Array, ""],
+    tokens: Int[Array, ""],
+    *,
+    window: int,
+    blank: int,
+) -> tuple[Int[Array, " frames"], Float[Array, " frames"], Float[Array, ""]]:
+    """Viterbi over `window` states at a time, which follow the best one; one item."""
+    blocks, block, _ = log_probs.shape
+    states = extended.shape[0]
+    last = 2 * tokens  # the final blank's state
+    two_before = jnp.pad(extended, (2, 0), constant_values=blank)[:-2]
+    may_skip = (extended != blank) & (extended != two_before)
+
+    def one_block(carry: tuple, inputs: tuple) -> tuple[tuple, tuple]:
+        alpha, offset = carry
+        scores, first = inputs
+        # Only differences count, and in single precision an hour's sum would have lost them.
+        alpha = jnp.where(alpha > LOG_ZERO / 2, alpha - alpha.max(), LOG_ZERO)
+        # The window moves on with the best state, never back, and stops at the last one.
+        best = offset + jnp.argmax(alpha)
+        moved = jnp.clip(best - window // 2, offset, jnp.maximum(jnp.minimum(last + 1, states) - window, offset))
+        alpha = jax.lax.dynamic_slice(
+            jnp.concatenate([alpha, jnp.full((window,), LOG_ZERO, alpha.dtype)]),
+            (jnp.minimum(moved - offset, window),),
+            (window,),
+        )
+        labels = jax.lax.dynamic_slice(extended, (moved,), (window,))
+        skip = jnp.where(jax.lax.dynamic_slice(may_skip, (moved,), (window,)), 0.0, LOG_ZERO).astype(alpha.dtype)
+        emissions = scores[:, labels]  # (block, window)
+        reachable = moved + jnp.arange(window)
+
+        def one_frame(alpha: jax.Array, frame: tuple) -> tuple[jax.Array, jax.Array]:
+            emission, index = frame
+            padded = jnp.concatenate([jnp.full((2,), LOG_ZERO, alpha.dtype), alpha])
+            stay, step, jump = alpha, padded[1:-1], padded[:-2] + skip
+            back = jnp.where(step > stay, 1, 0)
+            best = jnp.maximum(stay, step)
+            back = jnp.where(jump > best, 2, back).astype(jnp.uint8)
+            best = jnp.maximum(best, jump) + emission
+            begun = jnp.where(reachable < 2, emission, LOG_ZERO)  # the first frame
+            new = jnp.where(index == 0, begun, best)
+            running = index < frames
+            packed = back.reshape(-1, 4)  # four of them a byte
+            packed = packed[:, 0] | (packed[:, 1] << 2) | (packed[:, 2] << 4) | (packed[:, 3] << 6)
+            return jnp.where(running, new, alpha), packed
+
+        alpha, back = jax.lax.scan(one_frame, alpha, (emissions, first + jnp.arange(block)))
+        return (alpha, moved), (back, moved)
+
+    alpha = jnp.full((window,), LOG_ZERO, log_probs.dtype)
+    starts = jnp.arange(blocks) * block
+    (alpha, offset), (back, offsets) = jax.lax.scan(one_block, (alpha, jnp.int32(0)), (log_probs, starts))
+
+    def value(state: jax.Array) -> jax.Array:
+        inside = (state >= offset) & (state < offset + window) & (state >= 0)
+        return jnp.where(inside, alpha[jnp.clip(state - offset, 0, window - 1)], LOG_ZERO)
+
+    at_blank, at_token = value(last), value(last - 1)
+    end = jnp.where(at_token > at_blank, last - 1, last)
+    total = jnp.maximum(at_blank, at_token)
+    flat = back.reshape(blocks * block, -1)
+
+    def trace(state: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+        inside = index < frames
+        local = jnp.clip(state - offsets[index // block], 0, window - 1)
+        step = (flat[index, local // 4] >> (2 * (local % 4)).astype(jnp.uint8)) & 3
+        before = jnp.where(inside & (index > 0), state - step.astype(jnp.int32), state)
+        return before, jnp.where(inside, state, -1)
+
+    _, path = jax.lax.scan(trace, end.astype(jnp.int32), jnp.arange(blocks * block), reverse=True)
+    said = log_probs.reshape(blocks * block, -1)
+    scores = jnp.take_along_axis(said, extended[jnp.maximum(path, 0)][:, None], axis=1)[:, 0]
+    return path, jnp.where(path >= 0, scores, 0.0), total
+
+
+def forced_alignment(
+    log_probs: Float[Array, "batch frames vocabulary"],
+    targets: Int[Array, "batch tokens"],
+    input_lengths: Int[Array, " batch"] | None = None,
+    target_lengths: Int[Array, " batch"] | None = None,
+    *,
+    blank: int = 0,
+    window: int = 4096,
+) -> ForcedAlignment:
+    r"""The most probable alignment of known tokens, $\arg\max_\pi p(\pi \mid x)$ with $\mathcal B(\pi)$ = targets.
+
+    Viterbi's algorithm over the tokens with blanks between and around them. With more states than `window` only that
+    many around the best are followed, so that time and memory grow with the frames alone; where no alignment is left at
+    the end, the window is doubled.
+
+    Args:
+        log_probs: log probabilities (a `<star>` column, which matches anything, is just one of 0).
+        targets: tokens; no blanks among them.
+        input_lengths: frames that count.
+        target_lengths: tokens that count.
+        blank: the blank's index.
+        window: states to follow at a time.
+
+    Raises:
+        UsageError: for an item with too few frames for its tokens, or a target that is the blank.
+    """
+    log_probs, targets = np.asarray(log_probs), np.asarray(targets)
+    batch, frames, _ = log_probs.shape
+    input_lengths = np.full(batch, frames) if input_lengths is None else np.asarray(input_lengths)
+    target_lengths = np.full(batch, targets.shape[1]) if target_lengths is None else np.asarray(target_lengths)
+    for item in range(batch):
+        row = targets[item, : target_lengths[item]]
+        if np.any(row == blank):
+            raise UsageError(f"Item {item}: the blank is no token to align.")
+        if np.any((row < 0) | (row >= log_probs.shape[2])):
+            raise UsageError(f"Item {item}: a token is outside the vocabulary of {log_probs.shape[2]}.")
+        needed = len(row) + int(np.sum(row[1:] == row[:-1]))
+        if needed > input_lengths[item]:
+            raise UsageError(f"Item {item}: {input_lengths[item]} frames are too few; the text takes {needed}.")
+    # A few shapes, so that another length does not compile again.
+    blocks = _rounded(-(-frames // _BLOCK), 4)
+    states = 2 * _rounded(targets.shape[1], 32) + 4
+    padded = np.zeros((batch, blocks * _BLOCK, log_probs.shape[2]), log_probs.dtype)
+    padded[:, :frames] = log_probs
+    extended = np.full((batch, states), blank, np.int32)
+    for item in range(batch):
+        extended[item, 1 : 2 * target_lengths[item] : 2] = targets[item, : target_lengths[item]]
+    width = min(-(-window // 4) * 4, states)
+    while True:
+        run = jax.vmap(partial(_viterbi, window=width, blank=blank)) if batch > 1 else _single(width, blank)
+        shaped = padded.reshape(batch, blocks, _BLOCK, -1)
+        path, scores, total = run(
+            jnp.asarray(shaped),
+            jnp.asarray(extended),
+            jnp.asarray(input_lengths, jnp.int32),
+            jnp.asarray(target_lengths, jnp.int32),
+        )
+        if width >= states or np.all(np.asarray(total) > LOG_ZERO / 2):
+            return ForcedAlignment(np.asarray(path)[:, :frames], np.asarray(scores)[:, :frames], width >= states)
+        width = min(2 * width, states)
+
+
+def _single(width: int, blank: int) -> Callable[..., tuple[jax.Array, ...]]:
+    """One item without `vmap`, which would turn slices into gathers."""
+
+    def run(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(out[None] for out in _viterbi(*(a[0] for a in arrays), window=width, blank=blank))
+
+    return run
+
+
+def _rounded(count: int, least: int) -> int:
+    """`count` up to two leading binary digits: one of few sizes, at most a third larger."""
+    step = max(least, 1 << max(int(count).bit_length() - 3, 0))
+    return max(-(-count // step) * step, least)
+
+
+# --- whole recordings ------------------------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnames=("graphdef", "masked"))
+def _forward(graphdef: Any, state: Any, values: jax.Array, mask: jax.Array | None, *, masked: bool) -> jax.Array:
+    model = nnx.merge(graphdef, state)
+    return model(values, mask, **({"masked_group_norm": True} if masked else {})).logits
+
+
+def chunked_logits(
+    model: Any,
+    input_values: Float[np.ndarray, " samples"],
+    *,
+    chunk_length_s: float = 30.0,
+    stride_length_s: float = 5.0,
+    batch_size: int = 4,
+    sampling_rate: int = 16_000,
+    progress: Callable[[int, int], None] | None = None,
+) -> Float[np.ndarray, "frames vocabulary"]:
+    """A CTC model's logits for a recording of any length.
+
+    Pieces of `chunk_length_s` overlap by `stride_length_s` on each side; of each only the middle is kept, where the
+    model saw what comes before and after. Pieces begin at whole frames, so the result has exactly the frames of one
+    forward of the whole recording. What fits into one piece is computed in one piece.
+
+    Args:
+        model: a CTC model of the wav2vec 2.0 family.
+        input_values: one waveform, normalised by the processor.
+        chunk_length_s: seconds a piece; longer is better and takes memory with its square.
+        stride_length_s: seconds thrown away at each inner edge.
+        batch_size: pieces at a time.
+        sampling_rate: of the waveform.
+        progress: called with the pieces done and the pieces in all.
+
+    Raises:
+        UsageError: if the strides leave nothing of a piece.
+    """
+    ratio = model.config.inputs_to_logits_ratio
+    samples = len(input_values)
+    count = int(model.backbone.frame_lengths(samples))
+    chunk = round(chunk_length_s * sampling_rate / ratio)  # in frames
+    stride = round(stride_length_s * sampling_rate / ratio)
+    if chunk <= 2 * stride:
+        raise UsageError(f"Pieces of {chunk_length_s} s with {stride_length_s} s cut off on both sides leave nothing.")
+    reach = samples - (count - 1) * ratio  # samples that the last frame sees, and a rest
+    graphdef, state = nnx.split(model)
+    if count <= chunk:
+        pieces = [(0, count, 0, count)]
+    else:
+        step = chunk - 2 * stride
+        pieces = []
+        for start in range(0, count, step):
+            end = min(start + chunk, count)
+            keep = start + stride if start else 0
+            stop = count if end == count else end - stride
+            pieces.append((start, end, keep, stop))
+            if end == count:
+                break
+    # One length in samples for all: bucketed for short recordings, so that another length does not compile again.
+    longest = max(end - start for start, end, _, _ in pieces)
+    frames = min(_rounded(longest, 25), max(chunk, longest))
+    width = (frames - 1) * ratio + max(reach, 400)
+    result: np.ndarray | None = None
+    for first in range(0, len(pieces), batch_size):
+        group = pieces[first : first + batch_size]
+        rows = batch_size if len(pieces) > batch_size else len(group)
+        values = np.zeros((rows, width), np.float32)
+        mask = np.zeros((rows, width), np.int32)
+        mask[len(group) :] = 1  # rows that only fill the batch
+        for row, (start, end, _, _) in enumerate(group):
+            piece = input_values[start * ratio : (end - 1) * ratio + max(reach, 400)]
+            values[row, : len(piece)] = piece
+            mask[row, : len(piece)] = 1
+        full = bool(mask.all())
+        masked = model.config.feat_extract_norm == "group"
+        logits = np.asarray(_forward(graphdef, state, values, None if full else mask, masked=masked and not full))
+        if result is None:
+            result = np.empty((count, logits.shape[-1]), logits.dtype)
+        for row, (start, _, keep, stop) in enumerate(group):
+            result[keep:stop] = logits[row, keep - start : stop - start]
+        if progress is not None:
+            progress(min(first + batch_size, len(pieces)), len(pieces))
+    assert result is not None
+    return result
+
+
+@dataclass(frozen=True)
+class Transcription:
+    """What was said, and when, in seconds.
+
+    Attributes:
+        text: the transcript.
+        words: every word with `start`, `end` and `score`.
+        characters: every character alike.
+        duration: of the recording.
+    """
+
+    text: str
+    words: list[dict[str, Any]]
+    characters: list[dict[str, Any]]
+    duration: float
+
+
+def _prepared(processor: Any, audio: Any) -> np.ndarray:
+    return np.asarray(processor(audio, sampling_rate=processor.feature_extractor.sampling_rate)["input_values"][0])
+
+
+def transcribe_ctc(
+    model: Any,
+    processor: Any,
+    audio: Float[np.ndarray, " samples"],
+    *,
+    chunk_length_s: float = 30.0,
+    stride_length_s: float = 5.0,
+    batch_size: int = 4,
+    beam_width: int | None = None,
+    language_model: NgramModel | str | os.PathLike[str] | None = None,
+    alpha: float = 0.5,
+    beta: float = 1.5,
+    hotwords: Sequence[str] = (),
+    hotword_weight: float = 10.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Transcription:
+    """Transcribe a recording of any length with a CTC model.
+
+    Args:
+        model: a CTC model of the wav2vec 2.0 family.
+        processor: its processor.
+        audio: waveform at the processor's rate.
+        chunk_length_s: seconds a piece; see `chunked_logits`.
+        stride_length_s: seconds thrown away at each inner edge.
+        batch_size: pieces at a time.
+        beam_width: search with that many prefixes; by default greedily, or with 100 if there is a language model or a
+            hot word.
+        language_model: of words, or the path of an ARPA file.
+        alpha: its weight.
+        beta: bonus for each word.
+        hotwords: words that are likely to be said.
+        hotword_weight: how likely, in natural logarithms.
+        progress: called with the pieces done and the pieces in all.
+    """
+    values = _prepared(processor, audio)
+    logits = chunked_logits(
+        model,
+        values,
+        chunk_length_s=chunk_length_s,
+        stride_length_s=stride_length_s,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    tokenizer = processor.tokenizer
+    rate = processor.feature_extractor.sampling_rate
+    frame = model.config.inputs_to_logits_ratio / rate
+    vocabulary = tokenizer.tokens()
+    log_probs = np.asarray(jax.nn.log_softmax(jnp.asarray(logits, jnp.float32), axis=-1))
+    if language_model is not None or hotwords or (beam_width or 1) > 1:
+        if isinstance(language_model, str | os.PathLike):
+            language_model = NgramModel.from_arpa(language_model)
+        search = BeamSearch(
+            vocabulary,
+            blank=tokenizer.pad_token_id,
+            delimiter=tokenizer.word_delimiter_token,
+            skip=tokenizer.special_ids(),
+            language_model=language_model,
+            alpha=alpha,
+            beta=beta,
+            hotwords=hotwords,
+            hotword_weight=hotword_weight,
+        )
+        best = search(logits, beam_width=beam_width or 100)[0]
+        spans: list[Span] = []
+        if best.tokens:
+            aligned = forced_alignment(log_probs[None], np.asarray([best.tokens]), blank=tokenizer.pad_token_id)
+            spans = aligned.spans(0, best.tokens)
+    else:
+        path = log_probs.argmax(axis=-1)
+        spans = [
+            Span(s.text, s.start, s.end, float(np.exp(log_probs[s.start : s.end, s.text]).mean()))
+            for s in collapse(path, tokenizer.pad_token_id)
+        ]
+    spans = [s for s in spans if s.text not in tokenizer.special_ids()]
+    letters = [Span(vocabulary[s.text], s.start, s.end, s.score) for s in spans]
+    words = words_of(letters, tokenizer.word_delimiter_token)
+    return Transcription(
+        tokenizer.tokens_to_text([s.text for s in letters]),
+        [w.seconds(frame) for w in words],
+        [s.seconds(frame) for s in letters if s.text != tokenizer.word_delimiter_token],
+        len(audio) / rate,
+    )
+
+
+def align(
+    model: Any,
+    processor: Any,
+    audio: Float[np.ndarray, " samples"],
+    text: str,
+    *,
+    star: bool = False,
+    chunk_length_s: float = 30.0,
+    stride_length_s: float = 5.0,
+    batch_size: int = 4,
+    window: int = 4096,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """When the words of a known text are said.
+
+    Args:
+        model: a CTC model of the wav2vec 2.0 family.
+        processor: its processor.
+        audio: waveform at the processor's rate.
+        text: what is said. A word `<star>` stands for anything.
+        star: put a `<star>` before and after the text: the recording may begin and end with something else. It fits
+            every frame perfectly, so of the letter beside it it leaves only the best frame.
+        chunk_length_s: seconds a piece; see `chunked_logits`.
+        stride_length_s: seconds thrown away at each inner edge.
+        batch_size: pieces at a time.
+        window: see `forced_alignment`.
+        progress: called with the pieces done and the pieces in all.
+
+    Returns:
+        For each word `text`, `start` and `end` in seconds and `score`, the mean probability of its letters. Words
+        without a letter that the model knows are left out.
+
+    Raises:
+        UsageError: if no word is left, or the recording is too short for the text.
+    """
+    tokenizer = processor.tokenizer
+    vocabulary = tokenizer.tokens()
+    delimiter = tokenizer.word_delimiter_token
+    any_token = len(vocabulary)
+    targets: list[int] = []
+    words: list[tuple[str, int, int]] = []
+    for word in [*([STAR] if star else []), *text.split(), *([STAR] if star else [])]:
+        ids = [any_token] if word == STAR else tokenizer.word_ids(word)
+        if not ids:
+            continue
+        if targets and delimiter in vocabulary and any_token not in (ids[0], targets[-1]):
+            targets.append(vocabulary.index(delimiter))
+        words.append((word, len(targets), len(targets) + len(ids)))
+        targets += ids
+    if not any(word != STAR for word, _, _ in words):
+        raise UsageError("The text has no letter that the model knows.")
+    values = _prepared(processor, audio)
+    logits = chunked_logits(
+        model,
+        values,
+        chunk_length_s=chunk_length_s,
+        stride_length_s=stride_length_s,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    log_probs = np.asarray(jax.nn.log_softmax(jnp.asarray(logits, jnp.float32), axis=-1))
+    log_probs = np.concatenate([log_probs, np.zeros((len(log_probs), 1), log_probs.dtype)], axis=1)
+    aligned = forced_alignment(log_probs[None], np.asarray([targets]), blank=tokenizer.pad_token_id, window=window)
+    spans = aligned.spans(0, list(range(len(targets))))
+    frame = model.config.inputs_to_logits_ratio / processor.feature_extractor.sampling_rate
+    result = []
+    for word, first, following in words:
+        if word == STAR:
+            continue
+        own = spans[first:following]
+        frames = sum(s.end - s.start for s in own)
+        score = sum(s.score * (s.end - s.start) for s in own) / frames
+        result.append(Span(word, own[0].start, own[-1].end, score).seconds(frame))
+    return result

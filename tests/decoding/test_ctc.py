@@ -1,0 +1,358 @@
+"""CTC decoding against brute force: all alignments and all texts of small problems."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from audiozoo.decoding import ctc
+from audiozoo.layers.losses import ctc_loss
+
+VOCABULARY = ["<pad>", "|", "A", "B"]
+
+
+def random_log_probs(frames: int, size: int, seed: int, sharp: float = 2.0) -> np.ndarray:
+    logits = sharp * np.random.default_rng(seed).standard_normal((frames, size))
+    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+
+
+def collapsed(path) -> tuple[int, ...]:
+    return tuple(k for k, _ in itertools.groupby(path) if k != 0)
+
+
+def texts_by_brute_force(log_probs: np.ndarray) -> dict[tuple[int, ...], float]:
+    """Every label sequence with its probability, by enumerating every path."""
+    frames, size = log_probs.shape
+    result: dict[tuple[int, ...], float] = {}
+    for path in itertools.product(range(size), repeat=frames):
+        labels = collapsed(path)
+        logp = float(log_probs[np.arange(frames), path].sum())
+        result[labels] = np.logaddexp(result.get(labels, -np.inf), logp)
+    return result
+
+
+# --- greedy ----------------------------------------------------------------------------------------------------------
+
+
+def test_greedy_removes_repeats_and_blanks():
+    path = np.array([0, 2, 2, 0, 2, 1, 1, 3, 0, 0])
+    logits = np.eye(4)[path][None]
+    (spans,) = ctc.greedy(logits)
+    assert [(s.text, s.start, s.end) for s in spans] == [(2, 1, 3), (2, 4, 5), (1, 5, 7), (3, 7, 8)]
+    (shorter,) = ctc.greedy(logits, np.array([3]))
+    assert [(s.text, s.start, s.end) for s in shorter] == [(2, 1, 3)]
+    letters = [ctc.Span(VOCABULARY[s.text], s.start, s.end) for s in spans]
+    assert [(w.text, w.start, w.end) for w in ctc.words_of(letters, "|")] == [("AA", 1, 5), ("B", 7, 8)]
+    assert ctc.collapse([]) == []
+
+
+# --- language model --------------------------------------------------------------------------------------------------
+
+ARPA = """
+\\data\\
+ngram 1=6
+ngram 2=4
+ngram 3=1
+
+\\1-grams:
+-1.2 <unk>
+-99 <s> -0.30
+-0.9 </s>
+-0.7 A -0.25
+-0.8 AB -0.15
+-1.1 B
+
+\\2-grams:
+-0.4 <s> A -0.10
+-0.5 A B -0.05
+-0.6 A </s>
+-0.2 B AB
+
+\\3-grams:
+-0.1 <s> A B
+
+\\end\\
+"""
+
+
+def test_ngrams_back_off():
+    model = ctc.NgramModel.from_arpa(ARPA.splitlines())
+    assert model.order == 3
+
+    def log10(history, word):
+        return model.score(history, word)[0] / math.log(10)
+
+    assert log10(("<s>",), "A") == pytest.approx(-0.4)
+    assert log10(("<s>", "A"), "B") == pytest.approx(-0.1)
+    assert log10(("A",), "AB") == pytest.approx(-0.25 - 0.8)  # b(A) p(AB)
+    assert log10(("<s>", "A"), "A") == pytest.approx(-0.10 - 0.25 - 0.7)  # b(<s> A) b(A) p(A)
+    assert log10(("A", "B"), "A") == pytest.approx(-0.05 - 0.7)  # B has no back-off weight
+    assert log10((), "nonsense") == pytest.approx(-1.2)
+    assert model.score(("<s>", "A"), "B")[1] == ("A", "B")
+
+
+def test_arpa_files(tmp_path):
+    (tmp_path / "lm.arpa").write_text(ARPA)
+    with gzip.open(tmp_path / "lm.arpa.gz", "wt") as file:
+        file.write(ARPA)
+    for name in ("lm.arpa", "lm.arpa.gz"):
+        assert ctc.NgramModel.from_arpa(tmp_path / name).score(("A",), "B")[0] == pytest.approx(-0.5 * math.log(10))
+    with pytest.raises(FileNotFoundError, match="no language model"):
+        ctc.NgramModel.from_arpa(tmp_path / "other.arpa")
+    (tmp_path / "bad.arpa").write_text("\\1-grams:\nminus one A\n")
+    with pytest.raises(FileNotFoundError, match="line 2 is not in ARPA format"):
+        ctc.NgramModel.from_arpa(tmp_path / "bad.arpa")
+
+
+# --- beam search -----------------------------------------------------------------------------------------------------
+
+WIDE = {"beam_width": 10_000, "beam_prune_logp": -1e9, "token_min_logp": -1e9}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_wide_beam_is_exact(seed):
+    log_probs = random_log_probs(6, 4, seed)
+    wanted = texts_by_brute_force(log_probs)
+    search = ctc.BeamSearch(VOCABULARY, alpha=0.0, beta=0.0)
+    found = search(log_probs, n_best=10_000, **WIDE)
+    assert {h.tokens for h in found} == set(wanted)
+    for hypothesis in found:
+        assert hypothesis.logit_score == pytest.approx(wanted[hypothesis.tokens], abs=1e-9)
+    assert found[0].tokens == max(wanted, key=wanted.get)
+    total = np.logaddexp.reduce([h.logit_score for h in found])
+    assert total == pytest.approx(0.0, abs=1e-9)
+    # The same number by another way: the loss.
+    loss = ctc_loss(jnp.asarray(log_probs)[None], jnp.asarray([found[0].tokens]), reduction="none")[0]
+    assert float(loss) == pytest.approx(-found[0].logit_score, abs=1e-4)
+
+
+def words(tokens) -> list[str]:
+    return "".join(" " if VOCABULARY[t] == "|" else VOCABULARY[t] for t in tokens).split()
+
+
+def language_score(model, tokens, alpha, beta, offset, hotwords, weight) -> float:
+    history, score = model.start(), 0.0
+    for word in words(tokens):
+        logp, history = model.score(history, word)
+        if word not in model:
+            logp += offset * math.log(10)
+        score += alpha * logp + beta + weight * (word in hotwords)
+    return score + alpha * model.score(history, "</s>")[0]
+
+
+@pytest.mark.parametrize("hotwords", [(), ("BA", "B")], ids=["no hot word", "hot words"])
+@pytest.mark.parametrize("seed", range(3))
+def test_shallow_fusion_is_exact(seed, hotwords):
+    model = ctc.NgramModel.from_arpa(ARPA.splitlines())
+    log_probs = random_log_probs(6, 4, 10 + seed)
+    options = {"alpha": 0.7, "beta": 0.9, "unknown_offset": -2.0}
+    search = ctc.BeamSearch(VOCABULARY, language_model=model, hotwords=hotwords, hotword_weight=1.5, **options)
+    wanted = {
+        tokens: logp + language_score(model, tokens, 0.7, 0.9, -2.0, hotwords, 1.5)
+        for tokens, logp in texts_by_brute_force(log_probs).items()
+    }
+    found = search(log_probs, n_best=10_000, **WIDE)
+    for hypothesis in found:
+        assert hypothesis.score == pytest.approx(wanted[hypothesis.tokens], abs=1e-9)
+    assert [h.tokens for h in found[:20]] == sorted(wanted, key=wanted.get, reverse=True)[:20]
+
+
+def test_a_narrow_beam_finds_what_greedy_misses():
+    # Two alignments of "A" together beat the one empty path that greedy takes.
+    log_probs = np.log(np.array([[0.6, 0.0001, 0.3999 - 0.0001, 0.0001], [0.6, 0.0001, 0.3999 - 0.0001, 0.0001]]))
+    assert ctc.greedy(log_probs[None])[0] == []
+    (best,) = ctc.BeamSearch(VOCABULARY, alpha=0, beta=0)(log_probs, beam_width=3)
+    assert best.text == "A"
+
+
+def test_hot_words_and_language_models_change_the_text():
+    log_probs = np.log(np.array([[0.02, 0.01, 0.5, 0.47], [0.9, 0.04, 0.03, 0.03]]))
+    assert ctc.BeamSearch(VOCABULARY)(log_probs)[0].text == "A"
+    assert ctc.BeamSearch(VOCABULARY, hotwords=["B"], hotword_weight=3.0)(log_probs)[0].text == "B"
+    only_b = ctc.NgramModel({("A",): (-9.0, 0.0), ("B",): (-0.1, 0.0)})
+    assert ctc.BeamSearch(VOCABULARY, language_model=only_b)(log_probs)[0].text == "B"
+    assert ctc.BeamSearch(VOCABULARY, skip=(2,))(log_probs)[0].text == "B"
+
+
+def test_phonemes_are_words_without_a_delimiter():
+    model = ctc.NgramModel({("A",): (-3.0, 0.0), ("B",): (-0.1, 0.0)})
+    log_probs = np.log(np.array([[0.02, 0.01, 0.5, 0.47]]))
+    search = ctc.BeamSearch(VOCABULARY, delimiter=None, language_model=model, alpha=1.0)
+    assert search(log_probs)[0].text == "B"
+
+
+def test_logits_of_another_vocabulary():
+    with pytest.raises(ValueError, match=r"\(frames, 4\) are wanted"):
+        ctc.BeamSearch(VOCABULARY)(np.zeros((3, 5)))
+
+
+# --- forced alignment ------------------------------------------------------------------------------------------------
+
+
+def alignment_by_brute_force(log_probs: np.ndarray, targets: list[int]) -> float:
+    """The best of all paths that collapse to the targets."""
+    frames, size = log_probs.shape
+    best = -np.inf
+    for path in itertools.product(range(size), repeat=frames):
+        if collapsed(path) == tuple(targets):
+            best = max(best, float(log_probs[np.arange(frames), path].sum()))
+    return best
+
+
+def check(alignment: ctc.ForcedAlignment, item: int, log_probs: np.ndarray, targets: list[int]) -> float:
+    """The alignment's path says the targets; returns its log probability."""
+    states = alignment.states[item, : len(log_probs)]
+    extended = [0]
+    for token in targets:
+        extended += [token, 0]
+    path = [extended[s] for s in states]
+    assert collapsed(path) == tuple(targets)
+    scores = log_probs[np.arange(len(path)), path]
+    np.testing.assert_allclose(alignment.scores[item, : len(path)], scores, rtol=1e-5)
+    return float(scores.sum())
+
+
+def test_alignment_is_the_best_of_all():
+    cases = [[2, 3, 1], [2, 2], [3], [1, 2, 1, 2], []]
+    batch = np.stack([random_log_probs(6, 4, 20 + i) for i in range(len(cases))]).astype(np.float32)
+    lengths = np.array([6, 5, 6, 6, 4])
+    targets = np.zeros((len(cases), 4), np.int64)
+    for row, case in zip(targets, cases, strict=True):
+        row[: len(case)] = case
+    found = ctc.forced_alignment(batch, targets, lengths, np.array([len(c) for c in cases]))
+    assert found.exact
+    for item, case in enumerate(cases):
+        log_probs = batch[item, : lengths[item]]
+        assert check(found, item, log_probs, case) == pytest.approx(alignment_by_brute_force(log_probs, case), abs=1e-4)
+        assert (found.states[item, lengths[item] :] == -1).all()
+        spans = found.spans(item, case)
+        assert [s.text for s in spans] == case
+        for before, after in itertools.pairwise(spans):
+            assert before.end <= after.start
+
+
+def viterbi_in_numpy(log_probs: np.ndarray, targets: list[int]) -> float:
+    extended = [0]
+    for token in targets:
+        extended += [token, 0]
+    ext = np.array(extended)
+    skip = np.zeros(len(ext), bool)
+    skip[2:] = (ext[2:] != 0) & (ext[2:] != ext[:-2])
+    alpha = np.full(len(ext), -np.inf)
+    alpha[:2] = log_probs[0, ext[:2]]
+    for frame in log_probs[1:]:
+        one = np.concatenate([[-np.inf], alpha[:-1]])
+        two = np.where(skip, np.concatenate([[-np.inf, -np.inf], alpha[:-2]]), -np.inf)
+        alpha = np.maximum(np.maximum(alpha, one), two) + frame[ext]
+    return float(alpha[-2:].max())
+
+
+def speech_like(frames: int, tokens: int, size: int, seed: int) -> tuple[np.ndarray, list[int]]:
+    """Emissions of a text: its tokens at random places among blanks, blurred by noise."""
+    rng = np.random.default_rng(seed)
+    targets = rng.integers(1, size, tokens)
+    places = np.sort(rng.choice(frames // 2, tokens, replace=False)) * 2
+    logits = rng.standard_normal((frames, size))
+    logits[:, 0] += 4
+    logits[places, 0] -= 4
+    logits[places, targets] += 6
+    return (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)).astype(np.float32), targets.tolist()
+
+
+def test_a_window_finds_the_same_alignment():
+    log_probs, targets = speech_like(3000, 900, 12, 0)
+    wanted = viterbi_in_numpy(log_probs.astype(np.float64), targets)
+    whole = ctc.forced_alignment(log_probs[None], np.array([targets]))
+    windowed = ctc.forced_alignment(log_probs[None], np.array([targets]), window=512)
+    assert whole.exact
+    assert not windowed.exact
+    assert check(whole, 0, log_probs, targets) == pytest.approx(wanted, abs=1e-2)
+    np.testing.assert_array_equal(windowed.states, whole.states)
+
+
+def test_a_window_too_small_grows():
+    # All the text is in the last frames: the window cannot follow it there.
+    log_probs, targets = speech_like(600, 250, 12, 1)
+    silence = np.full((1400, 12), -8.0, np.float32)
+    silence[:, 0] = -0.004
+    log_probs = np.concatenate([silence, log_probs])
+    found = ctc.forced_alignment(log_probs[None], np.array([targets]), window=64)
+    wanted = viterbi_in_numpy(log_probs.astype(np.float64), targets)
+    assert check(found, 0, log_probs, targets) == pytest.approx(wanted, abs=1e-1)
+
+
+def test_star_takes_what_the_text_leaves_out():
+    log_probs, targets = speech_like(200, 60, 8, 2)
+    star = np.concatenate([log_probs, np.zeros((200, 1), np.float32)], axis=1)
+    found = ctc.forced_alignment(star[None], np.array([[8, *targets[20:40], 8]]))
+    spans = found.spans(0, [8, *targets[20:40], 8])
+    whole = ctc.forced_alignment(log_probs[None], np.array([targets])).spans(0, targets)
+    assert [(s.start, s.end) for s in spans[2:-2]] == [(s.start, s.end) for s in whole[21:39]]
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [([[2, 2, 2]], "4 frames are too few; the text takes 5"), ([[0, 1, 2]], "no token"), ([[9, 1, 2]], "outside")],
+)
+def test_impossible_targets(targets, message):
+    with pytest.raises(ValueError, match=message):
+        ctc.forced_alignment(random_log_probs(4, 4, 0)[None], np.array(targets))
+
+
+# --- long recordings -------------------------------------------------------------------------------------------------
+
+
+class Config:
+    """What `chunked_logits` asks of a configuration."""
+
+    inputs_to_logits_ratio = 20
+    feat_extract_norm = "layer"
+
+
+def test_pieces_make_the_whole():
+    """A model whose frames see only their own samples gives in pieces what it gives at once."""
+    from flax import nnx
+
+    class Local(nnx.Module):
+        def __init__(self):
+            self.config = Config()
+            self.weight = nnx.Param(jnp.arange(25.0)[:, None] * jnp.ones((1, 3)))
+
+        @property
+        def backbone(self):
+            return self
+
+        def frame_lengths(self, samples):
+            return (samples - 25) // 20 + 1
+
+        def __call__(self, values, mask=None):
+            frames = (values.shape[1] - 25) // 20 + 1
+            windows = values[:, jnp.arange(frames)[:, None] * 20 + jnp.arange(25)]
+            return type("Output", (), {"logits": windows @ self.weight[...]})
+
+    model = Local()
+    for samples in (400, 4_000, 7_013):
+        wave = np.random.default_rng(samples).standard_normal(samples).astype(np.float32)
+        whole = np.asarray(model(jnp.asarray(wave)[None]).logits[0])
+        options = {"chunk_length_s": 1.0, "stride_length_s": 0.2, "sampling_rate": 1000, "batch_size": 2}
+        np.testing.assert_allclose(ctc.chunked_logits(model, wave, **options), whole, rtol=1e-5, atol=1e-4)
+    with pytest.raises(ValueError, match="leave nothing"):
+        ctc.chunked_logits(model, wave, chunk_length_s=1.0, stride_length_s=0.5, sampling_rate=1000)
+
+
+def test_ctc_loss_is_the_sum_over_paths():
+    log_probs = random_log_probs(5, 4, 3)
+    texts = texts_by_brute_force(log_probs)
+    labels = np.full((len(texts), 5), -100)
+    for row, text in zip(labels, texts, strict=True):
+        row[: len(text)] = text
+    with jax.enable_x64(True):
+        batch = jnp.broadcast_to(jnp.asarray(log_probs), (len(texts), *log_probs.shape))
+        losses = jax.jit(lambda x: ctc_loss(x, jnp.asarray(labels), reduction="none"))(batch)
+    np.testing.assert_allclose(losses, [-logp for logp in texts.values()], rtol=1e-9, atol=1e-9)

@@ -1,0 +1,123 @@
+"""wav2vec 2.0's processor by itself: files, languages, what it refuses, and the way from sound to words."""
+
+from __future__ import annotations
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from audiozoo.decoding import ctc
+from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
+
+VOCABULARY = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "|": 4, "A": 5, "B": 6, "C": 7}
+NESTED = {"eng": VOCABULARY, "fra": {"<pad>": 0, "|": 1, "É": 2}}
+
+
+def test_normalisation():
+    wave = (3.0 + 2.0 * np.random.default_rng(0).standard_normal(1000)).astype(np.float32)
+    values = Wav2Vec2FeatureExtractor()(wave, 16_000)["input_values"]
+    assert values.shape == (1, 1000)
+    assert values.mean() == pytest.approx(0, abs=1e-5)
+    assert values.std() == pytest.approx(1, abs=1e-4)
+    np.testing.assert_array_equal(Wav2Vec2FeatureExtractor(do_normalize=False)(wave, 16_000)["input_values"][0], wave)
+
+
+@pytest.mark.parametrize(
+    ("wave", "rate", "message"),
+    [
+        (np.zeros(0, np.float32), 16_000, "empty"),
+        (np.full(1000, np.nan, np.float32), 16_000, "NaN|finite"),
+        (np.zeros(399, np.float32), 16_000, "400"),
+        (np.zeros((1000, 2), np.float32), 16_000, "one channel"),
+        (np.zeros(1000, np.int16), 16_000, "int"),
+        (np.zeros(1000, np.float32), 8_000, "16000"),
+    ],
+)
+def test_refuses(wave, rate, message):
+    with pytest.raises(ValueError, match=message):
+        Wav2Vec2FeatureExtractor()(wave, rate)
+
+
+def test_fairseq_dictionaries(tmp_path):
+    (tmp_path / "dict.ltr.txt").write_text("| 94802\nE 51860\nT 38431\n")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"do_normalize": False}))
+    processor = Wav2Vec2Processor.from_directory(tmp_path)
+    assert processor.tokenizer.tokens() == ["<pad>", "<s>", "</s>", "<unk>", "|", "E", "T"]
+    assert not processor.feature_extractor.do_normalize
+
+
+def test_languages():
+    with pytest.raises(ValueError, match="choose one: eng, fra"):
+        Wav2Vec2CTCTokenizer(NESTED)
+    tokenizer = Wav2Vec2CTCTokenizer(NESTED, target_lang="fra")
+    assert tokenizer.decode([2, 2, 1, 2]) == "É É"
+    with pytest.raises(ValueError, match="no vocabulary for 'deu'"):
+        tokenizer.set_target_lang("deu")
+    with pytest.raises(ValueError, match="not divided into languages"):
+        Wav2Vec2CTCTokenizer(VOCABULARY).set_target_lang("eng")
+
+
+def test_no_vocabulary(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    processor = Wav2Vec2Processor.from_directory(tmp_path)
+    assert processor(np.zeros(500, np.float32), 16_000)["input_values"].shape == (1, 500)
+    with pytest.raises(ValueError, match="no vocabulary"):
+        processor.decode([1])
+
+
+class Spelled(nnx.Module):
+    """A stand-in for a recogniser: a frame's letter is the loudness of its first sample."""
+
+    class Config:
+        inputs_to_logits_ratio = 320
+        feat_extract_norm = "layer"
+
+    def __init__(self):
+        self.config = self.Config()
+        self.scale = nnx.Param(jnp.float32(1.0))
+
+    @property
+    def backbone(self):
+        return self
+
+    def frame_lengths(self, samples):
+        return (samples - 400) // 320 + 1
+
+    def __call__(self, values, mask=None):
+        frames = self.frame_lengths(values.shape[1])
+        first = values[:, jnp.arange(frames) * 320] * self.scale[...]
+        return type("Output", (), {"logits": -20 * jnp.abs(first[..., None] - jnp.arange(8.0) / 10)})
+
+
+def spoken(path):
+    wave = np.zeros(320 * len(path) + 80, np.float32)
+    wave[np.arange(len(path)) * 320] = np.asarray(path) / 10
+    return wave
+
+
+PROCESSOR = Wav2Vec2Processor(Wav2Vec2FeatureExtractor(do_normalize=False), Wav2Vec2CTCTokenizer(VOCABULARY))
+PATH = [0, 0, 5, 5, 0, 5, 6, 0, 0, 4, 4, 0, 7, 7, 7, 0, 5, 0]
+
+
+@pytest.mark.parametrize("options", [{}, {"beam_width": 20}, {"chunk_length_s": 0.2, "stride_length_s": 0.04}])
+def test_transcribe(options):
+    result = ctc.transcribe_ctc(Spelled(), PROCESSOR, spoken(PATH), **options)
+    assert result.text == "AAB CA"
+    assert [(w["text"], w["start"], w["end"]) for w in result.words] == [("AAB", 0.04, 0.14), ("CA", 0.24, 0.34)]
+    assert [c["text"] for c in result.characters] == list("AABCA")
+    assert all(0.7 < w["score"] <= 1 for w in result.words)
+
+
+def test_align():
+    words = ctc.align(Spelled(), PROCESSOR, spoken(PATH), "aab ca")
+    assert [(w["text"], w["start"], w["end"]) for w in words] == [("aab", 0.04, 0.14), ("ca", 0.24, 0.34)]
+    # The star before the first letter takes all of its frames but one.
+    words = ctc.align(Spelled(), PROCESSOR, spoken(PATH), "ca", star=True)
+    assert [(w["text"], w["start"], w["end"]) for w in words] == [("ca", 0.28, 0.34)]
+    with pytest.raises(ValueError, match="no letter"):
+        ctc.align(Spelled(), PROCESSOR, spoken(PATH), "123 !")
+    with pytest.raises(ValueError, match="too few"):
+        ctc.align(Spelled(), PROCESSOR, spoken(PATH), "abc" * 20)
