@@ -122,7 +122,8 @@ def config_from_hugging_face(config: Mapping[str, Any], where: str = "config.jso
     taken |= take(config, {"classifier_layer_norm_eps": eps}, where)
     taken.setdefault("classifier_layer_norm_eps", eps)
     taken |= take(config, {"problem_type": ""}, where)
-    return ASTConfig(**taken, **labels_from_hugging_face(config))
+    taken |= labels_from_hugging_face(config)
+    return ASTConfig(**taken)
 
 
 def hugging_face(model: Any) -> HuggingFaceForm:
@@ -179,11 +180,11 @@ DEIT_TABLE = Table(
     _timm_rules(BASE), ignored=(Ignore(_IMAGE_HEADS, "DeiT's heads for ImageNet, which know no sounds"),)
 )
 
-ORIGINAL_EPS = {"layer_norm_eps": 1e-6, "classifier_layer_norm_eps": 1e-5}
+ORIGINAL_EPS: dict[str, Any] = {"layer_norm_eps": 1e-6, "classifier_layer_norm_eps": 1e-5}
 _STRIDES, _LENGTHS, _MELS = (10, 12, 14, 16), (1024, 512, 128), 128
 
 
-def _sizes(tensors: Tensors, prefix: str) -> dict[str, int]:
+def _sizes(tensors: Tensors, prefix: str) -> dict[str, Any]:
     """Widths and depth, from shapes."""
     names = tensors.names()
     layers = {int(m[1]) for n in names if (m := re.match(rf"{re.escape(prefix)}blocks\.(\d+)\.", n))}
@@ -199,7 +200,7 @@ def _sizes(tensors: Tensors, prefix: str) -> dict[str, int]:
     }
 
 
-def _grid_from(patches: int, patch: int, path: Path) -> dict[str, int]:
+def _grid_from(patches: int, patch: int, path: Path) -> dict[str, Any]:
     """Strides and length, which the file does not hold: from its name (`audioset_12_12_0.4467.pth`) and its patches.
 
     Without strides in the name, the released strides and lengths are tried for the number of patches.

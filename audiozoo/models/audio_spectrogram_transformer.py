@@ -77,7 +77,7 @@ AUDIOSET_LABELS = 527
 
 @dataclass(frozen=True)
 class ASTConfig:
-    """Sizes of one checkpoint."""
+    """Sizes of one checkpoint: §2.1 for the base model, Table 5 for the strides."""
 
     hidden_size: int = 768  # width of the encoder
     num_hidden_layers: int = 12  # blocks
@@ -344,7 +344,8 @@ class ASTModel(nnx.Module):
                     f"each of {x.shape[0]} items."
                 )
             mask = (attention_mask != 0)[:, None, None, :]
-        hidden_states, attentions = [x], []
+        hidden_states: list[Any] = [x]
+        attentions: list[Any] = []
         for layer in self.layers:
             x, weights = layer(x, mask, dropout, output_attentions)
             hidden_states.append(x)
@@ -543,7 +544,7 @@ def resized(
         A new model of the same class, with its position embeddings cut or interpolated.
     """
     old = model.config
-    wanted = {
+    wanted: dict[str, Any] = {
         "max_length": max_length,
         "num_mel_bins": num_mel_bins,
         "time_stride": time_stride,

@@ -35,7 +35,7 @@ RATE, BLOCK = 16_000, 7_200
 QUIET = 0.1  # blocks with less than this share of the loudest block's level hold no sound
 PROCESSOR = ASTFeatureExtractor(num_mel_bins=64, max_length=32, mean=-6.0, std=4.0)
 RECIPE = ast.ASTRecipe(learning_rate=1e-3, batch_size=64, mixup_rate=0.5, frequency_mask=12, time_mask=6, noise=True)
-STEPS = 25  # in one compiled pass
+STEPS = 25  # in one pass
 BESIDE = {"robin": "robin_inspectorj_456440.ogg", "trumpet": "trumpet_sorohanro_77711.ogg", "speech": "jfk_16k.wav"}
 
 
@@ -134,16 +134,19 @@ def train(sounds: Mapping[str, np.ndarray], seconds: float, seed: int = 0, enoug
         updates, state = optimizer.update(gradient, state, params)
         return (optax.apply_updates(params, updates), state), loss
 
-    run = jax.jit(lambda carry, key: jax.lax.scan(step, carry, jax.random.split(key, STEPS)))
+    once = jax.jit(step)
     examples, wanted = held.windows()
     final = nnx.graphdef(ast.ASTForAudioClassification(config, rngs=nnx.Rngs(0)))
     predict = jax.jit(lambda params: nnx.merge(final, params)(jnp.asarray(examples)).logits.argmax(axis=1))
     carry, losses, recent, accuracy, average = (params, optimizer.init(params)), [], [], 0.0, params
     key = jax.random.key(seed)
     while time.monotonic() - begun < seconds and accuracy < enough:
-        key, now = jax.random.split(key)
-        carry, found = run(carry, now)
-        losses.append(float(found.mean()))
+        found = []
+        for _ in range(STEPS):
+            key, now = jax.random.split(key)
+            carry, loss = once(carry, now)
+            found.append(loss)
+        losses.append(float(np.mean(found)))
         recent = [*recent[-7:], carry[0]]
         average = ast.average_weights(recent)
         accuracy = float(np.mean(np.asarray(predict(average)) == wanted))

@@ -264,7 +264,8 @@ def test_processor_directories(tmp_path):
 
 def tone(hertz: float, samples: int, rng: np.random.Generator) -> np.ndarray:
     t = np.arange(samples) / 16_000
-    return (0.3 * np.sin(2 * np.pi * (hertz * t + rng.uniform()))).astype(np.float32)
+    pure = 0.3 * np.sin(2 * np.pi * (hertz * t + rng.uniform()))
+    return (pure + rng.normal(0, 1e-3, samples)).astype(np.float32)
 
 
 def sounds(count: int, processor: ASTFeatureExtractor, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -274,7 +275,7 @@ def sounds(count: int, processor: ASTFeatureExtractor, seed: int) -> tuple[np.nd
     waves = [
         rng.normal(0, 0.2, processor.samples).astype(np.float32)
         if label == 2
-        else tone(pitch[label](), processor.samples, rng) + rng.normal(0, 1e-3, processor.samples).astype(np.float32)
+        else tone(pitch[label](), processor.samples, rng)
         for label in labels
     ]
     return processor(waves, sampling_rate=16_000)["input_values"], labels
