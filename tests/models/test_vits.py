@@ -1,0 +1,259 @@
+"""VITS without PyTorch: the search, the splines, synthesis in buckets and in pieces, a training step."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+from audiozoo.errors import UsageError
+from audiozoo.models import vits
+from audiozoo.models.vits import VitsConfig, VitsModel
+from tests.models.alignment_search import brute_force_alignment, exhaustive_alignment
+
+CONFIG = VitsConfig(
+    vocab_size=20,
+    hidden_size=16,
+    num_hidden_layers=1,
+    window_size=2,
+    ffn_dim=16,
+    flow_size=8,
+    spectrogram_bins=33,
+    num_speakers=3,
+    speaker_embedding_size=4,
+    upsample_initial_channel=16,
+    upsample_rates=(4, 2),
+    upsample_kernel_sizes=(8, 4),
+    resblock_kernel_sizes=(3,),
+    resblock_dilation_sizes=((1, 2),),
+    resblock="2",
+    depth_separable_num_layers=1,
+    duration_predictor_num_flows=2,
+    prior_encoder_num_flows=1,
+    prior_encoder_num_wavenet_layers=1,
+    posterior_encoder_num_wavenet_layers=2,
+    speaking_rate=0.25,
+)
+
+
+@functools.cache
+def model() -> VitsModel:
+    made = VitsModel(CONFIG, rngs=nnx.Rngs(0))
+    # New flows are identities; these are not.
+    state = nnx.state(made, nnx.Param)
+    keys = iter(jax.random.split(jax.random.key(9), len(jax.tree.leaves(state))))
+    nnx.update(made, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), state))
+    return made
+
+
+@functools.cache
+def synthesizer() -> vits.Synthesizer:
+    return vits.Synthesizer(model())
+
+
+# --- alignment -------------------------------------------------------------------------------------------------------
+
+search = jax.jit(vits.monotonic_alignment)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 9), st.integers(1, 9), st.booleans())
+def test_search_is_the_brute_force_one(seed, frames, symbols, ties):
+    rng = np.random.default_rng(seed)
+    symbols, (most_frames, most_symbols) = min(symbols, frames), (9, 9)
+    counts = np.array([frames, most_frames, 7])
+    times = np.array([symbols, most_symbols, 3])
+    scores = rng.standard_normal((3, most_frames, most_symbols)).astype(np.float32)
+    if ties:  # few different values: many alignments are equally good
+        scores = np.round(scores)
+    np.testing.assert_array_equal(search(scores, counts, times), brute_force_alignment(scores, counts, times))
+
+
+def test_search_finds_the_best_of_all_alignments():
+    scores = np.random.default_rng(0).standard_normal((1, 8, 4)).astype(np.float32)
+    path = np.asarray(search(scores, np.array([8]), np.array([4])))[0]
+    best, ways = exhaustive_alignment(scores[0].astype(np.float64))
+    assert ways == 1
+    np.testing.assert_allclose((path * scores[0]).sum(), best, rtol=1e-6)
+    assert path.sum() == 8
+    assert (np.diff(path.argmax(1)) >= 0).all()
+    assert (np.diff(path.argmax(1)) <= 1).all()
+
+
+def test_search_costs_one_compiled_loop_and_no_gradient():
+    scores = jnp.ones((1, 6, 3))
+    gradient = jax.grad(lambda s: jnp.sum(vits.monotonic_alignment(s, jnp.array([6]), jnp.array([3])) * s))(scores)
+    np.testing.assert_array_equal(gradient, search(scores, jnp.array([6]), jnp.array([3])))
+
+
+def test_log_likelihoods_are_those_of_the_gaussians():
+    rng = np.random.default_rng(0)
+    z, means, deviations = rng.standard_normal((1, 5, 4)), rng.standard_normal((1, 3, 4)), rng.uniform(-1, 1, (1, 3, 4))
+    expected = -0.5 * ((z[:, :, None] - means[:, None]) / np.exp(deviations[:, None])) ** 2
+    expected = (expected - deviations[:, None] - 0.5 * np.log(2 * np.pi)).sum(-1)
+    np.testing.assert_allclose(vits.log_likelihoods(*map(jnp.asarray, (z, means, deviations))), expected, rtol=1e-5)
+
+
+# --- splines ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def double_precision():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.usefixtures("double_precision")
+def test_spline_inverts_itself_and_knows_its_slope():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(np.concatenate([rng.uniform(-6, 6, 200), [-5.0, 5.0, -7.0, 0.0]]))
+    parameters = [jnp.asarray(2 * rng.standard_normal((204, n))) for n in (10, 10, 9)]
+    run = jax.jit(lambda x, *p: vits.rational_quadratic_spline(x, *p))
+    back = jax.jit(lambda y, *p: vits.rational_quadratic_spline(y, *p, reverse=True))
+    y, log_slope = run(x, *parameters)
+    again, negative = back(y, *parameters)
+    np.testing.assert_allclose(again, x, atol=1e-9)
+    np.testing.assert_allclose(negative, -log_slope, atol=1e-9)
+    outside = np.abs(np.asarray(x)) > 5
+    np.testing.assert_array_equal(y[outside], x[outside])
+    slope = jax.vmap(jax.grad(lambda x, *p: vits.rational_quadratic_spline(x, *p)[0]))(
+        x[:200], *(p[:200] for p in parameters)
+    )
+    np.testing.assert_allclose(np.log(slope), log_slope[:200], atol=1e-9)
+
+
+def test_spline_has_finite_gradients_where_nothing_is_inside():
+    def total(x, widths):
+        y, log_slope = vits.rational_quadratic_spline(x, widths, widths, widths[..., 1:], reverse=True)
+        return jnp.sum(y) + jnp.sum(log_slope)
+
+    gradients = jax.grad(total, argnums=(0, 1))(jnp.asarray([7.0, -9.0, 1e6]), jnp.ones((3, 10)))
+    np.testing.assert_array_equal(gradients[0], 1.0)
+    np.testing.assert_array_equal(gradients[1], 0.0)
+
+
+# --- synthesis -------------------------------------------------------------------------------------------------------
+
+
+def test_buckets_hold_their_lengths_and_waste_little():
+    for length in range(1, 3000):
+        size = vits.bucket(length)
+        assert size >= length
+        assert length <= 16 or size <= max(length * 1.125 + 1, length + 16)
+    assert len({vits.bucket(n) for n in range(1, 4096)}) < 64
+
+
+@pytest.mark.parametrize("time", [5, 40])
+def test_synthesizer_is_the_call_without_padding(time):
+    ids = np.random.default_rng(time).integers(0, 20, time)
+    key = jax.random.key(3)
+    speech = synthesizer()(ids, 1, key=key)
+    frames = speech.waveform.size // 8
+    # The bucket's noise begins with what is drawn for this length alone.
+    noise = jax.random.normal(jax.random.fold_in(key, 1), (1, frames, 8))
+    whole = jax.jit(lambda m: m(ids[None], None, 1, key=key, prior_noise=noise))(model())
+    assert int(whole.sequence_lengths[0]) == 8 * frames
+    np.testing.assert_allclose(speech.waveform, whole.waveform[0], atol=1e-5)
+    np.testing.assert_array_equal(speech.durations, np.asarray(whole.durations[0]) * 8)
+    assert np.abs(speech.waveform).max() > 1e-3
+
+
+@pytest.mark.parametrize("chunk", [7, 64])
+def test_pieces_laid_end_to_end_are_the_whole(chunk):
+    ids = np.random.default_rng(0).integers(0, 20, 12)
+    options = {"noise_scale": 0.5, "key": jax.random.key(1), "durations": np.full(12, 9)}
+    whole = synthesizer()(ids, 2, **options).waveform
+    pieces = list(synthesizer().stream(ids, 2, chunk_frames=chunk, **options))
+    assert len(pieces) == -(-108 // chunk)
+    np.testing.assert_allclose(np.concatenate(pieces), whole, atol=1e-6)
+
+
+def test_receptive_field_is_no_wider_than_it_says():
+    frames = 2 * CONFIG.decoder.receptive_frames() + 5
+    z = jnp.zeros((1, frames, 8))
+    middle = frames // 2
+    decode = jax.jit(lambda m, z: m.decode(z, None, 0))
+    changed = np.abs(np.asarray(decode(model(), z.at[0, middle].set(9.0)) - decode(model(), z))[0]) > 1e-7
+    touched = np.flatnonzero(changed.reshape(frames, 8).any(axis=1))
+    reach = CONFIG.decoder.receptive_frames()
+    assert touched.min() >= middle - reach
+    assert touched.max() <= middle + reach
+    assert touched.max() - touched.min() >= reach
+
+
+def test_options_change_what_they_should():
+    ids = np.arange(1, 11)
+    speak = functools.partial(synthesizer(), ids, 0, key=jax.random.key(0))
+    plain = speak()
+    assert np.array_equal(plain.waveform, speak().waveform)
+    assert not np.array_equal(plain.waveform, synthesizer()(ids, 0, key=jax.random.key(1)).waveform)
+    assert speak(speaking_rate=0.125).waveform.size > 1.5 * plain.waveform.size
+    still = [speak(noise_scale=0.0, noise_scale_duration=0.0, key=jax.random.key(k)).waveform for k in (0, 1)]
+    assert np.array_equal(*still)
+    assert speak(durations=np.full(10, 3)).waveform.size == 10 * 3 * 8
+    other = synthesizer()(ids, 1, key=jax.random.key(0), durations=plain.durations // 8)
+    assert not np.allclose(other.waveform, plain.waveform)
+
+
+def test_mistakes_get_a_sentence():
+    with pytest.raises(UsageError, match="no voice 3"):
+        synthesizer()([1, 2], 3)
+    with pytest.raises(UsageError, match="0 to 19"):
+        synthesizer()([1, 20], 0)
+    with pytest.raises(UsageError, match="at least one"):
+        synthesizer()([], 0)
+    with pytest.raises(UsageError, match="above 0"):
+        synthesizer()([1], 0, speaking_rate=0.0)
+    with pytest.raises(UsageError, match="Synthesizer"):
+        jax.jit(lambda m, ids: m(ids))(model(), jnp.ones((1, 3), jnp.int32))
+    with pytest.raises(UsageError, match="several voices"):
+        VitsModel.voice_conversion(_Single(), None, 0, 1)  # type: ignore[arg-type]
+
+
+class _Single:
+    config = VitsConfig()
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def test_a_few_steps_of_both_networks_lower_the_mel_loss():
+    import optax
+
+    discriminator = vits.VitsDiscriminator(
+        periods=(2,),
+        period_channels=(4, 4),
+        scale_layers=((4, 15, 1, 1), (4, 41, 4, 2)),
+        rngs=nnx.Rngs(1),
+    )
+    trainer = vits.VitsTrainer(
+        VitsModel(CONFIG, rngs=nnx.Rngs(0)),
+        discriminator,
+        segment_frames=16,
+        generator_optimizer=optax.adam(2e-3, b1=0.8, b2=0.99),
+        discriminator_optimizer=optax.adam(2e-4),
+    )
+    time = np.arange(64 * 8) / 16_000
+    tones = [0.5 * np.sin(2 * np.pi * f * time) for f in (440, 900)]
+    batch = vits.VitsBatch(
+        input_ids=jnp.asarray([[1, 2, 3, 4], [5, 6, 7, 0]]),
+        attention_mask=jnp.asarray([[1, 1, 1, 1], [1, 1, 1, 0]]),
+        waveform=jnp.asarray(np.stack(tones), jnp.float32),
+        waveform_lengths=jnp.asarray([512, 400]),
+        speaker_id=jnp.asarray([0, 2]),
+    )
+    state, history = trainer.init(), []
+    for step in range(60):
+        state, losses = trainer.step(state, batch, jax.random.key(step))
+        assert all(np.isfinite(value) for value in losses.values()), losses
+        history.append(float(losses["mel"]))
+    assert np.mean(history[-5:]) < 0.7 * np.mean(history[:5]), history
+    trained = trainer.model(state)
+    assert trained.config == CONFIG
+    before, after = nnx.state(discriminator), state.discriminator
+    assert all(np.any(a != b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
