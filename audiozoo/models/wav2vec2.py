@@ -50,7 +50,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -342,13 +341,17 @@ class Wav2Vec2FeatureEncoder(nnx.Module):
         return x
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def scale_gradient(x: Float[Array, "*shape"], factor: float) -> Float[Array, "*shape"]:
+@jax.custom_vjp
+def scale_gradient(x: Float[Array, "*shape"], factor: float | Float[Array, ""]) -> Float[Array, "*shape"]:
     """`x`, with its gradient multiplied by `factor` (§4.2: "scale down the gradients for the feature encoder")."""
     return x
 
 
-scale_gradient.defvjp(lambda x, factor: (x, None), lambda factor, _, gradient: (gradient * factor,))
+def _scaled(factor: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return gradient * jnp.asarray(factor, gradient.dtype), jnp.zeros_like(factor)
+
+
+scale_gradient.defvjp(lambda x, factor: (x, jnp.asarray(factor)), _scaled)
 
 
 # --- §2, context network ---------------------------------------------------------------------------------------------
@@ -688,7 +691,7 @@ class Wav2Vec2Model(nnx.Module):
         output_hidden_states: bool = False,
         hidden_states_before_norm: bool = False,
         masked_group_norm: bool = False,
-        feature_grad_mult: float = 1.0,
+        feature_grad_mult: float | Float[Array, ""] = 1.0,
         key: jax.Array | None = None,
     ) -> Wav2Vec2BaseModelOutput:
         """Contextualized representations of waveforms.
@@ -720,8 +723,7 @@ class Wav2Vec2Model(nnx.Module):
         if masked_group_norm and attention_mask is not None:
             lengths = attention_mask.astype(jnp.int32).sum(axis=-1)
         features = self.feature_extractor(input_values, lengths)
-        if feature_grad_mult != 1.0:
-            features = scale_gradient(features, feature_grad_mult)
+        features = scale_gradient(features, feature_grad_mult)
         dropout = Dropout(key)
         batch, frames, _ = features.shape
         mask = None if attention_mask is None else self.frame_mask(attention_mask, frames, adapter=False)
@@ -826,7 +828,7 @@ class Wav2Vec2GumbelVectorQuantizer(nnx.Module):
             soft = jax.nn.softmax((logits + gumbel_noise.reshape(logits.shape)) / temperature, axis=-1)
             index = soft.argmax(axis=-1)
             chosen = jax.nn.one_hot(index, self.entries, dtype=logits.dtype)
-            chosen = chosen + soft - jax.lax.stop_gradient(soft)
+            chosen = chosen + (soft - jax.lax.stop_gradient(soft))  # the bracket is 0 and has the gradient
             in_use = jax.nn.softmax(logits, axis=-1)
         if mask_time_indices is None:
             weights = jnp.ones((batch * frames,), logits.dtype)
@@ -877,16 +879,18 @@ def contrastive_logits(
     targets: Float[Array, "batch frames width"],
     negatives: Float[Array, "batch frames negatives width"],
     temperature: float = 0.1,
+    same: Bool[Array, "batch frames negatives"] | None = None,
 ) -> Float[Array, "batch frames candidates"]:
     r"""$\mathrm{sim}(c_t, \tilde q)/\kappa$ of Eq. 3 for the true $q_t$, first, and the $K$ distractors.
 
-    A distractor equal to the truth (the same codes) is struck out.
+    A distractor equal to the truth is struck out; `same` says which are, or else their vectors do.
     """
     candidates = jnp.concatenate([targets[:, :, None], negatives], axis=2)
     wide = jnp.promote_types(candidates.dtype, jnp.float32)
     logits = cosine_similarity(context[:, :, None].astype(wide), candidates.astype(wide)) / temperature
-    same = (candidates == targets[:, :, None]).all(axis=-1).at[:, :, 0].set(False)
-    return jnp.where(same, -jnp.inf, logits)
+    if same is None:
+        same = (negatives == targets[:, :, None]).all(axis=-1)
+    return jnp.where(jnp.pad(same, ((0, 0), (0, 0), (1, 0))), -jnp.inf, logits)
 
 
 class Wav2Vec2ForPreTrainingOutput(ModelOutput):
@@ -948,7 +952,7 @@ class Wav2Vec2ForPreTraining(_WithBackbone):
         *,
         temperature: float | Float[Array, ""] = 2.0,
         gumbel_noise: Float[Array, "batch frames groups entries"] | None = None,
-        features_pen_weight: float = 0.0,
+        features_pen_weight: float | Float[Array, ""] = 0.0,
         key: jax.Array | None = None,
         **options: Any,
     ) -> Wav2Vec2ForPreTrainingOutput:
@@ -987,7 +991,7 @@ class Wav2Vec2ForPreTraining(_WithBackbone):
         features_pen = jnp.square(features.astype(jnp.promote_types(features.dtype, jnp.float32))).mean()
         context = self.project_hid(outputs.last_hidden_state)
         unmasked = Dropout(keys[2])(outputs.extract_features, config.feat_quantizer_dropout)
-        quantised, in_use, _ = self.quantizer(
+        quantised, in_use, codes = self.quantizer(
             unmasked, mask_time_indices, temperature=temperature, gumbel_noise=gumbel_noise, key=keys[3]
         )
         quantised = self.project_q(quantised)
@@ -998,7 +1002,9 @@ class Wav2Vec2ForPreTraining(_WithBackbone):
             if mask_time_indices is None:
                 raise UsageError("Give mask_time_indices together with sampled_negative_indices.")
             negatives = quantised.reshape(-1, quantised.shape[-1])[sampled_negative_indices]
-            logits = contrastive_logits(context, quantised, negatives, config.contrastive_logits_temperature)
+            # By their codes, which are equal or not; the original compares rounded vectors.
+            same = (codes.reshape(-1, codes.shape[-1])[sampled_negative_indices] == codes[:, :, None]).all(axis=-1)
+            logits = contrastive_logits(context, quantised, negatives, config.contrastive_logits_temperature, same)
             # Eq. 3; the truth is candidate 0
             losses = jax.nn.logsumexp(logits, axis=-1) - logits[..., 0]
             contrastive = jnp.where(mask_time_indices, losses, 0).sum()
@@ -1010,8 +1016,8 @@ class Wav2Vec2ForPreTraining(_WithBackbone):
             diversity = (total - in_use) / total * masked_frames
             # Eq. 2
             loss = contrastive + config.diversity_loss_weight * diversity
-            if features_pen_weight:
-                loss = loss + features_pen_weight * features_pen * masked_frames
+            # §4.2, the penalty on the features
+            loss = loss + features_pen_weight * features_pen * masked_frames
         return Wav2Vec2ForPreTrainingOutput(
             loss=loss,
             projected_states=context,

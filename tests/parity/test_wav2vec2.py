@@ -284,7 +284,8 @@ def test_pretraining_loss_and_every_gradient(variant, training, monkeypatch):
         def gumbel_softmax(logits, tau=1, hard=False):
             soft = ((logits + torch.tensor(noise)) / tau).softmax(-1)
             index = soft.argmax(-1, keepdim=True)
-            return torch.zeros_like(logits).scatter_(-1, index, 1.0) - soft.detach() + soft
+            # One-hot to the last bit, which PyTorch's (1 - p) + p is not: so equal codes are equal vectors.
+            return torch.zeros_like(logits).scatter_(-1, index, 1.0) + (soft - soft.detach())
 
         monkeypatch.setattr(torch.nn.functional, "gumbel_softmax", gumbel_softmax)
 
