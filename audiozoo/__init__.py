@@ -158,8 +158,8 @@ def load_processor(source: str | Path, *, revision: str | None = None) -> Any:
 def jit(model: nnx.Module, method: str = "__call__") -> Callable[..., Any]:
     """A model's call, compiled once for each combination of input shapes and options.
 
-    The model is split into structure and arrays once, here; later changes to its parameters do not show. Arrays and
-    numbers among the arguments are traced; text, booleans and None are static.
+    The model is split into structure and arrays once, here, and weight-normalised kernels are folded; later changes to
+    its parameters do not show. Arrays and numbers among the arguments are traced; text, booleans and None are static.
 
     Args:
         model: any model of the zoo.
@@ -168,7 +168,9 @@ def jit(model: nnx.Module, method: str = "__call__") -> Callable[..., Any]:
     import jax
     from flax import nnx
 
-    graphdef, state = nnx.split(model)
+    from audiozoo.layers.weight_norm import fold_weight_norm
+
+    graphdef, state = nnx.split(fold_weight_norm(model))
 
     def is_static(value: Any) -> bool:
         return value is None or isinstance(value, (bool, str)) or (callable(value) and not isinstance(value, jax.Array))
