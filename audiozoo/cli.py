@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -83,12 +82,14 @@ def megabytes(update: Callable[[float, float], None]) -> Callable[[int, int], No
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file under a temporary name, then rename it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", delete=False) as file:
-            file.write(text)
-        Path(file.name).replace(path)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
     except OSError as error:
         raise SourceError(f"{path} cannot be written ({error.strerror}).") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # --- list and show ---------------------------------------------------------------------------------------------------
@@ -117,9 +118,17 @@ def list_papers(
 
 
 @app.command()
-def show(paper: Annotated[str, typer.Argument(help="a paper's name, such as whisper")]) -> None:
+def show(
+    paper: Annotated[str, typer.Argument(help="a paper's name, such as whisper")],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
     """Show one paper: its classes, sizes and published checkpoints with their licences."""
     entry = registry.paper(paper)
+    if as_json:
+        import dataclasses
+
+        print(json.dumps(dataclasses.asdict(entry), indent=2))
+        return
     console = Console()
     console.print(f"{entry.title}: {entry.paper} ({entry.year}" + (f", arXiv {entry.arxiv})" if entry.arxiv else ")"))
     console.print(f"classes: {', '.join(entry.classes)}")
@@ -228,11 +237,8 @@ def transcribe(
 
     if output_format not in subtitles.FORMATS:
         raise UsageError(f"There is no format {output_format!r}; there are {', '.join(subtitles.FORMATS)}.")
-    if output_dir is not None and not output_dir.is_dir():
-        try:
-            output_dir.mkdir(parents=True)
-        except OSError as error:
-            raise SourceError(f"{output_dir} cannot be made ({error.strerror}).") from None
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UsageError(f"{dtype!r} is no dtype to compute in; take float32, bfloat16 or float16.")
     try:
         temperatures = tuple(float(t) for t in temperature.split(","))
     except ValueError:
@@ -260,22 +266,25 @@ def transcribe(
         "padding": padding,
         "seed": seed,
     }
-    missing = [f for f in files if f != "-" and not Path(f).is_file()]
-    if missing:
-        raise SourceError(
-            f"{missing[0]} is not there." if len(missing) == 1 else f"{', '.join(missing)} are not there."
-        )
-
     keep_compiled_programs()
     import audiozoo
     from audiozoo.decoding import long_form
 
-    long_form.TranscriptionOptions.of(options)  # an error comes before the model is read
+    # What is wrong with the call is said before the model is read.
+    long_form.TranscriptionOptions.of(options)
+    outputs = _outputs(files, output_dir, output_format)
     source = model or packaged.whisper()
     recogniser = audiozoo.load(source, dtype=dtype if dtype != "float32" else None)
+    if (name := type(recogniser).__name__) != "WhisperForConditionalGeneration":
+        raise UsageError(f"{source} holds a {name}, which does not transcribe.")
     processor = audiozoo.load_processor(source)
+    if output_dir is not None:
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SourceError(f"{output_dir} cannot be made ({error.strerror}).") from None
     failed = 0
-    for file in files:
+    for file, output in zip(files, outputs, strict=True):
         recording: Any = sys.stdin.buffer.read() if file == "-" else file
         name = "standard input" if file == "-" else file
         try:
@@ -288,14 +297,30 @@ def transcribe(
             failed += 1
             continue
         text = subtitles.render(result, output_format)
-        if output_dir is None:
+        if output is None:
             sys.stdout.write(text)
             sys.stdout.flush()
         else:
-            stem = "stdin" if file == "-" else Path(file).stem
-            write_whole(output_dir / f"{stem}.{output_format}", text)
+            write_whole(output, text)
     if failed:
         raise SourceError(f"{failed} of {len(files)} files could not be transcribed.")
+
+
+def _outputs(files: list[str], directory: Path | None, suffix: str) -> list[Path | None]:
+    """Where each file's transcript goes, None being standard output; raises if an input is not there."""
+    for file in files:
+        if file != "-" and not Path(file).exists():
+            raise SourceError(f"There is no file {file}.")
+        if Path(file).is_dir():
+            raise SourceError(f"{file} is a directory; name the sound files inside it.")
+    if directory is None:
+        return [None] * len(files)
+    outputs = [directory / f"{'stdin' if file == '-' else Path(file).stem}.{suffix}" for file in files]
+    for i, output in enumerate(outputs):
+        if output in outputs[:i]:
+            first = files[outputs.index(output)]
+            raise UsageError(f"{first} and {files[i]} would both be written to {output}; give them one at a time.")
+    return list(outputs)
 
 
 # --- the demo --------------------------------------------------------------------------------------------------------
