@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,7 @@ Prefill: TypeAlias = Callable[[Int[Array, "batch prompt"], Any], tuple[Float[Arr
 StoppingCriterion: TypeAlias = Callable[[Int[Array, "rows buffer"], Int[Array, ""]], Bool[Array, " rows"]]
 
 
+@runtime_checkable
 class Streamer(Protocol):
     """Called on the host once per step, in order, with the new token of every row and its index in the sequence."""
 
