@@ -192,12 +192,21 @@ class MultiHeadAttention(nnx.Module):
         mask: Bool[Array, "#batch #heads #queries keys"] | None = None,
         bias: Float[Array, "#batch #heads #queries keys"] | None = None,
         dropout: Dropout | None = None,
-    ) -> tuple[Float[Array, "batch queries channels"], Float[Array, "batch heads queries keys"]]:
-        """Attend from $X$ to `key_values`, or to $X$ itself; returns the output and the attention weights."""
+        need_weights: bool = True,
+    ) -> tuple[Float[Array, "batch queries channels"], Float[Array, "batch heads queries keys"] | None]:
+        """Attend from $X$ to `key_values`, or to $X$ itself; returns the output and the attention weights.
+
+        Without `need_weights` the second may be None, and long inputs are faster on a CPU.
+        """
         if key_values is None:
             key_values = self.key_values(x)
+        query = split_heads(self.q_proj(x), self.heads)
+        inference = dropout is None or dropout.key is None
+        if not need_weights and bias is None and inference and query.shape[0] == key_values.key.shape[0]:
+            output = attend_without_weights(query, key_values.key, key_values.value, scale=self.scale, mask=mask)
+            return self.out_proj(merge_heads(output)), None
         output, weights = attend(
-            split_heads(self.q_proj(x), self.heads),
+            query,
             key_values.key,
             key_values.value,
             scale=self.scale,

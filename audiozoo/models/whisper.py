@@ -265,11 +265,11 @@ class WhisperEncoderLayer(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: Float[Array, "batch frames d_model"], dropout: Dropout
-    ) -> tuple[Float[Array, "batch frames d_model"], Float[Array, "batch heads frames frames"]]:
-        """One block; returns its output and its attention weights."""
+        self, x: Float[Array, "batch frames d_model"], dropout: Dropout, need_weights: bool = True
+    ) -> tuple[Float[Array, "batch frames d_model"], Float[Array, "batch heads frames frames"] | None]:
+        """One block; returns its output and, if they are needed, its attention weights."""
         config = self.config
-        attention, weights = self.self_attn(self.self_attn_layer_norm(x), dropout=dropout)
+        attention, weights = self.self_attn(self.self_attn_layer_norm(x), dropout=dropout, need_weights=need_weights)
         x = x + dropout(attention, config.dropout)
         hidden = activation(config.activation_function)(self.fc1(self.final_layer_norm(x)))
         hidden = self.fc2(dropout(hidden, config.activation_dropout))
@@ -338,7 +338,7 @@ class WhisperEncoder(nnx.Module):
         hidden_states, attentions = [], []
         for layer in self.layers:
             hidden_states.append(x)
-            x, weights = layer_drop(layer, x, config.encoder_layerdrop, dropout)
+            x, weights = layer_drop(layer, x, config.encoder_layerdrop, dropout, output_attentions)
             attentions.append(weights)
         x = self.layer_norm(x)
         return BaseModelOutput(
@@ -380,19 +380,20 @@ class WhisperDecoderLayer(nnx.Module):
         position: int | Int[Array, ""],
         mask: Bool[Array, "#batch 1 time keys"],
         audio: KeyValues | None,
-    ) -> tuple[Float[Array, "batch time d_model"], KeyValues, jax.Array, jax.Array | None]:
-        """One block; returns its output, its keys and values so far, and the self- and cross-attention weights."""
+        need_weights: bool = True,
+    ) -> tuple[Float[Array, "batch time d_model"], KeyValues, jax.Array | None, jax.Array | None]:
+        """One block: its output, its keys and values so far and, if needed, the self- and cross-attention weights."""
         config = self.config
         y = self.self_attn_layer_norm(x)
         key_values = self.self_attn.key_values(y)
         if past is not None:
             key_values = past.write(key_values, position)
-        attention, weights = self.self_attn(y, key_values, mask=mask, dropout=dropout)
+        attention, weights = self.self_attn(y, key_values, mask=mask, dropout=dropout, need_weights=need_weights)
         x = x + dropout(attention, config.dropout)
         cross_weights = None
         if audio is not None:
             y = self.encoder_attn_layer_norm(x)
-            attention, cross_weights = self.encoder_attn(y, audio, dropout=dropout)
+            attention, cross_weights = self.encoder_attn(y, audio, dropout=dropout, need_weights=need_weights)
             x = x + dropout(attention, config.dropout)
         hidden = activation(config.activation_function)(self.fc1(self.final_layer_norm(x)))
         hidden = self.fc2(dropout(hidden, config.activation_dropout))
@@ -484,7 +485,7 @@ class WhisperDecoder(nnx.Module):
                 audio = layer.encoder_attn.key_values(encoder_hidden_states)
             hidden_states.append(x)
             x, new, weights, cross_weights = layer_drop(
-                layer, x, config.decoder_layerdrop, dropout, past, cache_position, mask, audio
+                layer, x, config.decoder_layerdrop, dropout, past, cache_position, mask, audio, output_attentions
             )
             key_values.append(new)
             attentions.append(weights)
