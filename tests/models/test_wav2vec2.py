@@ -1,0 +1,168 @@
+"""wav2vec 2.0 without PyTorch: sampling, schedules, scaled gradients, masks and dropout."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import audiozoo
+from audiozoo.loading import variables, with_variables
+from audiozoo.models import wav2vec2
+from audiozoo.models.wav2vec2 import Wav2Vec2Config
+from tests.random_weights import random_parameters
+from weights_conversion.wav2vec2 import hugging_face_table
+
+TINY = Wav2Vec2Config(
+    vocab_size=12,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=24,
+    conv_dim=(8, 8, 8),
+    conv_kernel=(10, 3, 2),
+    conv_stride=(5, 2, 2),
+    num_conv_pos_embeddings=6,
+    num_conv_pos_embedding_groups=2,
+    num_codevectors_per_group=6,
+    codevector_dim=8,
+    proj_codevector_dim=8,
+    num_negatives=5,
+    mask_time_prob=0.5,
+    mask_time_length=3,
+    mask_feature_prob=0.2,
+    mask_feature_length=2,
+    tdnn_dim=(8, 6),
+    tdnn_kernel=(3, 1),
+    tdnn_dilation=(2, 1),
+    xvector_output_dim=6,
+    classifier_proj_size=5,
+    id2label=("one", "two", "three"),
+)
+
+
+def build(head: str = "ForCTC", config: Wav2Vec2Config = TINY, seed: int = 0):
+    """A model with random weights, made without compiling an initialiser for each shape."""
+    cls = getattr(wav2vec2, f"Wav2Vec2{head}")
+    key = jax.random.key(0)
+    before = nnx.RngStream.__call__
+    nnx.RngStream.__call__ = lambda self, *args, **kwargs: key  # counting keys in a trace is quadratic in flax 0.12.8
+    try:
+        abstract = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))
+    finally:
+        nnx.RngStream.__call__ = before
+    values = random_parameters(variables(abstract), hugging_face_table(config, f"Wav2Vec2{head}"), seed)
+    return with_variables(abstract, {n: jnp.asarray(v, jnp.float32) for n, v in values.items()})
+
+
+def waves(batch: int = 2, samples: int = 700, seed: int = 0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((batch, samples)), jnp.float32)
+
+
+# --- sampling and schedules ------------------------------------------------------------------------------------------
+
+
+def test_distractors_are_other_masked_frames_of_the_same_utterance():
+    mask = np.zeros((3, 20), bool)
+    mask[0, 3:9] = mask[1, [0, 5, 19]] = mask[2, 4] = True
+    drawn = np.asarray(jax.jit(wav2vec2.sample_negative_indices, static_argnums=2)(jax.random.key(0), mask, 4000))
+    for row in range(2):
+        places = set(np.flatnonzero(mask[row]))
+        for frame in places:
+            found = drawn[row, frame] - 20 * row
+            assert set(found) == places - {frame}
+            share = np.bincount(found, minlength=20)[sorted(places - {frame})] / 4000
+            assert np.abs(share - 1 / (len(places) - 1)).max() < 0.05  # uniform
+    assert (drawn[2, 4] == 44).all()  # alone, it can only be its own; the loss strikes that out
+
+
+def test_temperature_schedule():
+    steps = np.array([0, 1000, 10_000_000])
+    found = wav2vec2.gumbel_temperature(jnp.asarray(steps), 2.0, 0.5, 0.999995)
+    np.testing.assert_allclose(found, [2.0, 2 * 0.999995**1000, 0.5], rtol=1e-5)
+
+
+def test_perplexity_counts_the_entries_in_use():
+    uniform = jnp.full((7, 2, 8), 1 / 8)
+    assert float(wav2vec2.perplexity(uniform, jnp.ones(7))) == pytest.approx(16)
+    one = jax.nn.one_hot(jnp.zeros((7, 2), int), 8)
+    assert float(wav2vec2.perplexity(one, jnp.ones(7))) == pytest.approx(2)
+
+
+def test_gumbel_noise_chooses_by_probability():
+    """Over many draws, each entry is taken as often as the softmax says (Eq. 1)."""
+    quantizer = build("ForPreTraining").quantizer
+    features = jnp.asarray(np.random.default_rng(0).standard_normal((1, 1, 8)) * 0.5, jnp.float32)
+    many = jnp.broadcast_to(features, (1, 20_000, 8))
+    _, _, index = jax.jit(lambda x, key: quantizer(x, key=key, temperature=0.7))(many, jax.random.key(1))
+    wanted = jax.nn.softmax(quantizer.weight_proj(features).reshape(2, 6), axis=-1)
+    for group in range(2):
+        share = np.bincount(np.asarray(index[0, :, group]), minlength=6) / 20_000
+        np.testing.assert_allclose(share, wanted[group], atol=0.02)
+
+
+def test_gradient_of_the_feature_encoder_is_scaled():
+    model, x = build("ForPreTraining"), waves()
+    spans = np.zeros((2, 34), bool)
+    spans[:, 4:12] = True
+    negatives = wav2vec2.sample_negative_indices(jax.random.key(0), spans, 5)
+    graphdef, params = nnx.split(model)
+
+    @jax.jit
+    def gradient(params, factor):
+        loss = lambda p: nnx.merge(graphdef, p)(x, None, spans, negatives, feature_grad_mult=factor).loss  # noqa: E731
+        return jax.grad(loss)(params)
+
+    tenth, whole = (nnx.to_flat_state(gradient(params, factor)) for factor in (0.1, 1.0))
+    for (path, a), (_, b) in zip(tenth, whole, strict=True):
+        factor = 0.1 if "feature_extractor" in path else 1.0
+        np.testing.assert_allclose(a[...], factor * b[...], rtol=1e-4, atol=1e-6 * float(jnp.abs(b[...]).max() + 1))
+
+
+def test_penalty_on_the_features():
+    model, x = build("ForPreTraining"), waves()
+    spans = np.zeros((2, 34), bool)
+    spans[:, 4:12] = True
+    negatives = wav2vec2.sample_negative_indices(jax.random.key(0), spans, 5)
+    run = audiozoo.jit(model)
+    plain, more = run(x, None, spans, negatives), run(x, None, spans, negatives, features_pen_weight=10.0)
+    features = model.wav2vec2.feature_extractor(x)
+    assert float(plain.features_pen) == pytest.approx(float(jnp.square(features).mean()), rel=1e-5)
+    assert float(more.loss - plain.loss) == pytest.approx(10 * 16 * float(plain.features_pen), rel=1e-4)
+
+
+def test_training_draws_its_own_masks_and_distractors():
+    run = jax.jit(lambda state, key: nnx.merge(graphdef, state)(waves(), key=key))
+    graphdef, state = nnx.split(build("ForPreTraining"))
+    first, again, other = (run(state, jax.random.key(seed)) for seed in (0, 0, 1))
+    assert np.isfinite(first.loss)
+    assert float(first.loss) == float(again.loss) != float(other.loss)
+
+
+def test_dropout_masks_and_layer_drop_need_a_key():
+    model = build(config=dataclasses.replace(TINY, layerdrop=1.0, num_hidden_layers=1))
+    graphdef, state = nnx.split(model)
+    run = jax.jit(lambda state, key: nnx.merge(graphdef, state)(waves(), output_hidden_states=True, key=key))
+    trained = run(state, jax.random.key(0))
+    np.testing.assert_array_equal(trained.hidden_states[0], trained.hidden_states[1])  # the only layer is dropped
+    a, b = run(state, None), run(state, None)
+    np.testing.assert_array_equal(a.logits, b.logits)
+    assert np.abs(a.hidden_states[0] - a.hidden_states[1]).max() > 0.1
+
+
+def test_masks_can_be_given():
+    model = build("Model")
+    x = jnp.ones((2, 5, 16))
+    spans, channels = np.eye(2, 5, dtype=bool), np.eye(2, 16, 3, dtype=bool)
+    masked = np.asarray(model.mask(x, spans, channels))
+    np.testing.assert_array_equal(masked[0, 0, np.arange(16) != 3], model.masked_spec_embed[...][np.arange(16) != 3])
+    assert (masked[0, :, 3] == 0).all()
+    assert (masked[1, :, 4] == 0).all()
+    assert (masked[1, 0, :4] == 1).all()
+    bare = build("Model", dataclasses.replace(TINY, mask_time_prob=0.0, mask_feature_prob=0.0))
+    with pytest.raises(ValueError, match="no masked_spec_embed"):
+        bare.mask(x, spans, None)
