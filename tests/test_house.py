@@ -207,10 +207,18 @@ def test_a_paper_is_whole(paper, pattern):
     assert list(ROOT.glob(pattern.format(paper.name))), f"{paper.title} lacks {pattern.format(paper.name)}"
 
 
-def test_every_paper_file_is_in_the_registry():
+# Papers whose code stands and whose proof is not complete: `audiozoo.load` does not offer them yet.
+UNFINISHED = {
+    "hifigan": "its parity test has not passed as a whole; no notebook",
+    "vits": "generator gradients and speaker-conditioned taps unproven; no notebook",
+    "wav2vec2": "no notebook",
+}
+
+
+def test_every_paper_file_is_in_the_registry_or_known_to_be_unfinished():
     known = {paper.name for paper in registry.PAPERS}
     conversions = {path.stem for path in (ROOT / "weights_conversion").glob("*.py")} & {path.stem for path in MODELS}
-    assert conversions <= known, f"not in the registry: {', '.join(sorted(conversions - known))}"
+    assert conversions - known == set(UNFINISHED)
 
 
 @pytest.mark.parametrize("paper", registry.PAPERS, ids=lambda p: p.name)
