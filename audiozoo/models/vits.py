@@ -201,7 +201,7 @@ class VitsConfig:
 
 
 class VitsModelOutput(ModelOutput):
-    """What synthesis gives; `spectrogram` is the masked latent z, the decoder's input."""
+    """Not in the paper: what synthesis gives; `spectrogram` is the masked latent z, the decoder's input."""
 
     waveform: Float[Array, "batch samples"] | None = None
     sequence_lengths: Int[Array, " batch"] | None = None
@@ -212,7 +212,7 @@ class VitsModelOutput(ModelOutput):
 
 
 class VitsTextEncoderOutput(ModelOutput):
-    """The text encoder's output: one Gaussian for each symbol."""
+    """§2.1.3: the text encoder's output, one Gaussian for each symbol."""
 
     last_hidden_state: Float[Array, "batch time channels"] | None = None
     prior_means: Float[Array, "batch time latent"] | None = None

@@ -609,7 +609,7 @@ class Wav2Vec2Model(nnx.Module):
         self.feature_projection = self.feature_projection_class(config, **kwargs)
         if config.mask_time_prob > 0 or config.mask_feature_prob > 0:
             self.masked_spec_embed = nnx.Param(jax.random.uniform(rngs.params(), (config.hidden_size,), param_dtype))
-        stable = getattr(config, "do_stable_layer_norm", False)
+        stable = config.do_stable_layer_norm
         self.encoder = (self.stable_encoder_class if stable else self.encoder_class)(config, **kwargs)
         if getattr(config, "add_adapter", False):
             self.adapter = Wav2Vec2Adapter(config, **kwargs)
