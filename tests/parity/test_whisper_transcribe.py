@@ -180,7 +180,7 @@ def assert_same(ours: dict, theirs: dict) -> None:
     for mine, yours in zip(ours["segments"], theirs["segments"], strict=False):
         assert mine["tokens"] == yours["tokens"]
         assert mine.keys() == yours.keys()
-        if yours["start"] < yours["seek"] / 100:
+        if "words" in yours and yours["start"] < yours["seek"] / 100:
             # A window of one encoder frame: the original divides 0 by 0 and begins before the window; we do not.
             assert mine["start"] >= mine["seek"] / 100
             continue
@@ -253,14 +253,14 @@ def test_vocabularies(vocabulary: int, monkeypatch: pytest.MonkeyPatch):
 def test_fallback(monkeypatch: pytest.MonkeyPatch):
     """Windows that fail are repeated at higher temperatures; both sides draw with the same random numbers."""
     temperatures = (0.0, 0.2, 0.6)
-    same_noise(monkeypatch, openai_model(), temperatures)
+    same_noise(monkeypatch, openai_model(51865), temperatures)
     result = compare(monkeypatch, 40.0, temperature=temperatures, logprob_threshold=-0.85, best_of=2, language="en")
     used = {segment["temperature"] for segment in result["segments"]}
     assert len(used) > 1
 
 
 def test_sampling(monkeypatch: pytest.MonkeyPatch):
-    same_noise(monkeypatch, openai_model(), (0.5,))
+    same_noise(monkeypatch, openai_model(51865), (0.5,))
     compare(monkeypatch, 31.0, temperature=0.5, language="en")
 
 
@@ -278,8 +278,8 @@ def test_languages():
     mel = torch.from_numpy(Recording.of(audio, 80).features[:, :3000])
     theirs = openai_model().detect_language(mel)[1]
     ours = detect_language(our_model(), tokenizer(), audio)
-    assert list(ours) == list(theirs)
-    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-3, atol=1e-6)
+    assert ours.keys() == theirs.keys()
+    np.testing.assert_allclose([ours[code] for code in theirs], list(theirs.values()), rtol=1e-3, atol=1e-6)
 
 
 # --- real weights ----------------------------------------------------------------------------------------------------
