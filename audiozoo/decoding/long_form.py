@@ -50,10 +50,11 @@ from audiozoo.decoding.windows import (
     Window,
     WindowDecoder,
 )
-from audiozoo.errors import UsageError
+from audiozoo.errors import AudioError, UsageError
 
 __all__ = ["Recording", "TranscriptionOptions", "align", "detect_language", "quiet_pieces", "transcribe"]
 
+SHORTEST_FRAMES = 3  # the spectrogram looks through windows of 25 ms
 _SHORT_WINDOW_FRAMES = 500  # with `allow_short`, windows are padded to multiples of 5 s
 
 Audio = str | os.PathLike[str] | bytes | BinaryIO | np.ndarray | Iterable[np.ndarray]
@@ -83,7 +84,13 @@ class Recording:
         else:
             source = (files.check_waveform(block) for block in audio)
         features = long_log_mel_spectrogram(source, mels, padding=WHISPER_CHUNK_SAMPLES)
-        return cls(features, features.shape[1] - WHISPER_CHUNK_SAMPLES // WHISPER_HOP)
+        frames = features.shape[1] - WHISPER_CHUNK_SAMPLES // WHISPER_HOP
+        if frames < SHORTEST_FRAMES:
+            raise AudioError(
+                f"The recording lasts {frames / FRAMES_PER_SECOND:.2f} s: too short to hold speech "
+                f"(at least {SHORTEST_FRAMES / FRAMES_PER_SECOND:.2f} s are needed)."
+            )
+        return cls(features, frames)
 
     @property
     def seconds(self) -> float:

@@ -1,0 +1,340 @@
+"""The command line, run in this process with the real tiny.en on real speech, and once as a user runs it."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+
+import audiozoo
+from audiozoo import audio, cli, packaged, registry
+from audiozoo.text import subtitles
+from tests.models.tiny_whisper import build
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Run:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def audiozoo_command(monkeypatch, capsys):
+    """Run `audiozoo …` in this process, without the compilation cache on disk."""
+    monkeypatch.setattr(cli, "keep_compiled_programs", lambda: None)
+
+    def run(*arguments: str | Path, stdin: bytes = b"") -> Run:
+        monkeypatch.setattr(sys, "argv", ["audiozoo", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        found = capsys.readouterr()
+        return Run(code, found.out, found.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def real():
+    """The real tiny.en and its processor, read once."""
+    found = packaged.TINY_EN.find()
+    if found is None or packaged.SPEECH.find() is None:
+        pytest.skip("the packages of the extra `demo` are not installed")
+    return audiozoo.load(found.parent), audiozoo.load_processor(found.parent)
+
+
+@pytest.fixture
+def transcribe(audiozoo_command, real, monkeypatch):
+    """`audiozoo transcribe …`, whose default model is in memory already."""
+    load, load_processor = audiozoo.load, audiozoo.load_processor
+
+    def is_default(source):
+        return str(source) == packaged.whisper()
+
+    monkeypatch.setattr(audiozoo, "load", lambda s, **kw: real[0] if is_default(s) else load(s, **kw))
+    monkeypatch.setattr(audiozoo, "load_processor", lambda s: real[1] if is_default(s) else load_processor(s))
+    return lambda *arguments, **options: audiozoo_command("transcribe", *arguments, **options)
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory) -> Path:
+    """Real speech: the packaged recording, under a name of its own."""
+    path = tmp_path_factory.mktemp("speech") / "beckett.wav"
+    path.write_bytes(packaged.SPEECH.verified().read_bytes())
+    return path
+
+
+def assert_refused(run: Run, *words: str, code: int = 1) -> None:
+    """One sentence on standard error, nothing on standard output, no traceback."""
+    assert run.code == code, run
+    assert run.out == ""
+    lines = run.err.strip().splitlines()
+    assert len(lines) == 1, run.err
+    assert lines[0].startswith("audiozoo: ")
+    assert "Traceback" not in run.err
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+# --- list and show ---------------------------------------------------------------------------------------------------
+
+
+def test_list(audiozoo_command):
+    text = audiozoo_command("list")
+    assert text.code == 0
+    for paper in registry.PAPERS:
+        assert paper.name in text.out
+        assert paper.arxiv in text.out
+    listed = json.loads(audiozoo_command("list", "--json").out)
+    assert [entry["name"] for entry in listed] == [paper.name for paper in registry.PAPERS]
+    whisper = listed[[entry["name"] for entry in listed].index("whisper")]
+    assert {c["licence"] for c in whisper["checkpoints"]} == {"MIT", "Apache-2.0"}
+    assert audiozoo_command("list", "--markdown").out == registry.markdown_table()
+
+
+def test_show(audiozoo_command):
+    text = audiozoo_command("show", "whisper")
+    assert text.code == 0
+    for checkpoint in registry.paper("whisper").checkpoints:
+        assert f"{checkpoint.name} " in text.out
+    assert "Apache-2.0" in text.out
+    shown = json.loads(audiozoo_command("show", "whisper", "--json").out)
+    assert shown["arxiv"] == "2212.04356"
+    assert "large_v3" in shown["sizes"]
+    assert_refused(audiozoo_command("show", "whispr"), "did you mean whisper?")
+
+
+def test_commands_that_make_no_sense(audiozoo_command):
+    for arguments in (("transcribe",), ("transcripe", "a.wav"), ("list", "--yaml"), ("convert", "only-a-source")):
+        run = audiozoo_command(*arguments)
+        assert run.code == 2
+        assert "Traceback" not in run.err
+
+
+# --- transcription ---------------------------------------------------------------------------------------------------
+
+
+def test_every_format(transcribe, speech, tmp_path):
+    """What is said, and every format says the same; files appear whole, under the recording's name."""
+    result = json.loads(transcribe(speech, "--format", "json").out)
+    assert set(result) == {"text", "segments", "language"}
+    assert result["language"] == "en"
+    words = result["text"].lower().replace(",", "").replace(".", "").split()
+    assert words == packaged.SPEECH_TEXT.lower().replace(".", "").split()
+    first, last = result["segments"][0], result["segments"][-1]
+    assert {"id", "seek", "start", "end", "text", "tokens", "temperature", "avg_logprob"} <= set(first)
+    assert 0 <= first["start"] < first["end"] <= last["end"] <= 30
+    assert transcribe(speech).out == subtitles.txt(result)
+    out = tmp_path / "deep" / "out"
+    for form in ("srt", "vtt", "tsv"):
+        run = transcribe(speech, "--format", form, "--output-dir", out)
+        assert (run.code, run.out) == (0, "")
+        assert (out / f"beckett.{form}").read_text(encoding="utf-8") == subtitles.render(result, form)
+    assert sorted(os.listdir(out)) == ["beckett.srt", "beckett.tsv", "beckett.vtt"]
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (out / "beckett.srt").stat().st_mode & 0o777 == 0o666 & ~mask
+    assert (out / "beckett.srt").read_text().startswith("1\n00:00:0")
+    assert (out / "beckett.vtt").read_text().startswith("WEBVTT\n\n00:0")
+
+
+def test_words_and_other_options(transcribe, speech):
+    run = transcribe(
+        *(speech, "--format", "json", "--word-timestamps", "--temperature", "0", "--language", "English"),
+        *("--no-condition-on-previous-text", "--clip-timestamps", "0,4"),
+    )
+    segments = json.loads(run.out)["segments"]
+    words = [word for segment in segments for word in segment["words"]]
+    assert [w["word"].strip(" .,").lower() for w in words[:4]] == ["ever", "tried", "ever", "failed"]
+    assert all(a["start"] <= a["end"] <= b["end"] for a, b in itertools.pairwise(words))
+    assert words[-1]["end"] <= 4.5
+
+
+def test_several_files_and_standard_input(transcribe, speech, tmp_path):
+    """A file that cannot be read does not keep the others from being transcribed; the exit code tells."""
+    text = transcribe("-", stdin=speech.read_bytes())
+    assert text.code == 0
+    studio = tmp_path / "studio.wav"
+    waveform = audio.read(speech, 48_000)
+    soundfile.write(studio, np.stack([waveform, waveform], 1), 48_000, subtype="PCM_24")
+    assert audio.info(studio).format == "WAV/PCM_24"
+    (tmp_path / "broken.wav").write_bytes(b"")
+    out = tmp_path / "out"
+    run = transcribe(studio, tmp_path / "broken.wav", "-", "--output-dir", out, stdin=speech.read_bytes())
+    assert run.code == 1
+    assert run.out == ""
+    first, last = run.err.strip().splitlines()
+    assert "broken.wav" in first
+    assert "0 bytes" in first
+    assert last == "audiozoo: 1 of 3 files could not be transcribed."
+    assert sorted(os.listdir(out)) == ["stdin.txt", "studio.txt"]
+    # 24-bit stereo at 48 kHz is the same speech.
+    assert (out / "studio.txt").read_text() == (out / "stdin.txt").read_text() == text.out
+
+
+def test_as_a_user_runs_it(speech, real, tmp_path):
+    """The installed program, standard input to standard output, with its cache of compiled programs."""
+    run = subprocess.run(
+        [sys.executable, "-m", "audiozoo.cli", "transcribe", "-", "--format", "tsv"],
+        input=speech.read_bytes(),
+        capture_output=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "AUDIOZOO_CACHE": str(tmp_path), "JAX_PLATFORMS": "cpu"},
+    )
+    assert run.returncode == 0, run.stderr.decode()
+    header, *rows = run.stdout.decode().splitlines()
+    assert header == "start\tend\ttext"
+    assert "Ever tried" in rows[0].split("\t")[2]
+    assert run.stderr == b""
+    assert list((tmp_path / "jax").iterdir())
+
+
+# --- input that cannot be used ---------------------------------------------------------------------------------------
+
+
+def write(path: Path, samples, rate: int = 16_000, subtype: str = "FLOAT") -> Path:
+    soundfile.write(path, np.asarray(samples, np.float32), rate, subtype=subtype)
+    return path
+
+
+def bad_recordings(directory: Path) -> dict[str, tuple[Path, str]]:
+    empty, text = directory / "empty.wav", directory / "text.wav"
+    empty.write_bytes(b"")
+    text.write_text("This is no sound.\n" * 100)
+    nan = np.zeros(16_000)
+    nan[8000:8010] = np.nan
+    return {
+        "empty": (empty, "0 bytes"),
+        "text": (text, "not a sound file"),
+        "nan": (write(directory / "nan.wav", nan), "NaN or infinite samples, the first at 0.500 s"),
+        "short": (write(directory / "short.wav", np.full(160, 0.1)), "too short"),
+        "no samples": (write(directory / "none.wav", []), "no samples"),
+        "directory": (directory, "is a directory"),
+        "missing": (directory / "nowhere.wav", "no file"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "nan", "short", "no samples", "directory", "missing"])
+def test_bad_recordings(transcribe, tmp_path, kind):
+    path, sentence = bad_recordings(tmp_path)[kind]
+    out = tmp_path / "out"
+    assert_refused(transcribe(path, "--output-dir", out), path.name, sentence)
+    assert not out.exists() or not os.listdir(out)
+
+
+def test_options_that_do_not_exist(transcribe, speech, tmp_path):
+    out = tmp_path / "out"
+    for arguments, sentence in (
+        (("--language", "klingon"), "klingon"),
+        (("--language", "de"), "English"),
+        (("--task", "summarise"), "no task 'summarise'"),
+        (("--format", "pdf"), "no format 'pdf'; there are txt, srt, vtt, tsv, json"),
+        (("--temperature", "warm"), "'warm'"),
+        (("--temperature", "-1"), "at least 0"),
+        (("--dtype", "int8"), "'int8'"),
+        (("--beam-size", "0"), "beam_size=0"),
+        (("--suppress-tokens", "a"), "token ids separated by commas"),
+        (("--clip-timestamps", "noon"), "seconds separated by commas"),
+        (("--padding", "music"), "'silence' or 'zeros'"),
+        (("--hallucination-silence-threshold", "2"), "word_timestamps"),
+    ):
+        assert_refused(transcribe(speech, *arguments, "--output-dir", out), sentence)
+    assert not out.exists() or not os.listdir(out)
+    (tmp_path / "a.wav").write_bytes(b"")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "a.flac").write_bytes(b"")
+    same = transcribe(tmp_path / "a.wav", tmp_path / "b" / "a.flac", "--output-dir", out)
+    assert_refused(same, "would both be written to")
+    assert_refused(transcribe(speech, "--output-dir", tmp_path / "a.wav" / "x"), "cannot be made")
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory) -> Path:
+    """A good checkpoint without a tokenizer, and spoilt ones."""
+    top = tmp_path_factory.mktemp("checkpoints")
+    audiozoo.export(build(), top / "good")
+    audiozoo.export(build("WhisperForAudioClassification"), top / "classifier")
+    audiozoo.export(build(), top / "truncated")
+    weights = top / "truncated" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    audiozoo.export(build(), top / "bert")
+    config = json.loads((top / "bert" / "config.json").read_text())
+    config |= {"architectures": ["BertModel"], "model_type": "bert"}
+    (top / "bert" / "config.json").write_text(json.dumps(config))
+    return top
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("good", "tokenizer"),
+        ("truncated", "model.safetensors"),
+        ("bert", "BertModel"),
+        ("classifier", "holds a WhisperForAudioClassification, which does not transcribe"),
+    ],
+)
+def test_models_that_cannot_be_used(transcribe, speech, directories, tmp_path, name, sentence):
+    run = transcribe(speech, "--model", directories / name, "--output-dir", tmp_path / "out")
+    assert_refused(run, name, sentence)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_id_without_a_network(transcribe, speech):
+    assert_refused(transcribe(speech, "--model", "nobody/has-this"), "nobody/has-this")
+
+
+# --- conversion ------------------------------------------------------------------------------------------------------
+
+
+def test_convert_and_export(audiozoo_command, directories, tmp_path):
+    native, again = tmp_path / "native", tmp_path / "again"
+    run = audiozoo_command("convert", directories / "good", native)
+    assert (run.code, run.out) == (0, "")
+    assert "WhisperForConditionalGeneration" in run.err
+    run = audiozoo_command("export", native, again)
+    assert (run.code, run.out) == (0, "")
+    weights = "model.safetensors"
+    assert (again / weights).read_bytes() == (directories / "good" / weights).read_bytes()
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((again / name).read_text()) == json.loads((directories / "good" / name).read_text())
+    half = tmp_path / "half"
+    assert audiozoo_command("convert", again, half, "--param-dtype", "bfloat16").code == 0
+    assert audiozoo_command("convert", again, native, "--overwrite", "--model-class", "WhisperModel").code == 0
+    assert type(audiozoo.load(native)).__name__ == "WhisperModel"
+    assert sorted(os.listdir(tmp_path)) == ["again", "half", "native"]
+
+
+def test_conversions_that_cannot_be_done(audiozoo_command, directories, tmp_path):
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "file").write_text("kept")
+    for command in ("convert", "export"):
+        assert_refused(audiozoo_command(command, directories / "good", there), "exists already", "--overwrite")
+        for name, word in (("truncated", "model.safetensors"), ("bert", "BertModel"), ("nowhere", "nowhere")):
+            assert_refused(audiozoo_command(command, directories / name, tmp_path / "out"), word)
+    assert_refused(
+        audiozoo_command("convert", directories / "good", tmp_path / "out", "--param-dtype", "int4"), "'int4'"
+    )
+    wrong = audiozoo_command("convert", directories / "good", tmp_path / "out", "--model-class", "Bert")
+    assert_refused(wrong, "has a class 'Bert'")
+    assert os.listdir(tmp_path) == ["there"]
+    assert os.listdir(there) == ["file"]
