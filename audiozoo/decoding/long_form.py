@@ -86,8 +86,9 @@ class Recording:
         features = long_log_mel_spectrogram(source, mels, padding=WHISPER_CHUNK_SAMPLES)
         frames = features.shape[1] - WHISPER_CHUNK_SAMPLES // WHISPER_HOP
         if frames < SHORTEST_FRAMES:
+            name = os.fspath(audio) if isinstance(audio, (str, os.PathLike)) else "The recording"
             raise AudioError(
-                f"The recording lasts {frames / FRAMES_PER_SECOND:.2f} s: too short to hold speech "
+                f"{name} lasts {frames / FRAMES_PER_SECOND:.2f} s: too short to hold speech "
                 f"(at least {SHORTEST_FRAMES / FRAMES_PER_SECOND:.2f} s are needed)."
             )
         return cls(features, frames)
