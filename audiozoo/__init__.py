@@ -160,7 +160,8 @@ def jit(model: nnx.Module, method: str = "__call__") -> Callable[..., Any]:
     """A model's call, compiled once for each combination of input shapes and options.
 
     The model is split into structure and arrays once, here, and weight-normalised kernels are folded; later changes to
-    its parameters do not show. Arrays and numbers among the arguments are traced; text, booleans and None are static.
+    its parameters do not show. Arrays and numbers among the arguments are traced; text, booleans and None are static,
+    and so are the keywords that the model's class lists in `static_arguments`.
 
     Args:
         model: any model of the zoo.
@@ -172,6 +173,7 @@ def jit(model: nnx.Module, method: str = "__call__") -> Callable[..., Any]:
     from audiozoo.layers.weight_norm import fold_weight_norm
 
     graphdef, state = nnx.split(fold_weight_norm(model))
+    names = getattr(type(model), "static_arguments", ())
 
     def is_static(value: Any) -> bool:
         return value is None or isinstance(value, (bool, str)) or (callable(value) and not isinstance(value, jax.Array))
@@ -186,10 +188,12 @@ def jit(model: nnx.Module, method: str = "__call__") -> Callable[..., Any]:
     compiled = jax.jit(call, static_argnums=3)
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        kwargs = {k: v.item() if k in names and hasattr(v, "item") else v for k, v in kwargs.items()}
         static_args = tuple((i, a) for i, a in enumerate(args) if is_static(a))
-        static_kwargs = tuple(sorted((k, v) for k, v in kwargs.items() if is_static(v)))
+        fixed = {k for k, v in kwargs.items() if k in names or is_static(v)}
+        static_kwargs = tuple(sorted((k, kwargs[k]) for k in fixed))
         traced = tuple(a for a in args if not is_static(a))
-        named = {k: v for k, v in kwargs.items() if not is_static(v)}
+        named = {k: v for k, v in kwargs.items() if k not in fixed}
         return compiled(state, traced, named, (static_args, static_kwargs))
 
     run.__doc__ = f"`{type(model).__name__}.{method}`, compiled."

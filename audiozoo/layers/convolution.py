@@ -113,12 +113,34 @@ class ConvTranspose1d(nnx.Module):
         """Spread each frame over `stride` times as many."""
         bias = None if self.bias is None else self.bias[...]
         x, kernel, bias = promote(x, self.weight(), bias, dtype=self.dtype)
+        y = self._by_phases(x, kernel) if self.groups == self.dilation == 1 else self._dilated(x, kernel)
+        return y if bias is None else y + bias
+
+    def _by_phases(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        r"""Each of a frame's $s$ samples as a channel: $y_{ns + q} = \sum_j x_{n-j} W_{js + q}$.
+
+        An ordinary convolution of $\lceil K/s \rceil$ taps, none of which meets the zeros between the frames.
+        """
+        size, features, width = kernel.shape
+        stride, (reach, more) = self.stride, self.padding
+        taps, cut = -(-size // stride), size - 1 - reach
+        length = (x.shape[1] - 1) * stride + 1 + reach + more - (size - 1)
+        kernel = jnp.pad(kernel, ((0, taps * stride - size), (0, 0), (0, 0)))
+        kernel = kernel.reshape(taps, stride, features, width).swapaxes(1, 2).reshape(taps, features, stride * width)
+        after = max(0, -(-(cut + length) // stride) - x.shape[1])
+        y = jax.lax.conv_general_dilated(
+            x, jnp.flip(kernel, 0), (1,), ((taps - 1, after),), dimension_numbers=_DIMENSIONS
+        )
+        return y.reshape(x.shape[0], -1, width)[:, cut : cut + length]
+
+    def _dilated(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """A convolution over the frames with zeros between them."""
         if self.groups > 1:
             # (K, in, out/g) -> (K, in/g, out): the forward convolution wants its groups on the output axis.
             size, features, width = kernel.shape
             kernel = kernel.reshape(size, self.groups, features // self.groups, width)
             kernel = kernel.swapaxes(1, 2).reshape(size, features // self.groups, self.groups * width)
-        y = jax.lax.conv_general_dilated(
+        return jax.lax.conv_general_dilated(
             x,
             jnp.flip(kernel, 0),
             (1,),
@@ -128,4 +150,3 @@ class ConvTranspose1d(nnx.Module):
             dimension_numbers=_DIMENSIONS,
             feature_group_count=self.groups,
         )
-        return y if bias is None else y + bias
