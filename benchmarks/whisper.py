@@ -23,9 +23,12 @@ RATE = 16_000
 # --- models with the same random weights -----------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=1)
-def original(size: str) -> Any:
-    """`transformers`' model of a published size, random weights, float32."""
+@functools.lru_cache(maxsize=2)
+def original(size: str, attention: str = "eager") -> Any:
+    """`transformers`' model of a published size, random weights, float32.
+
+    Its attention is "eager" (operation by operation) or "sdpa" (PyTorch's fused kernel).
+    """
     import torch
     import transformers
 
@@ -36,12 +39,14 @@ def original(size: str) -> Any:
     ours = getattr(WhisperConfig, size)()
     names = set(transformers.WhisperConfig().to_dict())
     fields = {k: v for k, v in vars(ours).items() if k in names and k != "id2label"}
-    return randomise(transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**fields)), SEED)
+    config = transformers.WhisperConfig(**fields, attn_implementation=attention)
+    return randomise(transformers.WhisperForConditionalGeneration(config), SEED)
 
 
 @functools.lru_cache(maxsize=1)
 def model(size: str) -> Any:
     """Ours, with the same weights, made without the original."""
+    import jax.numpy as jnp
     from flax import nnx
 
     from audiozoo.models.whisper import WhisperConfig, WhisperForConditionalGeneration
@@ -54,7 +59,7 @@ def model(size: str) -> Any:
     shapes = {".".join(map(str, path)): variable for path, variable in state}
     table = hugging_face_table(config, "WhisperForConditionalGeneration")
     values = random_parameters(shapes, table, SEED)
-    flat = [(path, v.replace(values[".".join(map(str, path))].astype(np.float32))) for path, v in state]
+    flat = [(path, v.replace(jnp.asarray(values[".".join(map(str, path))], jnp.float32))) for path, v in state]
     nnx.update(ours, nnx.from_flat_state(flat))
     return ours
 
@@ -95,10 +100,10 @@ def our_encoder(size: str) -> Run:
     return lambda: np.asarray(encode(x).last_hidden_state)
 
 
-def their_encoder(size: str) -> Run:
+def their_encoder(size: str, attention: str) -> Run:
     import torch
 
-    encoder, x = original(size).model.encoder, torch.from_numpy(features(size))
+    encoder, x = original(size, attention).model.encoder, torch.from_numpy(features(size))
 
     def run() -> Any:
         with torch.inference_mode():
@@ -120,11 +125,11 @@ def our_generate(size: str) -> Run:
     return lambda: np.asarray(ours.generate(x, decoder_input_ids=prompt, **options))[0, -NEW_TOKENS:]
 
 
-def their_generate(size: str) -> Run:
+def their_generate(size: str, attention: str) -> Run:
     import torch
     from transformers.generation import GenerationMixin
 
-    theirs, x, prompt = original(size), torch.from_numpy(features(size)), torch.tensor([PROMPT])
+    theirs, x, prompt = original(size, attention), torch.from_numpy(features(size)), torch.tensor([PROMPT])
     options = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "do_sample": False, "num_beams": 1}
 
     def run() -> Any:
@@ -260,8 +265,13 @@ def similar_words(ours: Any, theirs: Any) -> str:
     return f"{rate:.1%} of words differ"
 
 
-def bind(function: Any, size: str) -> Factory:
-    return functools.partial(function, size)
+def bind(function: Any, *arguments: str) -> Factory:
+    return functools.partial(function, *arguments)
+
+
+def both_attentions(function: Any, size: str) -> dict[str, Factory]:
+    """The original with each of its attentions; the target is about the first."""
+    return {f"transformers, {name}": bind(function, size, name) for name in ("eager", "sdpa")}
 
 
 CASES = (
@@ -269,7 +279,7 @@ CASES = (
         Case(
             f"encoder, {size}, 30 s",
             bind(our_encoder, size),
-            {"transformers": bind(their_encoder, size)},
+            both_attentions(their_encoder, size),
             target=1.5,
             agreement=close,
         )
@@ -279,7 +289,7 @@ CASES = (
         Case(
             f"generate {NEW_TOKENS} tokens, {size}",
             bind(our_generate, size),
-            {"transformers": bind(their_generate, size)},
+            both_attentions(their_generate, size),
             target=2.0,
             agreement=same_tokens,
             repeats=5,

@@ -115,10 +115,12 @@ def attend_without_weights(
     scale: float,
     mask: Bool[Array, "#batch #heads #queries keys"] | None = None,
 ) -> Float[Array, "batch heads queries head_dim"]:
-    """`attend` for callers that do not look at the weights.
+    r"""`attend` for callers that do not look at the weights.
 
-    On a CPU the heads of long inputs take turns, so that the scores of one stay in the cache instead of going through
-    memory three times: with 12 heads of 1214 tokens, 0.10 s of processor time instead of 0.23 s.
+    On a CPU the heads of long inputs take turns, so that the scores $S$ of one stay in the cache instead of going
+    through memory three times, and the sum of the softmax divides the output, which is smaller than the weights:
+    $\operatorname{softmax}(S)V = (e^{S - \max S}V) / \sum e^{S - \max S}$. With 6 heads of 1500 tokens, 51 ms instead of
+    166 ms on two cores.
     """
 
     def whole(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -128,10 +130,15 @@ def attend_without_weights(
         batch, heads = query.shape[:2]
         if mask is not None:
             mask = jnp.broadcast_to(mask, (batch, heads, *mask.shape[2:]))
+        accumulate = jnp.promote_types(query.dtype, jnp.float32)
 
         def one(arrays: Any) -> jax.Array:
-            q, k, v, m = jax.tree.map(lambda x: x[None, None], arrays)
-            return whole(q, k, v, m)[0, 0]
+            query, key, value, mask = arrays
+            scores = jnp.einsum("qd,kd->qk", query * scale, key, preferred_element_type=accumulate)
+            if mask is not None:
+                scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+            weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+            return (weights.astype(value.dtype) @ value) / weights.sum(axis=-1, keepdims=True).astype(value.dtype)
 
         flat = jax.tree.map(lambda x: x.reshape(batch * heads, *x.shape[2:]), (query, key, value, mask))
         return jax.lax.map(one, flat).reshape(*query.shape[:3], value.shape[3])
