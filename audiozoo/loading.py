@@ -138,7 +138,7 @@ def convert(
 
 def place(array: np.ndarray, dtype: Any, where: Any = None) -> jax.Array:
     """An array on its devices, in C order and of the model's dtype, with no second copy on the host."""
-    array = np.ascontiguousarray(array, dtype=dtype)
+    array = np.asarray(array, dtype=dtype, order="C")
     return jnp.asarray(array) if where is None else jax.device_put(array, where)
 
 

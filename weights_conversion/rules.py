@@ -436,4 +436,4 @@ class Table:
         for step in self.steps_for(parameters):
             arrays = step.operation.inverse(tuple(np.asarray(parameters[path]) for path in step.ours))
             for name, array in zip(step.foreign, arrays, strict=True):
-                yield name, np.ascontiguousarray(array)
+                yield name, np.asarray(array, order="C")
