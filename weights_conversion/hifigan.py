@@ -25,7 +25,7 @@ from weights_conversion.rules import (
     squeeze,
 )
 
-MODEL_TYPE = "hifigan"
+MODEL_TYPE = "speecht5_hifigan"
 
 # The two spellings of a weight-normalised tensor that older files use, in today's.
 WEIGHT_NORM_RENAMES = (
@@ -127,6 +127,18 @@ MULTI_SCALE_TABLE = Table(
 )
 
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(HifiGanConfig)}
+# What a `SpeechT5HifiGan`'s configuration says of them.
+_KEPT = (
+    "model_in_dim",
+    "sampling_rate",
+    "upsample_initial_channel",
+    "upsample_rates",
+    "upsample_kernel_sizes",
+    "resblock_kernel_sizes",
+    "resblock_dilation_sizes",
+    "leaky_relu_slope",
+    "normalize_before",
+)
 
 
 def config_from_hugging_face(config: Mapping[str, Any], where: str = "config.json") -> HifiGanConfig:
@@ -159,16 +171,17 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
         SourceError: if the configuration that lies beside the weights is missing.
         CheckpointError: if the file is damaged or another class is asked for.
     """
-    if model_class not in (None, "HifiGanGenerator"):
-        raise CheckpointError(f"{path} holds a HiFi-GAN generator; it loads as HifiGanGenerator, not as {model_class}.")
+    known = "SpeechT5HifiGan" if path.is_dir() else "HifiGanGenerator"
+    if model_class not in (None, known):
+        raise CheckpointError(f"{path} holds a HiFi-GAN generator; it loads as {known}, not as {model_class}.")
     directory = path if path.is_dir() else path.parent
     raw, where = read_json(directory / "config.json"), str(directory / "config.json")
     tensors = open_tensors(path)
     if path.is_dir():
         config = config_from_hugging_face(raw, where)
-        return ForeignCheckpoint("HifiGanGenerator", config, tensors, hugging_face_table(config), path)
+        return ForeignCheckpoint(known, config, tensors, hugging_face_table(config), path)
     config = config_from_original(raw, where)
-    return ForeignCheckpoint("HifiGanGenerator", config, tensors, original_table(config), path)
+    return ForeignCheckpoint(known, config, tensors, original_table(config), path)
 
 
 def hugging_face(model: Any) -> HuggingFaceForm:
@@ -178,9 +191,7 @@ def hugging_face(model: Any) -> HuggingFaceForm:
         raise CheckpointError(
             "transformers has no HiFi-GAN but SpeechT5's: folded kernels, residual blocks '1', a standardised input."
         )
-    kept = ("model_in_dim", "sampling_rate", "upsample_initial_channel", "upsample_rates", "upsample_kernel_sizes")
-    kept += ("resblock_kernel_sizes", "resblock_dilation_sizes", "leaky_relu_slope", "normalize_before")
-    described = {name: getattr(config, name) for name in kept}
+    described: dict[str, Any] = {name: getattr(config, name) for name in _KEPT}
     described |= {"architectures": ["SpeechT5HifiGan"], "model_type": "speecht5_hifigan", "dtype": "float32"}
     return HuggingFaceForm({"config.json": described}, hugging_face_table(config))
 

@@ -22,6 +22,7 @@ discriminators teach it: some see the waveform folded at prime periods, some see
 | §2.4, Eq. 1 and 2, least-squares GAN | `discriminator_loss`, `generator_loss` |
 | §2.4, Eq. 3, mel-spectrogram loss | `log_mel`, `mel_loss` |
 | §2.4, Eq. 4, feature matching | `feature_loss` |
+| §2.4, Eq. 5 and 6, final losses; training | `generator_losses`, `discriminator_losses`, `HifiGanDiscriminator` |
 | §3.1 and Appendix A, sizes | `HifiGanConfig.v1()`, `v2()`, `v3()` |
 
 Two generators that other papers took over differ in small things, each a field of the configuration: SpeechT5's
@@ -33,10 +34,10 @@ Checkpoints: the authors' `generator_v1`, `g_02500000` and `do_02500000`, and th
 `microsoft/speecht5_hifigan`, `facebook/hf-seamless-m4t-medium`, VITS, MMS and Piper voices.
 
     import audiozoo
-    from flax import nnx
-    from audiozoo.models.hifigan import HifiGanConfig, HifiGanGenerator
-    vocoder = audiozoo.jit(HifiGanGenerator(HifiGanConfig.v1(), rngs=nnx.Rngs(0)))
-    waveform = vocoder(log_mel_spectrogram)  # (batch, frames, 80) -> (batch, 256 · frames)
+    vocoder = audiozoo.jit(audiozoo.load("microsoft/speecht5_hifigan"))
+    processor = audiozoo.load_processor("microsoft/speecht5_hifigan")
+    inputs = processor(audiozoo.audio.read("speech.wav"), sampling_rate=16_000)
+    waveform = vocoder(**inputs)  # spectrogram (batch, frames, 80) -> (batch, 256 · frames)
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ from audiozoo.audio.features import mel_filterbank, stft
 from audiozoo.errors import UsageError
 from audiozoo.layers import Conv1d
 from audiozoo.layers.weight_norm import WeightNormConv1d, WeightNormConvTranspose1d
+from audiozoo.outputs import ABSENT, ModelOutput
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,18 @@ class HifiGanConfig:
             "resblock": "2",
             "resblock_kernel_sizes": (3, 5, 7),
             "resblock_dilation_sizes": ((1, 2), (2, 6), (3, 12)),
+        }
+        return cls(**(sizes | changes))
+
+    @classmethod
+    def speecht5(cls, **changes: Any) -> HifiGanConfig:
+        """SpeechT5's vocoder, in its released checkpoint: four stages of 4 at 16 kHz."""
+        sizes: dict[str, Any] = {
+            "sampling_rate": 16_000,
+            "upsample_rates": (4, 4, 4, 4),
+            "upsample_kernel_sizes": (8, 8, 8, 8),
+            "normalize_before": True,
+            "weight_norm": False,
         }
         return cls(**(sizes | changes))
 
@@ -303,9 +317,26 @@ class HifiGanGenerator(nnx.Module):
             x = upsample(_mask(jax.nn.leaky_relu(x, config.leaky_relu_slope), lengths))
             lengths = None if lengths is None else lengths * rate
             # Multi-receptive field fusion: the mean of |k_r| residual blocks.
-            x = sum(block(x, lengths) for block in self.resblocks[i * kernels : (i + 1) * kernels]) / kernels
+            fused = [block(x, lengths) for block in self.resblocks[i * kernels : (i + 1) * kernels]]
+            x = sum(fused[1:], start=fused[0]) / kernels
         x = self.conv_post(_mask(jax.nn.leaky_relu(x, config.final_leaky_relu_slope), lengths))
         return _mask(jnp.tanh(x), lengths)[..., 0]
+
+
+class SpeechT5HifiGan(HifiGanGenerator):
+    """The generator as SpeechT5's released checkpoint has it: its input standardised, its kernels folded."""
+
+    def __call__(
+        self,
+        spectrogram: Float[Array, "*batch frames bins"],
+        condition: Float[Array, "batch one speaker"] | None = None,
+        *,
+        lengths: Int[Array, " batch"] | None = None,
+    ) -> Float[Array, "*batch samples"]:
+        """Decode a batch, or one spectrogram `(frames, bins)` to one waveform `(samples,)`."""
+        if spectrogram.ndim == 2:
+            return super().__call__(spectrogram[None], condition, lengths=lengths)[0]
+        return super().__call__(spectrogram, condition, lengths=lengths)
 
 
 # --- discriminators --------------------------------------------------------------------------------------------------
@@ -515,6 +546,29 @@ class MultiScaleDiscriminator(nnx.Module):
         return scores, features
 
 
+class HifiGanDiscriminator(nnx.Module):
+    """Both kinds of discriminators together (§2.4, Eq. 5 and 6 sum over all of their parts)."""
+
+    def __init__(
+        self,
+        *,
+        periods: tuple[int, ...] = (2, 3, 5, 7, 11),
+        period_channels: tuple[int, ...] = (32, 128, 512, 1024, 1024),
+        scale_layers: tuple[tuple[int, int, int, int], ...] = HIFIGAN_SCALE_LAYERS,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.mpd = MultiPeriodDiscriminator(periods=periods, channels=period_channels, **kwargs)
+        self.msd = MultiScaleDiscriminator(layers=scale_layers, **kwargs)
+
+    def __call__(self, waveform: Float[Array, "batch time"]) -> tuple[list[jax.Array], list[Features]]:
+        """Scores and features of each sub-discriminator."""
+        (of_periods, period_features), (of_scales, scale_features) = self.mpd(waveform), self.msd(waveform)
+        return of_periods + of_scales, period_features + scale_features
+
+
 def power_iteration(model: nnx.Module) -> None:
     """Bring the singular vectors of every spectrally normalised layer up to date, in place."""
     for _, module in nnx.iter_modules(model):
@@ -595,3 +649,72 @@ def mel_loss(
 ) -> Float[Array, ""]:
     r"""$\lambda_{mel}\, \mathbb E \lVert \phi(x) - \phi(G(s)) \rVert_1$ (Eq. 3), $\lambda_{mel} = 45$ (Eq. 5)."""
     return 45.0 * jnp.mean(jnp.abs(target - generated))
+
+
+class HifiGanBatch(ModelOutput):
+    """A batch for training (§3.1): segments of spectrograms, and the waveforms that they were made of."""
+
+    spectrogram: Float[Array, "batch frames bins"] = ABSENT
+    waveform: Float[Array, "batch samples"] = ABSENT
+
+
+class HifiGanLosses(ModelOutput):
+    """The generator's loss and its parts, weights included (§2.4, Eq. 5)."""
+
+    total: Float[Array, ""] = ABSENT
+    mel: Float[Array, ""] = ABSENT
+    adversarial: Float[Array, ""] = ABSENT
+    features: Float[Array, ""] = ABSENT
+
+
+class HifiGanOutput(ModelOutput):
+    """§2.1: what the generator makes in training."""
+
+    waveform: Float[Array, "batch samples"] = ABSENT
+
+
+def generator_losses(
+    model: HifiGanGenerator,
+    discriminator: HifiGanDiscriminator,
+    batch: HifiGanBatch,
+    *,
+    n_fft: int = 1024,
+    num_mels: int = 80,
+    key: jax.Array | None = None,
+) -> tuple[HifiGanLosses, HifiGanOutput, Float[Array, "batch samples"]]:
+    r"""$L_G = \sum_k [L_{Adv}(G; D_k) + \lambda_{fm} L_{FM}(G; D_k)] + \lambda_{mel} L_{Mel}(G)$ (§2.4, Eq. 5).
+
+    Args:
+        model: the generator.
+        discriminator: its judge, held fixed.
+        batch: spectrograms and waveforms.
+        n_fft: samples in a frame of the loss's spectrogram.
+        num_mels: bands of it, over all frequencies.
+        key: not used: nothing here is drawn.
+
+    Returns:
+        The losses, what was generated, and the real waveform.
+    """
+    hop, rate = model.config.samples_per_frame, model.config.sampling_rate
+    generated = model(batch.spectrogram)
+
+    def phi(waveform: jax.Array) -> jax.Array:
+        return log_mel(waveform, rate, n_fft=n_fft, hop_length=hop, num_mels=num_mels)
+
+    mel = mel_loss(phi(batch.waveform), phi(generated))
+    _, real_features = discriminator(batch.waveform)
+    scores, features = discriminator(generated)
+    adversarial, matching = generator_loss(scores), feature_loss(real_features, features)
+    losses = HifiGanLosses(adversarial + matching + mel, mel, adversarial, matching)
+    return losses, HifiGanOutput(generated), batch.waveform
+
+
+def discriminator_losses(
+    discriminator: HifiGanDiscriminator,
+    real: Float[Array, "batch samples"],
+    generated: Float[Array, "batch samples"],
+) -> Float[Array, ""]:
+    r"""$L_D = \sum_k L_{Adv}(D_k; G)$ (§2.4, Eq. 6); no gradient goes back into `generated`."""
+    scores, _ = discriminator(real)
+    judged, _ = discriminator(jax.lax.stop_gradient(generated))
+    return discriminator_loss(scores, judged)

@@ -17,9 +17,9 @@ alignment that makes $z$ most likely; a flow-based predictor learns to sample th
 
 | paper | here |
 | --- | --- |
-| §2.1.2, Eq. 2, reconstruction loss | `VitsLosses.mel`, on `hifigan.log_mel` |
+| §2.1.2, Eq. 2, reconstruction loss | `VitsLosses.mel`, on `hifigan.mel_of_spectrogram` |
 | §2.1.3, Eq. 3 and 4, KL divergence | `kl_loss` |
-| §2.2.1, Eq. 5 and 6, monotonic alignment search | `log_likelihoods`, `monotonic_alignment` |
+| §2.2.1, Eq. 5 and 6, monotonic alignment search | `log_likelihoods`, `layers.alignment.monotonic_alignment` |
 | §2.2.2, Eq. 7, duration prediction; Appendix B | `VitsStochasticDurationPredictor` |
 | §2.3, Eq. 8 to 10, adversarial training | `VitsDiscriminator`, on `hifigan`'s losses |
 | §2.4, Eq. 11, final loss | `generator_losses`, `discriminator_losses` |
@@ -27,10 +27,11 @@ alignment that makes $z$ most likely; a flow-based predictor learns to sample th
 | §2.5.2, prior encoder | `VitsTextEncoder`, `VitsResidualCouplingBlock` |
 | §2.5.3, decoder | `hifigan.HifiGanGenerator` |
 | §2.5.4, discriminator | `VitsDiscriminator` |
-| §2.5.5, stochastic duration predictor; Figure 5 | `VitsConvFlow`, `rational_quadratic_spline` |
+| §2.5.5, stochastic duration predictor; Figure 5 | `VitsConvFlow`, `layers.splines.rational_quadratic_spline` |
 | §3.2, multi-speaker; §4.3, voice conversion | `speaker_id`, `VitsModel.voice_conversion` |
 | §3.3 and §4.4, deterministic predictor, the ablation | `VitsDurationPredictor` |
-| not in the paper: compiled and streamed synthesis | `Synthesizer` |
+| §3.1, training | `training.adversarial.AdversarialTrainer` |
+| not in the paper: compiled and streamed synthesis | `decoding.synthesis.Synthesizer` |
 
 Where the original is wrong, the paper is followed. `transformers` runs the duration predictor's flows in the training
 direction with a permutation after the first, affine one, which its own reverse direction does not undo; here the two
@@ -41,35 +42,34 @@ Checkpoints: `facebook/mms-tts-*` (1,100 languages), `kakao-enterprise/vits-ljs`
 `pretrained_ljs.pth` and `pretrained_vctk.pth`, MMS' `G_100000.pth`, and Piper's voices, `.ckpt` and `.onnx`.
 
     import audiozoo
-    from audiozoo.models.vits import speak
+    from audiozoo.decoding.synthesis import speak
     model = audiozoo.load("facebook/mms-tts-eng")
     processor = audiozoo.load_processor("facebook/mms-tts-eng")
-    for sentence in speak(model, processor, "Good morning. How are you?"):
+    for sentence in speak(model, processor.sentences("Good morning. How are you?")):
         audiozoo.audio.write("sentence.wav", sentence.waveform, model.config.sampling_rate)
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from audiozoo.errors import UsageError
 from audiozoo.layers import Conv1d, Dropout, Embed, LayerNorm, Linear, activation, attend, gelu
+from audiozoo.layers.alignment import monotonic_alignment, repeat_by_duration
 from audiozoo.layers.attention import merge_heads, split_heads
-from audiozoo.layers.weight_norm import WeightNormConv1d, fold_weight_norm
+from audiozoo.layers.splines import rational_quadratic_spline
+from audiozoo.layers.weight_norm import WeightNormConv1d
 from audiozoo.models import hifigan
 from audiozoo.models.hifigan import HifiGanConfig, HifiGanGenerator, PeriodDiscriminator, ScaleDiscriminator
-from audiozoo.outputs import ModelOutput
+from audiozoo.outputs import ABSENT, ModelOutput
 
 # --- configuration ---------------------------------------------------------------------------------------------------
 
@@ -203,26 +203,32 @@ class VitsConfig:
 class VitsModelOutput(ModelOutput):
     """Not in the paper: what synthesis gives; `spectrogram` is the masked latent z, the decoder's input."""
 
-    waveform: Float[Array, "batch samples"] | None = None
-    sequence_lengths: Int[Array, " batch"] | None = None
-    spectrogram: Float[Array, "batch frames latent"] | None = None
+    waveform: Float[Array, "batch samples"] = ABSENT
+    sequence_lengths: Int[Array, " batch"] = ABSENT
+    spectrogram: Float[Array, "batch frames latent"] = ABSENT
     hidden_states: tuple[Float[Array, "batch time channels"], ...] | None = None
     attentions: tuple[Float[Array, "batch heads query key"], ...] | None = None
-    durations: Float[Array, "batch time"] | None = None
+    durations: Float[Array, "batch time"] = ABSENT
 
 
 class VitsTextEncoderOutput(ModelOutput):
     """§2.1.3: the text encoder's output, one Gaussian for each symbol."""
 
-    last_hidden_state: Float[Array, "batch time channels"] | None = None
-    prior_means: Float[Array, "batch time latent"] | None = None
-    prior_log_variances: Float[Array, "batch time latent"] | None = None
+    last_hidden_state: Float[Array, "batch time channels"] = ABSENT
+    prior_means: Float[Array, "batch time latent"] = ABSENT
+    prior_log_variances: Float[Array, "batch time latent"] = ABSENT
     hidden_states: tuple[Float[Array, "batch time channels"], ...] | None = None
     attentions: tuple[Float[Array, "batch heads query key"], ...] | None = None
 
 
 def _kwargs(dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> dict[str, Any]:
     return {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+
+
+def _zero(layer: Conv1d) -> None:
+    for parameter in (layer.kernel, layer.bias):
+        assert parameter is not None
+        parameter[...] = jnp.zeros_like(parameter[...])
 
 
 # --- text encoder ----------------------------------------------------------------------------------------------------
@@ -484,9 +490,7 @@ class VitsResidualCouplingLayer(nnx.Module):
         self.conv_pre = Conv1d(half, config.hidden_size, 1, **kwargs)
         self.wavenet = VitsWaveNet(config, config.prior_encoder_num_wavenet_layers, **kwargs)
         self.conv_post = Conv1d(config.hidden_size, half, 1, **kwargs)
-        # A new flow is the identity.
-        self.conv_post.kernel[...] = jnp.zeros_like(self.conv_post.kernel[...])
-        self.conv_post.bias[...] = jnp.zeros_like(self.conv_post.bias[...])
+        _zero(self.conv_post)  # a new flow is the identity
 
     def __call__(
         self,
@@ -533,82 +537,6 @@ class VitsResidualCouplingBlock(nnx.Module):
 
 
 # --- duration prediction ---------------------------------------------------------------------------------------------
-
-MIN_BIN = 1e-3  # least width and height of a spline's bin, as a part of the whole interval
-MIN_DERIVATIVE = 1e-3  # least slope at a knot
-
-
-def rational_quadratic_spline(
-    x: Float[Array, "*shape"],
-    widths: Float[Array, "*shape bins"],
-    heights: Float[Array, "*shape bins"],
-    derivatives: Float[Array, "*shape knots"],
-    *,
-    reverse: bool = False,
-    bound: float = 5.0,
-) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
-    r"""Monotonic rational-quadratic spline with linear tails (§2.5.5, Figure 5; arXiv 1906.04032, §3.1).
-
-    $K$ bins divide $[-B, B]$; in bin $k$, with $\xi = (x - x_k)/w_k$, mean slope $s = h_k / w_k$ and slopes $\delta$ at
-    the knots,
-    $$y = y_k + \frac{h_k\,[s\,\xi^2 + \delta_k\,\xi(1-\xi)]}{s + (\delta_{k+1} + \delta_k - 2s)\,\xi(1-\xi)}.$$
-    Outside of $[-B, B]$ it is the identity.
-
-    Args:
-        x: where to evaluate.
-        widths: of the bins, before their softmax.
-        heights: of the bins, before their softmax.
-        derivatives: at the $K - 1$ inner knots, before their softplus; at $\pm B$ the slope is 1.
-        reverse: evaluate the inverse.
-        bound: $B$.
-
-    Returns:
-        The values, and the logarithm of the derivative there.
-    """
-    bins = widths.shape[-1]
-    inside = (x >= -bound) & (x <= bound)
-    # Nothing outside may reach a division or a root: not even its gradient.
-    x_in = jnp.where(inside, x, jnp.zeros((), x.dtype))
-    edge = jnp.full((*derivatives.shape[:-1], 1), math.log(math.exp(1 - MIN_DERIVATIVE) - 1), derivatives.dtype)
-    slopes = MIN_DERIVATIVE + jax.nn.softplus(jnp.concatenate([edge, derivatives, edge], axis=-1))
-
-    def knots(unnormalised: jax.Array) -> jax.Array:
-        parts = MIN_BIN + (1 - MIN_BIN * bins) * jax.nn.softmax(unnormalised, axis=-1)
-        inner = 2 * bound * jnp.cumsum(parts, axis=-1)[..., :-1] - bound
-        end = jnp.full((*inner.shape[:-1], 1), bound, inner.dtype)
-        return jnp.concatenate([-end, inner, end], axis=-1)
-
-    x_knots, y_knots = knots(widths), knots(heights)
-    located = y_knots if reverse else x_knots
-    index = jnp.clip(jnp.sum(x_in[..., None] >= located[..., :-1], axis=-1) - 1, 0, bins - 1)
-    chosen = jnp.arange(bins) == index[..., None]
-
-    def at(values: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(chosen, values, jnp.zeros((), values.dtype)), axis=-1)
-
-    x_k, w = at(x_knots[..., :-1]), at(jnp.diff(x_knots, axis=-1))
-    y_k, h = at(y_knots[..., :-1]), at(jnp.diff(y_knots, axis=-1))
-    d_k, d_next, s = at(slopes[..., :-1]), at(slopes[..., 1:]), h / w
-    curvature = d_k + d_next - 2 * s
-    if reverse:
-        # The root in [0, 1] of a ξ² + b ξ + c, in the form that does not cancel.
-        offset = x_in - y_k
-        a, b, c = h * (s - d_k) + offset * curvature, h * d_k - offset * curvature, -s * offset
-        discriminant = jnp.square(b) - 4 * a * c
-        positive = discriminant > 0
-        root = jnp.where(positive, jnp.sqrt(jnp.where(positive, discriminant, 1)), 0)
-        xi = 2 * c / (-b - root)
-        value = xi * w + x_k
-    else:
-        xi = (x_in - x_k) / w
-    mixed = xi * (1 - xi)
-    denominator = s + curvature * mixed
-    if not reverse:
-        value = y_k + h * (s * jnp.square(xi) + d_k * mixed) / denominator
-    numerator = jnp.square(s) * (d_next * jnp.square(xi) + 2 * s * mixed + d_k * jnp.square(1 - xi))
-    log_slope = jnp.log(numerator) - 2 * jnp.log(denominator)
-    log_slope = jnp.where(inside, -log_slope if reverse else log_slope, jnp.zeros((), x.dtype))
-    return jnp.where(inside, value, x), log_slope
 
 
 class VitsDilatedDepthSeparableConv(nnx.Module):
@@ -668,9 +596,7 @@ class VitsConvFlow(nnx.Module):
         self.conv_pre = Conv1d(self.half, config.hidden_size, 1, **kwargs)
         self.conv_dds = VitsDilatedDepthSeparableConv(config, **kwargs)
         self.conv_proj = Conv1d(config.hidden_size, self.half * (3 * self.bins - 1), 1, **kwargs)
-        # A new spline has equal bins.
-        self.conv_proj.kernel[...] = jnp.zeros_like(self.conv_proj.kernel[...])
-        self.conv_proj.bias[...] = jnp.zeros_like(self.conv_proj.bias[...])
+        _zero(self.conv_proj)  # a new spline has equal bins
 
     def __call__(
         self,
@@ -858,7 +784,7 @@ class VitsDurationPredictor(nnx.Module):
         return self.proj(x * mask) * mask
 
 
-# --- alignment -------------------------------------------------------------------------------------------------------
+# --- alignment -----------------------------------------------------------------------------------------------------
 
 
 def log_likelihoods(
@@ -875,62 +801,6 @@ def log_likelihoods(
     return constant[:, None] + squares + products
 
 
-def monotonic_alignment(
-    scores: Float[Array, "batch frames time"],
-    frames: Int[Array, " batch"],
-    times: Int[Array, " batch"],
-) -> Float[Array, "batch frames time"]:
-    r"""Monotonic alignment search (§2.2.1, Eq. 5; Glow-TTS, arXiv 2005.11129, Algorithm 1), on the device.
-
-    Of all alignments that begin at the first symbol, end at the last one, and from frame to frame stay or go one symbol
-    on, the one of the greatest sum of scores: $Q_{i,j} = \max(Q_{i-1,j-1}, Q_{i,j-1}) + \text{score}_{i,j}$, walked
-    back from the end. At a tie the path stays (walking back), as in the authors' search.
-
-    Args:
-        scores: log-likelihoods.
-        frames: frames of each item, not fewer than its symbols.
-        times: symbols of each item.
-
-    Returns:
-        1 where frame and symbol belong together, else 0. No gradient goes through it.
-    """
-    scores = jax.lax.stop_gradient(scores)
-    batch, _, time = scores.shape
-    never = jnp.asarray(-1e9, scores.dtype)
-    symbol = jnp.arange(time)
-
-    def forward(best: jax.Array, step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        frame, score = step
-        before = jnp.concatenate([jnp.full((batch, 1), never), best[:, :-1]], axis=1)
-        came = (symbol == frame) | (best < before)  # from the symbol before
-        start = jnp.where((frame == 0) & (symbol == 0), 0, before)
-        return score + jnp.maximum(start, jnp.where(symbol == frame, never, best)), came
-
-    def backward(index: jax.Array, step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        frame, came = step
-        valid = frame < frames
-        here = jnp.where(valid[:, None], symbol == index[:, None], False)
-        moves = valid & (index > 0) & jnp.take_along_axis(came, index[:, None], axis=1)[:, 0]
-        return index - moves, here
-
-    steps = jnp.arange(scores.shape[1])
-    _, came = jax.lax.scan(forward, jnp.full((batch, time), never), (steps, scores.swapaxes(0, 1)))
-    _, path = jax.lax.scan(backward, times - 1, (steps, came), reverse=True)
-    return path.swapaxes(0, 1).astype(scores.dtype)
-
-
-def repeat_by_duration(
-    durations: Float[Array, "batch time"], frames: int, *values: Float[Array, "batch time channels"]
-) -> tuple[Float[Array, "batch frames channels"], ...]:
-    """Each symbol's values, as many times as its duration says; zeros after the last one."""
-    ends = jnp.cumsum(durations, axis=-1)
-    position = jnp.arange(frames, dtype=ends.dtype)
-    index = jax.vmap(partial(jnp.searchsorted, side="right"), in_axes=(0, None))(ends, position)
-    valid = (position < ends[:, -1:])[..., None]
-    index = jnp.minimum(index, ends.shape[1] - 1)[..., None]
-    return tuple(jnp.where(valid, jnp.take_along_axis(v, index, axis=1), jnp.zeros((), v.dtype)) for v in values)
-
-
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
@@ -942,12 +812,12 @@ def frame_mask(lengths: Int[Array, " batch"], frames: int, dtype: Any) -> Float[
 class VitsTrainingOutput(ModelOutput):
     """What a training forward gives: a segment of waveform, and what the losses compare (§2.1 to §2.3)."""
 
-    waveform: Float[Array, "batch samples"] | None = None
-    segment_starts: Int[Array, " batch"] | None = None
-    duration_loss: Float[Array, ""] | None = None
-    kl_loss: Float[Array, ""] | None = None
-    alignment: Float[Array, "batch frames time"] | None = None
-    latents: Float[Array, "batch frames latent"] | None = None
+    waveform: Float[Array, "batch samples"] = ABSENT
+    segment_starts: Int[Array, " batch"] = ABSENT
+    duration_loss: Float[Array, ""] = ABSENT
+    kl_loss: Float[Array, ""] = ABSENT
+    alignment: Float[Array, "batch frames time"] = ABSENT
+    latents: Float[Array, "batch frames latent"] = ABSENT
 
 
 class VitsModel(nnx.Module):
@@ -958,9 +828,11 @@ class VitsModel(nnx.Module):
         self.text_encoder = VitsTextEncoder(config, **kwargs)
         self.flow = VitsResidualCouplingBlock(config, **kwargs)
         self.decoder = HifiGanGenerator(config.decoder, **kwargs)
-        stochastic = config.use_stochastic_duration_prediction
-        predictor = VitsStochasticDurationPredictor if stochastic else VitsDurationPredictor
-        self.duration_predictor = predictor(config, **kwargs)
+        self.duration_predictor = (
+            VitsStochasticDurationPredictor(config, **kwargs)
+            if config.use_stochastic_duration_prediction
+            else VitsDurationPredictor(config, **kwargs)
+        )
         if config.num_speakers > 1:
             self.embed_speaker = Embed(config.num_speakers, config.speaker_embedding_size, **kwargs)
         if config.has_posterior:
@@ -987,7 +859,7 @@ class VitsModel(nnx.Module):
         self,
         input_ids: Int[Array, "batch time"],
         attention_mask: Int[Array, "batch time"] | None = None,
-        speaker_id: int | Int[Array, " batch"] | None = None,
+        speaker: Float[Array, "#batch 1 speaker"] | None = None,
         *,
         speaking_rate: float | Float[Array, ""] | None = None,
         noise_scale_duration: float | Float[Array, ""] | None = None,
@@ -996,7 +868,7 @@ class VitsModel(nnx.Module):
     ) -> tuple[VitsTextEncoderOutput, Float[Array, "batch time"]]:
         """The first half of synthesis: the prior of each symbol, and how many frames it lasts.
 
-        Arguments as for the call.
+        Arguments as for the call; `speaker` is a voice's embedding.
         """
         config, time = self.config, input_ids.shape[1]
         encoded = self.text_encoder(input_ids, self._symbol_mask(input_ids, attention_mask))
@@ -1006,7 +878,7 @@ class VitsModel(nnx.Module):
             duration_noise = jax.random.normal(_key(key, 0), (input_ids.shape[0], time, 2), hidden.dtype)
         scale = config.noise_scale_duration if noise_scale_duration is None else noise_scale_duration
         log_durations = self.duration_predictor(
-            hidden, mask, self.speaker_embedding(speaker_id), noise=duration_noise.astype(hidden.dtype) * scale
+            hidden, mask, speaker, noise=duration_noise.astype(hidden.dtype) * scale
         )
         rate = config.speaking_rate if speaking_rate is None else speaking_rate
         durations = jnp.ceil(jnp.exp(log_durations) * mask * (1.0 / rate))
@@ -1022,7 +894,7 @@ class VitsModel(nnx.Module):
         means: Float[Array, "batch time latent"],
         log_deviations: Float[Array, "batch time latent"],
         durations: Float[Array, "batch time"],
-        speaker_id: int | Int[Array, " batch"] | None = None,
+        speaker: Float[Array, "#batch 1 speaker"] | None = None,
         *,
         frames: int,
         noise_scale: float | Float[Array, ""] | None = None,
@@ -1038,16 +910,16 @@ class VitsModel(nnx.Module):
         lengths = jnp.maximum(jnp.sum(durations, axis=-1), 1).astype(jnp.int32)
         mask = frame_mask(lengths, frames, means.dtype)
         z = means + prior_noise.astype(means.dtype) * jnp.exp(log_deviations) * scale
-        return self.flow(z, mask, self.speaker_embedding(speaker_id), reverse=True) * mask, lengths
+        return self.flow(z, mask, speaker, reverse=True) * mask, lengths
 
     def decode(
         self,
         latents: Float[Array, "batch frames latent"],
         lengths: Int[Array, " batch"] | None = None,
-        speaker_id: int | Int[Array, " batch"] | None = None,
+        speaker: Float[Array, "#batch 1 speaker"] | None = None,
     ) -> Float[Array, "batch samples"]:
         """The last part of synthesis: z to waveform, silent after each item's end."""
-        return self.decoder(latents, self.speaker_embedding(speaker_id), lengths=lengths)
+        return self.decoder(latents, speaker, lengths=lengths)
 
     def __call__(
         self,
@@ -1091,10 +963,11 @@ class VitsModel(nnx.Module):
         Raises:
             UsageError: inside `jax.jit`, if the number of frames is not known; for an unknown voice.
         """
+        speaker = self.speaker_embedding(speaker_id)
         encoded, predicted = self.encode(
             input_ids,
             attention_mask,
-            speaker_id,
+            speaker,
             speaking_rate=speaking_rate,
             noise_scale_duration=noise_scale_duration,
             duration_noise=duration_noise,
@@ -1108,7 +981,7 @@ class VitsModel(nnx.Module):
         elif isinstance(durations, jax.core.Tracer):
             raise UsageError(
                 "The number of frames depends on the text, so inside jax.jit it must be given, as the length of "
-                "prior_noise; audiozoo.models.vits.Synthesizer(model) compiles synthesis for texts of any length."
+                "prior_noise; audiozoo.decoding.synthesis.Synthesizer compiles synthesis for texts of any length."
             )
         else:
             frames = max(int(jnp.max(jnp.sum(durations, axis=-1))), 1)
@@ -1116,14 +989,14 @@ class VitsModel(nnx.Module):
             encoded.prior_means,
             encoded.prior_log_variances,
             durations,
-            speaker_id,
+            speaker,
             frames=frames,
             noise_scale=noise_scale,
             prior_noise=prior_noise,
             key=key,
         )
         return VitsModelOutput(
-            waveform=self.decode(z, lengths, speaker_id),
+            waveform=self.decode(z, lengths, speaker),
             sequence_lengths=lengths * self.config.hop_length,
             spectrogram=z,
             hidden_states=encoded.hidden_states if output_hidden_states else None,
@@ -1231,7 +1104,7 @@ class VitsModel(nnx.Module):
         symbol_counts = jnp.sum(attention_mask, axis=-1).astype(jnp.int32)
         alignment = monotonic_alignment(scores, spectrogram_lengths, symbol_counts)
         durations = jnp.sum(alignment, axis=1)[..., None]
-        if config.use_stochastic_duration_prediction:
+        if isinstance(self.duration_predictor, VitsStochasticDurationPredictor):
             bound = self.duration_predictor.negative_log_likelihood(
                 text.last_hidden_state, symbols, durations, speaker, noise=duration_noise, dropout=dropout
             )
@@ -1307,21 +1180,21 @@ class VitsDiscriminator(nnx.Module):
 class VitsLosses(ModelOutput):
     """The generator's loss and its parts (§2.4, Eq. 11); of them `mel` is before its weight of 45."""
 
-    total: Float[Array, ""] | None = None
-    mel: Float[Array, ""] | None = None
-    kl: Float[Array, ""] | None = None
-    duration: Float[Array, ""] | None = None
-    adversarial: Float[Array, ""] | None = None
-    features: Float[Array, ""] | None = None
+    total: Float[Array, ""] = ABSENT
+    mel: Float[Array, ""] = ABSENT
+    kl: Float[Array, ""] = ABSENT
+    duration: Float[Array, ""] = ABSENT
+    adversarial: Float[Array, ""] = ABSENT
+    features: Float[Array, ""] = ABSENT
 
 
 class VitsBatch(ModelOutput):
     """A batch for training: symbols, and recordings of the same rate as the model's (§3.1)."""
 
-    input_ids: Int[Array, "batch time"] | None = None
-    attention_mask: Int[Array, "batch time"] | None = None
-    waveform: Float[Array, "batch samples"] | None = None
-    waveform_lengths: Int[Array, " batch"] | None = None
+    input_ids: Int[Array, "batch time"] = ABSENT
+    attention_mask: Int[Array, "batch time"] = ABSENT
+    waveform: Float[Array, "batch samples"] = ABSENT
+    waveform_lengths: Int[Array, " batch"] = ABSENT
     speaker_id: Int[Array, " batch"] | None = None
 
 
@@ -1390,331 +1263,3 @@ def discriminator_losses(
     scores, _ = discriminator(real)
     judged, _ = discriminator(jax.lax.stop_gradient(generated))
     return hifigan.discriminator_loss(scores, judged)
-
-
-@jax.tree_util.register_dataclass
-@dataclass
-class VitsTrainingState:
-    """Everything that training changes (§3.1): both networks' parameters and both optimisers' states."""
-
-    generator: Any
-    discriminator: Any
-    generator_optimizer: Any
-    discriminator_optimizer: Any
-
-
-class VitsTrainer:
-    """Alternating training of both networks (§2.3 and §3.1), one compiled step for each.
-
-    The default optimiser is the paper's: AdamW with $\\beta$ = (0.8, 0.99), weight decay 0.01 and a rate of 2e-4 that
-    falls by a factor of $0.999^{1/8}$ in every epoch.
-
-        trainer = VitsTrainer(model, VitsDiscriminator(rngs=nnx.Rngs(1)))
-        state = trainer.init()
-        for i, batch in enumerate(batches):
-            state, losses = trainer.step(state, batch, jax.random.key(i))
-        model = trainer.model(state)
-    """
-
-    def __init__(
-        self,
-        model: VitsModel,
-        discriminator: VitsDiscriminator,
-        *,
-        generator_optimizer: Any = None,
-        discriminator_optimizer: Any = None,
-        learning_rate: float | Callable[[Any], Any] = 2e-4,
-        segment_frames: int = 32,
-        mel_weight: float = 45.0,
-        kl_weight: float = 1.0,
-    ):
-        import optax
-
-        def adamw() -> Any:
-            return optax.adamw(learning_rate, b1=0.8, b2=0.99, eps=1e-9, weight_decay=0.01)
-
-        self.generator_optimizer = generator_optimizer or adamw()
-        self.discriminator_optimizer = discriminator_optimizer or adamw()
-        self.options = {"segment_frames": segment_frames, "mel_weight": mel_weight, "kl_weight": kl_weight}
-        self._generator, self._initial_generator = nnx.split(model)
-        self._discriminator, self._initial_discriminator = nnx.split(discriminator)
-        self.generator_step = jax.jit(self._generator_step)
-        self.discriminator_step = jax.jit(self._discriminator_step)
-
-    def init(self) -> VitsTrainingState:
-        """The state before the first step."""
-        g, d = self._initial_generator, self._initial_discriminator
-        return VitsTrainingState(g, d, self.generator_optimizer.init(g), self.discriminator_optimizer.init(d))
-
-    def model(self, state: VitsTrainingState) -> VitsModel:
-        """The trained generator."""
-        return nnx.merge(self._generator, state.generator)
-
-    def _discriminator_step(
-        self, state: VitsTrainingState, real: jax.Array, generated: jax.Array
-    ) -> tuple[VitsTrainingState, jax.Array]:
-        def loss_of(parameters: Any) -> jax.Array:
-            return discriminator_losses(nnx.merge(self._discriminator, parameters), real, generated)
-
-        loss, gradients = jax.value_and_grad(loss_of)(state.discriminator)
-        updates, optimizer = self.discriminator_optimizer.update(
-            gradients, state.discriminator_optimizer, state.discriminator
-        )
-        parameters = jax.tree.map(jnp.add, state.discriminator, updates)
-        return dataclasses.replace(state, discriminator=parameters, discriminator_optimizer=optimizer), loss
-
-    def _generator_step(
-        self, state: VitsTrainingState, batch: VitsBatch, key: jax.Array
-    ) -> tuple[VitsTrainingState, VitsLosses, jax.Array, jax.Array]:
-        discriminator = nnx.merge(self._discriminator, state.discriminator)
-
-        def loss_of(parameters: Any) -> tuple[jax.Array, tuple[VitsLosses, jax.Array, jax.Array]]:
-            model = nnx.merge(self._generator, parameters)
-            losses, output, real = generator_losses(model, discriminator, batch, key=key, **self.options)
-            return losses.total, (losses, real, output.waveform)
-
-        (_, (losses, real, generated)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.generator)
-        updates, optimizer = self.generator_optimizer.update(gradients, state.generator_optimizer, state.generator)
-        parameters = jax.tree.map(jnp.add, state.generator, updates)
-        state = dataclasses.replace(state, generator=parameters, generator_optimizer=optimizer)
-        return state, losses, real, generated
-
-    def step(
-        self, state: VitsTrainingState, batch: VitsBatch, key: jax.Array
-    ) -> tuple[VitsTrainingState, dict[str, jax.Array]]:
-        """A step of the generator, then one of the discriminator on the same segments; returns all losses by name."""
-        state, losses, real, generated = self.generator_step(state, batch, key)
-        state, judged = self.discriminator_step(state, real, generated)
-        return state, {name: losses[name] for name in losses.keys()} | {"discriminator": judged}  # noqa: SIM118
-
-
-# --- compiled synthesis ----------------------------------------------------------------------------------------------
-
-
-def bucket(length: int, least: int = 16) -> int:
-    """The smallest of a few lengths that holds `length`: eight to each doubling, so that at most 1/8 is padding."""
-    if length <= least:
-        return least
-    step = max(least, 2 ** (max(length - 1, 1).bit_length() - 4))
-    return -(-length // step) * step
-
-
-@dataclass(frozen=True)
-class Speech:
-    """Synthesised speech (not in the paper).
-
-    Attributes:
-        text: what was said, if it came from text.
-        waveform: float32 samples.
-        sampling_rate: Hz.
-        input_ids: symbols.
-        durations: samples of each symbol.
-    """
-
-    text: str
-    waveform: np.ndarray
-    sampling_rate: int
-    input_ids: np.ndarray
-    durations: np.ndarray
-
-
-def _noise(name: str, given: Any, size: int, key: jax.Array | None) -> dict[str, Any]:
-    """Given noise padded to a bucket; or the key, from which any length draws the same first values."""
-    if given is None:
-        return {"key": jax.random.key(0) if key is None else key}
-    given = np.asarray(given)[:, :size]
-    return {name: np.pad(given, ((0, 0), (0, size - given.shape[1]), (0, 0)))}
-
-
-class Synthesizer:
-    """Synthesis compiled once for each of a few lengths (not in the paper).
-
-    Symbols and frames are padded up to `bucket` lengths; masks keep the result what it would be without padding, noise
-    included. Between the two compiled halves one array, the durations, comes to the host.
-    """
-
-    def __init__(self, model: VitsModel):
-        self.config = model.config
-        graphdef, self._state = nnx.split(fold_weight_norm(model))
-
-        def first(state: Any, ids: jax.Array, mask: jax.Array, speaker: Any, options: dict[str, Any]) -> Any:
-            encoded, durations = nnx.merge(graphdef, state).encode(ids, mask, speaker, **options)
-            return encoded.prior_means, encoded.prior_log_variances, durations
-
-        def second(state: Any, frames: int, prior: Any, durations: Any, speaker: Any, options: dict[str, Any]) -> Any:
-            model = nnx.merge(graphdef, state)
-            z, lengths = model.latents(*prior, durations, speaker, frames=frames, **options)
-            return z, lengths
-
-        def whole(state: Any, frames: int, prior: Any, durations: Any, speaker: Any, options: dict[str, Any]) -> Any:
-            z, lengths = second(state, frames, prior, durations, speaker, options)
-            return nnx.merge(graphdef, state).decode(z, lengths, speaker)
-
-        def piece(state: Any, z: jax.Array, lengths: jax.Array, speaker: Any) -> jax.Array:
-            return nnx.merge(graphdef, state).decode(z, lengths, speaker)
-
-        self._first = jax.jit(first)
-        self._latents = jax.jit(second, static_argnums=1)
-        self._whole = jax.jit(whole, static_argnums=1)
-        self._piece = jax.jit(piece)
-
-    def _prior(
-        self,
-        input_ids: Any,
-        speaker_id: Any,
-        speaking_rate: Any,
-        noise_scale_duration: Any,
-        duration_noise: Any,
-        durations: Any,
-        key: jax.Array | None,
-    ) -> tuple[Any, np.ndarray, Any]:
-        ids = np.asarray(input_ids)
-        if ids.ndim == 2 and ids.shape[0] == 1:
-            ids = ids[0]
-        if ids.ndim != 1 or ids.size == 0:
-            raise UsageError(
-                f"Synthesis takes one text's symbols, (time,), at least one; these have shape {ids.shape}."
-            )
-        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            raise UsageError(
-                f"This model's symbols run from 0 to {self.config.vocab_size - 1}; "
-                f"these from {ids.min()} to {ids.max()}."
-            )
-        voices = self.config.num_speakers
-        if voices > 1 and speaker_id is not None and not 0 <= speaker_id < voices:
-            raise UsageError(f"There is no voice {speaker_id}; this model has voices 0 to {voices - 1}.")
-        time, config = ids.size, self.config
-        size = bucket(time, 32)
-        padded, mask = np.zeros((1, size), np.int32), np.zeros((1, size), np.int32)
-        padded[0, :time], mask[0, :time] = ids, 1
-        options: dict[str, Any] = {
-            "speaking_rate": float(config.speaking_rate if speaking_rate is None else speaking_rate),
-            "noise_scale_duration": float(
-                config.noise_scale_duration if noise_scale_duration is None else noise_scale_duration
-            ),
-        }
-        if options["speaking_rate"] <= 0:
-            raise UsageError(f"The speaking rate must be above 0; it is {options['speaking_rate']}.")
-        options |= _noise("duration_noise", duration_noise, size, key)
-        speaker = None if speaker_id is None or config.num_speakers <= 1 else np.asarray([speaker_id], np.int32)
-        means, deviations, predicted = self._first(self._state, padded, mask, speaker, options)
-        if durations is None:
-            lasting = np.asarray(predicted)
-        else:
-            lasting = np.zeros((1, size), np.float32)
-            lasting[0, :time] = np.asarray(durations).reshape(-1)
-        return (means, deviations), lasting, speaker
-
-    def _options(self, noise_scale: Any, prior_noise: Any, key: jax.Array | None, size: int) -> dict[str, Any]:
-        scale = float(self.config.noise_scale if noise_scale is None else noise_scale)
-        return {"noise_scale": scale} | _noise("prior_noise", prior_noise, size, key)
-
-    def __call__(
-        self,
-        input_ids: Sequence[int] | Int[Array, " time"],
-        speaker_id: int | None = None,
-        *,
-        speaking_rate: float | None = None,
-        noise_scale: float | None = None,
-        noise_scale_duration: float | None = None,
-        durations: Float[Array, " time"] | None = None,
-        duration_noise: Float[Array, "1 time 2"] | None = None,
-        prior_noise: Float[Array, "1 frames latent"] | None = None,
-        key: jax.Array | None = None,
-        text: str = "",
-    ) -> Speech:
-        """Synthesise one text; the options are those of `VitsModel`'s call.
-
-        Raises:
-            UsageError: for symbols or a voice that the model does not have.
-        """
-        prior, lasting, speaker = self._prior(
-            input_ids, speaker_id, speaking_rate, noise_scale_duration, duration_noise, durations, key
-        )
-        frames = max(int(lasting.sum()), 1)
-        size = bucket(frames)
-        options = self._options(noise_scale, prior_noise, key, size)
-        waveform = self._whole(self._state, size, prior, lasting, speaker, options)
-        return self._speech(text, np.asarray(waveform)[0, : frames * self.config.hop_length], input_ids, lasting)
-
-    def _speech(self, text: str, waveform: np.ndarray, input_ids: Any, lasting: np.ndarray) -> Speech:
-        ids = np.asarray(input_ids).reshape(-1)
-        samples = (lasting[0, : ids.size] * self.config.hop_length).astype(np.int64)
-        return Speech(text, waveform, self.config.sampling_rate, ids, samples)
-
-    def stream(
-        self,
-        input_ids: Sequence[int] | Int[Array, " time"],
-        speaker_id: int | None = None,
-        *,
-        chunk_frames: int = 64,
-        speaking_rate: float | None = None,
-        noise_scale: float | None = None,
-        noise_scale_duration: float | None = None,
-        durations: Float[Array, " time"] | None = None,
-        duration_noise: Float[Array, "1 time 2"] | None = None,
-        prior_noise: Float[Array, "1 frames latent"] | None = None,
-        key: jax.Array | None = None,
-    ) -> Iterator[np.ndarray]:
-        """The same waveform in pieces of `chunk_frames` frames, the first long before the last is computed.
-
-        Each piece is decoded with the frames around it that have a part in it (`HifiGanConfig.receptive_frames`), so
-        that the pieces laid end to end are the whole.
-        """
-        prior, lasting, speaker = self._prior(
-            input_ids, speaker_id, speaking_rate, noise_scale_duration, duration_noise, durations, key
-        )
-        frames, hop, reach = max(int(lasting.sum()), 1), self.config.hop_length, self.config.decoder.receptive_frames()
-        size = bucket(frames)
-        z, _ = self._latents(
-            self._state, size, prior, lasting, speaker, self._options(noise_scale, prior_noise, key, size)
-        )
-        z = np.asarray(z)[:, :frames]
-        window = chunk_frames + 2 * reach
-        for start in range(0, frames, chunk_frames):
-            # At the beginning the window is not moved to the left of it: what is there must be the convolutions' zeros.
-            left = max(start - reach, 0)
-            part = z[:, left : left + window]
-            length = np.asarray([part.shape[1]], np.int32)
-            part = np.pad(part, ((0, 0), (0, window - part.shape[1]), (0, 0)))
-            waveform = np.asarray(self._piece(self._state, part, length, speaker))[0]
-            first = (start - left) * hop
-            yield waveform[first : first + min(chunk_frames, frames - start) * hop]
-
-
-def speak(
-    model: VitsModel | Synthesizer,
-    processor: Any,
-    text: str,
-    *,
-    speaker_id: int | None = None,
-    speaking_rate: float | None = None,
-    noise_scale: float | None = None,
-    noise_scale_duration: float | None = None,
-    seed: int = 0,
-) -> Iterator[Speech]:
-    """Speak a text, sentence by sentence (not in the paper).
-
-    Args:
-        model: the model, or a `Synthesizer` of it to be used again.
-        processor: a `VitsProcessor` with the voice's symbols.
-        text: what to say.
-        speaker_id: voice, of a model with several.
-        speaking_rate: speed.
-        noise_scale: liveliness of the sound.
-        noise_scale_duration: liveliness of the rhythm.
-        seed: of the noise.
-    """
-    synthesizer = model if isinstance(model, Synthesizer) else Synthesizer(model)
-    if speaker_id is None and synthesizer.config.num_speakers > 1:
-        speaker_id = 0
-    for index, (sentence, ids) in enumerate(processor.sentences(text)):
-        yield synthesizer(
-            ids,
-            speaker_id,
-            speaking_rate=speaking_rate,
-            noise_scale=noise_scale,
-            noise_scale_duration=noise_scale_duration,
-            key=jax.random.fold_in(jax.random.key(seed), index),
-            text=sentence,
-        )

@@ -50,6 +50,7 @@ class VitsTokenizer:
         is_uroman: romanise what is not ASCII.
         pad_token: symbol that pads a batch.
         unk_token: symbol for what the vocabulary does not have.
+        cuts_special: whether these two are tokens of their own in a text, as in Hugging Face's directories.
     """
 
     def __init__(
@@ -63,17 +64,18 @@ class VitsTokenizer:
         is_uroman: bool = False,
         pad_token: str | None = "<pad>",
         unk_token: str | None = "<unk>",
+        cuts_special: bool = True,
     ):
         self.vocabulary = dict(vocabulary)
         # Special tokens that the vocabulary lacks come after it.
         self.added: dict[str, int] = {}
-        for token in (pad_token, unk_token):
+        for token in (unk_token, pad_token):
             if token is not None and token not in self.vocabulary and token not in self.added:
                 self.added[token] = len(self.vocabulary) + len(self.added)
         self.symbols = {index: symbol for symbol, index in (self.vocabulary | self.added).items()}
         self.language, self.add_blank, self.normalize = language, add_blank, normalize
         self.phonemize, self.is_uroman = phonemize, is_uroman
-        self.pad_token, self.unk_token = pad_token, unk_token
+        self.pad_token, self.unk_token, self.cuts_special = pad_token, unk_token, cuts_special
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike[str]) -> VitsTokenizer:
@@ -96,11 +98,17 @@ class VitsTokenizer:
             uroman = str(data.get("training_files", "")).split(".")[-1] == "uroman"
             vocabulary = {symbol: index for index, symbol in enumerate(symbols)}
             return cls(
-                vocabulary, add_blank=blank, phonemize=False, is_uroman=uroman, pad_token=symbols[0], unk_token=None
+                vocabulary,
+                add_blank=blank,
+                phonemize=False,
+                is_uroman=uroman,
+                pad_token=symbols[0],
+                unk_token=None,
+                cuts_special=False,
             )
         if "text_cleaners" in data:
             vocabulary = {symbol: index for index, symbol in enumerate(AUTHORS_SYMBOLS)}
-            return cls(vocabulary, add_blank=blank, phonemize=True, pad_token="_", unk_token=None)
+            return cls(vocabulary, add_blank=blank, phonemize=True, pad_token="_", unk_token=None, cuts_special=False)
         raise SourceError(f"'{folder}' holds no vocab.json, vocab.txt or .onnx.json, so its symbols are not known.")
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -145,9 +153,25 @@ class VitsTokenizer:
     def encode(self, prepared: str) -> list[int]:
         """Ids of a prepared text.
 
+        In Hugging Face's directories the token for padding is cut out first, even where it is a letter (MMS' English
+        voice pads with k): no blank stands between it and the text's end, or another one.
+
         Raises:
             UsageError: for a symbol that the voice does not have and has no token for.
         """
+        if not self.cuts_special or not prepared:
+            return self._ids(prepared) if prepared or not self.cuts_special else []
+        special = [re.escape(token) for token in (self.unk_token, self.pad_token) if token]
+        pieces = re.split(f"({'|'.join(special)})", prepared) if special else [prepared]
+        ids = []
+        for index, piece in enumerate(pieces):
+            if index % 2:
+                ids.append((self.vocabulary | self.added)[piece])
+            elif piece:
+                ids += self._ids(piece)
+        return ids
+
+    def _ids(self, prepared: str) -> list[int]:
         ids = []
         for symbol in prepared:
             index = self.vocabulary.get(symbol)
@@ -258,10 +282,11 @@ class VitsProcessor:
 
     Args:
         tokenizer: of the voice.
+        speakers: numbers of the speakers that have names.
     """
 
-    def __init__(self, tokenizer: VitsTokenizer | PiperTokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: VitsTokenizer | PiperTokenizer, speakers: Mapping[str, int] | None = None):
+        self.tokenizer, self.speakers = tokenizer, dict(speakers or {})
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike[str]) -> VitsProcessor:
@@ -281,18 +306,31 @@ class VitsProcessor:
             names = ", ".join(path.name for path in voices)
             raise CheckpointError(f"'{folder}' holds several voices ({names}); give each a directory of its own.")
         if voices:
-            return cls(PiperTokenizer.from_file(voices[0]))
+            return cls._of_piper(voices[0])
         if (folder / "config.json").is_file() and "phoneme_id_map" in read_json(folder / "config.json"):
-            return cls(PiperTokenizer.from_file(folder / "config.json"))
+            return cls._of_piper(folder / "config.json")
         return cls(VitsTokenizer.from_directory(folder))
 
-    def sentences(self, text: str) -> list[tuple[str, list[int]]]:
-        """The sentences of a text, each with its ids.
+    @classmethod
+    def _of_piper(cls, path: Path) -> VitsProcessor:
+        return cls(PiperTokenizer.from_file(path), read_json(path).get("speaker_id_map"))
+
+    def symbol(self, index: int) -> str:
+        """The symbol of an id; empty for one that has none."""
+        return self.tokenizer.symbols.get(int(index), "")
+
+    def sentences(self, text: str, *, is_phonemes: bool = False) -> list[tuple[str, list[int]]]:
+        """The sentences of a text, or of phonemes, each with its ids.
 
         Raises:
             UsageError: if there is nothing to say.
+            PhonemizerMissingError: if the voice reads phonemes and espeak-ng is not installed.
         """
-        found = self.tokenizer.sentences(text)
+        if is_phonemes:
+            pieces = [piece for piece in _SENTENCE_END.split(text.strip()) if piece]
+            found = [(piece, self.tokenizer.encode(piece)) for piece in pieces]
+        else:
+            found = self.tokenizer.sentences(text)
         if not found:
             raise UsageError("There is nothing to say: the text has no symbol that this voice knows.")
         return found

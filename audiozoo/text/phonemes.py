@@ -156,7 +156,8 @@ def phonemize(text: str, voice: str = "en-us") -> str:
         PhonemizerMissingError: if espeak-ng is not installed.
         UsageError: for an unknown voice.
     """
-    pieces, position = [], 0
+    pieces: list[str] = []
+    position = 0
     for match in [*_PUNCTUATION.finditer(text), None]:
         words = text[position : match.start() if match else len(text)]
         if words.strip():

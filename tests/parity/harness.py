@@ -150,6 +150,27 @@ def port(module: torch.nn.Module, model: nnx.Module, table: Table, dtype: Any = 
     return model
 
 
+def ported(module: torch.nn.Module, factory: Callable[[], nnx.Module], table: Table, dtype: Any = None) -> Any:
+    """Our model with the original's weights; `factory` only says its shapes, no random value is drawn or compiled.
+
+    Args:
+        module: the PyTorch original.
+        factory: makes ours.
+        table: the conversion, strict both ways.
+        dtype: of our parameters; by default that of the original's.
+    """
+    model = abstract(factory)
+    state = nnx.to_flat_state(nnx.state(model, VARIABLES))
+    expected = {".".join(map(str, path)): variable for path, variable in state}
+    source = StateDict(module.state_dict())
+    steps = table.plan(source, expected, where=type(module).__name__, model=type(model).__name__)
+    dtype = dtype or str(next(module.parameters()).dtype).removeprefix("torch.")
+    values = {name: jnp.asarray(array, dtype) for name, array in table.read(source, steps)}
+    flat = [(path, variable.replace(values[".".join(map(str, path))])) for path, variable in state]
+    nnx.update(model, nnx.from_flat_state(flat))
+    return model
+
+
 # --- comparing two arrays --------------------------------------------------------------------------------------------
 
 
@@ -332,14 +353,18 @@ def reference_taps(module: torch.nn.Module) -> Iterator[list[tuple[str, np.ndarr
 
 
 @contextlib.contextmanager
-def our_taps(model: nnx.Module, methods: Sequence[str] = ("__call__",)) -> Iterator[list[tuple[str, np.ndarray]]]:
+def our_taps(
+    model: nnx.Module, methods: Sequence[str] = ("__call__",), marker: jax.Array | None = None
+) -> Iterator[list[tuple[str, Any]]]:
     """Collect `(path, output)` of every submodule's every call, in order of completion, by wrapping their classes.
 
     Args:
         model: ours.
         methods: the methods that count as a call.
+        marker: an argument of the function that is being compiled around this; then what is computed at its level is
+            collected as it is, traced.
     """
-    taps: list[tuple[str, np.ndarray]] = []
+    taps: list[tuple[str, Any]] = []
     paths = {id(module): ".".join(map(str, path)) for path, module in nnx.iter_modules(model)}
     modules = [module for _, module in nnx.iter_modules(model)]  # alive as long as their ids count
     active: list[tuple[int, str]] = []
@@ -355,8 +380,12 @@ def our_taps(model: nnx.Module, methods: Sequence[str] = ("__call__",)) -> Itera
             finally:
                 active.pop()
             array = main_array(output)
-            if not outer and id(self) in paths and array is not None and not isinstance(array, jax.core.Tracer):
+            if outer or id(self) not in paths or array is None:
+                return output
+            if not isinstance(array, jax.core.Tracer):
                 taps.append((paths[id(self)], as_numpy(array)))
+            elif marker is not None and array._trace is marker._trace:  # type: ignore[attr-defined]
+                taps.append((paths[id(self)], array))
             return output
 
         return wrapper
@@ -374,6 +403,25 @@ def our_taps(model: nnx.Module, methods: Sequence[str] = ("__call__",)) -> Itera
     finally:
         for owner, method, original in patched:
             setattr(owner, method, original)
+
+
+def our_compiled_taps(
+    model: nnx.Module, call: Callable[[], Any], methods: Sequence[str] = ("__call__",)
+) -> tuple[Any, list[tuple[str, np.ndarray]]]:
+    """What `call` returns and the taps of it, compiled as one program instead of one for each operation and shape.
+
+    What is computed inside a loop or another compiled function is not among the taps.
+    """
+    paths: list[str] = []
+
+    def run(marker: jax.Array) -> tuple[Any, list[jax.Array]]:
+        with our_taps(model, methods, marker) as taps:
+            output = call()
+        paths[:] = [path for path, _ in taps]
+        return output, [array for _, array in taps]
+
+    output, arrays = jax.jit(run)(jnp.zeros(()))
+    return output, [(path, as_numpy(array)) for path, array in zip(paths, arrays, strict=True)]
 
 
 def _below(prefix: str, names: Iterable[str]) -> frozenset[str]:
@@ -476,6 +524,7 @@ def compare_taps(
     skip: Mapping[str, str] | None = None,
     loose: Mapping[str, str] | None = None,
     methods: Sequence[str] = ("__call__",),
+    compiled: bool = False,
 ) -> Taps:
     """Run both models and compare the outputs of all corresponding submodules, in the original's order.
 
@@ -485,12 +534,13 @@ def compare_taps(
         reference: the original, already `randomise`d.
         call_reference: runs it.
         model: ours, already `port`ed.
-        call_ours: runs ours, eagerly.
+        call_ours: runs ours.
         table: the conversion.
         minimum: fail if fewer taps than this are compared.
         skip: regular expressions of the original's module names left out on purpose, each with the reason.
         loose: regular expressions of the original's module names, each with the kind in the tolerance table to use.
         methods: our modules' methods that count as a call.
+        compiled: compile our call as a whole; quicker, where nothing in it must be concrete.
 
     Returns:
         Both outputs and what was compared.
@@ -501,8 +551,11 @@ def compare_taps(
     skip, loose = dict(skip or {}), dict(loose or {})
     with torch.no_grad(), reference_taps(reference) as theirs:
         reference_output = call_reference()
-    with our_taps(model, methods) as mine:
-        our_output = call_ours()
+    if compiled:
+        our_output, mine = our_compiled_taps(model, call_ours, methods)
+    else:
+        with our_taps(model, methods) as mine:
+            our_output = call_ours()
     result = Taps(reference_output, our_output)
     by_path: dict[str, list[np.ndarray]] = defaultdict(list)
     for path, array in mine:

@@ -1,0 +1,242 @@
+"""`audiozoo classify`, `audiozoo embed` and `audiozoo search`: what is heard, sounds and words in one space."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from audiozoo.commands import terminal
+from audiozoo.commands.terminal import messages, progress_bar
+from audiozoo.errors import AudiozooError, SourceError, UsageError
+
+TAGGER = "MIT/ast-finetuned-audioset-10-10-0.4593"
+MATCHER = "laion/clap-htsat-unfused"
+SOUNDS = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".m4a", ".aac", ".webm"})
+SAVE_EVERY = 50  # new embeddings after which a search writes what it has, so that an interrupted one goes on from there
+
+Model = Annotated[str | None, typer.Option(help=f"hub id, directory or file; by default {MATCHER}")]
+
+
+def classify(
+    file: Annotated[list[str], typer.Argument(help="a sound file; further words after --labels are labels too")],
+    labels: Annotated[list[str] | None, typer.Option(help="what to choose from, in words: CLAP; without: AST")] = None,
+    top: Annotated[int, typer.Option(help="how many labels to name")] = 5,
+    model: Annotated[
+        str | None, typer.Option(help=f"hub id, directory or file; by default {TAGGER} or {MATCHER}")
+    ] = None,
+    template: Annotated[str, typer.Option(help="sentence that a label is put into, at {}")] = "This is a sound of {}.",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Say what is heard: AudioSet's tags, or which of the given labels fits."""
+    sound, *more = file
+    if more and not labels:
+        raise UsageError(f"classify takes one file; to choose among words, put --labels before {more[0]!r}.")
+    if top < 1:
+        raise UsageError(f"--top is {top}; at least one label is to be named.")
+    _check_file(sound)
+    terminal.keep_compiled_programs()
+    import audiozoo
+    from audiozoo import audio
+
+    source = model or (MATCHER if labels else TAGGER)
+    listener: Any = audiozoo.load(source)
+    name = type(listener).__name__
+    if labels:
+        if name != "ClapModel":
+            raise UsageError(f"{source} holds a {name}, which has labels of its own; leave --labels out.")
+        from audiozoo.models.clap import zero_shot
+
+        processor = audiozoo.load_processor(source)
+        rate = processor.feature_extractor.sampling_rate
+        found = zero_shot(
+            listener, processor, audio.read(sound, rate), [*labels, *more], top, template=template, sampling_rate=rate
+        )
+    elif name == "ASTForAudioClassification":
+        from audiozoo.models.audio_spectrogram_transformer import classify as tags_of
+
+        processor = audiozoo.load_processor(source)
+        rate = processor.sampling_rate
+        found = tags_of(listener, processor, audio.read(sound, rate), top, sampling_rate=rate)
+    elif name == "ClapModel":
+        raise UsageError(f"{source} chooses among words; give it some with --labels.")
+    else:
+        raise UsageError(f"{source} holds a {name}, which does not classify sounds.")
+    if as_json:
+        print(json.dumps([{"label": label, "score": score} for label, score in found], indent=2))
+        return
+    for label, score in found:
+        print(f"{score:.3f}  {label}")
+
+
+def embed(
+    files: Annotated[list[str] | None, typer.Argument(help="sound files")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="a text to embed; may be repeated")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="an .npz file with names and embeddings; without: JSON lines")
+    ] = None,
+    model: Model = None,
+) -> None:
+    """Embed sounds and texts in CLAP's space, where the product of two says how well they fit."""
+    files, text = files or [], text or []
+    if not files and not text:
+        raise UsageError("There is nothing to embed; name sound files, or texts with --text.")
+    for file in files:
+        _check_file(file)
+    if output is not None and output.suffix != ".npz":
+        raise UsageError(f"{output} should end in .npz.")
+    terminal.keep_compiled_programs()
+    from audiozoo.models.clap import embed_text
+
+    matcher, processor = _matcher(model or MATCHER)
+    rows: list[np.ndarray] = []
+    with progress_bar("embedding", len(files), "files") as update:
+        for count, file in enumerate(files, 1):
+            rows.append(_embedding(matcher, processor, file))
+            update(count, len(files))
+    rows += list(embed_text(matcher, processor, text)) if text else []
+    names = [*files, *text]
+    if output is None:
+        for name, row in zip(names, rows, strict=True):
+            print(json.dumps({"name": name, "embedding": [round(float(x), 7) for x in row]}))
+        return
+    _write_arrays(output, {"names": np.asarray(names), "embeddings": np.stack(rows)})
+    messages.print(f"{len(rows)} embeddings in {output}", markup=False, highlight=False)
+
+
+def search(
+    directory: Annotated[Path, typer.Argument(help="where to look, subdirectories included")],
+    query: Annotated[str, typer.Argument(help="what to look for, in words")],
+    top: Annotated[int, typer.Option(help="how many files to name")] = 5,
+    model: Model = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Find sound files by a description; embeddings are kept, so that the next search is quick."""
+    if not directory.is_dir():
+        raise SourceError(f"There is no directory {directory}.")
+    if top < 1:
+        raise UsageError(f"--top is {top}; at least one file is to be named.")
+    if not query.strip():
+        raise UsageError("The query is empty; say in words what to look for.")
+    files = sorted(path for path in directory.rglob("*") if path.suffix.lower() in SOUNDS and path.is_file())
+    if not files:
+        raise SourceError(f"{directory} holds no sound files ({', '.join(sorted(SOUNDS))}).")
+    terminal.keep_compiled_programs()
+    from audiozoo import hub
+    from audiozoo.models.clap import embed_text
+
+    source = model or MATCHER
+    cache = terminal.cache_directory() / "embeddings" / f"{_identity(hub.resolve(source))}.npz"
+    matcher, processor = _matcher(source)
+    found, rows = embeddings_of(files, lambda file: _embedding(matcher, processor, str(file)), cache)
+    if not found:
+        raise SourceError(f"None of the {len(files)} sound files in {directory} can be read.")
+    scores = np.stack(rows) @ embed_text(matcher, processor, [query])[0]
+    order = np.argsort(-scores, kind="stable")[:top]
+    if as_json:
+        print(json.dumps([{"file": str(found[i]), "score": float(scores[i])} for i in order], indent=2))
+        return
+    for i in order:
+        print(f"{scores[i]:+.3f}  {found[i]}")
+
+
+def embeddings_of(
+    files: Sequence[Path], compute: Callable[[Path], np.ndarray], cache: Path
+) -> tuple[list[Path], list[np.ndarray]]:
+    """The embedding of every file that can be read, from the cache where the file has not changed since.
+
+    The cache holds what it held before, too, so that one serves several directories. A cache that cannot be read is
+    made anew; one that cannot be written is done without.
+
+    Args:
+        files: sound files.
+        compute: embeds one of them.
+        cache: an .npz file, which need not exist; it is replaced whole.
+    """
+    known = _read_cache(cache)
+    found, rows, fresh = [], [], 0
+    with progress_bar("embedding", len(files), "files") as update:
+        for count, file in enumerate(files, 1):
+            status = file.stat()
+            key = f"{file.resolve()}\n{status.st_size}\n{status.st_mtime_ns}"
+            if key not in known:
+                try:
+                    known[key] = compute(file)
+                except AudiozooError as error:
+                    messages.print(f"left out: {file}: {error}", style="yellow", markup=False, highlight=False)
+                    continue
+                fresh += 1
+                if fresh % SAVE_EVERY == 0:
+                    _write_cache(cache, known)
+            found.append(file)
+            rows.append(known[key])
+            update(count, len(files))
+    if fresh % SAVE_EVERY:
+        _write_cache(cache, known)
+    return found, rows
+
+
+def _read_cache(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(zip(arrays["keys"].tolist(), arrays["embeddings"], strict=True))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return {}
+
+
+def _write_cache(path: Path, known: dict[str, np.ndarray]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_arrays(path, {"keys": np.asarray(list(known)), "embeddings": np.stack(list(known.values()))})
+    except (OSError, SourceError) as error:
+        messages.print(f"the embeddings are not kept: {error}", style="yellow", markup=False, highlight=False)
+
+
+def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write an .npz file under a temporary name, then rename it."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.npz")
+    try:
+        np.savez(temporary, **arrays)  # type: ignore[arg-type]
+        temporary.replace(path)
+    except OSError as error:
+        raise SourceError(f"{path} cannot be written ({error.strerror}).") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _identity(path: Path) -> str:
+    """What tells one checkpoint from another, and from itself after a change: names, sizes and times of its files."""
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    parts = [f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+
+
+def _check_file(file: str) -> None:
+    if not Path(file).exists():
+        raise SourceError(f"There is no file {file}.")
+    if Path(file).is_dir():
+        raise SourceError(f"{file} is a directory; name the sound files inside it.")
+
+
+def _matcher(source: str) -> tuple[Any, Any]:
+    import audiozoo
+
+    matcher = audiozoo.load(source)
+    if (name := type(matcher).__name__) != "ClapModel":
+        raise UsageError(f"{source} holds a {name}; sounds and words are matched by a ClapModel.")
+    return matcher, audiozoo.load_processor(source)
+
+
+def _embedding(matcher: Any, processor: Any, file: str) -> np.ndarray:
+    from audiozoo import audio
+    from audiozoo.models.clap import embed_audio
+
+    rate = processor.feature_extractor.sampling_rate
+    return embed_audio(matcher, processor, audio.read(file, rate), sampling_rate=rate)

@@ -1,0 +1,179 @@
+"""Speech to text with CTC models, and what else the wav2vec 2.0 family hears: `audiozoo align`, `identify`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from audiozoo.commands import terminal
+from audiozoo.commands.terminal import messages, progress_bar
+from audiozoo.errors import SourceError, UsageError
+
+RECOGNISER = "facebook/wav2vec2-base-960h"
+IDENTIFIER = "facebook/mms-lid-126"
+
+Progress = Callable[[float, float], None]
+# Options of `audiozoo transcribe` that only Whisper has, by the value that means nothing.
+WHISPER_ONLY = {
+    "task": "transcribe",
+    "best_of": None,
+    "patience": None,
+    "length_penalty": None,
+    "initial_prompt": None,
+    "carry_initial_prompt": False,
+    "clip_timestamps": "0",
+    "hallucination_silence_threshold": None,
+    "without_timestamps": False,
+}
+
+
+def ctc_transcriber(
+    model: Any,
+    processor: Any,
+    options: dict[str, Any],
+    language_model: Path | None = None,
+    hotwords: Sequence[str] = (),
+) -> Callable[[Any, Progress], dict[str, Any]]:
+    """What transcribes recordings with a CTC model for `audiozoo transcribe`: `(path or bytes, progress) -> result`.
+
+    Args:
+        model: a …ForCTC.
+        processor: its processor.
+        options: those of the command.
+        language_model: an ARPA file.
+        hotwords: words that are likely to be said.
+
+    Raises:
+        UsageError: for an option that only Whisper has.
+    """
+    from audiozoo import audio
+    from audiozoo.decoding.ctc import NgramModel, transcribe_ctc
+
+    for name, nothing in WHISPER_ONLY.items():
+        if options.get(name, nothing) != nothing:
+            raise UsageError(f"--{name.replace('_', '-')} is Whisper's; {type(model).__name__} transcribes without it.")
+    ngrams = None if language_model is None else NgramModel.from_arpa(language_model)
+
+    def hear(recording: Any, progress: Progress) -> dict[str, Any]:
+        heard = transcribe_ctc(
+            model,
+            processor,
+            audio.read(recording, processor.feature_extractor.sampling_rate),
+            batch_size=options["batch_size"],
+            beam_width=options["beam_size"],
+            language_model=ngrams,
+            hotwords=tuple(hotwords),
+            progress=progress,
+        )
+        segments = heard.segments()
+        if not options["word_timestamps"]:
+            segments = [{k: v for k, v in segment.items() if k != "words"} for segment in segments]
+        return {"text": heard.text, "segments": segments, "language": options["language"]}
+
+    return hear
+
+
+def speak_language(model: Any, processor: Any, source: str, language: str | None) -> Any:
+    """The model with the adapters of a language, of MMS; without adapters there is no language to choose.
+
+    Raises:
+        UsageError: if the model knows one language only.
+    """
+    if language is None:
+        return model
+    if getattr(model.config, "adapter_attn_dim", None) is None:
+        raise UsageError(f"{source} has no adapters of languages; leave --language out.")
+    from audiozoo import hub
+    from weights_conversion.wav2vec2 import load_adapter
+
+    directory = hub.resolve(source, patterns=(f"adapter.{language}.*",))
+    model = load_adapter(model, directory if directory.is_dir() else directory.parent, language)
+    processor.set_target_lang(language)
+    return model
+
+
+def _load(source: str, wanted: str, does: str) -> tuple[Any, Any]:
+    terminal.keep_compiled_programs()
+    import audiozoo
+
+    model = audiozoo.load(source)
+    if not (name := type(model).__name__).endswith(wanted):
+        raise UsageError(f"{source} holds a {name}, which does not {does}; that needs a …{wanted}.")
+    return model, audiozoo.load_processor(source)
+
+
+def _check_file(file: str) -> None:
+    if not Path(file).is_file():
+        raise SourceError(f"There is no file {file}.")
+
+
+def align(
+    file: Annotated[str, typer.Argument(help="a sound file")],
+    text: Annotated[str | None, typer.Argument(help="what is said in it; <star> stands for anything")] = None,
+    text_file: Annotated[Path | None, typer.Option("--file", help="read the text from a file")] = None,
+    model: Annotated[str, typer.Option(help="hub id, directory or file of a CTC model")] = RECOGNISER,
+    language: Annotated[str | None, typer.Option(help="whose adapters to use, of MMS")] = None,
+    star: Annotated[bool, typer.Option("--star", help="other things may be said before and after")] = False,
+    output_format: Annotated[str, typer.Option("--format", help="tsv, json, srt or vtt")] = "tsv",
+) -> None:
+    """Say when each word of a known text is said."""
+    from audiozoo.text import subtitles
+
+    if output_format not in ("tsv", "json", "srt", "vtt"):
+        raise UsageError(f"There is no format {output_format!r}; there are tsv, json, srt, vtt.")
+    if (text is None) == (text_file is None):
+        raise UsageError("Give the text either as an argument or with --file.")
+    _check_file(file)
+    if text_file is not None:
+        try:
+            text = text_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            raise SourceError(f"{text_file} cannot be read as UTF-8 text.") from None
+    from audiozoo import audio
+    from audiozoo.decoding import ctc
+
+    recogniser, processor = _load(model, "ForCTC", "align")
+    recogniser = speak_language(recogniser, processor, model, language)
+    wave = audio.read(file, processor.feature_extractor.sampling_rate)
+    with progress_bar(Path(file).name, None, "pieces") as update:
+        words = ctc.align(recogniser, processor, wave, text or "", star=star, progress=update)
+    if output_format == "json":
+        print(json.dumps({"words": words}, ensure_ascii=False))
+    elif output_format == "tsv":
+        print("start\tend\tscore\ttext")
+        for word in words:
+            print(f"{word['start']:.3f}\t{word['end']:.3f}\t{word['score']:.3f}\t{word['text']}")
+    else:
+        sys.stdout.write(subtitles.render({"segments": words}, output_format))
+
+
+def identify(
+    file: Annotated[str, typer.Argument(help="a sound file")],
+    model: Annotated[str, typer.Option(help="hub id, directory or file of a classifier")] = IDENTIFIER,
+    top: Annotated[int, typer.Option(help="how many classes to name")] = 5,
+    crops: Annotated[int, typer.Option(help="listen to that many pieces and average, instead of the whole")] = 1,
+    crop_length: Annotated[float, typer.Option(help="seconds a piece")] = 10.0,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Say which language, speaker or keyword is heard: whatever the model's classes are."""
+    if top < 1 or crops < 1:
+        raise UsageError("--top and --crops count from 1.")
+    _check_file(file)
+    from audiozoo import audio
+    from audiozoo.decoding import encoders
+
+    classifier, processor = _load(model, "ForSequenceClassification", "identify")
+    wave = audio.read(file, getattr(processor, "feature_extractor", processor).sampling_rate)
+    found = encoders.identify(classifier, processor, wave, top_k=top, crops=crops, crop_length_s=crop_length)
+    if as_json:
+        print(json.dumps([{"label": label, "probability": round(p, 6)} for label, p in found], ensure_ascii=False))
+        return
+    for label, probability in found:
+        print(f"{100 * probability:5.1f} %  {label}")
+    if found and found[0][1] < 0.5:
+        messages.print("no class is more probable than not", style="yellow", highlight=False)

@@ -1,0 +1,220 @@
+"""`audiozoo speak` and `audiozoo convert-voice`: text to speech, and speech in another voice."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from audiozoo import packaged
+from audiozoo.commands.terminal import keep_compiled_programs, messages, progress_bar, write_whole
+from audiozoo.errors import SourceError, UsageError
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="sound file to write; - is standard output, as WAV")]
+Model = Annotated[str | None, typer.Option(help="hub id, directory or file of a voice")]
+
+
+def speak(
+    text: Annotated[str | None, typer.Argument(help="what to say; - is standard input")] = None,
+    output: Output = Path("speech.wav"),
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="read the text from this file")] = None,
+    model: Model = None,
+    speaker: Annotated[str | None, typer.Option(help="a voice of a model with several: its number or name")] = None,
+    speed: Annotated[float | None, typer.Option(help="speaking rate; 2 is twice as fast")] = None,
+    noise_scale: Annotated[float | None, typer.Option(help="liveliness of the sound, 0 for none")] = None,
+    noise_scale_duration: Annotated[float | None, typer.Option(help="liveliness of the rhythm, 0 for none")] = None,
+    seed: Annotated[int, typer.Option(help="of the noise: the same seed, the same speech")] = 0,
+    pause: Annotated[float, typer.Option(help="seconds of silence between sentences")] = 0.0,
+    normalize: Annotated[bool, typer.Option("--normalize", help="bring every sentence to full scale")] = False,
+    phonemes: Annotated[bool, typer.Option("--phonemes", help="the text is phonemes already")] = False,
+    subtitles: Annotated[
+        Path | None, typer.Option(help="also write what is said when: a file ending in txt, srt, vtt, tsv or json")
+    ] = None,
+) -> None:
+    """Say a text, sentence by sentence."""
+    from audiozoo.text import subtitles as forms
+
+    for name, value, least in (
+        ("speed", speed, None),
+        ("noise-scale", noise_scale, 0),
+        ("noise-scale-duration", noise_scale_duration, 0),
+        ("pause", pause, 0),
+    ):
+        if value is not None and not (value > 0 if least is None else value >= least):
+            raise UsageError(f"--{name} must be {'above' if least is None else 'at least'} 0; it is {value}.")
+    form = "" if subtitles is None else subtitles.suffix.removeprefix(".")
+    if subtitles is not None and form not in forms.FORMATS:
+        raise UsageError(f"There is no format {form!r} of subtitles; there are {', '.join(forms.FORMATS)}.")
+    check_output(output)
+    said = _text(text, file)
+    keep_compiled_programs()
+    import numpy as np
+
+    import audiozoo
+    from audiozoo.decoding.synthesis import Speech, Synthesizer, speak
+
+    source = model or packaged.voice()
+    voice = audiozoo.load(source)
+    if (name := type(voice).__name__) != "VitsModel":
+        raise UsageError(f"{source} holds a {name}, which does not speak.")
+    processor = audiozoo.load_processor(source)
+    sentences = processor.sentences(said, is_phonemes=phonemes)
+    spoken: list[Speech] = []
+    with progress_bar("speaking", len(sentences), "sentences") as update:
+        for speech in speak(
+            Synthesizer(voice),
+            sentences,
+            speaker_id=_speaker(processor, speaker),
+            speaking_rate=speed,
+            noise_scale=noise_scale,
+            noise_scale_duration=noise_scale_duration,
+            seed=seed,
+        ):
+            spoken.append(speech)
+            update(len(spoken), len(sentences))
+    rate = spoken[0].sampling_rate
+    pieces: list[Any] = []
+    silence, segments, position = np.zeros(round(pause * rate), np.float32), [], 0
+    for speech in spoken:
+        if pieces:
+            pieces.append(silence)
+            position += silence.size
+        segments.append(_segment(speech, processor, position))
+        waveform = speech.waveform
+        pieces.append(waveform / max(float(np.abs(waveform).max()), 1e-8) if normalize else waveform)
+        position += waveform.size
+    write_sound(output, np.concatenate(pieces), rate)
+    if subtitles is not None:
+        write_whole(subtitles, forms.render({"text": said, "segments": segments}, form))
+    messages.print(f"{position / rate:.1f} s of speech in {output}", markup=False, highlight=False)
+
+
+def convert_voice(
+    recording: Annotated[str, typer.Argument(help="sound file; - is standard input")],
+    source_speaker: Annotated[str, typer.Option("--from", help="the voice it is in: its number or name")],
+    target_speaker: Annotated[str, typer.Option("--to", help="the wanted voice")],
+    model: Annotated[str, typer.Option(help="hub id, directory or file of a VITS with several voices")],
+    output: Output = Path("speech.wav"),
+    noise_scale: Annotated[float, typer.Option(help="deviation about what was heard, 0 for none")] = 1.0,
+    seed: Annotated[int, typer.Option(help="of the noise")] = 0,
+) -> None:
+    """Say a recording again in another voice that the model knows."""
+    if noise_scale < 0:
+        raise UsageError(f"--noise-scale must be at least 0; it is {noise_scale}.")
+    check_output(output)
+    if recording != "-" and not Path(recording).is_file():
+        raise SourceError(f"There is no file {recording}.")
+    keep_compiled_programs()
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import audiozoo
+    from audiozoo import audio
+    from audiozoo.decoding.synthesis import bucket
+    from audiozoo.models.vits import spectrogram_of
+
+    voice: Any = audiozoo.load(model)
+    if (name := type(voice).__name__) != "VitsModel":
+        raise UsageError(f"{model} holds a {name}, which converts no voices.")
+    processor = audiozoo.load_processor(model)
+    config = voice.config
+    speakers = [_speaker(processor, name) for name in (source_speaker, target_speaker)]
+    for number in speakers:
+        voice.speaker_embedding(number)  # says so if there is none of that number
+    given: Any = sys.stdin.buffer.read() if recording == "-" else recording
+    waveform = audio.check_waveform(
+        audio.read(given, config.sampling_rate),
+        config.sampling_rate,
+        config.sampling_rate,
+        minimum_samples=2 * config.spectrogram_bins,
+    )
+    frames = waveform.size // config.hop_length
+    spectrogram = np.asarray(spectrogram_of(config, jnp.asarray(waveform[None, : frames * config.hop_length])))
+    # As many frames as one of a few lengths has, so that a recording of another length need not be compiled anew.
+    spectrogram = np.pad(spectrogram, ((0, 0), (0, bucket(frames) - frames), (0, 0)))
+    converted = audiozoo.jit(voice, "voice_conversion")(
+        spectrogram,
+        *(np.asarray([number]) for number in speakers),
+        lengths=np.asarray([frames]),
+        noise_scale=noise_scale,
+        key=jax.random.key(seed),
+    )
+    result = np.asarray(converted.waveform)[0, : frames * config.hop_length]
+    write_sound(output, result, config.sampling_rate)
+    seconds = result.size / config.sampling_rate
+    messages.print(f"{seconds:.1f} s of speech in {output}", markup=False, highlight=False)
+
+
+def _text(text: str | None, file: Path | None) -> str:
+    """What to say: the argument, a file's content, or standard input."""
+    if text is not None and file is not None:
+        raise UsageError("Give the text or a file with it, not both.")
+    if file is None and text is None:
+        raise UsageError("There is nothing to say: give a text, --file FILE, or - for standard input.")
+    if file is None and text != "-":
+        return str(text)
+    try:
+        raw = sys.stdin.buffer.read() if file is None else file.read_bytes()
+    except OSError as error:
+        raise SourceError(f"{file} cannot be read ({error.strerror}).") from None
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise SourceError(f"{file or 'Standard input'} is no text in UTF-8.") from None
+
+
+def _speaker(processor: Any, name: str | None) -> int | None:
+    """The number of a voice given by number or by name."""
+    if name is None:
+        return None
+    if name in processor.speakers:
+        return int(processor.speakers[name])
+    if name.removeprefix("-").isdecimal():
+        return int(name)
+    known = f"; its voices are {', '.join(sorted(processor.speakers))}" if processor.speakers else ""
+    raise UsageError(f"This model has no voice named {name!r}{known}.")
+
+
+def _segment(speech: Any, processor: Any, position: int) -> dict[str, Any]:
+    """A sentence for subtitles: when it is said, and when each of its symbols is."""
+    ends = position + speech.durations.cumsum()
+    rate = speech.sampling_rate
+    symbols = [
+        {"symbol": processor.symbol(index), "start": int(end - duration) / rate, "end": int(end) / rate}
+        for index, duration, end in zip(speech.input_ids, speech.durations, ends, strict=True)
+        if duration
+    ]
+    end = position + speech.waveform.size
+    return {"start": position / rate, "end": end / rate, "text": speech.text, "symbols": symbols}
+
+
+def check_output(path: Path) -> None:
+    """Say before anything is computed that a sound file cannot be written there."""
+    if str(path) == "-":
+        return
+    if path.is_dir():
+        raise SourceError(f"{path} is a directory; name the file to write.")
+    if not path.parent.is_dir():
+        raise SourceError(f"Cannot write {path}: there is no directory {path.parent}.")
+    if not path.suffix:
+        raise UsageError(f"Cannot write {path}: its ending says the format; use wav, flac, ogg or mp3.")
+
+
+def write_sound(path: Path, waveform: Any, sampling_rate: int) -> None:
+    """Write a sound file whole, or a WAV to standard output."""
+    from audiozoo import audio
+
+    if str(path) != "-":
+        audio.write(path, waveform, sampling_rate)
+        return
+    import io
+
+    import soundfile
+
+    buffer = io.BytesIO()
+    soundfile.write(buffer, waveform.clip(-1, 1), sampling_rate, format="WAV")
+    sys.stdout.buffer.write(buffer.getvalue())
+    sys.stdout.buffer.flush()

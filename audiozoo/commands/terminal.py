@@ -1,0 +1,61 @@
+"""What commands share: messages, progress bars, whole files, compiled programs kept between runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from audiozoo.errors import SourceError
+
+messages = Console(stderr=True)
+
+
+def cache_directory() -> Path:
+    """Where compiled programs are kept between runs: `$AUDIOZOO_CACHE`, else audiozoo's place in the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("AUDIOZOO_CACHE") or Path(base) / "audiozoo")
+
+
+def keep_compiled_programs() -> None:
+    """Turn on JAX's persistent compilation cache."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@contextmanager
+def progress_bar(description: str, total: float | None, unit: str) -> Iterator[Callable[[float, float], None]]:
+    """A bar on standard error; gives `update(done, total)`."""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} " + unit if total or unit else "{task.completed:.0f}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda done, whole: progress.update(task, completed=done, total=whole)
+
+
+def megabytes(update: Callable[[float, float], None]) -> Callable[[int, int], None]:
+    """A progress callback in bytes, for a bar in megabytes."""
+    return lambda done, total: update(done / 1e6, total / 1e6)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, then rename it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise SourceError(f"{path} cannot be written ({error.strerror}).") from None
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,110 @@
+"""HiFi-GAN's input: log-mel spectrograms as its authors', and as SpeechT5's, vocoder was trained on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from audiozoo.audio.features import double_precision_on_cpu, mel_filterbank, stft
+from audiozoo.errors import CheckpointError, SourceError
+from audiozoo.processors import check_return_tensors, read_json, waveform_batch
+
+
+class HifiGanProcessor:
+    r"""Waveforms to log-mel spectrograms.
+
+    The authors' are $\ln\max(M \sqrt{|X|^2 + 10^{-9}}, 10^{-5})$ with the ends mirrored by $(N - \text{hop}) / 2$
+    samples, one frame for each hop; SpeechT5's $\log_{10}\max(M |X|, 10^{-10})$, each frame centred on its sample.
+
+    Args:
+        sampling_rate: Hz.
+        num_mels: bands.
+        n_fft: $N$, samples in a frame.
+        hop_size: samples between frames.
+        fmin: lower edge of the lowest band, Hz.
+        fmax: upper edge of the highest band, Hz; half the sampling rate if None.
+        centered: SpeechT5's kind.
+    """
+
+    def __init__(
+        self,
+        sampling_rate: int = 22_050,
+        num_mels: int = 80,
+        n_fft: int = 1024,
+        hop_size: int = 256,
+        fmin: float = 0.0,
+        fmax: float | None = 8000.0,
+        centered: bool = False,
+    ):
+        if not 0 < hop_size <= n_fft or num_mels < 1:
+            raise CheckpointError(f"There are no spectrograms of {num_mels} bands, {n_fft} samples, {hop_size} apart.")
+        self.sampling_rate, self.num_mels, self.n_fft, self.hop_size = sampling_rate, num_mels, n_fft, hop_size
+        self.fmin, self.fmax, self.centered = fmin, fmax, centered
+
+    @classmethod
+    def speecht5(cls, sampling_rate: int = 16_000, num_mels: int = 80) -> HifiGanProcessor:
+        """For `microsoft/speecht5_hifigan`: windows of 64 ms every 16 ms, 80 to 7,600 Hz."""
+        window, hop = sampling_rate * 64 // 1000, sampling_rate * 16 // 1000
+        n_fft = 1 << (window - 1).bit_length()
+        return cls(sampling_rate, num_mels, n_fft, hop, 80.0, 7600.0, centered=True)
+
+    @classmethod
+    def from_directory(cls, directory: str | os.PathLike[str]) -> HifiGanProcessor:
+        """From the `config.json` beside the weights: the authors', Hugging Face's or a native one.
+
+        Raises:
+            SourceError: if there is none.
+        """
+        path = Path(directory) / "config.json"
+        if not path.is_file():
+            raise SourceError(f"'{directory}' has no config.json, so its spectrograms are not known.")
+        config = read_json(path)
+        if "num_mels" in config:
+            names = ("sampling_rate", "num_mels", "n_fft", "hop_size", "fmin", "fmax")
+            return cls(**{name: config[name] for name in names if name in config})
+        config = config.get("config", config)  # a native directory keeps the sizes one level down
+        rate, bands = config.get("sampling_rate", 16_000), config.get("model_in_dim", 80)
+        if config.get("normalize_before", True):
+            return cls.speecht5(rate, bands)
+        hop = int(np.prod(config.get("upsample_rates", (8, 8, 2, 2))))
+        return cls(rate, bands, 4 * hop, hop)
+
+    def __call__(
+        self, raw_speech: Any, sampling_rate: int | None = None, return_tensors: str | None = None
+    ) -> dict[str, np.ndarray]:
+        """Spectrograms of one waveform or of a batch of any lengths.
+
+        Args:
+            raw_speech: float waveform `(time,)`, array `(batch, time)`, or list of waveforms.
+            sampling_rate: Hz of `raw_speech`, to be checked.
+            return_tensors: "np" or `None`; results are NumPy arrays.
+
+        Returns:
+            `spectrogram` float32 `(batch, frames, num_mels)`, and `lengths`, frames of each item.
+
+        Raises:
+            AudioError: empty, not finite, integer, stereo, at another rate, or shorter than one frame.
+        """
+        check_return_tensors(return_tensors)
+        least = self.n_fft // 2 + 1
+        rows = [self._one(x) for x in waveform_batch(raw_speech, sampling_rate, self.sampling_rate, least)]
+        lengths = np.array([len(row) for row in rows], np.int32)
+        spectrogram = np.zeros((len(rows), lengths.max(), self.num_mels), np.float32)
+        for index, row in enumerate(rows):
+            spectrogram[index, : len(row)] = row
+        return {"spectrogram": spectrogram, "lengths": lengths}
+
+    def _one(self, waveform: np.ndarray) -> np.ndarray:
+        bank = mel_filterbank(self.n_fft // 2 + 1, self.num_mels, self.sampling_rate, f_min=self.fmin, f_max=self.fmax)
+        with double_precision_on_cpu():
+            x = np.asarray(waveform, np.float64)
+            if not self.centered:
+                x = np.pad(x, (self.n_fft - self.hop_size) // 2, mode="reflect")
+            transform = np.asarray(stft(jnp.asarray(x), self.n_fft, self.hop_size, center=self.centered))
+        if self.centered:
+            return np.log10(np.maximum(np.abs(transform) @ bank, 1e-10))
+        return np.log(np.maximum(np.sqrt(np.square(np.abs(transform)) + 1e-9) @ bank, 1e-5))

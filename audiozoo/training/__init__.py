@@ -1,0 +1,1 @@
+"""Training: steps, losses and optimisers that several papers share."""
