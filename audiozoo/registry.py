@@ -146,6 +146,48 @@ def _ast_checkpoints() -> tuple[Checkpoint, ...]:
     )
 
 
+def _wav2vec2_checkpoints() -> tuple[Checkpoint, ...]:
+    hub = {
+        "base": "base",
+        "base-960h": "base",
+        "base-100h": "base",
+        "base-10k-voxpopuli": "base",
+        "large": "large",
+        "large-960h": "large",
+        "large-lv60": "large_lv60",
+        "large-960h-lv60": "large_lv60",
+        "large-960h-lv60-self": "large_lv60",
+        "large-robust": "large_lv60",
+        "large-xlsr-53": "large_xlsr_53",
+        "lv-60-espeak-cv-ft": "large_espeak",
+        "xlsr-53-espeak-cv-ft": "large_espeak",
+    }
+    files = {
+        "wav2vec_small.pt": "base",
+        "wav2vec_small_10m.pt": "base",
+        "wav2vec_small_100h.pt": "base",
+        "wav2vec_small_960h.pt": "base",
+        "libri960_big.pt": "large",
+        "wav2vec_big_10m.pt": "large",
+        "wav2vec_big_100h.pt": "large",
+        "wav2vec_big_960h.pt": "large",
+        "wav2vec_vox_new.pt": "large_lv60",
+        "wav2vec_vox_10m_new.pt": "large_lv60",
+        "wav2vec_vox_100h_new.pt": "large_lv60",
+        "wav2vec2_vox_960h_new.pt": "large_lv60",
+        "wav2vec_vox_10m_pl.pt": "large_lv60",
+        "wav2vec_vox_100h_pl.pt": "large_lv60",
+        "wav2vec_vox_960h_pl.pt": "large_lv60",
+        "w2v_large_lv_fsh_swbd_cv.pt": "large_lv60",
+        "xlsr_53_56k.pt": "large_xlsr_53",
+    }
+    other = {"base-10k-voxpopuli": "CC-BY-NC-4.0"}
+    return (
+        *(Checkpoint(f"facebook/wav2vec2-{n}", size, other.get(n, "Apache-2.0")) for n, size in hub.items()),
+        *(Checkpoint(name, size, "MIT") for name, size in files.items()),
+    )
+
+
 PAPERS: tuple[Paper, ...] = (
     Paper(
         name="whisper",
@@ -203,6 +245,26 @@ PAPERS: tuple[Paper, ...] = (
         tasks=("tagging", "classification", "embedding"),
         checkpoints=_ast_checkpoints(),
         processor="audiozoo.processors.audio_spectrogram_transformer:ASTFeatureExtractor",
+    ),
+    Paper(
+        name="wav2vec2",
+        title="wav2vec 2.0",
+        paper="wav2vec 2.0: A Framework for Self-Supervised Learning of Speech Representations",
+        year=2020,
+        arxiv="2006.11477",
+        classes=(
+            "Wav2Vec2ForCTC",
+            "Wav2Vec2ForPreTraining",
+            "Wav2Vec2ForSequenceClassification",
+            "Wav2Vec2ForAudioFrameClassification",
+            "Wav2Vec2ForXVector",
+            "Wav2Vec2Model",
+        ),
+        config="Wav2Vec2Config",
+        sizes=("base", "large", "large_lv60", "large_xlsr_53", "large_espeak"),
+        tasks=("transcription", "alignment", "identification", "embedding", "pre-training"),
+        checkpoints=_wav2vec2_checkpoints(),
+        processor="audiozoo.processors.wav2vec2:Wav2Vec2Processor",
     ),
 )
 

@@ -211,7 +211,6 @@ def test_a_paper_is_whole(paper, pattern):
 UNFINISHED = {
     "hifigan": "its parity test has not passed as a whole; no notebook",
     "vits": "generator gradients and speaker-conditioned taps unproven; no notebook",
-    "wav2vec2": "no notebook",
 }
 
 

@@ -102,7 +102,7 @@ def take(config: Mapping[str, Any], names: Mapping[str, Any], where: str) -> dic
     return taken
 
 
-def labels_from_hugging_face(config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+def labels_from_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
     """`{"id2label": names in order}` if the configuration names or counts its classes, else nothing."""
     named = config.get("id2label")
     if isinstance(named, Mapping) and named:

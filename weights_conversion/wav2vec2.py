@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,7 @@ def family_table(
     suffix = model_class.removeprefix(family)
     if not model_class.startswith(family):
         raise CheckpointError(f"{model_class} is not one of {family}'s classes.")
+    ignored: tuple[Ignore, ...]
     if suffix == "Model":
         ignored = (
             Ignore(_HEADS, "heads of other classes"),
@@ -175,7 +176,9 @@ def hugging_face_table(config: Wav2Vec2Config, model_class: str) -> Table:
     return family_table(config, model_class)
 
 
-_CONFIG_DEFAULTS = {f.name: f.default for f in dataclasses.fields(Wav2Vec2Config) if f.name != "id2label"}
+_CONFIG_DEFAULTS: dict[str, Any] = {
+    f.name: f.default for f in dataclasses.fields(Wav2Vec2Config) if f.name != "id2label"
+}
 
 
 def config_from_hugging_face(config: Mapping[str, Any], where: str = "config.json") -> Wav2Vec2Config:
@@ -336,6 +339,42 @@ _FAIRSEQ_FIELDS = {
 }
 
 
+_SHAPE_FIELDS = {
+    "encoder_attention_heads": "num_attention_heads",
+    "layer_norm_first": "do_stable_layer_norm",
+    "encoder_layerdrop": "layerdrop",
+    "label_rate": "label_rate",
+    "num_buckets": "num_buckets",
+    "max_distance": "max_bucket_distance",
+    "squeeze_factor": "squeeze_factor",
+    "mlp_hidden_size": "mlp_hidden_size",
+    "position_buckets": "position_buckets",
+    "max_position_embeddings": "max_position_embeddings",
+    "share_att_key": "share_att_key",
+    "norm_rel_ebd": "norm_rel_ebd",
+    "utterance_contrastive_layer": "utterance_contrastive_layer",
+    "replace_prob": "replace_prob",
+}
+
+
+def settings_fields(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration that fairseq's settings, or those of a follow-up's code, name.
+
+    Args:
+        settings: of the model.
+        defaults: the fields that the configuration has, with their defaults.
+    """
+    fields = {}
+    for theirs, mine in (_FAIRSEQ_FIELDS | _SHAPE_FIELDS).items():
+        if settings.get(theirs) is not None and mine in defaults:
+            fields[mine] = type(defaults[mine])(settings[theirs])
+    if settings.get("conv_feature_layers"):
+        fields["conv_stride"] = tuple(s for _, _, s in convolutions_from_fairseq(settings["conv_feature_layers"]))
+    if not fields.get("mask_time_prob") and not fields.get("mask_feature_prob"):
+        fields["mask_time_prob"] = 0.65  # the vector for masked frames is in every file
+    return fields
+
+
 def network_sizes(tensors: Tensors, names: Mapping[str, str]) -> dict[str, Any]:
     """What shapes say of a network: widths, layers, convolutions.
 
@@ -482,7 +521,11 @@ def _kind(tensors: TensorSource) -> str | None:
         return "torchaudio"
     if tensors.format != "pytorch" or not any(n.endswith("feature_extractor.conv_layers.0.0.weight") for n in names):
         return None
+    if "relative_position_embedding" in _mapping(tensors.metadata.get("cfg")):
+        return None  # WavLM or UniSpeech-SAT
     settings = fairseq_settings(tensors.metadata)
+    if settings.get("transpose"):
+        return None  # UniSpeech
     said = [
         settings.get("_name"),
         settings.get("arch"),
@@ -492,7 +535,7 @@ def _kind(tensors: TensorSource) -> str | None:
     others = ("hubert", "wavlm", "unispeech", "ils", "sew", "data2vec")
     if any(str(name).startswith(others) for name in said if name):
         return None
-    foreign = ("label_embs_concat", "relative_attention_bias", "grep_linear")
+    foreign = ("label_embs_concat", "relative_attention_bias", "grep_linear", "encoder.upsample.")
     if any(word in name for name in names for word in foreign) or any("decoder." in name for name in names):
         return None
     return "fairseq"
@@ -511,7 +554,7 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
         CheckpointError: if they are damaged or hold something else.
     """
     if path.is_dir() and (path / "config.json").is_file():
-        return _open_hugging_face(path, model_class)
+        return open_hugging_face(path, model_class, config_from_hugging_face, hugging_face_table)
     tensors = open_tensors(path)
     kind = _kind(tensors)
     if kind == "torchaudio":
@@ -525,21 +568,34 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
     raise SourceError(f"{path} is no wav2vec 2.0 of fairseq or torchaudio, and has no config.json beside it.")
 
 
-def _open_hugging_face(directory: Path, model_class: str | None) -> ForeignCheckpoint:
+def open_hugging_face(
+    directory: Path,
+    model_class: str | None,
+    read_config: Callable[[Mapping[str, Any], str], Any],
+    make_table: Callable[[Any, str], Table],
+) -> ForeignCheckpoint:
+    """Open a Hugging Face directory of any paper of the family.
+
+    Args:
+        directory: holds `config.json` and tensors.
+        model_class: by default the one that `config.json` names.
+        read_config: our configuration from a `config.json`.
+        make_table: the correspondence for a configuration and a class.
+    """
     raw = read_json(directory / "config.json")
     if model_class is None:
         architectures = raw.get("architectures") or []
         if not architectures:
             raise SourceError(f"{directory / 'config.json'} names no class; give model_class.")
         model_class = str(architectures[0])
-    config = config_from_hugging_face(raw, str(directory / "config.json"))
+    config = read_config(raw, str(directory / "config.json"))
     tensors = open_tensors(directory)
     # Fine-tuned checkpoints of the first months lack the vector for masked frames, which only training reads.
     absent = None
     if not any(name.endswith("masked_spec_embed") for name in tensors.names()):
-        absent = r"(wav2vec2\.)?masked_spec_embed"
+        absent = r"(\w+\.)?masked_spec_embed"
     return ForeignCheckpoint(
-        model_class, config, tensors, hugging_face_table(config, model_class), directory, may_be_absent=absent
+        model_class, config, tensors, make_table(config, model_class), directory, may_be_absent=absent
     )
 
 

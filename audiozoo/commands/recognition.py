@@ -1,4 +1,4 @@
-"""Speech to text with CTC models, and what else the wav2vec 2.0 family hears: `audiozoo align`, `identify`."""
+"""Speech to text with CTC models, and what else wav2vec 2.0's family hears: `audiozoo align`, `identify`, `units`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from audiozoo.errors import SourceError, UsageError
 
 RECOGNISER = "facebook/wav2vec2-base-960h"
 IDENTIFIER = "facebook/mms-lid-126"
+ENCODER = "facebook/hubert-base-ls960"
 
 Progress = Callable[[float, float], None]
 # Options of `audiozoo transcribe` that only Whisper has, by the value that means nothing.
@@ -71,8 +72,11 @@ def ctc_transcriber(
             progress=progress,
         )
         segments = heard.segments()
-        if not options["word_timestamps"]:
-            segments = [{k: v for k, v in segment.items() if k != "words"} for segment in segments]
+        for segment in segments:
+            words = segment.pop("words")
+            if options["word_timestamps"]:
+                named = ({"word": w["text"], "start": w["start"], "end": w["end"]} for w in words)
+                segment["words"] = [n | {"probability": w["score"]} for n, w in zip(named, words, strict=True)]
         return {"text": heard.text, "segments": segments, "language": options["language"]}
 
     return hear
@@ -85,6 +89,11 @@ def speak_language(model: Any, processor: Any, source: str, language: str | None
         UsageError: if the model knows one language only.
     """
     if language is None:
+        return model
+    from audiozoo.processors.mms import AlignmentTokenizer
+
+    if isinstance(processor.tokenizer, AlignmentTokenizer):
+        processor.set_target_lang(language)  # how the text is romanised
         return model
     if getattr(model.config, "adapter_attn_dim", None) is None:
         raise UsageError(f"{source} has no adapters of languages; leave --language out.")
@@ -177,3 +186,32 @@ def identify(
         print(f"{100 * probability:5.1f} %  {label}")
     if found and found[0][1] < 0.5:
         messages.print("no class is more probable than not", style="yellow", highlight=False)
+
+
+def units(
+    file: Annotated[str, typer.Argument(help="a sound file")],
+    clusters: Annotated[Path, typer.Option(help="centroids: .npz, .npy, or scikit-learn's k-means in a joblib file")],
+    model: Annotated[str, typer.Option(help="hub id, directory or file of a speech encoder")] = ENCODER,
+    layer: Annotated[int, typer.Option(help="whose frames were clustered; 0 is the Transformer's input")] = 9,
+    every_frame: Annotated[bool, typer.Option("--every-frame", help="do not merge runs of the same unit")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON: units, and how many frames each lasts")] = False,
+) -> None:
+    """Write speech down as discrete units: the clusters of its frames (HuBERT)."""
+    _check_file(file)
+    from audiozoo import audio
+    from audiozoo.decoding.units import KMeans, deduplicate
+    from audiozoo.decoding.units import units as units_of
+    from weights_conversion.hubert import read_kmeans
+
+    if not clusters.is_file():
+        raise SourceError(f"There is no file {clusters}.")
+    numpy = clusters.suffix in (".npz", ".npy")
+    kmeans = KMeans.load(clusters) if numpy else KMeans(read_kmeans(clusters))
+    encoder, processor = _load(model, "", "listen")
+    wave = audio.read(file, getattr(processor, "feature_extractor", processor).sampling_rate)
+    found = units_of(encoder, processor, wave, kmeans, layer=layer)
+    frames = [1] * len(found)
+    if not every_frame:
+        found, lasting = deduplicate(found)
+        frames = lasting.tolist()
+    print(json.dumps({"units": found.tolist(), "frames": frames}) if as_json else " ".join(map(str, found)))

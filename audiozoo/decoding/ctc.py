@@ -79,8 +79,8 @@ def greedy(
 ) -> list[list[Span]]:
     """The tokens of the most probable path of every item."""
     best = np.asarray(logits).argmax(axis=-1)
-    lengths = [best.shape[1]] * len(best) if lengths is None else lengths
-    return [collapse(row[: int(length)], blank) for row, length in zip(best, lengths, strict=True)]
+    counted = np.full(len(best), best.shape[1]) if lengths is None else lengths
+    return [collapse(row[: int(length)], blank) for row, length in zip(best, counted, strict=True)]
 
 
 def words_of(tokens: Sequence[Span], delimiter: Any, join: Callable[[list[Any]], str] = "".join) -> list[Span]:
@@ -134,7 +134,7 @@ class NgramModel:
             with path.open("rb") as file:
                 opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
             try:
-                with opener(path, "rt", encoding="utf-8") as lines:  # type: ignore[operator]
+                with opener(path, "rt", encoding="utf-8") as lines:
                     return cls(cls._parse(lines, str(path)))
             except UnicodeDecodeError:
                 raise SourceError(f"{path} is not an ARPA file (binary models of KenLM are not read).") from None
@@ -502,10 +502,10 @@ def _viterbi(
 
 
 def forced_alignment(
-    log_probs: Float[Array, "batch frames vocabulary"],
-    targets: Int[Array, "batch tokens"],
-    input_lengths: Int[Array, " batch"] | None = None,
-    target_lengths: Int[Array, " batch"] | None = None,
+    log_probs: Float[np.ndarray, "batch frames vocabulary"] | Float[Array, "batch frames vocabulary"],
+    targets: Int[np.ndarray, "batch tokens"] | Int[Array, "batch tokens"],
+    input_lengths: Int[np.ndarray, " batch"] | Int[Array, " batch"] | None = None,
+    target_lengths: Int[np.ndarray, " batch"] | Int[Array, " batch"] | None = None,
     *,
     blank: int = 0,
     window: int = 4096,
@@ -527,27 +527,27 @@ def forced_alignment(
     Raises:
         UsageError: for an item with too few frames for its tokens, or a target that is the blank.
     """
-    log_probs, targets = np.asarray(log_probs), np.asarray(targets)
-    batch, frames, _ = log_probs.shape
-    input_lengths = np.full(batch, frames) if input_lengths is None else np.asarray(input_lengths)
-    target_lengths = np.full(batch, targets.shape[1]) if target_lengths is None else np.asarray(target_lengths)
+    scored, tokens = np.asarray(log_probs), np.asarray(targets)
+    batch, frames, _ = scored.shape
+    spoken = np.full(batch, frames) if input_lengths is None else np.asarray(input_lengths)
+    written = np.full(batch, tokens.shape[1]) if target_lengths is None else np.asarray(target_lengths)
     for item in range(batch):
-        row = targets[item, : target_lengths[item]]
+        row = tokens[item, : written[item]]
         if np.any(row == blank):
             raise UsageError(f"Item {item}: the blank is no token to align.")
-        if np.any((row < 0) | (row >= log_probs.shape[2])):
-            raise UsageError(f"Item {item}: a token is outside the vocabulary of {log_probs.shape[2]}.")
+        if np.any((row < 0) | (row >= scored.shape[2])):
+            raise UsageError(f"Item {item}: a token is outside the vocabulary of {scored.shape[2]}.")
         needed = len(row) + int(np.sum(row[1:] == row[:-1]))
-        if needed > input_lengths[item]:
-            raise UsageError(f"Item {item}: {input_lengths[item]} frames are too few; the text takes {needed}.")
+        if needed > spoken[item]:
+            raise UsageError(f"Item {item}: {spoken[item]} frames are too few; the text takes {needed}.")
     # A few shapes, so that another length does not compile again.
     blocks = _rounded(-(-frames // _BLOCK), 4)
-    states = 2 * _rounded(targets.shape[1], 32) + 4
-    padded = np.zeros((batch, blocks * _BLOCK, log_probs.shape[2]), log_probs.dtype)
-    padded[:, :frames] = log_probs
+    states = 2 * _rounded(tokens.shape[1], 32) + 4
+    padded = np.zeros((batch, blocks * _BLOCK, scored.shape[2]), scored.dtype)
+    padded[:, :frames] = scored
     extended = np.full((batch, states), blank, np.int32)
     for item in range(batch):
-        extended[item, 1 : 2 * target_lengths[item] : 2] = targets[item, : target_lengths[item]]
+        extended[item, 1 : 2 * written[item] : 2] = tokens[item, : written[item]]
     width = min(-(-window // 4) * 4, states)
     while True:
         run = jax.vmap(partial(_viterbi, window=width, blank=blank)) if batch > 1 else _single(width, blank)
@@ -555,8 +555,8 @@ def forced_alignment(
         path, scores, total = run(
             jnp.asarray(shaped),
             jnp.asarray(extended),
-            jnp.asarray(input_lengths, jnp.int32),
-            jnp.asarray(target_lengths, jnp.int32),
+            jnp.asarray(spoken, jnp.int32),
+            jnp.asarray(written, jnp.int32),
         )
         if width >= states or np.all(np.asarray(total) > LOG_ZERO / 2):
             return ForcedAlignment(np.asarray(path)[:, :frames], np.asarray(scores)[:, :frames], width >= states)
@@ -679,6 +679,37 @@ class Transcription:
     words: list[dict[str, Any]]
     characters: list[dict[str, Any]]
     duration: float
+
+    def segments(self, *, pause: float = 0.6, longest: float = 7.0, letters: int = 84) -> list[dict[str, Any]]:
+        """The words in pieces for subtitles: each ends at a pause, or before it grows too long.
+
+        Args:
+            pause: seconds of silence that end a piece.
+            longest: seconds a piece.
+            letters: and letters, spaces included.
+
+        Returns:
+            For each piece `id`, `start`, `end`, `text` and `words`.
+        """
+        groups: list[list[dict[str, Any]]] = []
+        for word in self.words:
+            group = groups[-1] if groups else []
+            size = sum(len(w["text"]) + 1 for w in group) + len(word["text"])
+            fits = group and word["start"] - group[-1]["end"] < pause and size <= letters
+            if fits and word["end"] - group[0]["start"] <= longest:
+                group.append(word)
+            else:
+                groups.append([word])
+        return [
+            {
+                "id": number,
+                "start": group[0]["start"],
+                "end": group[-1]["end"],
+                "text": " ".join(word["text"] for word in group),
+                "words": group,
+            }
+            for number, group in enumerate(groups)
+        ]
 
 
 def _prepared(processor: Any, audio: Any) -> np.ndarray:

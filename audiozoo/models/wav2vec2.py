@@ -50,7 +50,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -214,9 +215,10 @@ class Wav2Vec2Config:
 # --- §2, feature encoder: waveform to latent speech representations -------------------------------------------------
 
 
-def conv_lengths(
-    lengths: Int[Array, "*batch"] | int, kernels: Sequence[int], strides: Sequence[int]
-) -> Int[Array, "*batch"] | int:
+Lengths = TypeVar("Lengths", int, Array)  # of one recording, or of each of a batch
+
+
+def conv_lengths(lengths: Lengths, kernels: Sequence[int], strides: Sequence[int]) -> Lengths:
     r"""Frames that a stack of unpadded convolutions makes: $\lfloor (L - k)/s \rfloor + 1$, layer by layer."""
     for kernel, stride in zip(kernels, strides, strict=True):
         lengths = (lengths - kernel) // stride + 1
@@ -291,6 +293,7 @@ class Wav2Vec2ConvLayer(nnx.Module):
         spread = math.sqrt(2 / (inputs * kernel))
         self.conv.kernel[...] = spread * jax.random.normal(rngs.params(), (kernel, inputs, channels), param_dtype)
         self.groups = config.feat_extract_norm == "group" and index == 0
+        self.layer_norm: Any
         if self.groups:
             self.layer_norm = TimeGroupNorm(channels, **kwargs)
         elif config.feat_extract_norm == "layer":
@@ -398,6 +401,7 @@ class Wav2Vec2PositionalConvEmbedding(nnx.Module):
         v = (4 / (taps * width)) ** 0.5 * jax.random.normal(rngs.params(), self.conv.kernel_v.shape, param_dtype)
         self.conv.kernel_v[...] = v
         self.conv.kernel_g[...] = jnp.sqrt(jnp.square(v).sum(axis=(1, 2), keepdims=True))
+        assert self.conv.bias is not None
         self.conv.bias[...] = jnp.zeros((width,), param_dtype)
         self.activation = config.feat_extract_activation
 
@@ -457,10 +461,15 @@ class Wav2Vec2EncoderLayer(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: Float[Array, "batch frames hidden"], dropout: Dropout, mask: Bool[Array, "batch 1 1 frames"] | None
-    ) -> tuple[Float[Array, "batch frames hidden"], Float[Array, "batch heads frames frames"]]:
-        """One block; returns its output and its attention weights."""
-        attention, weights = self.attention(x, mask=mask, dropout=dropout)
+        self,
+        x: Float[Array, "batch frames hidden"],
+        dropout: Dropout,
+        mask: Bool[Array, "batch 1 1 frames"] | None,
+        *,
+        need_weights: bool = True,
+    ) -> tuple[Float[Array, "batch frames hidden"], Float[Array, "batch heads frames frames"] | None]:
+        """One block; returns its output and, if they are needed, its attention weights."""
+        attention, weights = self.attention(x, mask=mask, dropout=dropout, need_weights=need_weights)
         x = self.layer_norm(x + dropout(attention, self.config.hidden_dropout))
         return self.final_layer_norm(x + self.feed_forward(x, dropout)), weights
 
@@ -477,10 +486,15 @@ class Wav2Vec2EncoderLayerStableLayerNorm(Wav2Vec2EncoderLayer):
             self.adapter_layer = Wav2Vec2AttnAdapterLayer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "batch frames hidden"], dropout: Dropout, mask: Bool[Array, "batch 1 1 frames"] | None
-    ) -> tuple[Float[Array, "batch frames hidden"], Float[Array, "batch heads frames frames"]]:
-        """One block; returns its output and its attention weights."""
-        attention, weights = self.attention(self.layer_norm(x), mask=mask, dropout=dropout)
+        self,
+        x: Float[Array, "batch frames hidden"],
+        dropout: Dropout,
+        mask: Bool[Array, "batch 1 1 frames"] | None,
+        *,
+        need_weights: bool = True,
+    ) -> tuple[Float[Array, "batch frames hidden"], Float[Array, "batch heads frames frames"] | None]:
+        """One block; returns its output and, if they are needed, its attention weights."""
+        attention, weights = self.attention(self.layer_norm(x), mask=mask, dropout=dropout, need_weights=need_weights)
         x = x + dropout(attention, self.config.hidden_dropout)
         x = x + self.feed_forward(self.final_layer_norm(x), dropout)
         if hasattr(self, "adapter_layer"):
@@ -492,11 +506,12 @@ class Wav2Vec2Encoder(nnx.Module):
     r"""§2, the Transformer $g: Z \to C$ behind its positional convolution."""
 
     layer_class: ClassVar[type] = Wav2Vec2EncoderLayer
+    positional_class: ClassVar[type] = Wav2Vec2PositionalConvEmbedding
     norm_first: ClassVar[bool] = False  # whether the blocks normalise before, and the last LayerNorm stands at the end
 
     def __init__(self, config: Any, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.pos_conv_embed = Wav2Vec2PositionalConvEmbedding(config, **kwargs)
+        self.pos_conv_embed = self.positional_class(config, **kwargs)
         self.layer_norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, **kwargs)
         self.layers = nnx.List([self.layer_class(config, **kwargs) for _ in range(config.num_hidden_layers)])
         self.config = config
@@ -532,7 +547,8 @@ class Wav2Vec2Encoder(nnx.Module):
         x = dropout(x, self.config.hidden_dropout)
         hidden_states, attentions = [x], []
         for layer in self.layers:
-            x, weights = layer_drop(layer, x, self.config.layerdrop, dropout, keys)
+            block = partial(layer, need_weights=output_attentions)
+            x, weights = layer_drop(block, x, self.config.layerdrop, dropout, keys)
             hidden_states.append(x)
             attentions.append(weights)
         if self.norm_first:
@@ -615,9 +631,7 @@ class Wav2Vec2Model(nnx.Module):
             self.adapter = Wav2Vec2Adapter(config, **kwargs)
         self.config = config
 
-    def frame_lengths(
-        self, sample_lengths: Int[Array, "*batch"] | int, *, adapter: bool = True
-    ) -> Int[Array, "*batch"] | int:
+    def frame_lengths(self, sample_lengths: Lengths, *, adapter: bool = True) -> Lengths:
         """Frames out of that many samples, after the adapter if there is one."""
         config = self.config
         lengths = conv_lengths(sample_lengths, config.conv_kernel, config.conv_stride)
@@ -938,10 +952,23 @@ class Wav2Vec2ForPreTraining(_WithBackbone):
         super().__init__(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.quantizer = Wav2Vec2GumbelVectorQuantizer(config, **kwargs)
-        for name, width in (("project_hid", config.hidden_size), ("project_q", config.codevector_dim)):
+
+        def projection(width: int) -> Linear:
             init = _uniform(width**-0.5)
-            linear = Linear(width, config.proj_codevector_dim, kernel_init=init, bias_init=init, **kwargs)
-            setattr(self, name, linear)
+            return Linear(width, config.proj_codevector_dim, kernel_init=init, bias_init=init, **kwargs)
+
+        self.project_hid = projection(config.hidden_size)
+        self.project_q = projection(config.codevector_dim)
+
+    def project(
+        self,
+        which: str,
+        x: Float[Array, "batch frames width"],
+        mask_time_indices: Bool[Array, "batch frames"] | None,
+        training: bool,
+    ) -> Float[Array, "batch frames projected"]:
+        """`project_hid` or `project_q`, frame by frame; a follow-up's projections may look at what is masked."""
+        return getattr(self, which)(x)
 
     def __call__(
         self,
@@ -989,13 +1016,13 @@ class Wav2Vec2ForPreTraining(_WithBackbone):
         outputs = self.backbone(input_values, attention_mask, mask_time_indices, key=keys[1], **options)
         features = outputs.conv_features
         features_pen = jnp.square(features.astype(jnp.promote_types(features.dtype, jnp.float32))).mean()
-        context = self.project_hid(outputs.last_hidden_state)
+        context = self.project("project_hid", outputs.last_hidden_state, mask_time_indices, key is not None)
         unmasked = Dropout(keys[2])(outputs.extract_features, config.feat_quantizer_dropout)
         quantised, in_use, codes = self.quantizer(
             unmasked, mask_time_indices, temperature=temperature, gumbel_noise=gumbel_noise, key=keys[3]
         )
-        quantised = self.project_q(quantised)
-        if sampled_negative_indices is None and key is not None:
+        quantised = self.project("project_q", quantised, mask_time_indices, key is not None)
+        if sampled_negative_indices is None and keys[4] is not None and mask_time_indices is not None:
             sampled_negative_indices = sample_negative_indices(keys[4], mask_time_indices, config.num_negatives)
         loss = contrastive = diversity = None
         if sampled_negative_indices is not None:
@@ -1070,10 +1097,10 @@ class Wav2Vec2ForCTC(_WithBackbone):
             UsageError: if a label is not in the vocabulary.
         """
         config = self.config
-        if labels is not None and not isinstance(labels, jax.core.Tracer) and np.max(labels) >= config.vocab_size:
-            raise UsageError(
-                f"The labels go up to {int(np.max(labels))}; the vocabulary has {config.vocab_size} entries."
-            )
+        if labels is not None and not isinstance(labels, jax.core.Tracer):
+            largest = int(np.asarray(labels).max())
+            if largest >= config.vocab_size:
+                raise UsageError(f"The labels go up to {largest}; the vocabulary has {config.vocab_size} entries.")
         keys = [None, None] if key is None else list(jax.random.split(key))
         outputs = self.backbone(input_values, attention_mask, key=keys[0], **options)
         x = Dropout(keys[1])(outputs.last_hidden_state, config.final_dropout)
@@ -1231,17 +1258,17 @@ class Wav2Vec2ForXVector(_WithLayerSum):
     def __init__(self, config: Any, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         super().__init__(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        init = {"kernel_init": nnx.initializers.normal(config.initializer_range)}
+        linear = kwargs | {"kernel_init": nnx.initializers.normal(config.initializer_range)}
         widths = (config.tdnn_dim[0], *config.tdnn_dim)
-        self.projector = Linear(config.hidden_size, widths[0], **init, **kwargs)
+        self.projector = Linear(config.hidden_size, widths[0], **linear)
         self.tdnn = nnx.List(
             [
                 TDNNLayer(widths[i], widths[i + 1], taps, dilation=dilation, **kwargs)
                 for i, (taps, dilation) in enumerate(zip(config.tdnn_kernel, config.tdnn_dilation, strict=True))
             ]
         )
-        self.feature_extractor = Linear(2 * widths[-1], config.xvector_output_dim, **init, **kwargs)
-        self.classifier = Linear(config.xvector_output_dim, config.xvector_output_dim, **init, **kwargs)
+        self.feature_extractor = Linear(2 * widths[-1], config.xvector_output_dim, **linear)
+        self.classifier = Linear(config.xvector_output_dim, config.xvector_output_dim, **linear)
         self.objective = AMSoftmaxLoss(config.xvector_output_dim, config.num_labels, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(

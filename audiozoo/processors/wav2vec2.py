@@ -469,8 +469,12 @@ class Wav2Vec2Processor:
     def from_directory(cls, directory: str | os.PathLike[str], target_lang: str | None = None) -> Wav2Vec2Processor:
         """From the files of a checkpoint directory; without a vocabulary there is no tokenizer."""
         folder = Path(directory)
-        tokenizer = None
-        if (folder / "vocab.json").is_file() or len(list(folder.glob("dict.*.txt"))) == 1:
+        tokenizer: Wav2Vec2CTCTokenizer | None = None
+        if (folder / "dictionary.txt").is_file() and not (folder / "vocab.json").is_file():
+            from audiozoo.processors.mms import AlignmentTokenizer
+
+            tokenizer = AlignmentTokenizer(folder / "dictionary.txt", target_lang)
+        elif (folder / "vocab.json").is_file() or len(list(folder.glob("dict.*.txt"))) == 1:
             tokenizer = Wav2Vec2CTCTokenizer.from_directory(folder, target_lang)
         return cls(Wav2Vec2FeatureExtractor.from_directory(folder), tokenizer)
 

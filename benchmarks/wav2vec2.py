@@ -1,0 +1,120 @@
+"""wav2vec 2.0 against `transformers` (eager): forwards of base and large, and the alignment of an hour of speech.
+
+Published sizes, random weights. No other CTC aligner of an hour is at hand, so that row has ours alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from benchmarks.framework import Case, Run, threads
+
+SEED, RATE = 0, 16_000
+
+
+@functools.lru_cache(maxsize=1)
+def original(size: str) -> Any:
+    """`transformers`' model of a published size, random weights, float32."""
+    import torch
+    import transformers
+
+    from audiozoo.models.wav2vec2 import Wav2Vec2Config
+    from tests.parity.harness import randomise
+
+    torch.set_num_threads(threads())
+    ours = vars(getattr(Wav2Vec2Config, size)())
+    names = set(transformers.Wav2Vec2Config().to_dict())
+    fields = {k: v for k, v in ours.items() if k in names and k != "id2label"}
+    config = transformers.Wav2Vec2Config(**fields, attn_implementation="eager")
+    return randomise(transformers.Wav2Vec2ForCTC(config), SEED)
+
+
+@functools.lru_cache(maxsize=1)
+def model(size: str) -> Any:
+    """Ours, with the same weights, made without the original."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from audiozoo.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2ForCTC
+    from tests.parity.harness import abstract
+    from tests.random_weights import random_parameters
+    from weights_conversion.wav2vec2 import hugging_face_table
+
+    config = getattr(Wav2Vec2Config, size)()
+    blank = abstract(lambda: Wav2Vec2ForCTC(config, rngs=nnx.Rngs(0)))
+    ours = jax.tree.map(lambda a: jnp.asarray(np.zeros(a.shape, a.dtype)), blank)
+    state = nnx.to_flat_state(nnx.state(ours, nnx.Param))
+    shapes = {".".join(map(str, path)): variable for path, variable in state}
+    values = random_parameters(shapes, hugging_face_table(config, "Wav2Vec2ForCTC"), SEED)
+    flat = [(path, v.replace(jnp.asarray(values[".".join(map(str, path))], jnp.float32))) for path, v in state]
+    nnx.update(ours, nnx.from_flat_state(flat))
+    return ours
+
+
+def waves(batch: int, seconds: int) -> np.ndarray:
+    """Noise of variance 1, float32 `(batch, samples)`."""
+    return np.random.default_rng(1).standard_normal((batch, seconds * RATE)).astype(np.float32)
+
+
+def close(ours: Any, theirs: Any) -> str:
+    """The largest difference, which must be small beside the values."""
+    a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    apart, size = np.max(np.abs(a - b)), np.sqrt(np.mean(b**2))
+    if apart > 1e-3 * max(size, 1.0):
+        raise AssertionError(f"ours and the original differ by {apart:.3g} where values are {size:.3g}")
+    return f"max diff {apart:.1e}"
+
+
+def our_forward(size: str, batch: int, seconds: int) -> Run:
+    import jax
+
+    import audiozoo
+
+    run, x = audiozoo.jit(model(size)), jax.numpy.asarray(waves(batch, seconds))
+    return lambda: np.asarray(run(x).logits)
+
+
+def their_forward(size: str, batch: int, seconds: int) -> Run:
+    import torch
+
+    theirs, x = original(size), torch.from_numpy(waves(batch, seconds))
+
+    def run() -> Any:
+        with torch.inference_mode():
+            return theirs(x).logits.numpy()
+
+    return run
+
+
+def our_alignment() -> Run:
+    """180,000 frames and a text of 45,000 letters, as an hour of reading has."""
+    from audiozoo.decoding.ctc import forced_alignment
+    from tests.decoding.test_ctc import speech_like
+
+    log_probs, targets = speech_like(180_000, 45_000, 32, 0)
+    return lambda: forced_alignment(log_probs[None], np.array([targets])).states
+
+
+CASES = (
+    *(
+        Case(
+            f"forward, {batch} x {seconds} s, {size}",
+            functools.partial(our_forward, size, batch, seconds),
+            {"transformers": functools.partial(their_forward, size, batch, seconds)},
+            target=1.5,
+            agreement=close,
+            repeats=repeats,
+        )
+        for size, batch, seconds, repeats in (
+            ("base", 1, 10, 10),
+            ("base", 8, 5, 4),
+            ("large_lv60", 1, 10, 6),
+            ("large_lv60", 8, 5, 3),
+        )
+    ),
+    Case("align an hour (180,000 frames, 45,000 letters)", our_alignment, {}, repeats=3),
+)
