@@ -290,7 +290,7 @@ class HifiGanGenerator(nnx.Module):
     def __call__(
         self,
         spectrogram: Float[Array, "batch frames bins"],
-        condition: Float[Array, "batch one speaker"] | None = None,
+        condition: Float[Array, "#batch one speaker"] | None = None,
         *,
         lengths: Int[Array, " batch"] | None = None,
     ) -> Float[Array, "batch samples"]:
@@ -329,7 +329,7 @@ class SpeechT5HifiGan(HifiGanGenerator):
     def __call__(
         self,
         spectrogram: Float[Array, "*batch frames bins"],
-        condition: Float[Array, "batch one speaker"] | None = None,
+        condition: Float[Array, "#batch one speaker"] | None = None,
         *,
         lengths: Int[Array, " batch"] | None = None,
     ) -> Float[Array, "*batch samples"]:

@@ -438,7 +438,7 @@ class VitsWaveNet(nnx.Module):
         self,
         x: Float[Array, "batch time channels"],
         mask: Float[Array, "batch time 1"],
-        condition: Float[Array, "batch 1 speaker"] | None = None,
+        condition: Float[Array, "#batch 1 speaker"] | None = None,
         dropout: Dropout | None = None,
     ) -> Float[Array, "batch time channels"]:
         """All layers; `condition` is a voice's embedding."""
@@ -471,7 +471,7 @@ class VitsPosteriorEncoder(nnx.Module):
         self,
         spectrogram: Float[Array, "batch frames bins"],
         mask: Float[Array, "batch frames 1"],
-        condition: Float[Array, "batch 1 speaker"] | None = None,
+        condition: Float[Array, "#batch 1 speaker"] | None = None,
         *,
         noise: Float[Array, "batch frames latent"],
         dropout: Dropout | None = None,
@@ -496,7 +496,7 @@ class VitsResidualCouplingLayer(nnx.Module):
         self,
         x: Float[Array, "batch frames latent"],
         mask: Float[Array, "batch frames 1"],
-        condition: Float[Array, "batch 1 speaker"] | None = None,
+        condition: Float[Array, "#batch 1 speaker"] | None = None,
         *,
         reverse: bool = False,
         dropout: Dropout | None = None,
@@ -521,7 +521,7 @@ class VitsResidualCouplingBlock(nnx.Module):
         self,
         x: Float[Array, "batch frames latent"],
         mask: Float[Array, "batch frames 1"],
-        condition: Float[Array, "batch 1 speaker"] | None = None,
+        condition: Float[Array, "#batch 1 speaker"] | None = None,
         *,
         reverse: bool = False,
         dropout: Dropout | None = None,
@@ -681,7 +681,7 @@ class VitsStochasticDurationPredictor(nnx.Module):
         self,
         hidden_states: Float[Array, "batch time channels"],
         mask: Float[Array, "batch time 1"],
-        speaker: Float[Array, "batch 1 speaker"] | None,
+        speaker: Float[Array, "#batch 1 speaker"] | None,
         dropout: Dropout | None,
     ) -> Float[Array, "batch time channels"]:
         """What the flows are conditioned on. No gradient reaches the text encoder (§2.2.2)."""
@@ -694,7 +694,7 @@ class VitsStochasticDurationPredictor(nnx.Module):
         self,
         hidden_states: Float[Array, "batch time channels"],
         mask: Float[Array, "batch time 1"],
-        speaker: Float[Array, "batch 1 speaker"] | None = None,
+        speaker: Float[Array, "#batch 1 speaker"] | None = None,
         *,
         noise: Float[Array, "batch time 2"],
     ) -> Float[Array, "batch time 1"]:
@@ -711,7 +711,7 @@ class VitsStochasticDurationPredictor(nnx.Module):
         hidden_states: Float[Array, "batch time channels"],
         mask: Float[Array, "batch time 1"],
         durations: Float[Array, "batch time 1"],
-        speaker: Float[Array, "batch 1 speaker"] | None = None,
+        speaker: Float[Array, "#batch 1 speaker"] | None = None,
         *,
         noise: Float[Array, "batch time 2"],
         dropout: Dropout | None = None,
@@ -769,7 +769,7 @@ class VitsDurationPredictor(nnx.Module):
         self,
         hidden_states: Float[Array, "batch time channels"],
         mask: Float[Array, "batch time 1"],
-        speaker: Float[Array, "batch 1 speaker"] | None = None,
+        speaker: Float[Array, "#batch 1 speaker"] | None = None,
         *,
         noise: Float[Array, "batch time 2"] | None = None,
         dropout: Dropout | None = None,
@@ -841,7 +841,7 @@ class VitsModel(nnx.Module):
 
     def speaker_embedding(
         self, speaker_id: int | Int[Array, " batch"] | None
-    ) -> Float[Array, "batch 1 speaker"] | None:
+    ) -> Float[Array, "#batch 1 speaker"] | None:
         """The embedding of a voice, or of a voice for each item; None without one, or where there is one voice only.
 
         Raises:

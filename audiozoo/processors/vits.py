@@ -159,11 +159,11 @@ class VitsTokenizer:
         Raises:
             UsageError: for a symbol that the voice does not have and has no token for.
         """
-        if not self.cuts_special or not prepared:
-            return self._ids(prepared) if prepared or not self.cuts_special else []
-        special = [re.escape(token) for token in (self.unk_token, self.pad_token) if token]
-        pieces = re.split(f"({'|'.join(special)})", prepared) if special else [prepared]
-        ids = []
+        if not self.cuts_special:
+            return self._ids(prepared)
+        special = "|".join(re.escape(token) for token in (self.unk_token, self.pad_token) if token)
+        pieces = re.split(f"({special})", prepared) if special else [prepared]
+        ids: list[int] = []
         for index, piece in enumerate(pieces):
             if index % 2:
                 ids.append((self.vocabulary | self.added)[piece])

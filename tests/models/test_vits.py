@@ -19,14 +19,16 @@ from hypothesis import strategies as st
 
 from audiozoo.decoding import synthesis
 from audiozoo.errors import UsageError
+from audiozoo.layers import alignment, splines
 from audiozoo.layers.alignment import monotonic_alignment
 from audiozoo.layers.splines import rational_quadratic_spline
-from audiozoo.models import vits
+from audiozoo.models import hifigan, vits
 from audiozoo.models.vits import VitsConfig, VitsModel
 from audiozoo.training.adversarial import AdversarialTrainer
 from tests.models.alignment_search import brute_force_alignment, exhaustive_alignment
-from tests.models.random_model import random_model
+from tests.models.random_model import quickly_compiled, random_model
 from tests.models.tiny_vits import CONFIG, build
+from tests.shapes import enforce
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -207,6 +209,31 @@ class _Single:
     config = VitsConfig()
 
 
+def test_shapes_are_what_the_annotations_say(monkeypatch):
+    for module in (vits, hifigan, alignment, splines):
+        assert enforce(monkeypatch, module)
+    ids, mask = jnp.ones((2, 7), jnp.int32), jnp.ones((2, 7), jnp.int32)
+    spoken = jax.eval_shape(lambda m: m(ids, mask, 1, prior_noise=jnp.zeros((2, 30, 8))), build())
+    assert spoken.waveform.shape == (2, 240)
+    assert spoken.durations.shape == (2, 7)
+    spectrogram = jnp.zeros((2, 11, 33))
+    converted = jax.eval_shape(lambda m: m.voice_conversion(spectrogram, 0, jnp.asarray([1, 2])), build())
+    assert converted.waveform.shape == (2, 88)
+    waves = {"waveform": jnp.zeros((2, 256)), "waveform_lengths": jnp.asarray([256, 200])}
+    batch = vits.VitsBatch(input_ids=ids, attention_mask=mask, speaker_id=jnp.asarray([0, 1]), **waves)
+    judge = random_model(
+        lambda rngs: vits.VitsDiscriminator(periods=(2,), period_channels=(4,), scale_layers=((4, 5, 1, 1),), rngs=rngs)
+    )
+    key = jax.random.key(0)
+    losses, output, real = jax.eval_shape(
+        lambda m, d: vits.generator_losses(m, d, batch, segment_frames=16, key=key), build(), judge
+    )
+    assert losses.total.shape == ()
+    assert output.waveform.shape == real.shape == (2, 128)
+    with pytest.raises(Exception, match="latents"):
+        jax.eval_shape(lambda m: m.decode(jnp.zeros((2, 8))), build())
+
+
 SHARDED = """
 import audiozoo, jax, numpy as np
 from audiozoo import sharding
@@ -269,10 +296,11 @@ def test_a_few_steps_of_both_networks_lower_the_mel_loss():
         speaker_id=jnp.asarray([0, 2]),
     )
     state, history = trainer.init(), []
-    for step in range(60):
-        state, losses = trainer.step(state, batch, jax.random.key(step))
-        assert all(np.isfinite(value) for value in losses.values()), losses
-        history.append(float(losses["mel"]))
+    with quickly_compiled():
+        for step in range(60):
+            state, losses = trainer.step(state, batch, jax.random.key(step))
+            assert all(np.isfinite(value) for value in losses.values()), losses
+            history.append(float(losses["mel"]))
     assert np.mean(history[-5:]) < 0.7 * np.mean(history[:5]), history
     trained = trainer.generator(state)
     assert trained.config == config

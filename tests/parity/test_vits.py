@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import json
 import sys
 import types
 from unittest import mock
@@ -18,6 +19,8 @@ import torch
 import transformers
 from flax import nnx
 
+import audiozoo
+import audiozoo.loading
 from audiozoo.loading import convert
 from audiozoo.models import vits
 from audiozoo.models.hifigan import discriminator_loss, feature_loss, generator_loss
@@ -26,7 +29,7 @@ from tests.models.alignment_search import brute_force_alignment
 from tests.parity import harness
 from weights_conversion import ForeignCheckpoint
 from weights_conversion.hifigan import WEIGHT_NORM_RENAMES, period_rules, scale_rules
-from weights_conversion.rules import Table
+from weights_conversion.rules import Rule, Table
 from weights_conversion.vits import (
     config_from_hugging_face,
     config_from_tensors,
@@ -35,9 +38,7 @@ from weights_conversion.vits import (
     original_table,
 )
 
-pytestmark = pytest.mark.xfail(
-    reason="VITS is not finished (tests/test_house.py): not every test here has been seen to pass"
-)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TINY = {
     "vocab_size": 20,
@@ -54,7 +55,7 @@ TINY = {
     "upsample_rates": [4, 2],
     "upsample_kernel_sizes": [8, 4],
     "resblock_kernel_sizes": [3, 5],
-    "resblock_dilation_sizes": [[1, 3], [1, 2]],
+    "resblock_dilation_sizes": [[1], [2]],
     "duration_predictor_flow_bins": 4,
     "duration_predictor_num_flows": 2,
     "duration_predictor_filter_channels": 12,
@@ -71,6 +72,10 @@ NOISE = np.random.default_rng(1).standard_normal((2, 7, 2))
 PRIOR_NOISE = np.random.default_rng(2).standard_normal((2, 4096, 8))
 
 
+def double(config):
+    return VitsModel(config, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+
+
 @functools.cache
 def pair(stochastic: bool = True):
     config = transformers.VitsConfig(
@@ -78,9 +83,8 @@ def pair(stochastic: bool = True):
     )
     reference = harness.randomise(transformers.VitsModel(config), 0)
     ours = config_from_hugging_face(config.to_dict())
-    model = VitsModel(ours, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
     table = hugging_face_table(ours)
-    return reference, harness.port(reference, model, table), table
+    return reference, harness.ported(reference, lambda: double(ours), table), table
 
 
 @contextlib.contextmanager
@@ -107,63 +111,83 @@ def reference_call(reference, rows=slice(None), length=None, **kwargs):
         )
 
 
-def our_call_without_masks(model):
+def our_call_without_masks(model, frames):
     """Synthesis with a decoder that knows no lengths, as the original's."""
-    encoded, durations = model.encode(IDS, MASK, 1, duration_noise=jnp.asarray(NOISE))
-    frames = int(durations.sum(axis=1).max())
-    noise = jnp.asarray(PRIOR_NOISE[:, :frames])
-    z, _ = model.latents(
-        encoded.prior_means, encoded.prior_log_variances, durations, 1, frames=frames, prior_noise=noise
-    )
-    return model.decode(z, None, 1), z
+    speaker = model.speaker_embedding(1)
+    encoded, durations = model.encode(IDS, MASK, speaker, duration_noise=jnp.asarray(NOISE))
+    prior, noise = (encoded.prior_means, encoded.prior_log_variances), jnp.asarray(PRIOR_NOISE[:, :frames])
+    z, _ = model.latents(*prior, durations, speaker, frames=frames, prior_noise=noise)
+    return model.decode(z, None, speaker), z
 
 
-# VITS is not finished (tests/test_house.py); these two are what is open about its numbers.
-@pytest.mark.xfail(reason="open: the speaker's projection is called three times here and once there")
 def test_synthesis_tap_by_tap():
     reference, model, table = pair()
+    frames = reference_call(reference).spectrogram.shape[2]
     taps = harness.compare_taps(
-        reference, lambda: reference_call(reference), model, lambda: our_call_without_masks(model), table, minimum=100
+        reference,
+        lambda: reference_call(reference),
+        model,
+        lambda: our_call_without_masks(model, frames),
+        table,
+        minimum=86,
+        compiled=True,
     )
     waveform, z = taps.ours
     harness.assert_close(waveform, taps.reference.waveform, name="waveform")
     harness.assert_close(z, taps.reference.spectrogram.transpose(1, 2), name="spectrogram")
 
 
-def test_deterministic_duration_predictor():
-    reference, model, _ = pair(False)
+def test_deterministic_duration_predictor_and_its_gradients():
+    reference, model, table = pair(False)
     hidden = np.random.default_rng(5).standard_normal((2, 7, 16))
     speaker = np.random.default_rng(6).standard_normal((2, 1, 5))
+    weights = np.random.default_rng(7).standard_normal((2, 7, 1))
+    arrays = (hidden, MASK[..., None].astype(float), speaker)
+
+    def theirs():
+        return reference.duration_predictor(*(torch.tensor(x.swapaxes(1, 2)) for x in arrays)).transpose(1, 2)
+
+    run = jax.jit(lambda m: m(*map(jnp.asarray, arrays)))
     with torch.no_grad():
-        theirs = reference.duration_predictor(
-            torch.tensor(hidden.swapaxes(1, 2)),
-            torch.tensor(MASK[:, None].astype(float)),
-            torch.tensor(speaker.swapaxes(1, 2)),
-        )
-    ours = jax.jit(lambda m, *x: m(*x))(
-        model.duration_predictor, jnp.asarray(hidden), jnp.asarray(MASK[..., None].astype(float)), jnp.asarray(speaker)
+        harness.assert_close(run(model.duration_predictor), theirs(), name="log-durations")
+    prefix = "duration_predictor."
+    rules = [rule for rule in table.rules if str(rule.foreign).startswith(prefix)]
+    own = Table([Rule(r.foreign.removeprefix(prefix), r.ours.removeprefix(prefix), r.operation) for r in rules])
+    harness.compare_gradients(
+        reference.duration_predictor,
+        lambda: torch.sum(torch.tensor(weights) * theirs()),
+        model.duration_predictor,
+        lambda m: jnp.sum(jnp.asarray(weights) * run(m)),
+        own,
     )
-    harness.assert_close(ours, theirs.transpose(1, 2), name="log-durations")
 
 
-def test_every_output_and_each_item_as_by_itself():
-    reference, model, _ = pair()
-    graphdef, state = nnx.split(model)
-    frames = 1024
+@functools.cache
+def compiled_call():
+    """Synthesis of both items, compiled once for all tests; options are arrays."""
+    graphdef, _ = nnx.split(pair()[1])
 
     @jax.jit
-    def run(state):
-        return nnx.merge(graphdef, state)(
+    def run(state, options):
+        model = nnx.merge(graphdef, state)
+        noise = {"duration_noise": jnp.asarray(NOISE), "prior_noise": jnp.asarray(PRIOR_NOISE[:, :1024])}
+        return model(
             jnp.asarray(IDS),
             jnp.asarray(MASK),
             1,
-            duration_noise=jnp.asarray(NOISE),
-            prior_noise=jnp.asarray(PRIOR_NOISE[:, :frames]),
+            **noise,
+            **options,
             output_attentions=True,
             output_hidden_states=True,
         )
 
-    ours = run(state)
+    defaults = {"speaking_rate": RATE[True], "noise_scale": 0.667, "noise_scale_duration": 0.8}
+    return lambda model, **options: run(nnx.split(model)[1], defaults | options)
+
+
+def test_every_output_and_each_item_as_by_itself():
+    reference, model, _ = pair()
+    ours = compiled_call()(model)
     batch = reference_call(reference, output_attentions=True, output_hidden_states=True)
     harness.compare_outputs(
         ours,
@@ -176,7 +200,7 @@ def test_every_output_and_each_item_as_by_itself():
     for row, length in enumerate(MASK.sum(1)):
         alone = reference_call(reference, slice(row, row + 1), length)
         samples = int(alone.sequence_lengths[0])
-        assert samples < frames * 8
+        assert samples < 1024 * 8
         harness.assert_close(ours.waveform[row, :samples], alone.waveform[0], name=f"waveform of item {row}")
         assert not np.any(np.asarray(ours.waveform[row, samples:]))
         harness.assert_close(
@@ -196,44 +220,29 @@ def test_speaking_rate_and_scales_are_options_of_the_call():
         mock.patch.object(reference, "noise_scale_duration", 0.5),
     ):
         theirs = reference_call(reference, slice(0, 1), speaking_rate=50.0)
-    ours = synthesise(
-        model,
-        IDS[:1],
-        MASK[:1],
-        1,
-        speaking_rate=50.0,
-        noise_scale=0.3,
-        noise_scale_duration=0.5,
-        duration_noise=jnp.asarray(NOISE[:1]),
-        prior_noise=jnp.asarray(PRIOR_NOISE[:1, : theirs.spectrogram.shape[2]]),
-    )
-    harness.assert_close(ours.waveform, theirs.waveform, name="waveform")
+    ours = compiled_call()(model, speaking_rate=50.0, noise_scale=0.3, noise_scale_duration=0.5)
+    samples = int(theirs.sequence_lengths[0])
+    assert int(ours.sequence_lengths[0]) == samples
+    harness.assert_close(ours.waveform[0, :samples], theirs.waveform[0], name="waveform")
 
 
 def test_mutations_are_noticed():
-    reference, model, _ = pair(False)
-    graphdef, _ = nnx.split(model)
-    theirs = reference_call(reference, slice(0, 1))
-    frames = theirs.spectrogram.shape[2]
-
-    @jax.jit
-    def run(state):
-        return nnx.merge(graphdef, state)(
-            jnp.asarray(IDS[:1]), None, 1, prior_noise=jnp.asarray(PRIOR_NOISE[:1, :frames])
-        )
+    reference, model, _ = pair()
+    theirs = reference_call(reference, slice(0, 1)).waveform[0]
 
     def check():
-        harness.assert_close(run(nnx.split(model)[1]).waveform, theirs.waveform)
+        harness.assert_close(compiled_call()(model).waveform[0, : theirs.numel()], theirs)
 
+    # What cannot show: training's modules, other voices, biases that cancel or round away in the durations' ceiling.
     mutations = harness.perturbations(model, 3, exclude=r"posterior_encoder.*|duration_predictor.*|embed_speaker.*")
     mutations.append(harness.dropped(model, "decoder.upsampler.0.bias"))
     assert harness.assert_detects(check, mutations) == 4
 
 
-PARAMETERS = {"mms": 36_330_801, "ljs": 36_357_681}
+PARAMETERS = {"mms": 36_284_592, "ljs": 36_311_472, "vctk": 39_690_608, "piper_high": 36_326_448}
 
 
-@pytest.mark.parametrize("name", ["mms", "ljs", "vctk", "piper_high"])
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_published_sizes(name):
     config = getattr(VitsConfig, name)()
     values = {k: v for k, v in dataclasses.asdict(config).items() if hasattr(transformers.VitsConfig(), k)}
@@ -243,12 +252,10 @@ def test_published_sizes(name):
             lambda: VitsModel(config, rngs=nnx.Rngs(0)),
             hugging_face_table(config),
         )
-    print(name, count)
+    assert count == PARAMETERS[name]
 
 
 def test_export_is_what_transformers_loads(tmp_path):
-    import audiozoo.loading
-
     reference, model, _ = pair()
     form = hugging_face(model)
     values = {name: leaf[...] for name, leaf in audiozoo.loading.variables(model).items()}
@@ -292,9 +299,10 @@ def piper():
         yield importlib.import_module("piper.train.vits.models")
 
 
+@functools.cache
 def authors(piper, *, resblock="1", speakers=3, stochastic=True):
     """A tiny model of the authors', and ours with its weights."""
-    dilations = ((1, 3, 5), (1, 2, 3)) if resblock == "1" else ((1, 3), (1, 2))
+    dilations = ((1, 3, 5),) if resblock == "1" else ((1, 3), (1, 2))
     reference = piper.SynthesizerTrn(
         n_vocab=20,
         spec_channels=9,
@@ -303,11 +311,11 @@ def authors(piper, *, resblock="1", speakers=3, stochastic=True):
         hidden_channels=16,
         filter_channels=24,
         n_heads=2,
-        n_layers=2,
+        n_layers=1,
         kernel_size=3,
         p_dropout=0.0,
         resblock=resblock,
-        resblock_kernel_sizes=(3, 5),
+        resblock_kernel_sizes=(3, 5)[: len(dilations)],
         resblock_dilation_sizes=dilations,
         upsample_rates=(4, 2),
         upsample_initial_channel=16,
@@ -320,11 +328,13 @@ def authors(piper, *, resblock="1", speakers=3, stochastic=True):
     width = 5 if speakers > 1 else 0
     reference.enc_q = piper.PosteriorEncoder(9, 8, 16, 5, 1, 2, gin_channels=width)
     reference.flow = piper.ResidualCouplingBlock(8, 16, 5, 1, 2, n_flows=2, gin_channels=width)
+    if stochastic:
+        reference.dp = piper.StochasticDurationPredictor(16, 16, 3, 0.5, 2, gin_channels=width)
+        reference.dp.post_flows = reference.dp.post_flows[:5]
     reference = harness.randomise(reference, 1)
     config = config_from_tensors(harness.StateDict(reference.state_dict()), resblock_dilation_sizes=dilations)
-    model = VitsModel(config, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
     table = original_table(config)
-    return reference, harness.port(reference, model, table), table
+    return reference, harness.ported(reference, lambda: double(config), table), table
 
 
 @pytest.mark.parametrize(("resblock", "speakers"), [("1", 3), ("2", 1)])
@@ -387,12 +397,10 @@ def our_training_forward(model):
     )
 
 
-@pytest.mark.xfail(reason="open: the generator's gradients do not agree yet with the stochastic duration predictor")
-@pytest.mark.parametrize("stochastic", [True, False], ids=["stochastic", "deterministic"])
-def test_training_losses_and_their_gradients(piper, stochastic):
-    """The duration loss (Eq. 7 or the deterministic one), the KL divergence and the decoder, for every parameter."""
+def test_training_losses_and_their_gradients(piper):
+    """The duration loss (Eq. 7), the KL divergence and the decoder, for every parameter; and the alignment."""
     losses = importlib.import_module("piper.train.vits.losses")
-    reference, model, table = authors(piper, stochastic=stochastic)
+    reference, model, table = authors(piper)
 
     def theirs():
         waveform, duration, _, starts, _, mask, (_, z_p, m_p, logs_p, _, logs_q) = authors_training_forward(reference)
@@ -409,9 +417,17 @@ def test_training_losses_and_their_gradients(piper, stochastic):
 
     compared = harness.compare_gradients(reference, theirs, model, jax.jit(ours), table)
     assert len(compared) > 100
+
+
+def test_training_with_the_deterministic_predictor(piper):
+    """Its loss and the alignment; its gradients are compared by themselves."""
+    reference, model, _ = authors(piper, stochastic=False)
     with torch.no_grad():
-        _, _, alignment, *_ = authors_training_forward(reference)
-    np.testing.assert_array_equal(jax.jit(our_training_forward)(model).alignment, alignment[:, 0])
+        waveform, duration, alignment, *_ = authors_training_forward(reference)
+    ours = jax.jit(our_training_forward)(model)
+    harness.assert_close(ours.duration_loss, torch.sum(duration), name="duration loss")
+    harness.assert_close(ours.waveform, waveform[:, 0], name="segments")
+    np.testing.assert_array_equal(ours.alignment, alignment[:, 0])
 
 
 def test_voice_conversion(piper):
@@ -438,7 +454,7 @@ def test_transformers_turns_the_first_flow_round_in_training(piper):
                     "duration_predictor_flow_bins": 10,
                     "num_speakers": 1,
                     "speaker_embedding_size": 0,
-                    "duration_predictor_num_flows": 4,
+                    "duration_predictor_num_flows": 2,
                     "depth_separable_num_layers": 3,
                 }
             )
@@ -446,9 +462,9 @@ def test_transformers_turns_the_first_flow_round_in_training(piper):
         0,
     )
     config = config_from_hugging_face(theirs.config.to_dict())
-    model = VitsModel(config, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
-    harness.port(theirs, model, hugging_face_table(config))
-    predictor = piper.StochasticDurationPredictor(16, 16, 3, 0.5, 4)
+    model = harness.ported(theirs, lambda: double(config), hugging_face_table(config))
+    predictor = piper.StochasticDurationPredictor(16, 16, 3, 0.5, 2)
+    predictor.post_flows = predictor.post_flows[:5]
     ours_alone = dict(nnx.to_flat_state(nnx.state(model.duration_predictor, nnx.Param)))
     # Into the authors' names, by the conversion table read backwards.
     names = {f"duration_predictor.{'.'.join(map(str, k))}": v[...] for k, v in ours_alone.items()}
@@ -492,7 +508,7 @@ def small(discriminator, channels, groups=None):
     return discriminator
 
 
-SCALE_LAYERS = ((4, 15, 1, 1), (8, 41, 4, 2), (8, 41, 4, 4), (6, 41, 1, 2))
+SCALE_LAYERS = ((4, 15, 1, 1), (8, 41, 4, 2), (6, 41, 1, 2))
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*")
@@ -500,35 +516,34 @@ def test_discriminator_losses_and_their_gradients(piper):
     losses = importlib.import_module("piper.train.vits.losses")
     with torch.device("meta"):  # its 41 million parameters are replaced
         reference = piper.MultiPeriodDiscriminator()
-        parts = [piper.DiscriminatorP(p) for p in (2, 3)]
+        period = piper.DiscriminatorP(3)
     reference.discriminators = torch.nn.ModuleList(
-        [small(reference.discriminators[0], (4, 8, 8, 6), (1, 2, 4, 2))]
-        + [small(part, (3, 4, 5, 6, 6)) for part in parts]
+        [small(reference.discriminators[0], (4, 8, 6), (1, 2, 2)), small(period, (3, 4, 5))]
     )
     harness.randomise(reference, 2)
-    model = vits.VitsDiscriminator(
-        periods=(2, 3),
-        period_channels=(3, 4, 5, 6, 6),
-        scale_layers=SCALE_LAYERS,
-        param_dtype=jnp.float64,
-        rngs=nnx.Rngs(0),
-    )
     table = Table(
         (
             *scale_rules("0"),
-            *period_rules("discriminators.{i:1|2}.", "discriminators.{i}."),
+            *period_rules("discriminators.{i:1}.", "discriminators.{i}."),
         ),
         renames=WEIGHT_NORM_RENAMES,
     )
-    harness.port(reference, model, table)
-    # 101 samples fold at neither period without a mirrored end.
+
+    def factory():
+        return vits.VitsDiscriminator(
+            periods=(3,), period_channels=(3, 4, 5), scale_layers=SCALE_LAYERS, rngs=nnx.Rngs(0)
+        )
+
+    model = harness.ported(reference, factory, table)
+    # 101 samples do not fold at period 3 without a mirrored end.
     real, generated = np.random.default_rng(7).standard_normal((2, 2, 101))
     asked = [torch.tensor(x[:, None]) for x in (real, generated)]
     with mock.patch("torch.Tensor.float", lambda self: self):
         with torch.no_grad():
             scores_r, scores_g, features_r, features_g = reference(*asked)
             theirs = (losses.generator_loss(scores_g)[0], losses.feature_loss(features_r, features_g))
-        (ours_r, ours_features_r), (ours_g, ours_features_g) = model(jnp.asarray(real)), model(jnp.asarray(generated))
+        judge = jax.jit(lambda m, x: m(x))
+        (ours_r, ours_features_r), (ours_g, ours_features_g) = (judge(model, jnp.asarray(x)) for x in (real, generated))
         for mine, other in zip(ours_r + ours_g, scores_r + scores_g, strict=True):
             harness.assert_close(mine, other, name="scores")
         harness.assert_close(generator_loss(ours_g), theirs[0], name="generator loss")
@@ -541,3 +556,32 @@ def test_discriminator_losses_and_their_gradients(piper):
             table,
         )
     assert callable(discriminator_loss)
+
+
+def test_files_of_the_projects_load(piper, tmp_path):
+    """MMS' directory with its `G_*.pth`, the authors' file beside its config.json, and Piper's training checkpoint."""
+    reference, model, _ = authors(piper)
+    state = {name: tensor.float() for name, tensor in reference.state_dict().items()}
+    sizes = {"upsample_rates": [4, 2], "resblock_dilation_sizes": [[1, 3, 5]], "n_heads": 2}
+    settings = {"model": sizes, "data": {"sampling_rate": 16_000, "text_cleaners": [], "add_blank": True}}
+    (tmp_path / "mms").mkdir()
+    for name in ("G_9000.pth", "G_100000.pth"):
+        shift = 0.0 if name == "G_100000.pth" else 1.0  # the later one counts
+        kept = {name: tensor + shift for name, tensor in state.items()}
+        torch.save({"model": kept, "iteration": 1, "learning_rate": 2e-4}, tmp_path / "mms" / name)
+    (tmp_path / "mms" / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "mms" / "vocab.txt").write_text("\n".join("_ abcdefghijklmnopqr") + "\n")
+    hyper = {"sample_rate": 22_050, "upsample_rates": (4, 2), "resblock_dilation_sizes": ((1, 3, 5),), "n_heads": 2}
+    judge = {"model_d.discriminators.0.convs.0.bias": torch.zeros(3)}
+    lightning = {f"model_g.{name}": tensor for name, tensor in state.items()} | judge
+    torch.save({"state_dict": lightning, "hyper_parameters": hyper, "epoch": 3}, tmp_path / "voice.ckpt")
+    wanted = {name: np.asarray(leaf[...], np.float32) for name, leaf in audiozoo.loading.variables(model).items()}
+    for path, rate in (("mms", 16_000), ("mms/G_100000.pth", 16_000), ("voice.ckpt", 22_050)):
+        with jax.enable_x64(False):
+            loaded = audiozoo.load(tmp_path / path)
+        assert loaded.config == dataclasses.replace(model.config, sampling_rate=rate), path
+        found = audiozoo.loading.variables(loaded)
+        assert set(found) == set(wanted)
+        assert all(np.array_equal(found[name][...], wanted[name]) for name in wanted)
+    processor = audiozoo.load_processor(tmp_path / "mms")
+    assert processor("Cab")["input_ids"].tolist() == [[0, 4, 0, 2, 0, 3, 0]]
