@@ -56,7 +56,8 @@ def paper_of(path: Path) -> Paper:
                 raise SourceError(f"{path / 'config.json'} names the class {name}. {error}") from None
         for entry in PAPERS:
             named = config.get("model_type")
-            if named == entry.conversion.MODEL_TYPE or (named is None and entry.conversion.recognise(path)):
+            types = getattr(entry.conversion, "MODEL_TYPES", (entry.conversion.MODEL_TYPE,))
+            if named in types or (named is None and entry.conversion.recognise(path)):
                 return entry
     elif path.exists():
         for entry in PAPERS:

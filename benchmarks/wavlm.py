@@ -1,0 +1,112 @@
+"""WavLM against `transformers` (eager): forwards of base and large. Published sizes, random weights."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import numpy as np
+
+from benchmarks.framework import Case, Run, threads
+
+SEED, RATE = 0, 16_000
+
+
+@functools.lru_cache(maxsize=1)
+def original(paper: str, config: str, cls: str, size: str) -> Any:
+    """`transformers`' model of a published size, random weights, float32."""
+    import torch
+    import transformers
+
+    from tests.parity.harness import randomise
+
+    torch.set_num_threads(threads())
+    models = importlib.import_module(f"audiozoo.models.{paper}")
+    ours = vars(getattr(getattr(models, config), size)())
+    theirs = getattr(transformers, cls).config_class
+    names = set(theirs().to_dict()) - {"id2label", "output_hidden_size"}
+    fields = {k: v for k, v in ours.items() if k in names}
+    return randomise(getattr(transformers, cls)(theirs(**fields, attn_implementation="eager")), SEED)
+
+
+@functools.lru_cache(maxsize=1)
+def model(paper: str, config: str, cls: str, size: str) -> Any:
+    """Ours, with the same weights, made without the original."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from audiozoo.layers import abstract
+    from audiozoo.loading import variables, with_variables
+    from tests.random_weights import random_parameters
+
+    models = importlib.import_module(f"audiozoo.models.{paper}")
+    conversion = importlib.import_module(f"weights_conversion.{paper}")
+    sizes = getattr(getattr(models, config), size)()
+    blank = abstract(lambda rngs: getattr(models, cls)(sizes, rngs=rngs))
+    values = random_parameters(variables(blank), conversion.hugging_face_table(sizes, cls), SEED)
+    ours: nnx.Module = with_variables(blank, {n: jnp.asarray(v, jnp.float32) for n, v in values.items()})
+    jax.block_until_ready(nnx.state(ours))
+    return ours
+
+
+def waves(batch: int, seconds: int) -> np.ndarray:
+    """Noise of variance 1, float32 `(batch, samples)`."""
+    return np.random.default_rng(1).standard_normal((batch, seconds * RATE)).astype(np.float32)
+
+
+def close(ours: Any, theirs: Any) -> str:
+    """The largest difference, which must be small beside the values."""
+    a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    apart, size = np.max(np.abs(a - b)), np.sqrt(np.mean(b**2))
+    if apart > 1e-3 * max(size, 1.0):
+        raise AssertionError(f"ours and the original differ by {apart:.3g} where values are {size:.3g}")
+    return f"max diff {apart:.1e}"
+
+
+def our_forward(paper: str, config: str, cls: str, size: str, batch: int, seconds: int) -> Run:
+    import jax
+
+    import audiozoo
+
+    run, x = audiozoo.jit(model(paper, config, cls, size)), jax.numpy.asarray(waves(batch, seconds))
+    return lambda: np.asarray(run(x).logits)
+
+
+def their_forward(paper: str, config: str, cls: str, size: str, batch: int, seconds: int) -> Run:
+    import torch
+
+    theirs, x = original(paper, config, cls, size), torch.from_numpy(waves(batch, seconds))
+
+    def run() -> Any:
+        with torch.inference_mode():
+            return theirs(x).logits.numpy()
+
+    return run
+
+
+def forwards(paper: str, config: str, rows: tuple[tuple[str, str, int, int, int], ...]) -> tuple[Case, ...]:
+    """Forward passes, one a row: class, size, batch, seconds, repeats."""
+    return tuple(
+        Case(
+            f"forward, {batch} x {seconds} s, {size}",
+            functools.partial(our_forward, paper, config, cls, size, batch, seconds),
+            {"transformers": functools.partial(their_forward, paper, config, cls, size, batch, seconds)},
+            target=1.5,
+            agreement=close,
+            repeats=repeats,
+        )
+        for cls, size, batch, seconds, repeats in rows
+    )
+
+
+CASES = forwards(
+    "wavlm",
+    "WavLMConfig",
+    (
+        ("WavLMForCTC", "base", 1, 10, 8),
+        ("WavLMForCTC", "base", 8, 5, 3),
+        ("WavLMForCTC", "large", 1, 10, 4),
+    ),
+)

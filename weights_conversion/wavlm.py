@@ -1,0 +1,183 @@
+"""WavLM's foreign forms: Hugging Face directories and Microsoft's `.pt` files.
+
+UniSpeech-SAT's files come out of the same code, so its module reads their settings with the functions here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from audiozoo.errors import SourceError
+from audiozoo.models.wavlm import WavLMConfig
+from weights_conversion import ForeignCheckpoint, HuggingFaceForm, labels_from_hugging_face, take
+from weights_conversion.readers import TensorSource, open_tensors
+from weights_conversion.rules import Ignore, Rule, Table
+from weights_conversion.wav2vec2 import (
+    BACKBONE,
+    config_to_hugging_face,
+    fairseq_table,
+    family_table,
+    linear,
+    network_sizes,
+    open_hugging_face,
+    settings_fields,
+)
+
+MODEL_TYPE = "wavlm"
+
+# --- Hugging Face ----------------------------------------------------------------------------------------------------
+
+_ATTENTION = "encoder.layers.{i}.attention."
+_TABLE = "encoder.layers.0.attention.rel_attn_embed"
+GATED_BIAS = (
+    *linear(f"{_ATTENTION}gru_rel_pos_linear"),
+    Rule(f"{_ATTENTION}gru_rel_pos_const", f"{_ATTENTION}gru_rel_pos_const"),
+    Rule(f"{_TABLE}.weight", f"{_TABLE}.embedding"),
+)
+_PREDICTION = (*linear("final_proj"), Rule("label_embeddings", "label_embeddings"))
+
+
+def hugging_face_table(config: WavLMConfig, model_class: str) -> Table:
+    """The correspondence with what `save_pretrained` writes for that class."""
+    heads = {"ForPreTraining": _PREDICTION}
+    table = family_table(
+        config, model_class, family="WavLM", prefix="wavlm", backbone=(*BACKBONE, *GATED_BIAS), heads=heads
+    )
+    if model_class == "WavLMForPreTraining":
+        return table
+    own = Ignore(r"final_proj\..*|label_embeddings", "left over from pre-training")
+    return dataclasses.replace(table, ignored=(*table.ignored, own))
+
+
+_CONFIG_DEFAULTS = {f.name: f.default for f in dataclasses.fields(WavLMConfig) if f.name != "id2label"}
+
+
+def config_from_hugging_face(config: Mapping[str, Any], where: str = "config.json") -> WavLMConfig:
+    """Our configuration from a `config.json`."""
+    return WavLMConfig(**take(config, _CONFIG_DEFAULTS, where), **labels_from_hugging_face(config))
+
+
+# --- Microsoft's files -----------------------------------------------------------------------------------------------
+
+
+def microsoft_table(
+    config: Any,
+    model_class: str,
+    *,
+    family: str = "WavLM",
+    prefix: str = "wavlm",
+    attention: Sequence[Rule] | None = None,
+    heads: Mapping[str, Sequence[Rule]] | None = None,
+) -> Table:
+    """The correspondence with the names of `WavLM-Base.pt`, which are fairseq's and those of the gated bias.
+
+    Args:
+        config: our configuration.
+        model_class: "WavLMForCTC".
+        family: its beginning.
+        prefix: the name of the backbone in the classes with a head.
+        attention: rules beside those of wav2vec 2.0; the gated bias by default.
+        heads: rules of the classes with a head in such a file, by suffix.
+    """
+    if attention is None:
+        attention = (
+            *linear("encoder.layers.{i}.self_attn.grep_linear", f"{_ATTENTION}gru_rel_pos_linear"),
+            Rule("encoder.layers.{i}.self_attn.grep_a", f"{_ATTENTION}gru_rel_pos_const"),
+            Rule("encoder.layers.0.self_attn.relative_attention_bias.weight", f"{_TABLE}.embedding"),
+        )
+    if heads is None:
+        prediction = (*linear("final_proj"), Rule("label_embs_concat", "label_embeddings"))
+        heads = {"ForPreTraining": prediction, "ForCTC": linear("proj", "lm_head")}
+    bare = fairseq_table(config, f"{family}Model", family=family)
+    rules = [*bare.rules, *attention]
+    suffix = model_class.removeprefix(family)
+    if suffix != "Model":
+        rules = [*(rule.prefixed("", f"{prefix}.") for rule in rules), *heads.get(suffix, ())]
+    other = r"(final_proj|target_glu|quantizer|project_q|spk_proj|encoder\.layer_norm_for_extract)\..*"
+    other = f"label_embs_concat|{other}"
+    if suffix != "ForCTC":
+        other += r"|proj\..*"
+    ignored = () if suffix == "ForPreTraining" else (Ignore(other, "no part of this class"),)
+    return Table(rules, renames=bare.renames, ignored=ignored)
+
+
+def settings_of(tensors: TensorSource) -> dict[str, Any]:
+    """The settings of the model, which such a file holds flat under "cfg", or one level deeper."""
+    cfg = tensors.metadata.get("cfg") or {}
+    cfg = cfg if isinstance(cfg, Mapping) else vars(cfg)
+    inner = cfg.get("model", cfg)
+    return dict(inner if isinstance(inner, Mapping) else vars(inner))
+
+
+def microsoft_fields(tensors: TensorSource, table: Table, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a configuration from the settings and shapes of a file.
+
+    Args:
+        tensors: the file.
+        table: the correspondence.
+        defaults: the fields that the configuration has, with their defaults.
+    """
+    names = {table.today(name): name for name in tensors.names()}
+    fields = network_sizes(tensors, names) | settings_fields(settings_of(tensors), defaults)
+    if "label_embs_concat" in names:
+        clusters, width = tensors.shape(names["label_embs_concat"])
+        fields["num_clusters"], fields["proj_codevector_dim"] = clusters, width
+    if "proj.weight" in names:
+        fields["vocab_size"] = tensors.shape(names["proj.weight"])[0]
+    return fields
+
+
+def config_from_microsoft(tensors: TensorSource) -> WavLMConfig:
+    """Our configuration from the settings and shapes of a Microsoft file."""
+    table = microsoft_table(WavLMConfig(), "WavLMForPreTraining")
+    fields = microsoft_fields(tensors, table, _CONFIG_DEFAULTS)
+    return WavLMConfig(**fields, frame_rule="samples")
+
+
+# --- opening ---------------------------------------------------------------------------------------------------------
+
+
+def _is_microsofts(tensors: TensorSource) -> bool:
+    return any(name.endswith("self_attn.grep_linear.weight") for name in tensors.names())
+
+
+def recognise(path: Path) -> bool:
+    """Is this one of Microsoft's `.pt` files of WavLM?"""
+    return path.is_file() and path.suffix in {".pt", ".pth", ".bin"} and _is_microsofts(open_tensors(path))
+
+
+def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckpoint:
+    """Open a WavLM checkpoint of either form.
+
+    Raises:
+        SourceError: if files are missing.
+        CheckpointError: if they are damaged or hold something else.
+    """
+    if path.is_dir() and (path / "config.json").is_file():
+        return open_hugging_face(path, model_class, config_from_hugging_face, hugging_face_table)
+    tensors = open_tensors(path)
+    if not _is_microsofts(tensors):
+        raise SourceError(f"{path} is no WavLM of Microsoft's, and has no config.json beside it.")
+    names = tensors.names()
+    if model_class is None:
+        model_class = "WavLMModel"
+        if any(name.endswith("label_embs_concat") for name in names):
+            model_class = "WavLMForPreTraining"
+        elif any(name.endswith("w2v_encoder.proj.weight") for name in names):
+            model_class = "WavLMForCTC"
+    config = config_from_microsoft(tensors)
+    # Published files have no head; one that they lack is drawn at random, for training.
+    head = None if model_class == "WavLMModel" else r"(?!wavlm\.).*"
+    return ForeignCheckpoint(
+        model_class, config, tensors, microsoft_table(config, model_class), path, may_be_absent=head
+    )
+
+
+def hugging_face(model: Any) -> HuggingFaceForm:
+    """A WavLM model as the directory that `save_pretrained` would write."""
+    name = type(model).__name__
+    config = config_to_hugging_face(model.config, name, MODEL_TYPE)
+    return HuggingFaceForm({"config.json": config}, hugging_face_table(model.config, name))
