@@ -23,14 +23,10 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("audiozoo", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("audiozoo")
 
+# Accelerators round the factors of a float32 product unless asked not to.
+jax.config.update("jax_default_matmul_precision", "highest")
+
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(autouse=True)
-def _exact_matrix_products():
-    """Accelerators round the factors of a float32 product unless asked not to."""
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 @pytest.fixture(scope="session")

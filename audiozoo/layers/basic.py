@@ -29,6 +29,14 @@ class Linear(nnx.Linear):
 class Embed(nnx.Embed):
     """A table of shape `(entries, features)`, read by index; `attend` multiplies by its transpose, for tied heads."""
 
+    def attend(self, query: Float[Array, "*batch features"]) -> Float[Array, "*batch entries"]:
+        """The product of every entry with `query`: logits, where the table is that of the tokens."""
+        query, table = promote(query, self.embedding[...], dtype=self.dtype)
+        if query.size == query.shape[-1]:
+            # XLA's CPU compiler reads the table of `query @ table.T` column by column; of `table @ query` as it lies.
+            return (table @ query.reshape(-1)).reshape(*query.shape[:-1], -1)
+        return query @ table.T
+
 
 class LayerNorm(nnx.LayerNorm):
     """Layer normalisation over the last axis, two-pass variance, `epsilon` 1e-5 unless told otherwise."""

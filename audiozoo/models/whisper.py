@@ -49,6 +49,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from audiozoo.decoding import GenerateOutput, GenerationConfig, Growing, Shared, generate, long_form
 from audiozoo.decoding.generate import Streamer
+from audiozoo.decoding.speculative import assisted_generate
 from audiozoo.errors import UsageError
 from audiozoo.layers import (
     Conv1d,
@@ -618,25 +619,46 @@ def shift_tokens_right(labels: Int[Array, "batch time"], pad: int, start: int) -
     return jnp.where(shifted == IGNORED_LABEL, pad, shifted)
 
 
-class WhisperForConditionalGeneration(nnx.Module):
-    """§2.3: the model with its head, which transcribes, translates, tells languages and times."""
+class WhisperLanguageModel(nnx.Module):
+    """§2.2: a decoder and the head that its two users share, the whole model and the decoder alone."""
 
-    def __init__(self, config: WhisperConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        self.model = WhisperModel(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    model: Any  # has a `decoder`
+
+    def __init__(self, config: WhisperConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         if not config.tie_word_embeddings:
             self.proj_out = Linear(
                 config.d_model, config.vocab_size, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
             )
         self.config = config
+
+    def head(self, x: Float[Array, "batch time d_model"]) -> Float[Array, "batch time vocabulary"]:
+        """Logits: §2.2, tied to the token embedding."""
+        return self.model.decoder.embed_tokens.attend(x) if self.config.tie_word_embeddings else self.proj_out(x)
+
+    def several(
+        self, tokens: Int[Array, "batch time"], cache: WhisperCache, position: int | Int[Array, ""]
+    ) -> tuple[Float[Array, "batch time vocabulary"], WhisperCache]:
+        """Feed the tokens at `position` and on; returns the logits after each (for `audiozoo.decoding.speculative`).
+
+        Drafted tokens may pass the end of the position table; they are never kept, so any row of it will do.
+        """
+        positions = jnp.minimum(position + jnp.arange(tokens.shape[1]), self.config.max_target_positions - 1)
+        positions = jnp.broadcast_to(positions, tokens.shape)
+        decoded = self.model.decoder(tokens, past_key_values=cache, cache_position=position, position_ids=positions)
+        return self.head(decoded.last_hidden_state), decoded.past_key_values
+
+
+class WhisperForConditionalGeneration(WhisperLanguageModel):
+    """§2.3: the model with its head, which transcribes, translates, tells languages and times."""
+
+    def __init__(self, config: WhisperConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        self.model = WhisperModel(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        super().__init__(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.generation_config = WhisperGenerationConfig(
             eos_token_id=config.eos_token_id,
             pad_token_id=config.pad_token_id,
             decoder_start_token_id=config.decoder_start_token_id,
         )
-
-    def head(self, x: Float[Array, "batch time d_model"]) -> Float[Array, "batch time vocabulary"]:
-        """Logits: §2.2, tied to the token embedding."""
-        return self.model.decoder.embed_tokens.attend(x) if self.config.tie_word_embeddings else self.proj_out(x)
 
     def __call__(
         self,
@@ -776,6 +798,8 @@ class WhisperForConditionalGeneration(nnx.Module):
         allow_short: bool = False,
         key: jax.Array | None = None,
         streamer: Streamer | None = None,
+        assistant_model: WhisperLanguageModel | None = None,
+        num_assistant_tokens: int = 5,
         attention_mask: Any = None,
         **options: Any,
     ) -> Int[np.ndarray, "rows tokens"] | GenerateOutput:
@@ -792,15 +816,19 @@ class WhisperForConditionalGeneration(nnx.Module):
             allow_short: accept less than 30 s; see `WhisperEncoder`.
             key: randomness for `do_sample=True`.
             streamer: called on the host with every token.
+            assistant_model: drafts tokens for this model to check, which is greedy search with the same result, sooner.
+                A `WhisperForCausalLM` drafts from this model's encoding of the audio, a whole model from its own.
+            num_assistant_tokens: how many tokens are drafted at a time.
             attention_mask: of the processor; Whisper does not use it.
             options: as for `transformers.generate`; see `audiozoo.decoding.GenerationConfig`.
 
         Returns:
             New tokens, up to and with `<|endoftext|>`, padded to the longest; with `return_dict_in_generate=True` a
-            `GenerateOutput`, whose `sequences` begin with the prompt.
+            `GenerateOutput`, whose `sequences` begin with the prompt (an `AssistedOutput` with `assistant_model`).
 
         Raises:
-            UsageError: for an unknown option, language or task, or if nothing can be generated after the prompt.
+            UsageError: for an unknown option, language or task, if nothing can be generated after the prompt, or if an
+                assistant is to help with anything but greedy search, or has another vocabulary.
         """
         ids = self.generation_config
         if input_features is None and encoder_outputs is None:
@@ -834,6 +862,16 @@ class WhisperForConditionalGeneration(nnx.Module):
             from audiozoo.decoding.timestamps import TimestampRules
 
             rules = (TimestampRules.of(ids, length),)
+        if assistant_model is not None:
+            if streamer is not None:
+                raise UsageError("A streamer cannot follow speculative decoding, where tokens come several at a time.")
+            if isinstance(assistant_model, WhisperForConditionalGeneration) and input_features is None:
+                raise UsageError("An assistant_model with an encoder of its own needs input_features.")
+            if assistant_model.config.vocab_size != self.config.vocab_size:
+                raise UsageError(
+                    f"The assistant_model has {assistant_model.config.vocab_size} tokens and this model "
+                    f"{self.config.vocab_size}; they must share one vocabulary."
+                )
         output = _generate(
             *nnx.split(self),
             input_features,
@@ -841,15 +879,20 @@ class WhisperForConditionalGeneration(nnx.Module):
             jnp.asarray(decoder_input_ids, jnp.int32),
             jnp.int32(limit),
             key,
+            *((None, None) if assistant_model is None else nnx.split(assistant_model)),
             config=config,
             rules=rules,
             allow_short=allow_short,
             streamer=streamer,
+            drafted=num_assistant_tokens,
         ).trim()
         return output if config.return_dict_in_generate else np.asarray(output.sequences)[:, length:]
 
 
-@partial(jax.jit, static_argnames=("graphdef", "config", "rules", "allow_short", "streamer"))
+@partial(
+    jax.jit,
+    static_argnames=("graphdef", "assistant_graphdef", "config", "rules", "allow_short", "streamer", "drafted"),
+)
 def _generate(
     graphdef: Any,
     state: Any,
@@ -858,16 +901,36 @@ def _generate(
     prompt: jax.Array,
     limit: jax.Array,
     key: jax.Array | None,
+    assistant_graphdef: Any,
+    assistant_state: Any,
     *,
     config: GenerationConfig,
     rules: tuple[Any, ...],
     allow_short: bool,
     streamer: Streamer | None,
+    drafted: int,
 ) -> GenerateOutput:
     model = nnx.merge(graphdef, state)
     if encoder_outputs is None:
         encoder_outputs = model.model.encoder(input_features, allow_short=allow_short)
-    cache = model.start(encoder_outputs.last_hidden_state, prompt.shape[1] + config.new_tokens(prompt.shape[1]))
+    hidden, length = encoder_outputs.last_hidden_state, prompt.shape[1] + config.new_tokens(prompt.shape[1])
+    if assistant_graphdef is not None:
+        assistant = nnx.merge(assistant_graphdef, assistant_state)
+        heard = hidden
+        if isinstance(assistant, WhisperForConditionalGeneration):
+            heard = assistant.model.encoder(input_features, allow_short=allow_short).last_hidden_state
+        return assisted_generate(
+            model.several,
+            assistant.several,
+            model.model.decoder.start(hidden, length + drafted),
+            assistant.model.decoder.start(heard, length + drafted),
+            prompt,
+            config,
+            num_assistant_tokens=drafted,
+            logits_processors=rules,
+            max_new_tokens=limit,
+        )
+    cache = model.start(hidden, length)
     return generate(
         model.step,
         cache,
@@ -914,20 +977,12 @@ class WhisperDecoderWrapper(nnx.Module):
         self.decoder = WhisperDecoder(config, **kwargs)
 
 
-class WhisperForCausalLM(nnx.Module):
+class WhisperForCausalLM(WhisperLanguageModel):
     """Not in the paper; in the released checkpoints: the decoder alone, to draft for a model with the same encoder."""
 
     def __init__(self, config: WhisperConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.model = WhisperDecoderWrapper(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        if not config.tie_word_embeddings:
-            self.proj_out = Linear(
-                config.d_model, config.vocab_size, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-            )
-        self.config = config
-
-    def head(self, x: Float[Array, "batch time d_model"]) -> Float[Array, "batch time vocabulary"]:
-        """Logits, tied to the token embedding."""
-        return self.model.decoder.embed_tokens.attend(x) if self.config.tie_word_embeddings else self.proj_out(x)
+        super().__init__(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(
         self,

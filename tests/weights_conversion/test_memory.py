@@ -1,0 +1,116 @@
+"""What loading, converting and exporting cost in memory: at most 1.3 times the checkpoint and half a gigabyte.
+
+Each command runs in a process of its own, whose peak the kernel keeps. The checkpoint here has 0.6 GB; another size of
+`WhisperConfig` is measured by hand, with its files written below DIRECTORY:
+
+    python -m tests.weights_conversion.test_memory DIRECTORY large_v3
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from audiozoo.loading import variables
+from audiozoo.models.whisper import WhisperConfig, WhisperForConditionalGeneration
+from weights_conversion.readers import write_safetensors
+from weights_conversion.whisper import hugging_face_table
+
+ROOT = Path(__file__).resolve().parents[2]
+NAME = "WhisperForConditionalGeneration"
+
+PEAK = """
+import re
+from pathlib import Path
+print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024)
+"""
+LOAD = "import sys, audiozoo; audiozoo.load(sys.argv[1])"
+# The command line exits at its end; its peak is printed all the same.
+COMMAND = """
+import sys
+from audiozoo.cli import app
+app(sys.argv[1:], standalone_mode=False)
+"""
+
+
+def write_checkpoint(directory: Path, config: WhisperConfig) -> int:
+    """A random float32 checkpoint as `save_pretrained` writes it; returns the bytes of its tensors."""
+    table = hugging_face_table(config, NAME)
+    expected = variables(nnx.eval_shape(lambda: WhisperForConditionalGeneration(config, rngs=nnx.Rngs(0))))
+    random = np.random.default_rng(0)
+    total = 0
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        nonlocal total
+        for step in table.steps_for(expected):
+            blank = tuple(np.broadcast_to(np.float32(0), tuple(expected[path].shape)) for path in step.ours)
+            for name, array in zip(step.foreign, step.operation.inverse(blank), strict=True):
+                total += 4 * math.prod(array.shape)
+                yield name, random.random(array.shape, np.float32)
+
+    write_safetensors(directory, tensors())
+    settings = {"architectures": [NAME], "model_type": "whisper", **dataclasses.asdict(config)}
+    del settings["id2label"]
+    (directory / "config.json").write_text(json.dumps(settings))
+    return total
+
+
+def peak_of(code: str, *arguments: str | Path) -> int:
+    """The largest resident memory of a process that runs `code`, in bytes."""
+    run = subprocess.run(
+        [sys.executable, "-c", code + PEAK, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return int(run.stdout.split()[-1])
+
+
+def commands(source: Path, out: Path) -> dict[str, tuple]:
+    return {
+        "load": (LOAD, source),
+        "convert": (COMMAND, "convert", source, out / "native"),
+        "export": (COMMAND, "export", source, out / "hugging_face"),
+        "load native": (LOAD, out / "native"),
+    }
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak is read from /proc")
+
+
+@needs_proc
+@pytest.mark.slow
+def test_peak_memory(tmp_path):
+    config = dataclasses.replace(WhisperConfig.medium(), encoder_layers=3, decoder_layers=3)
+    size = write_checkpoint(tmp_path / "source", config)
+    assert 4.5e8 < size < 7e8
+    assert (tmp_path / "source" / "model.safetensors").stat().st_size > size
+    for name, command in commands(tmp_path / "source", tmp_path).items():
+        peak = peak_of(*command)
+        assert size < peak <= 1.3 * size + 0.5e9, f"{name}: {peak / 1e9:.2f} GB for {size / 1e9:.2f} GB"
+
+
+def main() -> None:
+    directory, size_name = Path(sys.argv[1]), sys.argv[2]
+    size = write_checkpoint(directory / "source", getattr(WhisperConfig, size_name)())
+    for name, command in commands(directory / "source", directory).items():
+        peak = peak_of(*command)
+        print(
+            f"{name}: {peak / 1e9:.2f} GB for {size / 1e9:.2f} GB, {(peak - 0.5e9) / size:.3f} x + 0.5 GB", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()
