@@ -1,4 +1,4 @@
-"""The command line: `audiozoo list | show | transcribe | speak | convert-voice | convert | export | demo`.
+"""The command line: `audiozoo list | show | transcribe | align | identify | units | speak | convert | …`.
 
 Results go to standard output, progress and messages to standard error. The exit code is 0 if all went well, 1 if
 something could not be done (one sentence says what), 2 for a command that makes no sense.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from audiozoo import packaged, registry
-from audiozoo.commands import hearing, speech
+from audiozoo.commands import arranging, hearing, recognition, speech
 from audiozoo.commands.terminal import keep_compiled_programs, megabytes, messages, progress_bar, write_whole
 from audiozoo.errors import AudiozooError, SourceError, UsageError
 
@@ -181,9 +182,13 @@ def transcribe(
     batch_size: Annotated[int, typer.Option(help="windows decoded together")] = 1,
     padding: Annotated[str, typer.Option(help="of the last window: silence or zeros")] = "silence",
     seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+    language_model: Annotated[Path | None, typer.Option(help="of words, an ARPA file; for CTC models")] = None,
+    hotwords: Annotated[
+        list[str] | None, typer.Option("--hotword", help="a word that is likely to be said; for CTC models")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="of the computation: float32 or bfloat16")] = "float32",
 ) -> None:
-    """Transcribe sound files."""
+    """Transcribe sound files, with Whisper or with a CTC model."""
     from audiozoo.text import subtitles
 
     if output_format not in subtitles.FORMATS:
@@ -226,9 +231,16 @@ def transcribe(
     outputs = _outputs(files, output_dir, output_format)
     source = model or packaged.whisper()
     recogniser = audiozoo.load(source, dtype=dtype if dtype != "float32" else None)
-    if (name := type(recogniser).__name__) != "WhisperForConditionalGeneration":
-        raise UsageError(f"{source} holds a {name}, which does not transcribe.")
     processor = audiozoo.load_processor(source)
+    if (name := type(recogniser).__name__) == "WhisperForConditionalGeneration":
+        if language_model is not None or hotwords:
+            raise UsageError(f"--language-model and --hotword are for CTC models; {source} holds a {name}.")
+        hear: Any = partial(long_form.transcribe, recogniser, processor, **options)
+    elif name.endswith("ForCTC"):
+        recogniser = recognition.speak_language(recogniser, processor, source, language)
+        hear = recognition.ctc_transcriber(recogniser, processor, options, language_model, hotwords or ())
+    else:
+        raise UsageError(f"{source} holds a {name}, which does not transcribe.")
     if output_dir is not None:
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -240,7 +252,7 @@ def transcribe(
         name = "standard input" if file == "-" else file
         try:
             with progress_bar(Path(name).name, None, "s") as update:
-                result = long_form.transcribe(recogniser, processor, recording, progress=update, **options)
+                result = hear(recording, progress=update)
         except AudiozooError as error:
             if len(files) == 1:
                 raise
@@ -274,6 +286,11 @@ def _outputs(files: list[str], directory: Path | None, suffix: str) -> list[Path
     return list(outputs)
 
 
+app.command()(recognition.align)
+app.command()(recognition.identify)
+app.command()(recognition.units)
+
+
 # --- speech synthesis ------------------------------------------------------------------------------------------------
 
 app.command()(speech.speak)
@@ -285,6 +302,7 @@ app.command("convert-voice")(speech.convert_voice)
 app.command()(hearing.classify)
 app.command()(hearing.embed)
 app.command()(hearing.search)
+app.command()(arranging.piano)
 
 
 # --- the demo --------------------------------------------------------------------------------------------------------

@@ -304,6 +304,37 @@ PAPERS: tuple[Paper, ...] = (
         checkpoints=_wav2vec2_checkpoints(),
         processor="audiozoo.processors.wav2vec2:Wav2Vec2Processor",
     ),
+    Paper(
+        name="hubert",
+        title="HuBERT",
+        paper="HuBERT: Self-Supervised Speech Representation Learning by Masked Prediction of Hidden Units",
+        year=2021,
+        arxiv="2106.07447",
+        classes=(
+            "HubertForCTC",
+            "HubertForPreTraining",
+            "HubertForSequenceClassification",
+            "HubertForAudioFrameClassification",
+            "HubertForXVector",
+            "HubertModel",
+        ),
+        config="HubertConfig",
+        sizes=("base", "large", "xlarge"),
+        tasks=("units", "transcription", "embedding", "classification", "pre-training"),
+        checkpoints=(
+            Checkpoint("facebook/hubert-base-ls960", "base", "Apache-2.0"),
+            Checkpoint("facebook/hubert-large-ll60k", "large", "Apache-2.0"),
+            Checkpoint("facebook/hubert-large-ls960-ft", "large", "Apache-2.0"),
+            Checkpoint("facebook/hubert-xlarge-ll60k", "xlarge", "Apache-2.0"),
+            Checkpoint("facebook/hubert-xlarge-ls960-ft", "xlarge", "Apache-2.0"),
+            Checkpoint("hubert_base_ls960.pt", "base", "MIT"),
+            Checkpoint("hubert_large_ll60k.pt", "large", "MIT"),
+            Checkpoint("hubert_large_ll60k_finetune_ls960.pt", "large", "MIT"),
+            Checkpoint("hubert_xtralarge_ll60k.pt", "xlarge", "MIT"),
+            Checkpoint("hubert_xtralarge_ll60k_finetune_ls960.pt", "xlarge", "MIT"),
+        ),
+        processor="audiozoo.processors.wav2vec2:Wav2Vec2Processor",
+    ),
 )
 
 

@@ -1,0 +1,151 @@
+"""The commands of CTC models and speech encoders, on tiny checkpoints: transcribe, align, identify, units."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import soundfile
+
+import audiozoo
+from audiozoo.decoding import ctc, encoders
+from audiozoo.decoding.units import KMeans, deduplicate, units
+from audiozoo.models import hubert, wav2vec2
+from audiozoo.models.hubert import HubertConfig
+from audiozoo.models.wav2vec2 import Wav2Vec2Config
+from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
+from tests.models.random_model import random_model
+from tests.test_cli import Run, assert_refused, audiozoo_command  # noqa: F401 - a fixture
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+NETWORK = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "conv_dim": (8,) * 7,
+    "feat_extract_norm": "layer",
+    "conv_bias": True,
+    "do_stable_layer_norm": True,
+    "num_conv_pos_embeddings": 6,
+    "num_conv_pos_embedding_groups": 2,
+}
+TOKENS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDEFGH"]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A recogniser of letters, a classifier and an encoder with random weights, and two seconds of noise."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    vocabulary = {token: index for index, token in enumerate(TOKENS)}
+    processor = Wav2Vec2Processor(Wav2Vec2FeatureExtractor(), Wav2Vec2CTCTokenizer(vocabulary))
+    letters = Wav2Vec2Config(**NETWORK, vocab_size=len(TOKENS))
+    classes = Wav2Vec2Config(**NETWORK, classifier_proj_size=8, id2label=("yes", "no", "maybe"))
+    models = {
+        "ctc": random_model(lambda rngs: wav2vec2.Wav2Vec2ForCTC(letters, rngs=rngs)),
+        "classifier": random_model(lambda rngs: wav2vec2.Wav2Vec2ForSequenceClassification(classes, rngs=rngs)),
+        "hubert": random_model(lambda rngs: hubert.HubertModel(HubertConfig(**NETWORK), rngs=rngs)),
+    }
+    for name, model in models.items():
+        audiozoo.export(model, folder / name)
+        processor.save(folder / name)
+    wave = np.random.default_rng(0).standard_normal(32_000) * 0.1
+    soundfile.write(folder / "noise.wav", wave, 16_000)
+    return folder
+
+
+@pytest.fixture
+def run(audiozoo_command, monkeypatch):  # noqa: F811
+    from audiozoo.commands import terminal
+
+    monkeypatch.setattr(terminal, "keep_compiled_programs", lambda: None)
+
+    def call(*arguments, **options) -> Run:
+        return audiozoo_command(*arguments, **options)
+
+    return call
+
+
+def test_transcribe(run, checkpoints, tmp_path):
+    source, sound = checkpoints / "ctc", checkpoints / "noise.wav"
+    wave = audiozoo.audio.read(sound)
+    model, processor = audiozoo.load(source), audiozoo.load_processor(source)
+    heard = ctc.transcribe_ctc(model, processor, wave)
+    assert heard.words
+    plain = run("transcribe", sound, "--model", source)
+    assert plain.code == 0, plain.err
+    assert " ".join(plain.out.split()) == heard.text
+    timed = json.loads(run("transcribe", sound, "--model", source, "--format", "json", "--word-timestamps").out)
+    words = [word for segment in timed["segments"] for word in segment["words"]]
+    assert [w["word"] for w in words] == [w["text"] for w in heard.words]
+    assert [(w["start"], w["end"]) for w in words] == [(w["start"], w["end"]) for w in heard.words]
+    assert all(a["start"] <= a["end"] <= b["start"] for a, b in itertools.pairwise(words))
+    cues = run("transcribe", sound, "--model", source, "--format", "srt").out
+    assert cues.startswith("1\n00:00:0")
+    assert cues.count("-->") == len(timed["segments"])
+    beams = run("transcribe", sound, "--model", source, "--beam-size", "5", "--hotword", "ABBA")
+    assert beams.code == 0, beams.err
+    assert_refused(run("transcribe", sound, "--model", source, "--task", "translate"), "--task is Whisper's")
+    assert_refused(run("transcribe", sound, "--model", source, "--language", "en"), "no adapters of languages")
+    assert_refused(run("transcribe", sound, "--model", checkpoints / "classifier"), "does not transcribe")
+    missing = run("transcribe", sound, "--model", source, "--language-model", tmp_path / "no.arpa")
+    assert_refused(missing, "no language model")
+
+
+def test_pieces_for_subtitles():
+    words = [{"text": "ab", "start": t, "end": t + 0.2, "score": 1.0} for t in (0.0, 0.3, 0.6, 1.5, 1.8, 9.5)]
+    heard = ctc.Transcription("", words, [], 10.0)
+    assert [s["text"] for s in heard.segments()] == ["ab ab ab", "ab ab", "ab"]
+    assert [(s["start"], s["end"]) for s in heard.segments()] == [(0.0, 0.8), (1.5, 2.0), (9.5, 9.7)]
+    assert [len(s["words"]) for s in heard.segments(longest=0.5)] == [2, 1, 2, 1]
+    assert [len(s["words"]) for s in heard.segments(letters=5)] == [2, 1, 2, 1]
+
+
+def test_align(run, checkpoints, tmp_path):
+    source, sound = checkpoints / "ctc", checkpoints / "noise.wav"
+    model, processor = audiozoo.load(source), audiozoo.load_processor(source)
+    wanted = ctc.align(model, processor, audiozoo.audio.read(sound), "abba cafe")
+    shown = run("align", sound, "abba cafe", "--model", source)
+    assert shown.code == 0, shown.err
+    rows = [line.split("\t") for line in shown.out.splitlines()]
+    assert rows[0] == ["start", "end", "score", "text"]
+    assert [row[3] for row in rows[1:]] == ["abba", "cafe"]
+    assert [float(row[0]) for row in rows[1:]] == [w["start"] for w in wanted]
+    (tmp_path / "text.txt").write_text("abba <star> cafe")
+    found = json.loads(run("align", sound, "--file", tmp_path / "text.txt", "--model", source, "--format", "json").out)
+    assert [w["text"] for w in found["words"]] == ["abba", "cafe"]
+    assert "-->" in run("align", sound, "abba", "--model", source, "--format", "vtt", "--star").out
+    assert_refused(run("align", sound, "--model", source), "either as an argument or with --file")
+    assert_refused(run("align", tmp_path / "no.wav", "abba", "--model", source), "no file")
+    assert_refused(run("align", sound, "xyz", "--model", source), "no letter that the model knows")
+    assert_refused(run("align", sound, "abba", "--model", checkpoints / "classifier"), "does not align")
+
+
+def test_identify(run, checkpoints):
+    source, sound = checkpoints / "classifier", checkpoints / "noise.wav"
+    wanted = encoders.identify(audiozoo.load(source), audiozoo.load_processor(source), audiozoo.audio.read(sound))
+    found = json.loads(run("identify", sound, "--model", source, "--json").out)
+    assert [entry["label"] for entry in found] == [label for label, _ in wanted]
+    assert found[0]["probability"] == pytest.approx(wanted[0][1], abs=1e-5)
+    shown = run("identify", sound, "--model", source, "--top", "1")
+    assert shown.out.strip().endswith(wanted[0][0])
+    assert_refused(run("identify", sound, "--model", checkpoints / "ctc"), "does not identify")
+
+
+def test_units(run, checkpoints, tmp_path):
+    source, sound = checkpoints / "hubert", checkpoints / "noise.wav"
+    kmeans = KMeans(np.random.default_rng(0).standard_normal((5, 16)).astype(np.float32))
+    kmeans.save(tmp_path / "km.npz")
+    wave = audiozoo.audio.read(sound)
+    wanted = units(audiozoo.load(source), audiozoo.load_processor(source), wave, kmeans, layer=1)
+    options = ("--clusters", tmp_path / "km.npz", "--model", source, "--layer", "1")
+    every = run("units", sound, *options, "--every-frame")
+    assert every.code == 0, every.err
+    assert every.out.split() == [str(unit) for unit in wanted]
+    merged = json.loads(run("units", sound, *options, "--json").out)
+    found, frames = deduplicate(wanted)
+    assert merged == {"units": found.tolist(), "frames": frames.tolist()}
+    assert_refused(run("units", sound, "--clusters", tmp_path / "no.npz", "--model", source), "no file")
