@@ -1,0 +1,158 @@
+"""`audiozoo classify`, `embed` and `search` on small checkpoints written by `audiozoo.export`, random weights."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+import audiozoo
+from audiozoo import cli
+from audiozoo.audio.files import write
+from audiozoo.commands import terminal
+from audiozoo.errors import AudioError
+from audiozoo.models import clap
+from audiozoo.processors.audio_spectrogram_transformer import ASTFeatureExtractor
+from tests.models import test_audio_spectrogram_transformer as ast_tests
+from tests.models.test_clap import RATE, sound, tiny, tiny_processor
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation():
+    """These programs take longer to compile than to run."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A CLAP and an AST as Hugging Face directories, and a directory of sounds."""
+    base = tmp_path_factory.mktemp("hearing")
+    for name, model, processor in (
+        ("clap", tiny(), tiny_processor()),
+        ("ast", ast_tests.tiny(), ASTFeatureExtractor(num_mel_bins=16, max_length=32)),
+    ):
+        audiozoo.export(model, base / name)
+        processor.save(base / name)
+    (base / "sounds" / "deep").mkdir(parents=True)
+    for index, name in enumerate(("hum.wav", "deep/whistle.flac", "wind.ogg")):
+        rate = 8_000 if name.endswith("ogg") else RATE
+        write(base / "sounds" / name, np.resize(sound("low", index), 2 * rate), rate)
+    (base / "sounds" / "notes.txt").write_text("not a sound")
+    (base / "sounds" / "broken.wav").write_bytes(b"RIFF and then nothing")
+    return base
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Run `audiozoo …` in this process; the cache is a directory of the test's."""
+    monkeypatch.setattr(terminal, "keep_compiled_programs", lambda: None)
+    monkeypatch.setenv("AUDIOZOO_CACHE", str(tmp_path / "cache"))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["audiozoo", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        found = capsys.readouterr()
+        return SimpleNamespace(code=code, out=found.out, err=found.err)
+
+    return run
+
+
+def test_classify_among_words(command, checkpoints):
+    file = checkpoints / "sounds" / "hum.wav"
+    run = command("classify", file, "--model", checkpoints / "clap", "--labels", "a hum", "rain", "a dog", "--top", 2)
+    assert run.code == 0, run.err
+    lines = [line.split("  ", 1) for line in run.out.splitlines()]
+    assert len(lines) == 2
+    assert {label for _, label in lines} < {"a hum", "rain", "a dog"}
+    assert 1 > float(lines[0][0]) >= float(lines[1][0]) > 0
+    told = json.loads(
+        command(
+            "classify", file, "--model", checkpoints / "clap", "--labels", "a hum", "--labels", "rain", "--json"
+        ).out
+    )
+    assert sum(entry["score"] for entry in told) == pytest.approx(1.0)
+    model, processor = audiozoo.load(checkpoints / "clap"), audiozoo.load_processor(checkpoints / "clap")
+    known = clap.zero_shot(model, processor, audiozoo.audio.read(file, RATE), ["a hum", "rain"], sampling_rate=RATE)
+    assert [(entry["label"], pytest.approx(entry["score"])) for entry in told] == known
+
+
+def test_classify_by_tags(command, checkpoints):
+    run = command("classify", checkpoints / "sounds" / "hum.wav", "--model", checkpoints / "ast", "--top", 3)
+    assert run.code == 0, run.err
+    assert {line.split("  ", 1)[1] for line in run.out.splitlines()} == {"low", "high", "noise"}
+
+
+def test_embed_sounds_and_texts(command, checkpoints, tmp_path):
+    file, out = checkpoints / "sounds" / "hum.wav", tmp_path / "all.npz"
+    run = command("embed", file, "--text", "a dog", "--model", checkpoints / "clap")
+    rows = [json.loads(line) for line in run.out.splitlines()]
+    assert [row["name"] for row in rows] == [str(file), "a dog"]
+    assert command("embed", file, "--text", "a dog", "--model", checkpoints / "clap", "-o", out).code == 0
+    with np.load(out) as kept:
+        assert kept["names"].tolist() == [str(file), "a dog"]
+        np.testing.assert_allclose(kept["embeddings"], [row["embedding"] for row in rows], atol=1e-6)
+        np.testing.assert_allclose(np.linalg.norm(kept["embeddings"], axis=1), 1, atol=1e-5)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ""] == ["all.npz"]
+
+
+def test_search_looks_once(command, checkpoints, monkeypatch, tmp_path):
+    arguments = ("search", checkpoints / "sounds", "a low hum", "--model", checkpoints / "clap", "--top", 9)
+    first = command(*arguments)
+    assert first.code == 0, first.err
+    assert "broken.wav" in first.err
+    lines = first.out.splitlines()
+    assert {line.rsplit("/", 1)[1] for line in lines} == {"hum.wav", "whistle.flac", "wind.ogg"}
+    scores = [float(line.split()[0]) for line in lines]
+    assert scores == sorted(scores, reverse=True)
+    assert len(list((tmp_path / "cache" / "embeddings").iterdir())) == 1
+
+    def refuse(*_, **__):
+        raise AudioError("It was embedded before.")
+
+    monkeypatch.setattr(clap, "embed_audio", refuse)
+    again = command(*arguments)
+    assert again.out == first.out
+    told = json.loads(command(*arguments, "--json").out)
+    assert [f"{entry['score']:+.3f}  {entry['file']}" for entry in told] == lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("classify", "{hum}", "rain"), "put --labels before 'rain'"),
+        (("classify", "{hum}", "--top", "0"), "--top is 0"),
+        (("classify", "nowhere.wav"), "no file nowhere.wav"),
+        (("classify", "{sounds}"), "is a directory"),
+        (("classify", "{hum}", "--model", "{clap}"), "give it some with --labels"),
+        (("classify", "{hum}", "--model", "{ast}", "--labels", "rain"), "leave --labels out"),
+        (("classify", "{hum}", "--model", "{clap}", "--labels", "rain", "--template", "x"), "no {} where"),
+        (("embed",), "nothing to embed"),
+        (("embed", "{hum}", "-o", "out.txt"), "should end in .npz"),
+        (("embed", "{hum}", "--model", "{ast}"), "matched by a ClapModel"),
+        (("search", "nowhere", "rain"), "no directory nowhere"),
+        (("search", "{clap}", "rain"), "holds no sound files"),
+        (("search", "{sounds}", " "), "query is empty"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_mistakes_get_one_sentence(command, checkpoints, arguments, message):
+    places = {"hum": checkpoints / "sounds" / "hum.wav"} | {n: checkpoints / n for n in ("sounds", "clap", "ast")}
+    run = command(*(argument.format(**places) if argument[0] == "{" else argument for argument in arguments))
+    assert run.code == 1
+    assert run.out == ""
+    sentence = " ".join(run.err.split())
+    assert sentence.startswith("audiozoo: ")
+    assert message in sentence
+    assert "Traceback" not in run.err
