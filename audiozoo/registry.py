@@ -188,6 +188,24 @@ def _wav2vec2_checkpoints() -> tuple[Checkpoint, ...]:
     )
 
 
+def _xls_r_checkpoints() -> tuple[Checkpoint, ...]:
+    sizes = ("300m", "1b", "2b")
+    return (
+        *(
+            Checkpoint(f"facebook/wav2vec2-xls-r-{s}{t}", f"xls_r_{s}", "Apache-2.0")
+            for s in sizes
+            for t in _DIRECTIONS
+        ),
+        Checkpoint("facebook/wav2vec2-xls-r-2b-22-to-16", "xls_r_2b", "Apache-2.0"),
+        Checkpoint("xlsr2_300m.pt", "xls_r_300m", "MIT"),
+        Checkpoint("xlsr2_960m_1000k.pt", "xls_r_1b", "MIT"),
+        Checkpoint("xlsr2_2B_1000k.pt", "xls_r_2b", "MIT"),
+    )
+
+
+_DIRECTIONS = ("", "-21-to-en", "-en-to-15")  # pre-trained; translating
+
+
 PAPERS: tuple[Paper, ...] = (
     Paper(
         name="whisper",
@@ -362,6 +380,38 @@ PAPERS: tuple[Paper, ...] = (
             Checkpoint("hubert_xtralarge_ll60k_finetune_ls960.pt", "xlarge", "MIT"),
         ),
         processor="audiozoo.processors.wav2vec2:Wav2Vec2Processor",
+    ),
+    Paper(
+        name="xls_r",
+        title="XLS-R",
+        paper="XLS-R: Self-supervised Cross-lingual Speech Representation Learning at Scale",
+        year=2021,
+        arxiv="2111.09296",
+        classes=("SpeechEncoderDecoderModel",),
+        config="SpeechEncoderDecoderConfig",
+        sizes=("xls_r_300m", "xls_r_1b", "xls_r_2b"),
+        tasks=("speech translation", "transcription", "language identification", "embedding"),
+        checkpoints=_xls_r_checkpoints(),
+        processor="audiozoo.processors.xls_r:XLSRProcessor",
+    ),
+    Paper(
+        name="mms",
+        title="MMS",
+        paper="Scaling Speech Technology to 1,000+ Languages",
+        year=2023,
+        arxiv="2305.13516",
+        classes=("MMSForCTC",),
+        config="MMSConfig",
+        sizes=("mms_300m", "mms_1b", "mms_1b_all", "lid"),
+        tasks=("transcription in 1,107 languages", "language identification", "alignment"),
+        checkpoints=(
+            Checkpoint("facebook/mms-300m", "mms_300m", "CC-BY-NC-4.0"),
+            Checkpoint("facebook/mms-1b", "mms_1b", "CC-BY-NC-4.0"),
+            *(Checkpoint(f"facebook/mms-1b-{n}", "mms_1b_all", "CC-BY-NC-4.0") for n in ("fl102", "l1107", "all")),
+            *(Checkpoint(f"facebook/mms-lid-{n}", "lid", "CC-BY-NC-4.0") for n in (126, 256, 512, 1024, 2048, 4017)),
+            Checkpoint("ctc_alignment_mling_uroman/model.pt", "mms_300m", "CC-BY-NC-4.0"),
+        ),
+        processor="audiozoo.processors.mms:MMSProcessor",
     ),
 )
 

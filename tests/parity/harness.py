@@ -830,11 +830,10 @@ def assert_same_shapes(
     theirs = sum(int(np.prod(source.shape(name))) for step in steps for name in step.foreign)
     ours = sum(int(np.prod(variable.shape)) for variable in expected.values())
     assert theirs == ours, f"{theirs} parameters there, {ours} here"
-    counted = {id(t): t.numel() for t in reference.state_dict(keep_vars=True).values() if t.is_floating_point()}
-    ignored = sum(
-        t.numel()
-        for n, t in reference.state_dict().items()
-        if t.is_floating_point() and any(re.fullmatch(i.pattern, n) for i in table.ignored)
-    )
+    floating = {n: t for n, t in reference.state_dict(keep_vars=True).items() if t.is_floating_point()}
+    left_out = {n for n in floating if any(re.fullmatch(i.pattern, n) for i in table.ignored)}
+    counted = {id(t): t.numel() for t in floating.values()}
+    kept = {id(t) for n, t in floating.items() if n not in left_out}
+    ignored = sum({id(t): t.numel() for n, t in floating.items() if n in left_out and id(t) not in kept}.values())
     assert ours == sum(counted.values()) - ignored, f"{sum(counted.values())} values there, {ours} here"
     return ours

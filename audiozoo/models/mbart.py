@@ -1,0 +1,251 @@
+r"""# mBART: Multilingual Denoising Pre-training for Neural Machine Translation
+
+Yinhan Liu, Jiatao Gu, Naman Goyal, Xian Li, Sergey Edunov, Marjan Ghazvininejad, Mike Lewis, Luke Zettlemoyer, 2020,
+arXiv 2001.08210; extended to 50 languages by Tang et al., arXiv 2008.00401.
+
+A Transformer that learns to restore text that was disturbed, in many languages at once, and then translates. Here is
+its decoder alone, which XLS-R puts behind a speech encoder: the first token says into which language.
+
+    <language> y_1 y_2 … ── embedding · √d + position ── LN ── N × [causal self-attention,
+      attention to the encoder, MLP; each behind a LayerNorm] ── LN ── tied embedding ──> logits
+
+| paper | here |
+| --- | --- |
+| §2.2, architecture: 12 layers, width 1024, 16 heads, one more LayerNorm | `MBartDecoder`, `MBartDecoderLayer` |
+| §2.2, the language's token in front | `MBartForCausalLM`, through `forced_bos_token_id` of whoever generates |
+
+The encoder is not here: no paper of the zoo uses it.
+
+Checkpoints: the decoder inside `facebook/wav2vec2-xls-r-*-21-to-en` and `-en-to-15` (see `audiozoo.models.xls_r`).
+
+    import audiozoo
+    translator = audiozoo.load("facebook/wav2vec2-xls-r-300m-en-to-15")
+    decoder = translator.decoder  # an MBartForCausalLM
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from audiozoo.errors import UsageError
+from audiozoo.layers import Dropout, Embed, KeyValues, LayerNorm, Linear, MultiHeadAttention, activation, layer_drop
+from audiozoo.layers.attention import causal_mask
+from audiozoo.outputs import DecoderOutput
+
+
+@dataclass(frozen=True)
+class MBartConfig:
+    """Sizes of a decoder (§2.2)."""
+
+    vocab_size: int = 250_054  # pieces of words, and languages
+    max_position_embeddings: int = 1024  # tokens of the longest text
+    d_model: int = 1024  # width
+    decoder_layers: int = 12  # blocks
+    decoder_attention_heads: int = 16  # heads
+    decoder_ffn_dim: int = 4096  # width inside the MLP
+    activation_function: str = "gelu"  # of the MLP
+    dropout: float = 0.1  # after embedding, attention and MLP
+    attention_dropout: float = 0.0  # on attention weights
+    activation_dropout: float = 0.0  # inside the MLP
+    decoder_layerdrop: float = 0.0  # chance that training skips a block
+    init_std: float = 0.02  # standard deviation that embeddings start from
+    scale_embedding: bool = True  # multiply embeddings by √d_model
+    tie_word_embeddings: bool = True  # logits by the embedding itself
+    pad_token_id: int = 1  # padding
+    eos_token_id: int = 2  # ends a text, and begins the decoder's
+
+    @classmethod
+    def mbart_50(cls) -> MBartConfig:
+        """arXiv 2008.00401, §3: mBART's large decoder, with ReLU, for 50 languages."""
+        return cls(activation_function="relu")
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class MBartCache:
+    """§2.2, the keys and values of every block, of the tokens so far and of the encoder, as a value."""
+
+    self_attention: tuple[KeyValues, ...]
+    cross_attention: tuple[KeyValues, ...]
+
+
+class MBartScaledWordEmbedding(Embed):
+    r"""§2.2, token embeddings, multiplied by $\sqrt d$ where the checkpoint says so; as a head they are not scaled."""
+
+    def __init__(self, config: MBartConfig, **kwargs: Any):
+        super().__init__(config.vocab_size, config.d_model, **kwargs)
+        self.factor = config.d_model**0.5 if config.scale_embedding else 1.0
+
+    def __call__(self, inputs: Int[Array, "batch time"]) -> Float[Array, "batch time d_model"]:
+        """Embedded tokens."""
+        x = super().__call__(inputs)
+        return x * jnp.asarray(self.factor, x.dtype)
+
+
+class MBartDecoderLayer(nnx.Module):
+    """§2.2, a block: causal self-attention, attention to the encoder, MLP; each after a LayerNorm, each residual."""
+
+    def __init__(self, config: MBartConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+        kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        width, heads = config.d_model, config.decoder_attention_heads
+        self.self_attn = MultiHeadAttention(width, heads, dropout=config.attention_dropout, **kwargs)
+        self.self_attn_layer_norm = LayerNorm(width, **kwargs)
+        self.encoder_attn = MultiHeadAttention(width, heads, dropout=config.attention_dropout, **kwargs)
+        self.encoder_attn_layer_norm = LayerNorm(width, **kwargs)
+        self.fc1 = Linear(width, config.decoder_ffn_dim, **kwargs)
+        self.fc2 = Linear(config.decoder_ffn_dim, width, **kwargs)
+        self.final_layer_norm = LayerNorm(width, **kwargs)
+        self.config = config
+
+    def __call__(
+        self,
+        x: Float[Array, "batch time d_model"],
+        dropout: Dropout,
+        past: KeyValues | None,
+        position: int | Int[Array, ""],
+        mask: Bool[Array, "#batch 1 time keys"],
+        source: KeyValues | None,
+        source_mask: Bool[Array, "batch 1 1 frames"] | None,
+        need_weights: bool = True,
+    ) -> tuple[Float[Array, "batch time d_model"], KeyValues, jax.Array | None, jax.Array | None]:
+        """One block: its output, its keys and values so far and, if needed, the self- and cross-attention weights."""
+        config = self.config
+        y = self.self_attn_layer_norm(x)
+        key_values = self.self_attn.key_values(y)
+        if past is not None:
+            key_values = past.write(key_values, position)
+        attention, weights = self.self_attn(y, key_values, mask=mask, dropout=dropout, need_weights=need_weights)
+        x = x + dropout(attention, config.dropout)
+        cross_weights = None
+        if source is not None:
+            y = self.encoder_attn_layer_norm(x)
+            attention, cross_weights = self.encoder_attn(
+                y, source, mask=source_mask, dropout=dropout, need_weights=need_weights
+            )
+            x = x + dropout(attention, config.dropout)
+        hidden = activation(config.activation_function)(self.fc1(self.final_layer_norm(x)))
+        hidden = self.fc2(dropout(hidden, config.activation_dropout))
+        return x + dropout(hidden, config.dropout), key_values, weights, cross_weights
+
+
+class MBartDecoder(nnx.Module):
+    """§2.2: scaled token and learned position embeddings, pre-norm blocks and a last LayerNorm."""
+
+    def __init__(self, config: MBartConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        init = nnx.initializers.normal(config.init_std)
+        self.embed_tokens = MBartScaledWordEmbedding(config, embedding_init=init, **kwargs)
+        # The first two rows belong to no position.
+        self.embed_positions = Embed(config.max_position_embeddings + 2, config.d_model, embedding_init=init, **kwargs)
+        self.layers = nnx.List([MBartDecoderLayer(config, **kwargs) for _ in range(config.decoder_layers)])
+        self.layernorm_embedding = LayerNorm(config.d_model, **kwargs)
+        self.layer_norm = LayerNorm(config.d_model, **kwargs)
+        self.config = config
+
+    def start(self, encoder_hidden_states: Float[Array, "batch frames d_model"], length: int) -> MBartCache:
+        """An empty cache for `length` tokens, and the encoder's keys and values."""
+        batch, _, width = encoder_hidden_states.shape
+        heads = self.config.decoder_attention_heads
+        cross = tuple(layer.encoder_attn.key_values(encoder_hidden_states) for layer in self.layers)
+        empty = KeyValues.empty(batch, heads, length, width // heads, encoder_hidden_states.dtype)
+        return MBartCache(tuple(empty for _ in self.layers), cross)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "batch time"],
+        attention_mask: Int[Array, "batch keys"] | None = None,
+        encoder_hidden_states: Float[Array, "batch frames d_model"] | None = None,
+        encoder_attention_mask: Bool[Array, "batch frames"] | None = None,
+        *,
+        past_key_values: MBartCache | None = None,
+        cache_position: int | Int[Array, ""] = 0,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        key: jax.Array | None = None,
+    ) -> DecoderOutput:
+        """Decode tokens against an encoder's output.
+
+        Args:
+            input_ids: tokens.
+            attention_mask: 1 where a token (of the cache's length, if there is a cache) is real, 0 where it is padding.
+            encoder_hidden_states: the encoder's output; not needed with a cache, which holds its keys and values.
+            encoder_attention_mask: which of its frames are real.
+            past_key_values: cache from `start` or from the last call; returned with these tokens added.
+            cache_position: where in the cache the first of these tokens stands.
+            output_attentions: return attention weights.
+            output_hidden_states: return the input of every block, and the output.
+            key: switches dropout and layer drop on.
+
+        Raises:
+            UsageError: for too many tokens.
+        """
+        config, time = self.config, input_ids.shape[1]
+        if time > config.max_position_embeddings:
+            raise UsageError(f"{time} tokens are too many: this model has {config.max_position_embeddings} positions.")
+        dropout = Dropout(key)
+        x = self.embed_tokens(input_ids)
+        positions = self.embed_positions((2 + cache_position + jnp.arange(time))[None])
+        x = dropout(self.layernorm_embedding(x + positions), config.dropout)
+        keys = time if past_key_values is None else past_key_values.self_attention[0].key.shape[2]
+        mask = causal_mask(time, keys, 0 if past_key_values is None else cache_position)
+        if attention_mask is not None:
+            mask = mask & (attention_mask[:, None, None, :] != 0)
+        source_mask = None if encoder_attention_mask is None else (encoder_attention_mask != 0)[:, None, None, :]
+        hidden_states, attentions, cross_attentions = [], [], []
+        key_values: list[KeyValues] = []
+        for i, layer in enumerate(self.layers):
+            past = source = None
+            if past_key_values is not None:
+                past, source = past_key_values.self_attention[i], past_key_values.cross_attention[i]
+            elif encoder_hidden_states is not None:
+                source = layer.encoder_attn.key_values(encoder_hidden_states)
+            hidden_states.append(x)
+            arguments = (past, cache_position, mask, source, source_mask, output_attentions)
+            x, new, weights, cross_weights = layer_drop(layer, x, config.decoder_layerdrop, dropout, *arguments)
+            key_values.append(new)
+            attentions.append(weights)
+            cross_attentions.append(cross_weights)
+        x = self.layer_norm(x)
+        cache = None if past_key_values is None else MBartCache(tuple(key_values), past_key_values.cross_attention)
+        return DecoderOutput(
+            last_hidden_state=x,
+            past_key_values=cache,
+            hidden_states=(*hidden_states, x) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            cross_attentions=tuple(cross_attentions) if output_attentions else None,
+        )
+
+
+class MBartDecoderWrapper(nnx.Module):
+    """Not in the paper; in the released checkpoints: a level of names around the decoder."""
+
+    def __init__(self, config: MBartConfig, **kwargs: Any):
+        self.decoder = MBartDecoder(config, **kwargs)
+
+
+class MBartForCausalLM(nnx.Module):
+    """§2.2: the decoder with its head."""
+
+    def __init__(self, config: MBartConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.model = MBartDecoderWrapper(config, **kwargs)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.d_model, config.vocab_size, use_bias=False, **kwargs)
+        self.config = config
+
+    def head(self, x: Float[Array, "batch time d_model"]) -> Float[Array, "batch time vocabulary"]:
+        """Logits; tied to the token embedding or not."""
+        return self.model.decoder.embed_tokens.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
+
+    def __call__(
+        self, input_ids: Int[Array, "batch time"], *arguments: Any, **options: Any
+    ) -> tuple[Float[Array, "batch time vocabulary"], DecoderOutput]:
+        """Logits for every token, and the decoder's output; for the arguments see `MBartDecoder`."""
+        decoded = self.model.decoder(input_ids, *arguments, **options)
+        return self.head(decoded.last_hidden_state), decoded

@@ -1,0 +1,344 @@
+r"""# XLS-R: Self-supervised Cross-lingual Speech Representation Learning at Scale
+
+Arun Babu, Changhan Wang, Andros Tjandra, Kushal Lakhotia, Qiantong Xu, Naman Goyal, Kritika Singh, Patrick von Platen,
+Yatharth Saraf, Juan Pino, Alexei Baevski, Alexis Conneau, Michael Auli, 2021, arXiv 2111.09296.
+
+wav2vec 2.0, grown: the same network and the same objective, at three sizes up to two billion parameters, pre-trained on
+436,000 hours of speech in 128 languages. What is new beside the size is how the languages share it (small ones are
+drawn more often than their hours say), and what is built on it: with mBART's decoder behind it, it translates speech.
+
+    hours of each language n_l ── p_l ∝ (n_l / N)^α ──> batches of 128 languages
+      ── wav2vec 2.0, LayerNorm in the convolutions and before attention and MLP ──> c (T, d)
+      ── + linear ──> letters (CTC), language
+      ── + strided convolutions, 160 ms a frame ── mBART's decoder, <language> first ──> translation
+
+| paper | here |
+| --- | --- |
+| §2, wav2vec 2.0 | `audiozoo.models.wav2vec2`, all its classes |
+| §2 and Table 2, sizes | `XLSRConfig.xls_r_300m()`, `.xls_r_1b()`, `.xls_r_2b()` |
+| §3.1, language-balanced batches | `language_probabilities`, `sample_languages` |
+| §4, speech translation | `SpeechEncoderDecoderModel`, `SpeechEncoderDecoderConfig` |
+| §4, speech recognition | `audiozoo.models.wav2vec2.Wav2Vec2ForCTC` |
+| §4, language identification, averaged over crops | `Wav2Vec2ForSequenceClassification`, `decoding.encoders.identify` |
+
+What differs from wav2vec 2.0's LARGE: nothing but width, depth and the width of the codebooks. Heads of attention have
+64, 80 and 120 channels.
+
+Checkpoints: `facebook/wav2vec2-xls-r-{300m,1b,2b}-{21-to-en,en-to-15}` and `-2b-22-to-16`, which translate. The
+pre-trained `facebook/wav2vec2-xls-r-{300m,1b,2b}`, fairseq's `xlsr2_300m.pt`, `xlsr2_960m_1000k.pt`,
+`xlsr2_2B_1000k.pt`, and everything fine-tuned from them with CTC load as wav2vec 2.0.
+
+    import audiozoo
+    model = audiozoo.load("facebook/wav2vec2-xls-r-300m-en-to-15")
+    processor = audiozoo.load_processor("facebook/wav2vec2-xls-r-300m-en-to-15")
+    inputs = processor(waveform, sampling_rate=16_000)
+    tokens = model.generate(**inputs, forced_bos_token_id=processor.tokenizer.lang_code_to_id["de_DE"])
+    text = processor.batch_decode(tokens, skip_special_tokens=True)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from audiozoo.decoding import GenerateOutput, GenerationConfig, Growing, Shared, generate
+from audiozoo.decoding.generate import Streamer
+from audiozoo.errors import UsageError
+from audiozoo.layers import KeyValues, Linear
+from audiozoo.layers.losses import cross_entropy
+from audiozoo.models.mbart import MBartCache, MBartConfig, MBartForCausalLM
+from audiozoo.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2Model
+from audiozoo.outputs import BaseModelOutput, Seq2SeqLMOutput
+
+
+@dataclass(frozen=True)
+class XLSRConfig(Wav2Vec2Config):
+    """Sizes of one checkpoint (Table 2); the fields are those of `Wav2Vec2Config`."""
+
+    @classmethod
+    def _size(cls, width: int, layers: int, codebooks: int, **changes: Any) -> XLSRConfig:
+        return cls(
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=16,
+            intermediate_size=4 * width,
+            feat_extract_norm="layer",
+            conv_bias=True,
+            do_stable_layer_norm=True,
+            codevector_dim=codebooks,
+            proj_codevector_dim=codebooks,
+            **changes,
+        )
+
+    @classmethod
+    def xls_r_300m(cls) -> XLSRConfig:
+        """Table 2, XLS-R (0.3B): 24 blocks of width 1024, 317 M parameters with the quantiser."""
+        return cls._size(1024, 24, 768)
+
+    @classmethod
+    def xls_r_1b(cls) -> XLSRConfig:
+        """Table 2, XLS-R (1B): 48 blocks of width 1280, heads of 80 channels, 965 M parameters with the quantiser."""
+        return cls._size(1280, 48, 1024)
+
+    @classmethod
+    def xls_r_2b(cls) -> XLSRConfig:
+        """Table 2, XLS-R (2B): 48 blocks of width 1920, heads of 120 channels, 2163 M parameters with the quantiser."""
+        return cls._size(1920, 48, 1024)
+
+
+@dataclass(frozen=True)
+class SpeechEncoderDecoderConfig:
+    """§4, speech translation: a speech encoder, a text decoder, and the tokens that frame a text."""
+
+    encoder: Wav2Vec2Config  # with strided convolutions behind it (`add_adapter`)
+    decoder: MBartConfig  # of text
+    decoder_start_token_id: int = 2  # what the decoder reads first
+    pad_token_id: int = 1  # padding
+    eos_token_id: int = 2  # ends a text
+
+    def __post_init__(self) -> None:
+        # A checkpoint of our own has the two as dictionaries.
+        kinds: tuple[tuple[str, Any], ...] = (("encoder", Wav2Vec2Config), ("decoder", MBartConfig))
+        for name, kind in kinds:
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                fields = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
+                object.__setattr__(self, name, kind(**fields))
+
+    @classmethod
+    def _of(cls, encoder: XLSRConfig) -> SpeechEncoderDecoderConfig:
+        adapted = dataclasses.replace(encoder, add_adapter=True, output_hidden_size=1024)
+        return cls(adapted, MBartConfig.mbart_50())
+
+    @classmethod
+    def xls_r_300m(cls) -> SpeechEncoderDecoderConfig:
+        """§4, XLS-R (0.3B) with mBART's decoder."""
+        return cls._of(XLSRConfig.xls_r_300m())
+
+    @classmethod
+    def xls_r_1b(cls) -> SpeechEncoderDecoderConfig:
+        """§4, XLS-R (1B) with mBART's decoder."""
+        return cls._of(XLSRConfig.xls_r_1b())
+
+    @classmethod
+    def xls_r_2b(cls) -> SpeechEncoderDecoderConfig:
+        """§4, XLS-R (2B) with mBART's decoder."""
+        return cls._of(XLSRConfig.xls_r_2b())
+
+
+# --- §3.1, language-balanced batches ----------------------------------------------------------------------------------
+
+
+def language_probabilities(
+    hours: Sequence[float] | Float[Array, " languages"], alpha: float
+) -> Float[Array, " languages"]:
+    r"""§3.1: $p_l \propto (n_l / N)^\alpha$; $\alpha$ = 1 draws by hours, 0 all languages alike.
+
+    Raises:
+        UsageError: if a language has no speech.
+    """
+    n = jnp.asarray(hours, jnp.float32)
+    if not bool((n > 0).all()):
+        raise UsageError("Every language needs more than 0 hours of speech.")
+    weights = (n / n.sum()) ** alpha
+    return weights / weights.sum()
+
+
+def sample_languages(
+    key: jax.Array, hours: Sequence[float] | Float[Array, " languages"], alpha: float, count: int
+) -> Int[Array, " count"]:
+    """§3.1: the language of each of `count` utterances of a batch, drawn by `language_probabilities`."""
+    probabilities = language_probabilities(hours, alpha)
+    return jax.random.choice(key, len(probabilities), (count,), p=probabilities)
+
+
+# --- §4, speech translation -------------------------------------------------------------------------------------------
+
+
+def shift_tokens_right(labels: Int[Array, "batch time"], pad: int, start: int) -> Int[Array, "batch time"]:
+    """Decoder inputs out of targets: `start` in front, the last one gone, -100 as padding."""
+    shifted = jnp.concatenate([jnp.full_like(labels[:, :1], start), labels[:, :-1]], axis=1)
+    return jnp.where(shifted == -100, pad, shifted)
+
+
+class SpeechEncoderDecoderModel(nnx.Module):
+    """§4, speech translation: XLS-R, its frames shortened to 160 ms, and mBART's decoder."""
+
+    def __init__(
+        self,
+        config: SpeechEncoderDecoderConfig,
+        *,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.encoder = Wav2Vec2Model(config.encoder, **kwargs)
+        self.decoder = MBartForCausalLM(config.decoder, **kwargs)
+        if config.encoder.head_size != config.decoder.d_model:
+            self.enc_to_dec_proj = Linear(config.encoder.head_size, config.decoder.d_model, **kwargs)
+        self.config = config
+
+    def encode(
+        self,
+        input_values: Float[Array, "batch samples"],
+        attention_mask: Int[Array, "batch samples"] | None = None,
+        **options: Any,
+    ) -> tuple[BaseModelOutput, Bool[Array, "batch frames"] | None]:
+        """What the decoder attends to, and which of its frames are speech; `options` are `Wav2Vec2Model`'s."""
+        encoded = self.encoder(input_values, attention_mask, **options)
+        states = encoded.last_hidden_state
+        if hasattr(self, "enc_to_dec_proj"):
+            states = self.enc_to_dec_proj(states)
+        mask = None if attention_mask is None else self.encoder.frame_mask(attention_mask, states.shape[1])
+        output = BaseModelOutput(
+            last_hidden_state=states, hidden_states=encoded.hidden_states, attentions=encoded.attentions
+        )
+        return output, mask
+
+    def __call__(
+        self,
+        input_values: Float[Array, "batch samples"],
+        attention_mask: Int[Array, "batch samples"] | None = None,
+        decoder_input_ids: Int[Array, "batch tokens"] | None = None,
+        decoder_attention_mask: Int[Array, "batch tokens"] | None = None,
+        *,
+        labels: Int[Array, "batch tokens"] | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        key: jax.Array | None = None,
+        **options: Any,
+    ) -> Seq2SeqLMOutput:
+        """Logits for every token and, with `labels`, their mean cross-entropy.
+
+        Args:
+            input_values: waveforms at 16 kHz.
+            attention_mask: 1 for a sample of the recording, 0 for padding behind it.
+            decoder_input_ids: tokens; by default `labels` shifted right.
+            decoder_attention_mask: 1 where a token is real.
+            labels: targets, -100 where there is none.
+            output_attentions: return attention weights.
+            output_hidden_states: return the input of every block, and the output.
+            key: switches dropout, layer drop and masking on.
+            options: of the encoder; see `Wav2Vec2Model`.
+
+        Raises:
+            UsageError: if there are neither tokens nor labels.
+        """
+        if decoder_input_ids is None:
+            if labels is None:
+                raise UsageError("Give decoder_input_ids or labels; generate makes text without them.")
+            decoder_input_ids = shift_tokens_right(
+                jnp.asarray(labels), self.config.pad_token_id, self.config.decoder_start_token_id
+            )
+        returned = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        keys = [None, None] if key is None else list(jax.random.split(key))
+        encoded, mask = self.encode(input_values, attention_mask, key=keys[0], **returned, **options)
+        logits, decoded = self.decoder(
+            decoder_input_ids, decoder_attention_mask, encoded.last_hidden_state, mask, key=keys[1], **returned
+        )
+        return Seq2SeqLMOutput(
+            loss=None if labels is None else cross_entropy(logits, jnp.asarray(labels)),
+            logits=logits,
+            decoder_hidden_states=decoded.hidden_states,
+            decoder_attentions=decoded.attentions,
+            cross_attentions=decoded.cross_attentions,
+            encoder_last_hidden_state=encoded.last_hidden_state,
+            encoder_hidden_states=encoded.hidden_states,
+            encoder_attentions=encoded.attentions,
+        )
+
+    def generate(
+        self,
+        input_values: Float[Array, "batch samples"],
+        attention_mask: Int[Array, "batch samples"] | None = None,
+        *,
+        decoder_input_ids: Any = None,
+        key: jax.Array | None = None,
+        streamer: Streamer | None = None,
+        **options: Any,
+    ) -> Int[np.ndarray, "rows tokens"] | GenerateOutput:
+        """Translate, by one compiled loop.
+
+        Args:
+            input_values: waveforms at 16 kHz.
+            attention_mask: 1 for a sample of the recording, 0 for padding behind it.
+            decoder_input_ids: the text's beginning; by default `decoder_start_token_id`.
+            key: randomness for `do_sample=True`.
+            streamer: called on the host with every token.
+            options: as for `transformers.generate`; `forced_bos_token_id` is the language to translate into.
+
+        Returns:
+            Tokens, the beginning included, padded to the longest; with `return_dict_in_generate=True` a
+            `GenerateOutput`.
+        """
+        config = self.config
+        defaults = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+        defaults["forced_eos_token_id"] = config.eos_token_id  # what is cut short ends all the same
+        chosen = GenerationConfig(**(defaults | options))
+        if decoder_input_ids is None:
+            decoder_input_ids = np.full((len(input_values), 1), config.decoder_start_token_id)
+        mask = None if attention_mask is None else jnp.asarray(attention_mask)
+        output = _generate(
+            *nnx.split(self),
+            jnp.asarray(input_values),
+            mask,
+            jnp.asarray(decoder_input_ids, jnp.int32),
+            key,
+            config=chosen,
+            streamer=streamer,
+        ).trim()
+        return output if chosen.return_dict_in_generate else np.asarray(output.sequences)
+
+
+@partial(jax.jit, static_argnames=("graphdef", "config", "streamer"))
+def _generate(
+    graphdef: Any,
+    state: Any,
+    input_values: jax.Array,
+    attention_mask: jax.Array | None,
+    prompt: jax.Array,
+    key: jax.Array | None,
+    *,
+    config: GenerationConfig,
+    streamer: Streamer | None,
+) -> GenerateOutput:
+    model = nnx.merge(graphdef, state)
+    encoded, mask = model.encode(input_values, attention_mask)
+    decoder = model.decoder.model.decoder
+    cache = decoder.start(encoded.last_hidden_state, prompt.shape[1] + config.new_tokens(prompt.shape[1]))
+
+    def step(tokens: jax.Array, cache: Any, position: Any) -> tuple[jax.Array, Any]:
+        own, source, source_mask = cache
+        past = MBartCache(tuple(KeyValues(k.value, v.value) for k, v in own), source.value)
+        beams = 1 if source_mask.value is None else len(tokens) // len(source_mask.value)
+        rows = None if source_mask.value is None else jnp.repeat(source_mask.value, beams, axis=0)
+        logits, decoded = model.decoder(
+            tokens, encoder_attention_mask=rows, past_key_values=past, cache_position=position
+        )
+        return logits[:, -1], _marked(decoded.past_key_values, source_mask.value)
+
+    return generate(
+        step,
+        _marked(cache, mask),
+        prompt,
+        config,
+        prefill=lambda tokens, cache: step(tokens, cache, 0),
+        key=key,
+        streamer=streamer,
+    )
+
+
+def _marked(cache: MBartCache, mask: jax.Array | None) -> Any:
+    """Tell the search which arrays grow with the tokens and which all beams share."""
+    own = tuple((Growing(kv.key, 2), Growing(kv.value, 2)) for kv in cache.self_attention)
+    return own, Shared(cache.cross_attention), Shared(mask)

@@ -1,0 +1,186 @@
+"""MMS against `transformers`: each item of a batch in its own language, as one language at a time there; sizes."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+from safetensors.torch import save_file
+
+import audiozoo
+from audiozoo.layers.losses import ctc_loss
+from audiozoo.models import mms, wav2vec2
+from audiozoo.models.mms import MMSConfig, MMSForCTC
+from audiozoo.processors.mms import romanised
+from tests.parity import harness
+from tests.parity.speech_family import LAYER, NO_DROPOUT, TINY, padded
+from weights_conversion import mms as conversion
+from weights_conversion import wav2vec2 as alone
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+LETTERS = {"deu": 14, "eng": 11, "fra": 17}
+CHANGES = LAYER | NO_DROPOUT | {"adapter_attn_dim": 5, "mask_time_prob": 0.0, "num_hidden_layers": 1}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """What a repository of MMS holds, tiny: a model that speaks English, and adapters of three languages."""
+    folder = tmp_path_factory.mktemp("mms")
+    with harness.precision("float32"):
+        for seed, (language, size) in enumerate(LETTERS.items()):
+            config = transformers.Wav2Vec2Config(**(TINY | CHANGES | {"vocab_size": size}))
+            model = harness.randomise(transformers.Wav2Vec2ForCTC(config), seed, torch.float32)
+            own = {k: v.contiguous() for k, v in model._get_adapters().items()}
+            save_file(own, folder / f"adapter.{language}.safetensors", metadata={"format": "pt"})
+            if language == "eng":
+                model.save_pretrained(folder)
+    vocabularies = {
+        language: {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "|": 4} | {chr(97 + i): i for i in range(5, size)}
+        for language, size in LETTERS.items()
+    }
+    (folder / "vocab.json").write_text(json.dumps(vocabularies))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"target_lang": "eng"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(directory):
+    foreign = conversion.open_checkpoint(directory, "MMSForCTC")
+    from audiozoo.loading import convert
+
+    with harness.precision("float64"):
+        return convert(foreign, MMSForCTC, param_dtype=jnp.float64)
+
+
+def test_a_batch_in_three_languages(directory, model):
+    x, mask = padded()
+    x, mask = np.concatenate([x, x[:1, ::-1]]), np.concatenate([mask, mask[:1]])
+    spoken = ["fra", "deu", "eng"]
+    labels = np.array([[5, 16, -100], [13, 6, 6], [10, -100, -100]])
+
+    @jax.jit
+    def run(m, index):
+        return m(jnp.asarray(x), jnp.asarray(mask), jnp.asarray(labels), languages=index)
+
+    ours = run(model, model.language_index(spoken, 3))
+    assert model.config.languages == ("deu", "eng", "fra")
+    losses = []
+    for row, language in enumerate(spoken):
+        reference = transformers.Wav2Vec2ForCTC.from_pretrained(directory).double().eval()
+        reference.load_adapter(language)
+        reference = reference.double()
+        with torch.no_grad():
+            theirs = reference(torch.tensor(x[row : row + 1]), attention_mask=torch.tensor(mask[row : row + 1])).logits[
+                0
+            ]
+        size = LETTERS[language]
+        assert theirs.shape[1] == size
+        harness.assert_close(ours.logits[row, :, :size], theirs, name=language)
+        assert (ours.logits[row, :, size:] == jnp.finfo(jnp.float64).min).all()
+        frames = model.backbone.frame_lengths(jnp.asarray(mask[row].sum()))
+        losses.append(
+            ctc_loss(jnp.asarray(theirs)[None], jnp.asarray(labels[row])[None], frames[None], reduction="sum")
+        )
+    harness.assert_close(ours.loss, sum(losses), name="loss")
+
+
+def test_gradients_reach_each_language_from_its_own_items(model):
+    x, mask = padded()
+    labels = jnp.asarray([[5, 6, -100], [7, 6, 6]])
+
+    @jax.jit
+    def gradient(m, index):
+        return jax.grad(lambda m: m(jnp.asarray(x), jnp.asarray(mask), labels, languages=index).loss)(m)
+
+    found = gradient(model, model.language_index(["fra", "eng"], 2))
+    own = found.wav2vec2.encoder.layers[0].adapter_layer.linear_1.kernel[...]
+    size = np.abs(own).max(axis=(1, 2))
+    assert size[0] == 0  # nobody spoke German
+    assert size[1] > 0
+    assert size[2] > 0
+    # As one language alone, from its own item.
+    single = model.speaking("fra")
+    values, row = jnp.asarray(x[:1]), jnp.asarray(mask[:1])
+    one = jax.jit(jax.grad(lambda m: m(values, row, labels[:1]).loss))(single)
+    alone_there = one.wav2vec2.encoder.layers[0].adapter_layer.linear_1.kernel[...]
+    harness.assert_close(own[2], alone_there, kind="gradient")
+
+
+def test_one_language_alone_exports(directory, model, tmp_path):
+    with harness.precision("float32"):
+        loaded = audiozoo.load(directory, model_class="MMSForCTC")
+        french = loaded.speaking("fra")
+        audiozoo.export(french, tmp_path / "fra")
+        back, info = transformers.Wav2Vec2ForCTC.from_pretrained(tmp_path / "fra", output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        reference = transformers.Wav2Vec2ForCTC.from_pretrained(directory)
+        reference.load_adapter("fra")
+        for key, tensor in reference.state_dict().items():
+            np.testing.assert_array_equal(back.state_dict()[key], tensor, err_msg=key)
+        audiozoo.save(loaded, tmp_path / "native")
+        again = audiozoo.load(tmp_path / "native")
+        np.testing.assert_array_equal(again.lm_head.kernel[...], loaded.lm_head.kernel[...])
+        assert again.config == loaded.config
+    with pytest.raises(ValueError, match=r"export model\.speaking"):
+        audiozoo.export(loaded, tmp_path / "all")
+    with pytest.raises(ValueError, match="holds no ita; it holds deu, eng, fra"):
+        model.language_index(["ita"], 1)
+    with pytest.raises(FileNotFoundError, match=r"holds no adapter"):
+        audiozoo.load(tmp_path / "fra", model_class="MMSForCTC")
+
+
+BILLION = LAYER | {
+    "hidden_size": 1280,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 16,
+    "intermediate_size": 5120,
+    "codevector_dim": 1024,
+    "proj_codevector_dim": 1024,
+}
+MILLION = BILLION | {"hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 4096}
+MILLION |= {"codevector_dim": 768, "proj_codevector_dim": 768}
+LID = BILLION | {"classifier_proj_size": 1024}
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "head"),
+    [
+        (MMSConfig.mms_300m(), MILLION, "ForPreTraining"),
+        (MMSConfig.mms_1b(), BILLION, "ForPreTraining"),
+        (MMSConfig.mms_1b_all(), BILLION | {"adapter_attn_dim": 16, "vocab_size": 154}, "ForCTC"),
+        (MMSConfig.lid(126), LID | {"num_labels": 126}, "ForSequenceClassification"),
+        (MMSConfig.lid(4017), LID | {"num_labels": 4017}, "ForSequenceClassification"),
+    ],
+    ids=["300m", "1b", "1b-all", "lid-126", "lid-4017"],
+)
+def test_published_sizes(config, changes, head):
+    name = f"Wav2Vec2{head}"
+    with harness.precision("float32"):
+        harness.assert_same_shapes(
+            lambda: getattr(transformers, name)(transformers.Wav2Vec2Config(**changes)),
+            lambda: getattr(wav2vec2, name)(config, rngs=nnx.Rngs(0)),
+            alone.hugging_face_table(config, name),
+        )
+
+
+def test_two_million_parameters_a_language():
+    """§5.1, as counted in the model."""
+    many = MMSConfig(**(vars(MMSConfig.mms_1b_all()) | {"languages": ("eng", "fra"), "vocab_sizes": (154, 154)}))
+    shapes = harness.abstract(lambda: MMSForCTC(many, rngs=nnx.Rngs(0)))
+    flat = nnx.to_flat_state(nnx.state(shapes, nnx.Param))
+    own = sum(int(np.prod(leaf.shape)) for path, leaf in flat if mms.is_of_a_language(path))
+    assert own / 2 == pytest.approx(2.3e6, abs=0.1e6)
+
+
+def test_other_scripts_are_romanised():
+    assert romanised("привет") == "privet"
+    assert romanised("Übung") == "uebung"
+    assert romanised("Don’t!") == "don't"

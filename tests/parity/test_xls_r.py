@@ -1,0 +1,222 @@
+"""XLS-R against `transformers`: its sizes by shapes, heads of 120 channels, and speech translation, tokens and all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+
+from audiozoo.models import wav2vec2, xls_r
+from audiozoo.models.xls_r import SpeechEncoderDecoderConfig, SpeechEncoderDecoderModel, XLSRConfig
+from audiozoo.processors.xls_r import LANGUAGES, MBart50Tokenizer, XLSRProcessor
+from tests.parity import harness
+from tests.parity.speech_family import LAYER, NO_DROPOUT, TINY, blank, padded, reference_in_double
+from weights_conversion import wav2vec2 as encoders
+from weights_conversion import xls_r as conversion
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+SIXTEEN = LAYER | {"num_attention_heads": 16}
+PUBLISHED = {
+    "xls_r_300m": SIXTEEN | {"hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 4096},
+    "xls_r_1b": SIXTEEN | {"hidden_size": 1280, "num_hidden_layers": 48, "intermediate_size": 5120},
+    "xls_r_2b": SIXTEEN | {"hidden_size": 1920, "num_hidden_layers": 48, "intermediate_size": 7680},
+}
+CODEBOOKS = {"xls_r_300m": 768, "xls_r_1b": 1024, "xls_r_2b": 1024}
+COUNTS = {"xls_r_300m": 317_390_592, "xls_r_1b": 965_514_752, "xls_r_2b": 2_162_932_352}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    config, width = getattr(XLSRConfig, name)(), CODEBOOKS[name]
+    theirs = transformers.Wav2Vec2Config(**PUBLISHED[name], codevector_dim=width, proj_codevector_dim=width)
+    with harness.precision("float32"):
+        count = harness.assert_same_shapes(
+            lambda: transformers.Wav2Vec2ForPreTraining(theirs),
+            lambda: wav2vec2.Wav2Vec2ForPreTraining(config, rngs=nnx.Rngs(0)),
+            encoders.hugging_face_table(config, "Wav2Vec2ForPreTraining"),
+        )
+    assert count == COUNTS[name]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_of_translation(name):
+    config = getattr(SpeechEncoderDecoderConfig, name)()
+    encoder = transformers.Wav2Vec2Config(**PUBLISHED[name], add_adapter=True, output_hidden_size=1024)
+    decoder = transformers.MBartConfig(vocab_size=250_054, scale_embedding=True, activation_function="relu")
+    theirs = transformers.SpeechEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    with harness.precision("float32"):
+        harness.assert_same_shapes(
+            lambda: transformers.SpeechEncoderDecoderModel(theirs),
+            lambda: SpeechEncoderDecoderModel(config, rngs=nnx.Rngs(0)),
+            conversion.hugging_face_table(config, "SpeechEncoderDecoderModel"),
+        )
+
+
+def test_heads_of_120_channels_in_float32():
+    changes = {"num_hidden_layers": 1, "conv_dim": (32,) * 7}
+    with harness.precision("float32"):
+        theirs = transformers.Wav2Vec2Config(**(PUBLISHED["xls_r_2b"] | changes))
+        reference = harness.randomise(transformers.Wav2Vec2Model(theirs), 0, torch.float32)
+        config = dataclasses.replace(XLSRConfig.xls_r_2b(), **changes)
+        model = blank(lambda: wav2vec2.Wav2Vec2Model(config, rngs=nnx.Rngs(0)))
+        harness.port(reference, model, encoders.hugging_face_table(config, "Wav2Vec2Model"))
+        x = np.random.default_rng(0).standard_normal((1, 8000)).astype(np.float32)
+        with torch.no_grad():
+            wanted = reference(torch.tensor(x)).last_hidden_state
+        ours = jax.jit(lambda m: m(x).last_hidden_state)(model)
+        harness.assert_close(ours, wanted)
+
+
+# --- translation -----------------------------------------------------------------------------------------------------
+
+ENCODER = {k: v for k, v in (TINY | LAYER | NO_DROPOUT).items() if k not in ("vocab_size", "num_labels")}
+ENCODER |= {"num_hidden_layers": 1, "add_adapter": True, "num_adapter_layers": 1, "mask_time_prob": 0.0}
+DECODER = {
+    "vocab_size": 23,
+    "max_position_embeddings": 30,
+    "d_model": 24,
+    "decoder_layers": 1,
+    "decoder_attention_heads": 3,
+    "decoder_ffn_dim": 32,
+    "scale_embedding": True,
+    "activation_function": "relu",
+    "dropout": 0.0,
+}
+
+
+def translators(decoder=None, **changes):
+    """The original with random weights, ours with the same, and the table between them."""
+    encoder = transformers.Wav2Vec2Config(**(ENCODER | changes), attn_implementation="eager")
+    text = transformers.MBartConfig(**(DECODER | (decoder or {})), attn_implementation="eager")
+    theirs = transformers.SpeechEncoderDecoderConfig.from_encoder_decoder_configs(encoder, text)
+    theirs.decoder_start_token_id, theirs.pad_token_id, theirs.eos_token_id = 2, 1, 2
+    theirs._attn_implementation = "eager"
+    reference = harness.randomise(transformers.SpeechEncoderDecoderModel(theirs), 0)
+    reference.config.encoder._attn_implementation = reference.config.decoder._attn_implementation = "eager"
+    config = conversion.config_from_hugging_face(reference.config.to_dict())
+    dtype = str(reference.dtype).removeprefix("torch.")
+    model = blank(lambda: SpeechEncoderDecoderModel(config, param_dtype=dtype, rngs=nnx.Rngs(0)))
+    table = conversion.hugging_face_table(config, "SpeechEncoderDecoderModel")
+    return reference, harness.port(reference, model, table), table
+
+
+@pytest.fixture(scope="module")
+def translator():
+    return translators()
+
+
+def test_every_tap_and_output(translator):
+    reference, model, table = translator
+    x, mask = padded()
+    tokens = np.array([[2, 7, 5, 9], [2, 8, 4, 1]])
+    known = (tokens != 1).astype(np.int64)
+    arguments = (torch.tensor(x), torch.tensor(mask), torch.tensor(tokens), torch.tensor(known))
+    everything = {"output_attentions": True, "output_hidden_states": True}
+    taps = harness.compare_taps(
+        reference,
+        lambda: reference(*arguments, **everything),
+        model,
+        lambda: model(*map(jnp.asarray, (x, mask, tokens, known)), **everything, hidden_states_before_norm=True),
+        table,
+        minimum=40,
+    )
+    harness.compare_outputs(taps.ours, taps.reference)
+
+
+def test_gradients_of_the_loss(translator):
+    reference, model, table = translator
+    x, mask = padded()
+    labels = np.array([[7, 5, 9, 2], [8, 2, -100, -100]])
+    with reference_in_double():
+        compared = harness.compare_gradients(
+            reference,
+            lambda: reference(torch.tensor(x), torch.tensor(mask), labels=torch.tensor(labels)).loss,
+            model,
+            jax.jit(lambda m: m(jnp.asarray(x), jnp.asarray(mask), labels=jnp.asarray(labels)).loss),
+            table,
+        )
+    assert len(compared) > 60
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generated_tokens(translator, beams):
+    reference, model, _ = translator
+    x, mask = padded()
+    options = {"num_beams": beams, "max_new_tokens": 9, "forced_bos_token_id": 6}
+    with torch.no_grad():
+        special = {"decoder_start_token_id": 2, "eos_token_id": 2, "pad_token_id": 1}
+        theirs = reference.generate(torch.tensor(x), attention_mask=torch.tensor(mask), **special, **options)
+    ours = model.generate(jnp.asarray(x), jnp.asarray(mask), **options)
+    np.testing.assert_array_equal(ours, theirs)
+    assert (ours[:, 1] == 6).all()
+
+
+@pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied, projected"])
+def test_hugging_face_directories(untied, tmp_path):
+    from audiozoo import checkpoints
+    from audiozoo.loading import convert, variables
+    from weights_conversion.readers import write_safetensors
+
+    with harness.precision("float32"):
+        changes = {"decoder": {"tie_word_embeddings": False}, "hidden_size": 30, "add_adapter": False} if untied else {}
+        reference, _, _ = translators(**changes)
+        reference.save_pretrained(tmp_path / "theirs")
+        assert conversion.recognise(tmp_path / "theirs")
+        foreign = conversion.open_checkpoint(tmp_path / "theirs")
+        model = convert(foreign, SpeechEncoderDecoderModel)
+        assert hasattr(model, "enc_to_dec_proj") == untied
+        form = conversion.hugging_face(model)
+        with checkpoints.written_whole(tmp_path / "ours") as folder:
+            for file, content in form.files.items():
+                (folder / file).write_text(json.dumps(content))
+            write_safetensors(folder, form.table.write({n: v[...] for n, v in variables(model).items()}))
+        back, info = transformers.SpeechEncoderDecoderModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        for key, tensor in reference.state_dict().items():
+            np.testing.assert_array_equal(back.state_dict()[key], tensor, err_msg=key)
+        again = conversion.config_from_hugging_face(json.loads((tmp_path / "ours" / "config.json").read_text()))
+        assert again == model.config == SpeechEncoderDecoderConfig(**dataclasses.asdict(model.config))
+
+
+def test_pieces_of_words(tmp_path):
+    import sentencepiece
+
+    text = ["the quick brown fox jumps over the lazy dog", "der schnelle braune Fuchs", "ein Hund und a dog"]
+    (tmp_path / "text.txt").write_text("\n".join(text * 30))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "sentencepiece.bpe"), vocab_size=60,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    transformers.Wav2Vec2FeatureExtractor().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "MBart50Tokenizer", "src_lang": "de_DE", "tgt_lang": "de_DE"})
+    )
+    theirs = transformers.MBart50Tokenizer.from_pretrained(tmp_path)
+    processor = XLSRProcessor.from_directory(tmp_path)
+    ours = processor.tokenizer
+    assert isinstance(ours, MBart50Tokenizer)
+    assert len(ours) == len(theirs)
+    assert ours.lang_code_to_id == {code: theirs.convert_tokens_to_ids(code) for code in LANGUAGES}
+    for line in [*text, "a fox und zwei"]:
+        wanted = theirs(line)["input_ids"]
+        assert ours(line)["input_ids"] == wanted
+        assert ours.decode(wanted, skip_special_tokens=True) == theirs.decode(wanted, skip_special_tokens=True)
+    batch = ours(text, padding=True)
+    assert [len(row) for row in batch["input_ids"]] == [len(batch["input_ids"][0])] * 3
+    assert processor.batch_decode(batch["input_ids"], skip_special_tokens=True) == text
+    with pytest.raises(ValueError, match="no language 'xx'"):
+        ours.set_target_lang("xx")
+
+
+def test_labels_shifted():
+    shifted = xls_r.shift_tokens_right(jnp.array([[5, 6, -100, -100]]), 1, 2)
+    np.testing.assert_array_equal(shifted, [[2, 5, 6, 1]])
