@@ -82,9 +82,11 @@ class MBartScaledWordEmbedding(Embed):
         super().__init__(config.vocab_size, config.d_model, **kwargs)
         self.factor = config.d_model**0.5 if config.scale_embedding else 1.0
 
-    def __call__(self, inputs: Int[Array, "batch time"]) -> Float[Array, "batch time d_model"]:
+    def __call__(
+        self, inputs: Int[Array, "batch time"], out_sharding: Any = None
+    ) -> Float[Array, "batch time d_model"]:
         """Embedded tokens."""
-        x = super().__call__(inputs)
+        x = super().__call__(inputs, out_sharding)
         return x * jnp.asarray(self.factor, x.dtype)
 
 
