@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 
-# Tests run thousands of tiny programs once each: compiling is what takes their time, so XLA optimises little (half the
-# processor time). Threads belong to the machine, not to each of several pytest-xdist workers. Set before JAX is imported.
-flags = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+# Tests run thousands of tiny programs once each: compiling takes their time, so XLA optimises little, in half the time.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+# Threads belong to the machine, not to each of several pytest-xdist workers. Set before JAX is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
-    flags.append("--xla_cpu_multi_thread_eigen=false")
+    os.environ["XLA_FLAGS"] += " --xla_cpu_multi_thread_eigen=false"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("XLA_FLAGS", " ".join(flags))
 # Eager float64 models are a thousand tiny programs; compiled once, they serve every process and every later run.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
