@@ -22,9 +22,10 @@ from audiozoo.commands import speech
 from audiozoo.decoding.synthesis import Synthesizer, speak
 from audiozoo.models.vits import spectrogram_of
 from audiozoo.processors.vits import VitsTokenizer
-from tests.models.tiny_vits import build
+from tests.models.tiny_vits import PLAIN, build
 from tests.test_cli import Run, assert_refused
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "Hello there. How are you?"
 
@@ -55,7 +56,7 @@ def voice(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("voice")
     letters = {symbol: index for index, symbol in enumerate("_ abcdefghijklmnopqrstuvwxyz")}
     VitsTokenizer(letters, phonemize=False, pad_token="_").save(directory / "text")
-    audiozoo.save(build(), directory / "model", processor_from=directory / "text")
+    audiozoo.save(build(PLAIN), directory / "model", processor_from=directory / "text")
     return directory / "model"
 
 
@@ -80,7 +81,7 @@ def test_speaks_what_the_library_speaks(run, voice, tmp_path):
     assert [s.text for s in spoken] == ["Hello there.", "How are you?"]
     first, second = (s.waveform for s in spoken)
     expected = np.concatenate([first, np.zeros(4000), second])
-    np.testing.assert_allclose(read(out), expected, atol=1 / 2**15)
+    np.testing.assert_allclose(read(out), expected, atol=1.5 / 2**15)  # 16 bits
     assert np.abs(first).max() > 0.01
     segments = json.loads(said.read_text(encoding="utf-8"))["segments"]
     assert [s["text"] for s in segments] == [s.text for s in spoken]
@@ -145,6 +146,7 @@ def test_mistakes_get_a_sentence(run, voice, tmp_path):
         (("a", "--speaker", "3"), "voices 0 to 2"),
         (("a", "--speaker", "Alice"), "'Alice'"),
         (("a", "--subtitles", "said.pdf"), "'pdf'"),
+        (("a", "--subtitles", tmp_path / "no" / "said.srt"), "no directory"),
         (("a", "--model", tmp_path / "nowhere"), "nowhere"),
     ):
         done = run("speak", *arguments, *(() if "--model" in arguments else ("--model", voice)), "-o", kept)
@@ -179,7 +181,7 @@ def test_convert_voice(run, voice, recording, tmp_path):
     waveform = audiozoo.audio.read(recording, 16_000)
     spectrogram = spectrogram_of(model.config, jnp.asarray(waveform[None, : waveform.size // 8 * 8]))
     expected = jax.jit(lambda m, x: m.voice_conversion(x, 0, 2, noise_scale=0.0).waveform[0])(model, spectrogram)
-    np.testing.assert_allclose(read(out), expected, atol=1 / 2**15)
+    np.testing.assert_allclose(read(out), expected, atol=1.5 / 2**15)  # 16 bits
     assert np.abs(expected).max() > 0.01
 
 

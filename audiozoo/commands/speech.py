@@ -48,6 +48,8 @@ def speak(
     if subtitles is not None and form not in forms.FORMATS:
         raise UsageError(f"There is no format {form!r} of subtitles; there are {', '.join(forms.FORMATS)}.")
     check_output(output)
+    if subtitles is not None:
+        check_output(subtitles)
     said = _text(text, file)
     keep_compiled_programs()
     import numpy as np
@@ -88,7 +90,7 @@ def speak(
     write_sound(output, np.concatenate(pieces), rate)
     if subtitles is not None:
         write_whole(subtitles, forms.render({"text": said, "segments": segments}, form))
-    messages.print(f"{position / rate:.1f} s of speech in {output}", markup=False, highlight=False)
+    messages.print(f"{position / rate:.1f} s of speech in {output}", markup=False, highlight=False, soft_wrap=True)
 
 
 def convert_voice(
@@ -145,7 +147,7 @@ def convert_voice(
     result = np.asarray(converted.waveform)[0, : frames * config.hop_length]
     write_sound(output, result, config.sampling_rate)
     seconds = result.size / config.sampling_rate
-    messages.print(f"{seconds:.1f} s of speech in {output}", markup=False, highlight=False)
+    messages.print(f"{seconds:.1f} s of speech in {output}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _text(text: str | None, file: Path | None) -> str:

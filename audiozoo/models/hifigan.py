@@ -341,7 +341,7 @@ class SpeechT5HifiGan(HifiGanGenerator):
 
 # --- discriminators --------------------------------------------------------------------------------------------------
 
-Features = tuple[Float[Array, "rows time channels"], ...]
+Features = tuple[Float[Array, "_ _ _"], ...]  # of each layer: rows, time, channels
 
 
 class PeriodDiscriminator(nnx.Module):

@@ -116,7 +116,8 @@ class AdversarialTrainer:
         if self._before_judging is not None:
             judge = self.discriminator(state)
             self._before_judging(judge)
-            _, _, statistics = nnx.split(judge, nnx.Param, ...)
+            _, _, *changed = nnx.split(judge, nnx.Param, ...)
+            statistics = changed[0]
 
         def loss_of(parameters: Any) -> jax.Array:
             return self._discriminator_losses(nnx.merge(self._discriminator, parameters, statistics), real, generated)

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from audiozoo.layers import abstract
-
-
-@contextlib.contextmanager
-def quickly_compiled() -> Iterator[None]:
-    """Compile without optimisation: for programs that take longer to compile than to run."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def random_model(create: Callable[[Any], nnx.Module], seed: int = 0) -> Any:

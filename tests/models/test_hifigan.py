@@ -19,8 +19,10 @@ from audiozoo.models import hifigan
 from audiozoo.models.hifigan import HifiGanConfig, HifiGanGenerator, SpeechT5HifiGan
 from audiozoo.processors.hifigan import HifiGanProcessor
 from audiozoo.training.adversarial import AdversarialTrainer
-from tests.models.random_model import quickly_compiled, random_model
+from tests.models.random_model import random_model
 from tests.shapes import enforce
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SMALL = HifiGanConfig(
     model_in_dim=20,
@@ -117,11 +119,12 @@ def test_a_few_steps_of_all_networks_lower_the_mel_loss():
     batch = hifigan.HifiGanBatch(spectrogram=spectrogram, waveform=waveform)
     judge = random_model(
         lambda rngs: hifigan.HifiGanDiscriminator(
-            periods=(3,), period_channels=(4, 4), scale_layers=((4, 15, 1, 1), (4, 41, 4, 2)), rngs=rngs
+            periods=(3,), period_channels=(4,), scale_layers=((4, 15, 1, 1),), rngs=rngs
         )
     )
+    config = dataclasses.replace(SMALL, resblock_kernel_sizes=(3,), resblock_dilation_sizes=((1, 2),))
     trainer = AdversarialTrainer(
-        small_generator(),
+        random_model(lambda rngs: HifiGanGenerator(config, rngs=rngs)),
         judge,
         functools.partial(hifigan.generator_losses, n_fft=128, num_mels=20),
         hifigan.discriminator_losses,
@@ -130,13 +133,12 @@ def test_a_few_steps_of_all_networks_lower_the_mel_loss():
         before_judging=hifigan.power_iteration,
     )
     state, history = trainer.init(), []
-    with quickly_compiled():
-        for step in range(40):
-            state, losses = trainer.step(state, batch, jax.random.key(step))
-            assert all(np.isfinite(value) for value in losses.values()), losses
-            history.append(float(losses["mel"]))
+    for step in range(40):
+        state, losses = trainer.step(state, batch, jax.random.key(step))
+        assert all(np.isfinite(value) for value in losses.values()), losses
+        history.append(float(losses["mel"]))
     assert np.mean(history[-5:]) < 0.7 * np.mean(history[:5]), history
-    layer = trainer.discriminator(state).msd.discriminators[0].convs[1]
+    layer = trainer.discriminator(state).msd.discriminators[0].convs[0]
     for vector in (layer.u, layer.v):
         assert np.linalg.norm(vector[...]) == pytest.approx(1, abs=1e-5)
     # u and v have come to the largest singular value.

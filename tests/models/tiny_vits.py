@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 from audiozoo.models.vits import VitsConfig, VitsModel
@@ -30,6 +31,8 @@ CONFIG = VitsConfig(
     posterior_encoder_num_wavenet_layers=2,
     speaking_rate=0.25,
 )
+# With durations that are not sampled, and half as much to compile.
+PLAIN = dataclasses.replace(CONFIG, use_stochastic_duration_prediction=False, duration_predictor_filter_channels=8)
 
 
 @functools.cache

@@ -585,3 +585,11 @@ def test_files_of_the_projects_load(piper, tmp_path):
         assert all(np.array_equal(found[name][...], wanted[name]) for name in wanted)
     processor = audiozoo.load_processor(tmp_path / "mms")
     assert processor("Cab")["input_ids"].tolist() == [[0, 4, 0, 2, 0, 3, 0]]
+    # What the authors' file holds in magnitude and direction, transformers wants in one.
+    form = hugging_face(model)
+    written = dict(form.table.write({name: leaf[...] for name, leaf in audiozoo.loading.variables(model).items()}))
+    there = transformers.VitsModel(transformers.VitsConfig(**form.files["config.json"])).state_dict()
+    assert {name: array.shape for name, array in written.items()} == {n: tuple(t.shape) for n, t in there.items()}
+    layer = reference.dec.ups[0]
+    folded = torch._weight_norm(layer.weight_v, layer.weight_g, 0)
+    harness.assert_close(written["decoder.upsampler.0.weight"], folded, name="folded kernel")

@@ -48,7 +48,9 @@ def test_the_same_ids(both):
         for normalize in (None, True, False):
             kept = {} if normalize is None else {"normalize": normalize}
             expected = theirs(text, **kept)["input_ids"]
-            assert ours(text, normalize=normalize)["input_ids"][0].tolist() == expected, (text, normalize)
+            found = ours(text, normalize=normalize)
+            # An empty text is one masked symbol here, so that there is something to pad.
+            assert found["input_ids"][0][found["attention_mask"][0] > 0].tolist() == expected, (text, normalize)
 
 
 def test_a_batch_and_the_way_back(both):
