@@ -1,4 +1,5 @@
-"""What loading, converting and exporting cost in memory: at most 1.3 times the checkpoint and half a gigabyte.
+"""What loading, converting and exporting cost in memory: at most 1.3 times the checkpoint and half a gigabyte; and
+what a long recording costs: no more than a short one.
 
 Each command runs in a process of its own, whose peak the kernel keeps. The checkpoint here has 0.6 GB; another size of
 `WhisperConfig` is measured by hand, with its files written below DIRECTORY:
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from audiozoo import packaged
 from audiozoo.loading import variables
 from audiozoo.models.whisper import WhisperConfig, WhisperForConditionalGeneration
 from weights_conversion.readers import write_safetensors
@@ -40,6 +42,31 @@ COMMAND = """
 import sys
 from audiozoo.cli import app
 app(sys.argv[1:], standalone_mode=False)
+"""
+
+# A Whisper of the real shape in time, but narrow, hears minutes of noise, ten seconds of it at a time.
+TRANSCRIBE = """
+import sys
+import numpy as np
+import audiozoo
+from audiozoo import packaged
+from audiozoo.models.whisper import WhisperConfig, transcribe
+from tests.models.tiny_whisper import build
+from weights_conversion.whisper import _generation_defaults
+config = WhisperConfig(
+    vocab_size=51864, d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=16,
+    decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16,
+    pad_token_id=50256, bos_token_id=50256, eos_token_id=50256, decoder_start_token_id=50257,
+)
+model = build(config=config)
+model.generation_config = _generation_defaults(config)
+random = np.random.default_rng(0)
+blocks = (random.normal(0, 0.1, 160_000).astype(np.float32) for _ in range(6 * int(sys.argv[1])))
+result = transcribe(
+    model, audiozoo.load_processor(packaged.whisper()), blocks,
+    temperature=0.0, sample_len=3, without_timestamps=True, condition_on_previous_text=False,
+)
+assert len({segment["seek"] for segment in result["segments"]}) == 2 * int(sys.argv[1]), result
 """
 
 
@@ -100,6 +127,16 @@ def test_peak_memory(tmp_path):
     for name, command in commands(tmp_path / "source", tmp_path).items():
         peak = peak_of(*command)
         assert size < peak <= 1.3 * size + 0.5e9, f"{name}: {peak / 1e9:.2f} GB for {size / 1e9:.2f} GB"
+
+
+@needs_proc
+@pytest.mark.slow
+def test_half_an_hour_of_audio_needs_no_more_memory_than_two_minutes():
+    if packaged.TINY_EN.find() is None:
+        pytest.skip("the package with the real tiny.en, whose tokenizer is used here, is not installed")
+    short, long = peak_of(TRANSCRIBE, "2"), peak_of(TRANSCRIBE, "30")
+    spectrogram = 80 * 4 * 28 * 60 * 100  # bytes; the one thing that is kept for the whole recording
+    assert long - short < 1.5 * spectrogram, f"{long / 1e6:.0f} MB for 30 minutes, {short / 1e6:.0f} MB for 2"
 
 
 def main() -> None:
