@@ -29,13 +29,15 @@ class Linear(nnx.Linear):
 class Embed(nnx.Embed):
     """A table of shape `(entries, features)`, read by index; `attend` multiplies by its transpose, for tied heads."""
 
-    def attend(self, query: Float[Array, "*batch features"]) -> Float[Array, "*batch entries"]:
+    def attend(
+        self, query: Float[Array, "*batch features"], out_sharding: Any = None
+    ) -> Float[Array, "*batch entries"]:
         """The product of every entry with `query`: logits, where the table is that of the tokens."""
+        if query.size > query.shape[-1] or out_sharding is not None:
+            return super().attend(query, out_sharding)
+        # XLA's CPU compiler reads the table of `query @ table.T` column by column; of `table @ query` as it lies.
         query, table = promote(query, self.embedding[...], dtype=self.dtype)
-        if query.size == query.shape[-1]:
-            # XLA's CPU compiler reads the table of `query @ table.T` column by column; of `table @ query` as it lies.
-            return (table @ query.reshape(-1)).reshape(*query.shape[:-1], -1)
-        return query @ table.T
+        return (table @ query.reshape(-1)).reshape(*query.shape[:-1], -1)
 
 
 class LayerNorm(nnx.LayerNorm):
