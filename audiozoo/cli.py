@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from audiozoo import packaged, registry
-from audiozoo.commands import arranging, hearing, recognition, speech
+from audiozoo.commands import arranging, codec, hearing, recognition, speech
 from audiozoo.commands.terminal import keep_compiled_programs, megabytes, messages, progress_bar, write_whole
 from audiozoo.errors import AudiozooError, SourceError, UsageError
 
@@ -302,6 +302,11 @@ app.command("convert-voice")(speech.convert_voice)
 app.command()(hearing.classify)
 app.command()(hearing.embed)
 app.command()(hearing.search)
+
+
+# --- tokens of sound -------------------------------------------------------------------------------------------------
+
+app.add_typer(codec.app, name="codec")
 app.command()(arranging.piano)
 
 

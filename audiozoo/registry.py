@@ -206,6 +206,20 @@ def _xls_r_checkpoints() -> tuple[Checkpoint, ...]:
 _DIRECTIONS = ("", "-21-to-en", "-en-to-15")  # pre-trained; translating
 
 
+def _encodec_checkpoints() -> tuple[Checkpoint, ...]:
+    unstated = "not stated for the weights; the project is MIT, CC-BY-NC-4.0 at first"
+    return (
+        Checkpoint("facebook/encodec_24khz", "encodec_24khz", unstated),
+        Checkpoint("facebook/encodec_48khz", "encodec_48khz", unstated),
+        Checkpoint("facebook/encodec_32khz", "encodec_32khz", "CC-BY-NC-4.0"),
+        Checkpoint("encodec_24khz-d7cc33bc.th", "encodec_24khz", unstated),
+        Checkpoint("encodec_48khz-7e698e3e.th", "encodec_48khz", unstated),
+        Checkpoint("encodec_lm_24khz-1608e3c0.th", "encodec_24khz", unstated),
+        Checkpoint("encodec_lm_48khz-7add9fc3.th", "encodec_48khz", unstated),
+        Checkpoint("compression_state_dict.bin", "encodec_32khz", "CC-BY-NC-4.0"),
+    )
+
+
 PAPERS: tuple[Paper, ...] = (
     Paper(
         name="whisper",
@@ -412,6 +426,19 @@ PAPERS: tuple[Paper, ...] = (
             Checkpoint("ctc_alignment_mling_uroman/model.pt", "mms_300m", "CC-BY-NC-4.0"),
         ),
         processor="audiozoo.processors.mms:MMSProcessor",
+    ),
+    Paper(
+        name="encodec",
+        title="EnCodec",
+        paper="High Fidelity Neural Audio Compression",
+        year=2022,
+        arxiv="2210.13438",
+        classes=("EncodecModel", "EncodecLanguageModel"),
+        config="EncodecConfig",
+        sizes=("encodec_24khz", "encodec_48khz", "encodec_32khz", "audiogen_16khz"),
+        tasks=("compression to files", "tokens of sound", "streaming", "training of codecs"),
+        checkpoints=_encodec_checkpoints(),
+        processor="audiozoo.processors.encodec:EncodecFeatureExtractor",
     ),
 )
 

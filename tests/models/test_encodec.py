@@ -1,0 +1,438 @@
+"""EnCodec without PyTorch: streams, files that are damaged, training, and the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import io
+import itertools
+import json
+import struct
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import soundfile
+from flax import nnx
+from hypothesis import given, settings
+from typer.testing import CliRunner
+
+import audiozoo
+from audiozoo import cli, codec
+from audiozoo.codec import ecdc
+from audiozoo.commands import codec as commands
+from audiozoo.errors import AudioError, AudiozooError, CheckpointError, UsageError
+from audiozoo.models import encodec
+from audiozoo.models.encodec import Balancer, EncodecConfig, EncodecLanguageModel, EncodecModel
+from audiozoo.processors.encodec import EncodecFeatureExtractor
+from tests.models.random_model import random_model
+
+TINY = EncodecConfig(
+    target_bandwidths=(1.2, 2.4),
+    sampling_rate=800,
+    hidden_size=6,
+    num_filters=4,
+    upsampling_ratios=(2,),
+    codebook_size=8,
+    language_model_size=16,
+    language_model_layers=1,
+    language_model_context_s=6 / 400,
+)
+STEREO = dataclasses.replace(
+    TINY,
+    audio_channels=2,
+    normalize=True,
+    chunk_length_s=0.05,
+    overlap=0.1,
+    norm_type="time_group_norm",
+    use_causal_conv=False,
+)
+
+
+@functools.cache
+def tiny(config: EncodecConfig = TINY) -> EncodecModel:
+    return random_model(lambda rngs: EncodecModel(config, rngs=rngs))
+
+
+@functools.cache
+def both(config: EncodecConfig) -> ecdc.Compiled:
+    return ecdc.Compiled(tiny(config), random_model(lambda rngs: EncodecLanguageModel(config, rngs=rngs)))
+
+
+def compiled(config: EncodecConfig = TINY, lm: bool = False) -> ecdc.Compiled:
+    """With or without a language model, the codec's programs in common."""
+    program = copy.copy(both(config))
+    program.language_model = program.language_model if lm else None
+    return program
+
+
+def sound(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(-0.8, 0.8, shape).astype(np.float32)
+
+
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["mirrored", "silent"])
+def test_a_stream_equals_the_whole_recording(mode):
+    """Sample for sample: encoded and decoded in pieces of one to nine frames, the last one not even a whole frame."""
+    config = TINY if mode == "mirrored" else dataclasses.replace(TINY, pad_mode="constant")
+    with jax.enable_x64(True):
+        model = random_model(lambda rngs: EncodecModel(config, param_dtype=jnp.float64, rngs=rngs))
+        x = jnp.asarray(sound(2, 1, 35), jnp.float64)
+        codes = audiozoo.jit(model, "encode")(x, bandwidth=2.4).audio_codes
+        values = audiozoo.jit(model, "decode")(codes, [None]).audio_values
+        assert model.shortest_start() == (14 if mode == "mirrored" else 2)
+        encode, last = audiozoo.jit(model, "encode_chunk"), audiozoo.jit(model, "encode_last_chunk")
+        decode = audiozoo.jit(model, "decode_chunk")
+        start = {"encoder": None, "decoder": None} if mode == "mirrored" else model.initial_state(2, jnp.float64)
+        state, streamed = start["encoder"], []
+        sizes = (9, 1, 1, 6) if mode == "mirrored" else (1, 1, 1, 7, 7)
+        for frames, position in zip(sizes, np.cumsum((0, *sizes)), strict=False):
+            piece, state = encode(x[..., 2 * position : 2 * (position + frames)], state, bandwidth=2.4)
+            streamed.append(piece)
+        streamed.append(last(x[..., 34:], state, bandwidth=2.4)[0])
+        np.testing.assert_array_equal(np.concatenate(streamed, axis=-1), codes[0])
+        assert len(np.unique(codes)) > 4
+        state, parts = start["decoder"], []
+        for piece in (np.concatenate(streamed[:1], -1), *streamed[1:]):
+            part, state = decode(jnp.asarray(piece), state)
+            parts.append(part)
+        np.testing.assert_allclose(np.concatenate(parts, axis=-1), values, rtol=0, atol=1e-12)
+
+
+def test_streams_that_cannot_be():
+    model = tiny()
+    with pytest.raises(AudioError, match="needs 14 samples"):
+        model.encode_chunk(jnp.zeros((1, 1, 12)))
+    with pytest.raises(AudioError, match="multiple of 2"):
+        model.encode_chunk(jnp.zeros((1, 1, 43)))
+    with pytest.raises(UsageError, match="looks ahead"):
+        tiny(STEREO).initial_state()
+    with pytest.raises(AudioError, match="2 channels"):
+        model.encode(jnp.zeros((1, 2, 60)))
+    with pytest.raises(UsageError, match=r"1\.2, 2\.4 kbit/s, not at 6"):
+        model.encode(jnp.zeros((1, 1, 60)), bandwidth=6)
+    with pytest.raises(UsageError, match="go together"):
+        model(audio_codes=jnp.zeros((1, 1, 2, 3), jnp.int32))
+
+
+# --- bytes -----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 16), st.integers(0, 60), st.integers(0, 2**32 - 1))
+def test_packed_bits_come_back(bits, count, seed):
+    values = np.random.default_rng(seed).integers(0, 2**bits, count)
+    packed = codec.pack_bits(values, bits)
+    assert len(packed) == -(-bits * count // 8)
+    np.testing.assert_array_equal(codec.BitReader(packed).integers(count, bits), values)
+
+
+@settings(max_examples=30)
+@given(st.integers(2, 40), st.integers(1, 80), st.floats(0.0, 30.0), st.integers(0, 2**32 - 1))
+def test_the_range_coder_comes_back_and_is_short(symbols, count, sharpness, seed):
+    """What it spends is the message's information, and little more."""
+    rng = np.random.default_rng(seed)
+    logits = sharpness * rng.standard_normal((count, symbols))
+    pdf = np.exp(logits - logits.max(-1, keepdims=True))
+    pdf = (pdf / pdf.sum(-1, keepdims=True)).astype(np.float32)
+    message = [int(rng.choice(symbols, p=p / p.sum())) for p in pdf.astype(np.float64)]
+    cdf = codec.quantized_cdf(pdf)
+    encoder = codec.RangeEncoder()
+    for symbol, row in zip(message, cdf, strict=True):
+        encoder.push(symbol, row)
+    content = encoder.finish()
+    decoder = codec.RangeDecoder(codec.BitReader(content))
+    assert [decoder.pull(row) for row in cdf] == message
+    width = np.diff(np.concatenate([np.zeros((count, 1)), cdf], axis=1))[np.arange(count), message]
+    # Rounding inwards costs a symbol of width 2 two bits at most, a wide one next to nothing.
+    assert 8 * len(content) <= np.sum(24 - np.log2(width) + np.where(width < 64, 2.1, 0.05)) + 32
+
+
+@pytest.mark.parametrize("config", [TINY, STEREO], ids=["causal", "stereo"])
+@pytest.mark.parametrize("lm", [False, True], ids=["plain", "language model"])
+def test_files_come_back(config, lm):
+    """The codes of a file are those of the model, and its waveform is theirs, with a language model and without."""
+    program = compiled(config, lm)
+    x = sound(config.audio_channels, 115)
+    seen: list[tuple[float, float]] = []
+    content = codec.compress(program, x, 2.4, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == ((58, 58) if config is TINY else (20 * 3 + 4, 20 * 3 + 4))
+    header = codec.read_header(codec.BitReader(content))
+    assert dataclasses.astuple(header) == ("encodec", 115, 2, lm)
+    values = codec.decompress(content, program)
+    assert values.shape == x.shape
+    plain = compiled(config)
+    np.testing.assert_array_equal(values, codec.decompress(codec.compress(plain, x, 2.4), plain))
+    if config is TINY:
+        codes, _ = program.run("encode_frame", x[None], bandwidth=2.4)
+        np.testing.assert_array_equal(values, program.run("decode_frame", np.asarray(codes))[0, :, :115])
+        if not lm:
+            kept = codec.BitReader(content[-44:]).integers(116, 3).reshape(58, 2).T
+            np.testing.assert_array_equal(kept, codes[0])
+
+
+def test_long_recordings_go_in_pieces(monkeypatch):
+    """The causal codec streams, the chunked one takes groups; the bytes stay the same."""
+    for config in (TINY, STEREO):
+        x = sound(config.audio_channels, 187)
+        whole = codec.compress(compiled(config), x)
+        values = codec.decompress(whole, compiled(config))
+        with monkeypatch.context() as patch:
+            patch.setattr(ecdc, "SECONDS", 0.1)  # 40 frames
+            patch.setattr(ecdc, "CHUNKS", 3)
+            assert codec.compress(compiled(config), x) == whole
+            np.testing.assert_allclose(codec.decompress(whole, compiled(config)), values, atol=1e-5)
+
+
+@functools.cache
+def a_file(lm: bool = False) -> bytes:
+    return codec.compress(compiled(lm=lm), sound(1, 30), 2.4)
+
+
+@pytest.mark.parametrize("lm", [False, True], ids=["plain", "language model"])
+def test_cut_files_are_refused(lm):
+    content = a_file(lm)
+    for length in (0, 3, 8, 20, len(content) // 2, len(content) - 1):
+        with pytest.raises(CheckpointError, match=r"cut short|JSON"):
+            codec.decompress(content[:length], compiled(lm=lm))
+    with pytest.raises(CheckpointError, match="1 bytes more"):
+        codec.decompress(content + b"\0", compiled(lm=lm))
+
+
+def header(**changes) -> bytes:
+    content = json.dumps({"m": "encodec", "al": 30, "nc": 2, "lm": False} | changes).encode()
+    return struct.pack("!4sBI", b"ECDC", 0, len(content)) + content
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"RIFF" + bytes(60), "does not begin with ECDC"),
+        (b"ECDC\1" + bytes(60), "version 1"),
+        (b"ECDC\0\xff\xff\xff\xff" + bytes(60), "4294967295 bytes long"),
+        (b"ECDC\0\0\0\0\2[]" + bytes(60), "no str 'm'"),
+        (header(al=-3), "-3 samples"),
+        (header(al="90"), "no int 'al'"),
+        (header(lm=1), "no bool 'lm'"),
+        (header(nc=3) + bytes(90), "3 codebooks; encodec has 2"),
+        (header(m="encodec_24khz") + bytes(90), "made with encodec_24khz"),
+        (header(al=10**9) + bytes(90), "cut short"),
+        (header(al=10**30), "samples"),
+    ],
+    ids=itertools.count(),
+)
+def test_damaged_headers_get_a_sentence(content, message):
+    with pytest.raises(CheckpointError, match=message):
+        codec.decompress(content, compiled())
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 10**6), st.integers(1, 255), st.booleans())
+def test_damaged_files_never_crash(place, change, lm):
+    """A file has no checksum: one byte changed gives one sentence, or other sound."""
+    content = bytearray(a_file(lm))
+    content[place % len(content)] ^= change
+    values = np.zeros(0)
+    with contextlib.suppress(AudiozooError):
+        values = codec.decompress(bytes(content), compiled(lm=lm))
+    assert np.isfinite(values).all()
+
+
+def test_waveforms_that_have_no_file():
+    for x, message in ((sound(2, 30), "expected"), (sound(1, 0), "empty"), (np.full((1, 30), np.nan), "NaN")):
+        with pytest.raises(AudioError, match=message):
+            codec.compress(compiled(), x)
+    with pytest.raises(UsageError, match="language model"):
+        codec.decompress(a_file(lm=True), compiled())
+    larger = dataclasses.replace(TINY, codebook_size=16)
+    other = random_model(lambda rngs: EncodecLanguageModel(larger, rngs=rngs))
+    with pytest.raises(UsageError, match="codebooks of 16 entries"):
+        ecdc.Compiled(tiny(), other)
+
+
+# --- quantiser and training ------------------------------------------------------------------------------------------
+
+
+def test_dead_entries_stay_replaced():
+    """As the paper has it, an unused entry becomes a row of the batch and stays; the released code loses it at once."""
+    quantizer = random_model(lambda rngs: EncodecModel(TINY, rngs=rngs)).quantizer
+    quantizer.inited[...] = jnp.zeros((2, 1))
+    z = jnp.asarray(sound(1, 30, 6))
+    rows = jnp.asarray(np.stack([[np.zeros(8, int)] * 2, [np.arange(8) + 5] * 2]))
+    train = jax.jit(
+        lambda q, released: q.train_step(z, 1, rows=rows, kmeans_iterations=1, released=released), static_argnums=1
+    )
+    # All means start at one row, so that all but one are dead after the first batch; the second stands for that row.
+    books = train(quantizer, False).codebooks
+    placed = np.isclose(books.embed[0][2:], z[0, 7:13], atol=1e-3).all(axis=-1)
+    assert placed.all()
+    released = train(quantizer, True).codebooks
+    assert not np.isclose(released.embed[0][2:], z[0, 7:13], atol=1e-3).all(axis=-1).any()
+    np.testing.assert_array_equal(books.inited[:, 0], [1, 0])  # the second codebook was not used
+    np.testing.assert_array_equal(books.embed[1], quantizer.embed[1])
+
+
+def test_random_bandwidths():
+    drawn = {int(encodec.random_quantizers(jax.random.key(i), EncodecConfig())) for i in range(40)}
+    assert drawn == {2, 4, 8, 16, 32}
+
+
+def test_kmeans_finds_clusters():
+    rng = np.random.default_rng(0)
+    centres = rng.normal(0, 10, (4, 3))
+    x = jnp.asarray(np.repeat(centres, 25, axis=0) + rng.normal(0, 0.01, (100, 3)), jnp.float32)
+    means, counts = encodec.kmeans(x, x[jnp.asarray([0, 30, 60, 90])], 5)
+    np.testing.assert_array_equal(counts, [25] * 4)
+    np.testing.assert_allclose(means, centres, atol=0.02)
+
+
+def test_balancer_gives_each_loss_its_share():
+    balancer = Balancer({"a": 1.0, "b": 3.0}, decay=0.5, total_norm=2.0)
+    state = balancer.init()
+    gradients = {"a": jnp.asarray([[1000.0, 0.0]]), "b": jnp.asarray([[0.0, 0.01]])}
+    combined, state = balancer(gradients, state)
+    np.testing.assert_allclose(combined, [[0.5, 1.5]], rtol=1e-5)
+    combined, _ = balancer(gradients | {"a": 3 * gradients["a"]}, state)
+    np.testing.assert_allclose(combined, [[0.5 * 3 / ((0.5 + 3) / 1.5), 1.5]], rtol=1e-5)
+
+
+def test_a_few_training_steps_make_the_codec_better():
+    """Encoder, decoder, codebooks and discriminator learn two tones: the reconstruction's error falls by half."""
+    config = dataclasses.replace(TINY, hidden_size=8, num_filters=8, codebook_size=16, target_bandwidths=(1.6, 3.2))
+    model = random_model(lambda rngs: EncodecModel(config, rngs=rngs))
+    model.quantizer.inited[...] = jnp.zeros_like(model.quantizer.inited[...])
+    judge = random_model(lambda rngs: encodec.MultiScaleSTFTDiscriminator((32, 16), filters=4, rngs=rngs))
+    balancer = Balancer({"time": 1.0, "frequency": 1.0, "adversarial": 0.1, "feature": 0.1})
+    optimiser, judge_optimiser = optax.adam(3e-3, b1=0.5, b2=0.9), optax.adam(3e-4, b1=0.5, b2=0.9)
+    graph, params, books = nnx.split(model, nnx.Param, ...)
+    judge_graph, judge_params = nnx.split(judge)
+
+    @jax.jit
+    def step(params, books, judge_params, states, key):
+        state, judge_state, balance = states
+        keys = jax.random.split(key, 4)
+        pitch = jax.random.uniform(keys[0], (4, 1, 1), minval=30.0, maxval=70.0)
+        x = 0.5 * jnp.sin(2 * jnp.pi * pitch * jnp.arange(160) / 800)
+        model, judge = nnx.merge(graph, params, books), nnx.merge(judge_graph, judge_params)
+        count = encodec.random_quantizers(keys[1], config)
+        gradient, balance, losses, output = encodec.codec_gradients(
+            model, x, balancer, balance, discriminator=judge, num_quantizers=count, key=keys[2],
+            frequency_options={"exponents": (5, 6)}, kmeans_iterations=10,
+        )  # fmt: skip
+        update, state = optimiser.update(gradient, state)
+        params = optax.apply_updates(params, update)
+        fixed = jax.lax.stop_gradient(output.audio_values)
+
+        def loss(judge_params):
+            judge = nnx.merge(judge_graph, judge_params)
+            return encodec.discriminator_loss(judge(x)[0], judge(fixed)[0])
+
+        judge_update, judge_state = judge_optimiser.update(jax.grad(loss)(judge_params), judge_state)
+        model.quantizer.replace(output.codebooks)
+        books = nnx.split(model, nnx.Param, ...)[2]
+        return params, books, optax.apply_updates(judge_params, judge_update), (state, judge_state, balance), losses
+
+    states = (optimiser.init(params), judge_optimiser.init(judge_params), balancer.init())
+    errors = []
+    for index in range(120):
+        key = jax.random.key(index)
+        params, books, judge_params, states, losses = step(params, books, judge_params, states, key)
+        errors.append(float(losses["time"]))
+    assert np.isfinite(errors).all()
+    assert np.mean(errors[-10:]) < 0.5 * np.mean(errors[:3])
+
+
+def test_half_precision_and_vmap():
+    model = tiny()
+    x = jnp.asarray(sound(2, 1, 60))
+    codes = audiozoo.jit(model, "encode")(x).audio_codes
+    values = audiozoo.jit(model, "decode")(codes, [None]).audio_values
+    half = random_model(lambda rngs: EncodecModel(TINY, dtype=jnp.bfloat16, rngs=rngs))
+    low = audiozoo.jit(half, "decode")(codes, [None]).audio_values
+    assert low.dtype == jnp.bfloat16
+    assert np.abs(low.astype(jnp.float32) - values).max() < 0.05 * np.abs(values).max()
+    graph, state = nnx.split(model)
+    each = jax.jit(jax.vmap(lambda v: nnx.merge(graph, state).encode(v[None]).audio_codes[0, 0]))(x)
+    np.testing.assert_array_equal(each, codes[0])
+
+
+# --- processor and command line --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("audio", "options", "message"),
+    [
+        (sound(0), {}, "empty"),
+        ([sound(9), sound(0)], {}, "Item 1 of the batch"),
+        (np.full(9, np.nan, np.float32), {}, "NaN"),
+        (sound(9), {"sampling_rate": 16_000}, "16000 Hz"),
+        (np.zeros(9, np.int16), {}, "integers"),
+        (sound(2, 9), {}, "2 channels"),
+        (sound(9), {"padding": "most"}, "no padding"),
+        (sound(9), {"padding": True, "truncation": True}, "exclude"),
+        ([sound(9), sound(8)], {"padding": False}, "do not make one array"),
+    ],
+)
+def test_input_that_gets_a_sentence(audio, options, message):
+    with pytest.raises(AudiozooError, match=message):
+        EncodecFeatureExtractor()(audio, **({"sampling_rate": 24_000} | options))
+
+
+def test_mono_for_a_stereo_model():
+    with pytest.raises(AudioError, match=r"\(2, samples\) is expected"):
+        EncodecFeatureExtractor(feature_size=2)(sound(9), 24_000)
+
+
+def test_codec_on_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "keep_compiled_programs", lambda: None)
+    assert commands.app in [group.typer_instance for group in cli.app.registered_groups]
+    audiozoo.save(tiny(), tmp_path / "model")
+    audiozoo.save(random_model(lambda rngs: EncodecLanguageModel(TINY, rngs=rngs)), tmp_path / "lm")
+    assert audiozoo.load_processor(tmp_path / "model").sampling_rate == 800
+    soundfile.write(tmp_path / "in.wav", sound(400, 2), 1600)
+    runner, where = CliRunner(), {"model": str(tmp_path / "model"), "lm": str(tmp_path / "lm")}
+    sound_file, small, back = (str(tmp_path / n) for n in ("in.wav", "out.ecdc", "back.wav"))
+
+    def run(*arguments: str, stdin: bytes | None = None):
+        return runner.invoke(commands.app, list(arguments), input=stdin, catch_exceptions=True)
+
+    done = run("encode", sound_file, small, "--model", where["model"], "--bandwidth", "2.4")
+    assert done.exit_code == 0, done.output
+    content = (tmp_path / "out.ecdc").read_bytes()
+    assert len(content) == len(header(al=200)) + 100 * 2 * 3 // 8
+    told = json.loads(run("info", small, "--json").stdout)
+    assert told == {"model": "encodec", "samples": 200, "codebooks": 2, "language_model": False, "bytes": len(content)}
+    assert "codebooks       2" in run("info", small).stdout
+    assert run("decode", small, back, "--model", where["model"]).exit_code == 0
+    samples, rate = soundfile.read(back)
+    assert (samples.shape, rate) == ((200,), 800)
+
+    # Through standard input and output, with the language model.
+    piped = run(
+        "encode", "-", "-", "--model", where["model"], "--lm", where["lm"], stdin=(tmp_path / "in.wav").read_bytes()
+    )
+    assert piped.exit_code == 0
+    assert codec.read_header(codec.BitReader(piped.stdout_bytes)).language_model
+    wav = run("decode", "-", "-", "--model", where["model"], "--lm", where["lm"], stdin=piped.stdout_bytes)
+    samples, rate = soundfile.read(io.BytesIO(wav.stdout_bytes))
+    assert (samples.shape, rate) == ((200,), 800)
+
+    for arguments, message in (
+        (["decode", small, back], "say which with --model"),
+        (["decode", sound_file, back], "does not begin with ECDC"),
+        (["info", str(tmp_path / "no.ecdc")], "does not exist"),
+        (["encode", sound_file, small, "--model", where["model"], "--bandwidth", "6"], "kbit/s, not at 6"),
+        (["encode", sound_file, small, "--model", where["lm"]], "is a EncodecLanguageModel"),
+        (["encode", sound_file, small, "--model", where["model"], "--lm", where["model"]], "is a EncodecModel"),
+    ):
+        failed = run(*arguments)
+        assert failed.exit_code == 1
+        assert message in str(failed.exception), arguments
+    assert (tmp_path / "out.ecdc").read_bytes() == content
