@@ -307,6 +307,22 @@ PAPERS: tuple[Paper, ...] = (
         processor="audiozoo.processors.clap:ClapProcessor",
     ),
     Paper(
+        name="pop2piano",
+        title="Pop2Piano",
+        paper="Pop2Piano: Pop Audio-based Piano Cover Generation",
+        year=2022,
+        arxiv="2211.00895",
+        classes=("Pop2PianoForConditionalGeneration",),
+        config="Pop2PianoConfig",
+        sizes=("released",),
+        tasks=("piano arrangement", "beat tracking", "notes to tokens and back"),
+        checkpoints=(
+            Checkpoint("sweetcocoa/pop2piano", "released", "MIT"),
+            Checkpoint("model-1999-val_0.67311615.ckpt", "released", "MIT"),
+        ),
+        processor="audiozoo.processors.pop2piano:Pop2PianoProcessor",
+    ),
+    Paper(
         name="vits",
         title="VITS",
         paper="Conditional Variational Autoencoder with Adversarial Learning for End-to-End Text-to-Speech",

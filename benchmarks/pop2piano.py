@@ -1,0 +1,128 @@
+"""Pop2Piano against `transformers` (eager): forward and generation of segments, features of a song.
+
+Published size, random weights.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from benchmarks.audio_spectrogram_transformer import close
+from benchmarks.framework import Case, Run, threads
+
+SEED, FRAMES, TOKENS = 0, 90, 96
+CLASS = "Pop2PianoForConditionalGeneration"
+
+
+@functools.lru_cache(maxsize=1)
+def original() -> Any:
+    """`transformers`' model, random weights, float32."""
+    import torch
+    import transformers
+
+    from tests.parity.harness import randomise
+
+    torch.set_num_threads(threads())
+    config = transformers.Pop2PianoConfig(
+        dense_act_fn="gelu_new", tie_word_embeddings=False, decoder_start_token_id=0, attn_implementation="eager"
+    )
+    theirs = randomise(transformers.Pop2PianoForConditionalGeneration(config), SEED)
+    theirs.generation_config.composer_to_feature_token = {f"composer{i}": 2051 + i for i in range(1, 22)}
+    return theirs
+
+
+@functools.lru_cache(maxsize=1)
+def model() -> Any:
+    """Ours, with the same weights, made without the original."""
+    from flax import nnx
+
+    from audiozoo.models.pop2piano import Pop2PianoConfig, Pop2PianoForConditionalGeneration
+    from tests.random_weights import random_parameters
+    from weights_conversion.pop2piano import TABLE
+
+    ours = Pop2PianoForConditionalGeneration(Pop2PianoConfig.released(), rngs=nnx.Rngs(0))
+    state = nnx.to_flat_state(nnx.state(ours, nnx.Param))
+    shapes = {".".join(map(str, path)): variable for path, variable in state}
+    values = random_parameters(shapes, TABLE, SEED)
+    flat = [(path, v.replace(values[".".join(map(str, path))].astype(np.float32))) for path, v in state]
+    nnx.update(ours, nnx.from_flat_state(flat))
+    return ours
+
+
+def segments(count: int) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal((count, FRAMES, 512)).astype(np.float32)
+
+
+def labels(count: int) -> np.ndarray:
+    return np.random.default_rng(2).integers(2, 234, (count, TOKENS))
+
+
+def our_forward(count: int) -> Run:
+    import jax
+
+    import audiozoo
+
+    run, x, ids = audiozoo.jit(model()), jax.numpy.asarray(segments(count)), jax.numpy.asarray(labels(count))
+    return lambda: np.asarray(run(x, decoder_input_ids=ids).logits)
+
+
+def their_forward(count: int) -> Run:
+    import torch
+
+    theirs, x, ids = original(), torch.from_numpy(segments(count)), torch.from_numpy(labels(count))
+
+    def run() -> Any:
+        with torch.inference_mode():
+            return theirs(input_features=x, decoder_input_ids=ids, use_cache=False).logits.numpy()
+
+    return run
+
+
+OPTIONS = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS}  # random weights seldom end a segment by themselves
+
+
+def our_generate(count: int) -> Run:
+    import jax
+
+    ours, x = model(), jax.numpy.asarray(segments(count))
+    return lambda: ours.generate(x, **OPTIONS)
+
+
+def their_generate(count: int) -> Run:
+    import torch
+
+    theirs, x = original(), torch.from_numpy(segments(count))
+    return lambda: theirs.generate(x, **OPTIONS).numpy()
+
+
+def equal(ours: Any, theirs: Any) -> str:
+    """The same tokens."""
+    if not np.array_equal(ours, theirs):
+        raise AssertionError(f"{int(np.sum(ours != theirs))} of {np.size(theirs)} tokens differ")
+    return "same tokens"
+
+
+CASES = (
+    Case(
+        f"forward, 8 segments, {TOKENS} tokens",
+        functools.partial(our_forward, 8),
+        {"transformers": functools.partial(their_forward, 8)},
+        target=1.5,
+        agreement=close,
+        repeats=6,
+    ),
+    *(
+        Case(
+            f"generate, {count} segment{'s' if count > 1 else ''}, {TOKENS} tokens",
+            functools.partial(our_generate, count),
+            {"transformers": functools.partial(their_generate, count)},
+            target=2.0,
+            agreement=equal,
+            repeats=3,
+        )
+        for count in (1, 8)
+    ),
+)

@@ -1,0 +1,294 @@
+"""Pop2Piano without PyTorch: beats, songs of any length, training, notes, and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import audiozoo
+from audiozoo import cli
+from audiozoo.audio import beats as tracking
+from audiozoo.audio.files import write
+from audiozoo.commands import terminal
+from audiozoo.errors import AudioError, CheckpointError, UsageError
+from audiozoo.layers import abstract
+from audiozoo.models import pop2piano, t5
+from audiozoo.processors.pop2piano import Pop2PianoFeatureExtractor, Pop2PianoProcessor, Pop2PianoTokenizer
+from tests.random_weights import random_parameters
+from tests.shapes import enforce
+from weights_conversion.pop2piano import TABLE
+
+pretty_midi = pytest.importorskip("pretty_midi", reason="MIDI needs the extra `music`")
+RATE = 8_000
+TINY = pop2piano.Pop2PianoConfig(
+    vocab_size=240, composer_vocab_size=3, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_decoder_layers=1, num_heads=2
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation():
+    """These programs take longer to compile than to run."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def tiny(**changes) -> pop2piano.Pop2PianoForConditionalGeneration:
+    """Random weights made by NumPy: drawing them with JAX compiles a program for each shape."""
+    config = dataclasses.replace(TINY, **changes)
+    model = abstract(lambda rngs: pop2piano.Pop2PianoForConditionalGeneration(config, rngs=rngs))
+    state = nnx.to_flat_state(nnx.state(model))
+    values = random_parameters({".".join(map(str, path)): variable for path, variable in state}, TABLE, 0)
+    flat = [(p, v.replace(jnp.asarray(values[".".join(map(str, p))], v.dtype))) for p, v in state]
+    model = nnx.merge(nnx.graphdef(model), nnx.from_flat_state(flat))
+    composers = tuple((f"composer{i}", 10 + i) for i in (1, 2, 3))
+    model.generation_config = pop2piano.Pop2PianoGenerationConfig(composers, max_length=24)
+    return model
+
+
+def tiny_processor() -> Pop2PianoProcessor:
+    return Pop2PianoProcessor(Pop2PianoFeatureExtractor(RATE, 0, 512, 256, 10.0, 16), Pop2PianoTokenizer())
+
+
+def clicks(seconds: float, tempo: float = 120.0) -> np.ndarray:
+    """Short bursts at every beat, from 0.25 s on, over faint noise."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(0, 1e-3, int(seconds * RATE))
+    for time in np.arange(0.25, seconds - 0.1, 60 / tempo):
+        start = int(time * RATE)
+        x[start : start + 400] += np.exp(-np.arange(400) / 60) * rng.normal(0, 0.5, 400)
+    return np.clip(x, -1, 1).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny()
+
+
+# --- beats -----------------------------------------------------------------------------------------------------------
+
+
+def test_beats_of_a_click_track():
+    times = tracking.beats(clicks(12.0), RATE)
+    assert np.median(np.diff(times)) == pytest.approx(0.5, abs=0.02)
+    off = (times - 0.25 + 0.25) % 0.5 - 0.25
+    assert np.abs(np.median(off)) < 0.06
+
+
+def test_what_has_no_beat_and_what_is_not_installed(monkeypatch):
+    with pytest.raises(AudioError, match="beats"):
+        tracking.beats(np.zeros(3 * RATE, np.float32), RATE)
+    with pytest.raises(UsageError, match="no beat tracker 'ear'"):
+        tracking.beats(clicks(2), RATE, "ear")
+    for name in ("essentia", "madmom"):
+        monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.setitem(sys.modules, f"{name}.standard", None)
+        with pytest.raises(UsageError, match=f"{name} is not installed"):
+            tracking.beats(clicks(2), RATE, name)
+    monkeypatch.setitem(tracking._TRACKERS, "essentia", lambda samples, rate: [0.5, 1.0, 1.5])
+    np.testing.assert_array_equal(tracking.beats(clicks(2), RATE, "essentia"), [0.5, 1.0, 1.5])
+
+
+def test_interpolation_goes_on_beyond_the_ends():
+    times = np.array([1.0, 2.0, 4.0])
+    np.testing.assert_allclose(
+        tracking.interpolated(times, np.array([0.0, 0.5, 1.5, 2.0, 3.0, -1.0])), [1, 1.5, 3, 4, 6, 0]
+    )
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+def test_the_annotations_hold(monkeypatch, model):
+    for module in (pop2piano, t5):
+        assert enforce(monkeypatch, module)
+    x, labels = jnp.zeros((2, 9, 16)), jnp.zeros((2, 5), jnp.int32)
+    out = jax.eval_shape(lambda: model(x, labels=labels, output_attentions=True, output_hidden_states=True))
+    assert out.logits.shape == (2, 5, 240)
+    assert out.cross_attentions[0].shape == (2, 2, 5, 9)
+    encoder = abstract(lambda rngs: t5.T5EncoderModel(t5.T5Config(30, 16, 8, 32, 1, 1, 2), rngs=rngs))
+    assert jax.eval_shape(lambda m: m(labels), encoder).last_hidden_state.shape == (2, 5, 16)
+    sizes = {
+        name: abstract(lambda rngs, n=name: t5.T5EncoderModel(getattr(t5.T5Config, n)(), rngs=rngs))
+        for name in ("small", "base")
+    }
+    counts = {n: sum(int(np.prod(v.shape)) for v in jax.tree.leaves(nnx.state(m))) / 1e6 for n, m in sizes.items()}
+    assert round(counts["base"], 1) == 109.6
+    assert round(counts["small"], 1) == 35.3
+
+
+def test_mistakes_get_a_sentence(model):
+    x = jnp.zeros((1, 9, 16))
+    with pytest.raises(UsageError, match="no composer 'bach'"):
+        model.generate(x, composer="bach")
+    with pytest.raises(UsageError, match="decoder_input_ids or labels"):
+        jax.eval_shape(lambda: model(x))
+    with pytest.raises(UsageError, match="input_features, or"):
+        model(labels=jnp.zeros((1, 2), jnp.int32))
+    with pytest.raises(UsageError, match="batch_size is 0"):
+        pop2piano.arrange(model, tiny_processor(), clicks(3), sampling_rate=RATE, batch_size=0)
+
+
+def notes_for_every_segment(monkeypatch) -> set[tuple[int, ...]]:
+    """Random weights seldom write notes: generation runs, then its tokens are replaced. Gives the shapes it ran in."""
+    kind, shapes = pop2piano.Pop2PianoForConditionalGeneration, set()
+    generate = kind.generate
+
+    def replaced(self, features, *arguments, **options):
+        shapes.add(features.shape)
+        assert generate(self, features, *arguments, **options).shape[0] == len(features)
+        tokens = Pop2PianoTokenizer().encode([[1, 3, 60, 77], [2, 9, 64, 77]], add_eos=True)
+        return np.tile(np.array([0, *tokens]), (len(features), 1))
+
+    monkeypatch.setattr(kind, "generate", replaced)
+    return shapes
+
+
+def test_a_long_song_in_flat_memory(model, monkeypatch):
+    """Three minutes: 90 segments of eight half beats, eight at a time in one compiled shape; notes all along."""
+    song, beats = np.tile(clicks(6.0), 30), np.arange(0.25, 179.0, 0.5)
+    shapes, done = notes_for_every_segment(monkeypatch), []
+    midi = pop2piano.arrange(
+        model, tiny_processor(), song, sampling_rate=RATE, beats=beats, batch_size=8, progress=lambda *n: done.append(n)
+    )
+    assert shapes == {(8, 64, 16)}
+    assert done[-1] == (90, 90)
+    notes = sorted(midi.instruments[0].notes, key=lambda note: (note.pitch, note.start))
+    assert len(notes) == 180
+    # Segment i begins at beat 4 i; the first note one half beat later, for a whole beat.
+    np.testing.assert_allclose([n.start for n in notes[:90]], 0.25 + 2.0 * np.arange(90) + 0.25, atol=1e-3)
+    np.testing.assert_allclose([n.end for n in notes[:90]], 0.25 + 2.0 * np.arange(90) + 0.75, atol=1e-3)
+
+
+def test_training_learns_a_tune(model):
+    """§4.2: one segment's notes, by teacher forcing."""
+    processor = tiny_processor()
+    notes = np.array([[0, 2, 60, 77], [2, 4, 64, 77], [4, 8, 67, 77]])
+    labels = jnp.asarray(processor.tokenizer.encode(notes, add_eos=True)[None])
+    features = jnp.asarray(processor(clicks(4.5), RATE, beats=np.arange(0.25, 4.2, 0.5))["input_features"][:1])
+    graphdef, params = nnx.split(model, nnx.Param)
+    optimiser = optax.adam(1e-2)
+    state = optimiser.init(params)
+
+    @jax.jit
+    def steps(params, state):
+        def loss(params):
+            trained = nnx.merge(graphdef, params)
+            x, _ = trained.condition(features, jnp.array([1]))
+            return trained(x, labels=labels).loss
+
+        def body(carry, _):
+            params, state = carry
+            value, gradient = jax.value_and_grad(loss)(params)
+            updates, state = optimiser.update(gradient, state, params)
+            return (optax.apply_updates(params, updates), state), value
+
+        return jax.lax.scan(body, (params, state), length=150)
+
+    _, losses = steps(params, state)
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_the_recipe_takes_a_step():
+    params = {"w": jnp.ones((4, 4))}
+    optimiser = pop2piano.Pop2PianoRecipe().optimizer()
+    updates, _ = optimiser.update({"w": jnp.full((4, 4), 100.0)}, optimiser.init(params), params)
+    assert np.all(np.asarray(updates["w"]) < 0)
+
+
+# --- processor -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda p: p(), UsageError, "audio, notes, or both"),
+        (lambda p: p(clicks(3)), UsageError, "sampling_rate"),
+        (lambda p: p(np.zeros(0, np.float32), RATE), AudioError, "empty"),
+        (lambda p: p(np.zeros((4000, 2), np.float32), RATE), AudioError, "channel|dimension"),
+        (lambda p: p(np.zeros(4000, np.int16), RATE), AudioError, "int"),
+        (lambda p: p(np.full(8000, np.nan, np.float32), RATE), AudioError, "finite|NaN"),
+        (lambda p: p(clicks(3), RATE, beats=[1.0]), UsageError, "at least two times"),
+        (lambda p: p(clicks(3), RATE, beats=[1.0, 0.5]), UsageError, "each after the last"),
+        (lambda p: p([clicks(3)] * 2, [RATE] * 3), UsageError, "2 songs, 3 sampling rates"),
+        (lambda p: p.tokenizer.encode([[3, 2, 60, 77]]), UsageError, "ends before it begins"),
+        (lambda p: p.tokenizer.encode([[0, 2, 160, 77]]), UsageError, "no token for note 160"),
+        (lambda p: Pop2PianoTokenizer({"0_TOKEN_LOUD": 0}), CheckpointError, "TOKEN_LOUD"),
+    ],
+)
+def test_processor_mistakes(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call(tiny_processor())
+
+
+def test_tokens_that_do_not_fit_the_song():
+    processor = tiny_processor()
+    inputs = processor(clicks(3), RATE, beats=[0.3, 1.0], return_attention_mask=True)
+    with pytest.raises(UsageError, match="tokens of 3 segments and features of 2"):
+        processor.batch_decode(np.zeros((3, 4), int), inputs)
+
+
+def test_processor_there_and_back(tmp_path):
+    processor = tiny_processor()
+    processor.save(tmp_path)
+    back = Pop2PianoProcessor.from_directory(tmp_path)
+    assert vars(back.feature_extractor) == vars(processor.feature_extractor)
+    assert back.tokenizer.encoder == processor.tokenizer.encoder
+    assert Pop2PianoProcessor.from_directory(tmp_path / "..").feature_extractor.sampling_rate == 22_050
+    (tmp_path / "preprocessor_config.json").write_text('{"feature_extractor_type": "ASTFeatureExtractor"}')
+    with pytest.raises(CheckpointError, match="ASTFeatureExtractor"):
+        Pop2PianoProcessor.from_directory(tmp_path)
+
+
+def test_long_rests_and_empty_segments():
+    tokenizer = Pop2PianoTokenizer()
+    notes = np.array([[0, 1, 60, 77], [250, 251, 62, 77]])
+    np.testing.assert_array_equal(tokenizer.decode(tokenizer.encode(notes)), notes)
+    assert tokenizer.encode([], add_eos=True).tolist() == [1]
+    assert tokenizer.decode([0, 1]).shape == (0, 4)
+    assert tokenizer.decode_segments(np.zeros((0, 3), int)).shape == (0, 4)
+    assert tokenizer.to_midi(np.zeros((0, 4), int), np.arange(3.0)).instruments[0].notes == []
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_piano(monkeypatch, capsys, tmp_path, model):
+    monkeypatch.setattr(terminal, "keep_compiled_programs", lambda: None)
+    audiozoo.export(model, tmp_path / "model")
+    tiny_processor().save(tmp_path / "model")
+    write(tmp_path / "song.wav", clicks(8.0), RATE)
+    monkeypatch.setattr(tracking, "beats", lambda *_: np.arange(0.25, 7.9, 0.5))
+    notes_for_every_segment(monkeypatch)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["audiozoo", "piano", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as end:
+            return end.code or 0, capsys.readouterr()
+        return 0, capsys.readouterr()
+
+    given = (tmp_path / "song.wav", "--model", tmp_path / "model")
+    code, _ = run(*given, "-o", tmp_path / "out.mid", "--composer", "composer3", "--sound", tmp_path / "out.wav")
+    assert code == 0
+    assert pretty_midi.PrettyMIDI(str(tmp_path / "out.mid")).instruments[0].notes
+    assert (tmp_path / "out.wav").stat().st_size > 1000
+    for arguments, message in (
+        ((*given, "-o", tmp_path / "out.txt"), "should end in .mid"),
+        ((*given, "--composer", "bach", "-o", tmp_path / "b.mid"), "no composer 'bach'"),
+        ((tmp_path / "none.wav",), "no file"),
+        ((*given, "--batch-size", 0), "--batch-size is 0"),
+    ):
+        code, shown = run(*arguments)
+        assert code == 1
+        assert message in " ".join(shown.err.split())
+    assert not (tmp_path / "b.mid").exists()
