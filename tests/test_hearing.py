@@ -6,7 +6,6 @@ import json
 import sys
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 
@@ -20,14 +19,7 @@ from audiozoo.processors.audio_spectrogram_transformer import ASTFeatureExtracto
 from tests.models import test_audio_spectrogram_transformer as ast_tests
 from tests.models.test_clap import RATE, sound, tiny, tiny_processor
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    """These programs take longer to compile than to run."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ from tests.shapes import enforce
 from tests.text.tiny_bpe import MERGES, vocabulary
 from weights_conversion.clap import ORIGINAL_TABLE, hugging_face_table
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = Path(__file__).parents[2]
 RATE = 2_000  # Hz of the tiny processor, whose ten seconds are two
 WORDS = {"low": "a low hum", "high": "the high whistle", "noise": "wind in the trees"}
@@ -53,15 +54,6 @@ AUDIO = clap.ClapAudioConfig(
     patch_embeds_hidden_size=8,
     hidden_dropout_prob=0.0,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    """These programs take longer to compile than to run."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def tiny(seed: int = 0, **audio) -> clap.ClapModel:
