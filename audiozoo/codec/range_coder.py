@@ -81,7 +81,8 @@ def quantized_cdf(pdf: Float[np.ndarray, "*rows symbols"]) -> Int[np.ndarray, "*
     share = 1 - MINIMUM * symbols / total
     floored = np.floor(pdf / ROUND_OFF) * ROUND_OFF
     widths = np.floor(share * total * floored).astype(np.int64) + MINIMUM
-    return np.cumsum(widths, axis=-1)
+    # Two or three probabilities that sum to a little more than 1 could pass the end; the original fails then.
+    return np.minimum(np.cumsum(widths, axis=-1), total)
 
 
 class RangeEncoder:

@@ -1463,8 +1463,7 @@ class EncodecLanguageModel(nnx.Module):
                 jnp.concatenate([state.past_values[:, index], value], axis=1),
                 visible,
             )
-            keys = jax.lax.dynamic_update_slice(keys, key[:, None], (0, index, slot, 0, 0))
-            values = jax.lax.dynamic_update_slice(values, value[:, None], (0, index, slot, 0, 0))
+            keys, values = keys.at[:, index, slot].set(key[:, 0]), values.at[:, index, slot].set(value[:, 0])
         probabilities = jax.nn.softmax(self._logits(x, indices.shape[1])[:, 0], axis=-1)
         return probabilities, LanguageModelState(keys, values, state.frames + 1)
 
