@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
 import transformers
+from transformers.models.vits import tokenization_vits
 
 from audiozoo.processors.vits import VitsProcessor, VitsTokenizer
 
@@ -29,6 +32,13 @@ TEXTS = (
     "Ţară și țară, âăî",
     "Ünïcödé ß",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_romaniser():
+    """The original reads its romaniser's tables anew for every text: seconds each time."""
+    with mock.patch.object(tokenization_vits.ur, "Uroman", functools.cache(tokenization_vits.ur.Uroman)):
+        yield
 
 
 @pytest.fixture(params=VOICES, scope="module")
