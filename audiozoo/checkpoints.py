@@ -15,6 +15,7 @@ shapes are compared before anything is read, and every difference is listed in o
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import logging
 import math
@@ -39,8 +40,7 @@ _PARAMS = "params"
 _LISTED = 12  # names listed in an error, per kind of difference
 
 _IN_FLIGHT_BYTES = 64_000_000
-# Pieces of an array on disk; each is decoded on its own. Above 32 MiB glibc gives freed memory back at once.
-_CHUNK_BYTES = 48_000_000
+_CHUNK_BYTES = 32_000_000  # pieces of an array on disk; each is decoded on its own
 
 
 def save(
@@ -165,29 +165,20 @@ def restore_tree(directory: str | os.PathLike[str], abstract: Any, shardings: An
     _compare(directory, wanted, stored)
     if not wanted:
         return abstract
-    target = _nest(
-        {
-            name: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype), sharding=places[name])
-            for name, leaf in wanted.items()
-        }
-    )
     # Orbax holds an array for one device twice; read on the host and put there one by one, it is held once.
     whole = all(isinstance(place, jax.sharding.SingleDeviceSharding) for place in places.values())
-    arguments = jax.tree.map(
-        lambda leaf: (
-            ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
-            if whole
-            else ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=leaf.sharding)
-        ),
-        target,
-    )
-    with _orbax(f"{directory} cannot be restored; it is incomplete or damaged", wanted) as checkpointer:
-        found = checkpointer.restore(directory, args=ocp.args.PyTreeRestore(item=target, restore_args=arguments))
-    arrays, _ = _leaves(found)
-    del found
-    if whole:
-        for name in arrays:
-            arrays[name] = jax.device_put(arrays[name], places[name]).block_until_ready()
+    target, arguments = {}, {}
+    for name, leaf in wanted.items():
+        target[name] = jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype), sharding=places[name])
+        on_host = ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+        arguments[name] = on_host if whole else ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=places[name])
+    request = ocp.args.PyTreeRestore(item=_nest(target), restore_args=_nest(arguments))
+    sentence = f"{directory} cannot be restored; it is incomplete or damaged"
+    with _freed_memory_returned(), _orbax(sentence, wanted) as checkpointer:
+        arrays, _ = _leaves(checkpointer.restore(directory, args=request))
+        if whole:
+            for name in arrays:
+                arrays[name] = jax.device_put(arrays[name], places[name]).block_until_ready()
     return jax.tree.unflatten(structure, [arrays[name] for name in wanted])
 
 
@@ -226,6 +217,26 @@ def written_whole(directory: str | os.PathLike[str], *, overwrite: bool = False)
 
 
 # --- Orbax -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _freed_memory_returned() -> Iterator[None]:
+    """While a checkpoint is restored, give what is freed back to the system.
+
+    glibc keeps arrays of up to 32 MiB that a thread frees for that thread, and Orbax reads with many: half of a
+    restored model was kept so. Afterwards the limit is the 32 MiB that glibc arrives at by itself.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # another C library
+        yield
+        return
+    threshold = -3  # M_MMAP_THRESHOLD
+    mallopt(threshold, 1 << 20)
+    try:
+        yield
+    finally:
+        mallopt(threshold, 32 << 20)
 
 
 @contextlib.contextmanager
