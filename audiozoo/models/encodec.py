@@ -1323,7 +1323,8 @@ def codec_gradients(
         The gradient, as a state of `nnx.Param`; the balancer's state; the losses by name; the reconstruction, with the
         codebooks to put into `model.quantizer`.
     """
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    parts: Any = nnx.split(model, nnx.Param, ...)
+    graphdef, params, rest = parts
 
     def forward(params: Any) -> tuple[tuple[jax.Array, jax.Array], EncodecTrainingOutput]:
         output = nnx.merge(graphdef, params, rest).reconstruct(input_values, num_quantizers, **options)
