@@ -124,6 +124,23 @@ def test_align(run, checkpoints, tmp_path):
     assert_refused(run("align", sound, "abba", "--model", checkpoints / "classifier"), "does not align")
 
 
+def test_align_with_whisper(run, recordings):
+    from audiozoo import packaged
+
+    if packaged.TINY_EN.find() is None:
+        pytest.skip("the package with the real tiny.en is not installed")
+    text = (
+        "And so, my fellow Americans, ask not what your country can do for you, ask what you can do for your country."
+    )
+    arguments = ("align", recordings / "jfk.flac", text, "--model", packaged.whisper())
+    words = json.loads(run(*arguments, "--format", "json").out)["words"]
+    assert " ".join(word["text"] for word in words) == text
+    starts = [word["start"] for word in words]
+    assert starts == sorted(starts)
+    assert 7 < next(w["start"] for w in words if w["text"] == "ask" and w["start"] > 5) < 9
+    assert_refused(run(*arguments, "--star"), "<star> needs a CTC model")
+
+
 def test_identify(run, checkpoints):
     source, sound = checkpoints / "classifier", checkpoints / "noise.wav"
     wanted = encoders.identify(audiozoo.load(source), audiozoo.load_processor(source), audiozoo.audio.read(sound))

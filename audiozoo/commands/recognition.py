@@ -106,13 +106,14 @@ def speak_language(model: Any, processor: Any, source: str, language: str | None
     return model
 
 
-def _load(source: str, wanted: str, does: str) -> tuple[Any, Any]:
+def _load(source: str, wanted: str | tuple[str, ...], does: str) -> tuple[Any, Any]:
     terminal.keep_compiled_programs()
     import audiozoo
 
     model = audiozoo.load(source)
     if not (name := type(model).__name__).endswith(wanted):
-        raise UsageError(f"{source} holds a {name}, which does not {does}; that needs a …{wanted}.")
+        needed = " or a …".join((wanted,) if isinstance(wanted, str) else wanted)
+        raise UsageError(f"{source} holds a {name}, which does not {does}; that needs a …{needed}.")
     return model, audiozoo.load_processor(source)
 
 
@@ -125,8 +126,8 @@ def align(
     file: Annotated[str, typer.Argument(help="a sound file")],
     text: Annotated[str | None, typer.Argument(help="what is said in it; <star> stands for anything")] = None,
     text_file: Annotated[Path | None, typer.Option("--file", help="read the text from a file")] = None,
-    model: Annotated[str, typer.Option(help="hub id, directory or file of a CTC model")] = RECOGNISER,
-    language: Annotated[str | None, typer.Option(help="whose adapters to use, of MMS")] = None,
+    model: Annotated[str, typer.Option(help="hub id, directory or file of a CTC model, or of Whisper")] = RECOGNISER,
+    language: Annotated[str | None, typer.Option(help="of the text: for Whisper, or for MMS its adapters")] = None,
     star: Annotated[bool, typer.Option("--star", help="other things may be said before and after")] = False,
     output_format: Annotated[str, typer.Option("--format", help="tsv, json, srt or vtt")] = "tsv",
 ) -> None:
@@ -146,11 +147,21 @@ def align(
     from audiozoo import audio
     from audiozoo.decoding import ctc
 
-    recogniser, processor = _load(model, "ForCTC", "align")
-    recogniser = speak_language(recogniser, processor, model, language)
+    recogniser, processor = _load(model, ("ForCTC", "WhisperForConditionalGeneration"), "align")
     wave = audio.read(file, processor.feature_extractor.sampling_rate)
-    with progress_bar(Path(file).name, None, "pieces") as update:
-        words = ctc.align(recogniser, processor, wave, text or "", star=star, progress=update)
+    if type(recogniser).__name__.endswith("ForCTC"):
+        recogniser = speak_language(recogniser, processor, model, language)
+        with progress_bar(Path(file).name, None, "pieces") as update:
+            words = ctc.align(recogniser, processor, wave, text or "", star=star, progress=update)
+    else:
+        if star or "<star>" in (text or ""):
+            raise UsageError("<star> needs a CTC model; Whisper aligns what is said from beginning to end.")
+        from audiozoo.models import whisper
+
+        found = whisper.align(recogniser, processor, wave, text or "", language=language)
+        words = [
+            {"text": w["word"].strip(), "start": w["start"], "end": w["end"], "score": w["probability"]} for w in found
+        ]
     if output_format == "json":
         print(json.dumps({"words": words}, ensure_ascii=False))
     elif output_format == "tsv":
