@@ -231,16 +231,17 @@ def transcribe(
     outputs = _outputs(files, output_dir, output_format)
     source = model or packaged.whisper()
     recogniser = audiozoo.load(source, dtype=dtype if dtype != "float32" else None)
+    name = type(recogniser).__name__
+    if not name.endswith(("WhisperForConditionalGeneration", "ForCTC")):
+        raise UsageError(f"{source} holds a {name}, which does not transcribe.")
     processor = audiozoo.load_processor(source)
-    if (name := type(recogniser).__name__) == "WhisperForConditionalGeneration":
+    if name == "WhisperForConditionalGeneration":
         if language_model is not None or hotwords:
             raise UsageError(f"--language-model and --hotword are for CTC models; {source} holds a {name}.")
         hear: Any = partial(long_form.transcribe, recogniser, processor, **options)
-    elif name.endswith("ForCTC"):
+    else:
         recogniser = recognition.speak_language(recogniser, processor, source, language)
         hear = recognition.ctc_transcriber(recogniser, processor, options, language_model, hotwords or ())
-    else:
-        raise UsageError(f"{source} holds a {name}, which does not transcribe.")
     if output_dir is not None:
         try:
             output_dir.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom in under a minute, and is stored with its outputs, small enough to read."""
+"""Every notebook runs from top to bottom in under two minutes, and is stored with its outputs, small enough to read."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ def test_runs(path, tmp_path, recordings, monkeypatch):
 
     monkeypatch.setenv("AUDIOZOO_RECORDINGS", str(recordings))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("XLA_FLAGS")  # a reader's programs are optimised
     notebook = nbformat.read(path, as_version=4)
     start = time.monotonic()
     client = nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}})
     client.execute()
-    assert time.monotonic() - start < 60, "a notebook takes under a minute"
+    assert time.monotonic() - start < 120, "a notebook takes under two minutes"

@@ -22,13 +22,13 @@ blocks, which each frame opens or closes by a gate of its own.
 | § "Model structure", gated relative position bias | `WavLMAttention`, `relative_position_buckets` |
 | § "Model structure", Transformer | `WavLMEncoder`, `WavLMModel` |
 | § "Masked speech denoising and prediction", Algorithm 1 | `draw_mixes`, `mix` |
-| the same, loss (HuBERT's, arXiv 2106.07447, Eq. 3) | `masked_prediction`, `WavLMForPreTraining` |
+| the same, loss (HuBERT's, arXiv 2106.07447, Eq. 3) | `WavLMForPreTraining` |
 | Table I, sizes | `WavLMConfig.base()`, `.base_plus()`, `.large()` |
 | not in the paper; in the released checkpoints | `WavLMFor…` heads, `WavLMEncoderStableLayerNorm` |
 
-The convolutions, masking and heads are wav2vec 2.0's, imported from its file. The paper gates by the projected query;
-the released models, and this one, by what the attention layer reads, cut into heads. The released files hold no
-prediction head, so that `WavLMForPreTraining` starts it afresh.
+The convolutions, masking and heads are wav2vec 2.0's, the masked prediction is HuBERT's, imported from their files. The
+paper gates by the projected query; the released models, and this one, by what the attention layer reads, cut into
+heads. The released files hold no prediction head, so that `WavLMForPreTraining` starts it afresh.
 
 Where `transformers` and this file part: attention weights are those of each head (`transformers` returns their mean
 in place of each); for a pre-norm model the last of the hidden states is normalised (`hidden_states_before_norm=True`
@@ -71,6 +71,7 @@ from audiozoo.layers import (
     split_heads,
 )
 from audiozoo.layers.attention import TURNS_FROM
+from audiozoo.models.hubert import masked_prediction, targets_of_frames
 from audiozoo.models.wav2vec2 import (
     Wav2Vec2Config,
     Wav2Vec2Encoder,
@@ -486,48 +487,6 @@ def mix(
     variance = jnp.where(inside, jnp.square(result - mean), 0).sum(axis=1, keepdims=True) / count[:, None]
     normal = jnp.where(inside, (result - mean) * jax.lax.rsqrt(variance + 1e-5), 0)
     return jnp.where(mixes.mixed[:, None], normal, result)
-
-
-def targets_of_frames(
-    labels: Int[Array, "batch targets"], frames: int, targets_a_frame: float
-) -> Int[Array, "batch frames"]:
-    """The target of each frame, where they come at another rate; -100 for frames behind the last target."""
-    index = np.floor(np.arange(frames, dtype=np.float32) * np.float32(targets_a_frame)).astype(np.int64)
-    targets = labels[:, np.minimum(index, labels.shape[1] - 1)]
-    return jnp.where(index < labels.shape[1], targets, -100)
-
-
-def masked_prediction(
-    states: Float[Array, "batch frames width"],
-    embeddings: Float[Array, "clusters width"],
-    targets: Int[Array, "batch frames"],
-    counted: Bool[Array, "batch frames"],
-    temperature: float = 0.1,
-) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    r"""HuBERT's objective (arXiv 2106.07447, Eq. 3) over the frames that count:
-
-    $$-\sum_t \log \frac{\exp(\mathrm{sim}(o_t, e_{z_t})/\tau)}{\sum_c \exp(\mathrm{sim}(o_t, e_c)/\tau)}$$
-
-    Args:
-        states: projected outputs $o$.
-        embeddings: $e$, one for each cluster.
-        targets: $z$; -100 is left out.
-        counted: which frames count.
-        temperature: $\tau$.
-
-    Returns:
-        The sum, and the number of frames in it.
-    """
-
-    def unit(x: jax.Array) -> jax.Array:
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return x / jnp.maximum(jnp.sqrt(jnp.square(x).sum(axis=-1, keepdims=True)), 1e-8)
-
-    counted = counted & (targets >= 0)
-    logits = jnp.einsum("btd,cd->btc", unit(states), unit(embeddings)) / temperature
-    chosen = jnp.take_along_axis(logits, jnp.where(counted, targets, 0)[..., None], axis=-1)[..., 0]
-    losses = jax.nn.logsumexp(logits, axis=-1) - chosen
-    return jnp.where(counted, losses, 0).sum(), counted.sum()
 
 
 class WavLMForPreTrainingOutput(ModelOutput):

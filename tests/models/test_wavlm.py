@@ -130,13 +130,6 @@ def test_choices_have_their_probabilities():
 # --- the objective ---------------------------------------------------------------------------------------------------
 
 
-def test_targets_at_other_rates():
-    labels = jnp.asarray([[5, 6, 7, 8]])
-    np.testing.assert_array_equal(wavlm.targets_of_frames(labels, 6, 1.0), [[5, 6, 7, 8, -100, -100]])
-    np.testing.assert_array_equal(wavlm.targets_of_frames(labels, 6, 0.5), [[5, 5, 6, 6, 7, 7]])
-    np.testing.assert_array_equal(wavlm.targets_of_frames(labels, 3, 2.0), [[5, 7, -100]])
-
-
 def test_toeplitz_lays_out_offsets():
     values = jnp.arange(2 * 9.0).reshape(2, 9)
     laid = np.asarray(wavlm.toeplitz(values))

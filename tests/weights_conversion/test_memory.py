@@ -135,8 +135,9 @@ def test_half_an_hour_of_audio_needs_no_more_memory_than_two_minutes():
     if packaged.TINY_EN.find() is None:
         pytest.skip("the package with the real tiny.en, whose tokenizer is used here, is not installed")
     short, long = peak_of(TRANSCRIBE, "2"), peak_of(TRANSCRIBE, "30")
-    spectrogram = 80 * 4 * 28 * 60 * 100  # bytes; the one thing that is kept for the whole recording
-    assert long - short < 1.5 * spectrogram, f"{long / 1e6:.0f} MB for 30 minutes, {short / 1e6:.0f} MB for 2"
+    # Bytes of the one thing that is kept for the whole recording; it is there twice while its parts are joined.
+    spectrogram = 80 * 4 * 28 * 60 * 100
+    assert long - short < 3 * spectrogram, f"{long / 1e6:.0f} MB for 30 minutes, {short / 1e6:.0f} MB for 2"
 
 
 def main() -> None:
