@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from audiozoo.commands import terminal
-from audiozoo.commands.terminal import messages, progress_bar
+from audiozoo.commands.terminal import check_file, messages, progress_bar, written_whole
 from audiozoo.errors import SourceError, UsageError
 
 ARRANGER = "sweetcocoa/pop2piano"
@@ -25,8 +24,7 @@ def piano(
     sound: Annotated[Path | None, typer.Option(help="also write how it sounds, on sine waves")] = None,
 ) -> None:
     """Arrange a song for the piano."""
-    if not Path(song).is_file():
-        raise SourceError(f"There is no file {song}.")
+    check_file(song)
     if batch_size < 1:
         raise UsageError(f"--batch-size is {batch_size}; at least one segment has to be arranged at a time.")
     if output.suffix not in (".mid", ".midi"):
@@ -58,14 +56,8 @@ def piano(
             batch_size=batch_size,
             progress=update,
         )
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
+    with written_whole(output) as temporary:
         midi.write(str(temporary))
-        temporary.replace(output)
-    except OSError as error:
-        raise SourceError(f"{output} cannot be written ({error.strerror}).") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     if sound is not None:
         played = midi.synthesize(fs=44_100)
         audio.write(sound, (0.8 * played / max(float(np.abs(played).max()), 1e-9)).astype(np.float32), 44_100)

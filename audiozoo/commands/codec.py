@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from audiozoo.commands.terminal import keep_compiled_programs, messages, progress_bar
+from audiozoo.commands.terminal import keep_compiled_programs, messages, progress_bar, written_whole
 from audiozoo.errors import SourceError, UsageError
 
 app = typer.Typer(no_args_is_help=True, help="Compress sound with a neural codec (EnCodec).", rich_markup_mode=None)
@@ -36,15 +35,8 @@ def _write(out: str, content: bytes) -> None:
         sys.stdout.buffer.write(content)
         sys.stdout.buffer.flush()
         return
-    path = Path(out)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with written_whole(Path(out)) as temporary:
         temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        raise SourceError(f"{path} cannot be written ({error.strerror}).") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _open(model: str, language_model: str | None) -> Any:

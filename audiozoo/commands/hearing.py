@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import typer
 
 from audiozoo.commands import terminal
-from audiozoo.commands.terminal import messages, progress_bar
+from audiozoo.commands.terminal import messages, progress_bar, written_whole
 from audiozoo.errors import AudiozooError, SourceError, UsageError
 
 TAGGER = "MIT/ast-finetuned-audioset-10-10-0.4593"
@@ -201,14 +200,8 @@ def _write_cache(path: Path, known: dict[str, np.ndarray]) -> None:
 
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write an .npz file under a temporary name, then rename it."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.npz")
-    try:
+    with written_whole(path) as temporary:
         np.savez(temporary, **arrays)  # type: ignore[arg-type]
-        temporary.replace(path)
-    except OSError as error:
-        raise SourceError(f"{path} cannot be written ({error.strerror}).") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _identity(path: Path) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from audiozoo.commands import terminal
-from audiozoo.commands.terminal import messages, progress_bar
+from audiozoo.commands.terminal import check_file, messages, progress_bar
 from audiozoo.errors import SourceError, UsageError
 
 RECOGNISER = "facebook/wav2vec2-base-960h"
@@ -117,11 +117,6 @@ def _load(source: str, wanted: str | tuple[str, ...], does: str) -> tuple[Any, A
     return model, audiozoo.load_processor(source)
 
 
-def _check_file(file: str) -> None:
-    if not Path(file).is_file():
-        raise SourceError(f"There is no file {file}.")
-
-
 def align(
     file: Annotated[str, typer.Argument(help="a sound file")],
     text: Annotated[str | None, typer.Argument(help="what is said in it; <star> stands for anything")] = None,
@@ -138,7 +133,7 @@ def align(
         raise UsageError(f"There is no format {output_format!r}; there are tsv, json, srt, vtt.")
     if (text is None) == (text_file is None):
         raise UsageError("Give the text either as an argument or with --file.")
-    _check_file(file)
+    check_file(file)
     if text_file is not None:
         try:
             text = text_file.read_text(encoding="utf-8")
@@ -183,7 +178,7 @@ def identify(
     """Say which language, speaker or keyword is heard: whatever the model's classes are."""
     if top < 1 or crops < 1:
         raise UsageError("--top and --crops count from 1.")
-    _check_file(file)
+    check_file(file)
     from audiozoo import audio
     from audiozoo.decoding import encoders
 
@@ -208,7 +203,7 @@ def units(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON: units, and how many frames each lasts")] = False,
 ) -> None:
     """Write speech down as discrete units: the clusters of its frames (HuBERT)."""
-    _check_file(file)
+    check_file(file)
     from audiozoo import audio
     from audiozoo.decoding.units import KMeans, deduplicate
     from audiozoo.decoding.units import units as units_of

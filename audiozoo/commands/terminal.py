@@ -49,13 +49,30 @@ def megabytes(update: Callable[[float, float], None]) -> Callable[[int, int], No
     return lambda done, total: update(done / 1e6, total / 1e6)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary name with the same ending, to write the file `path` under; it is renamed at the end of the block.
+
+    Raises:
+        SourceError: if it cannot be written.
+    """
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         temporary.replace(path)
     except OSError as error:
         raise SourceError(f"{path} cannot be written ({error.strerror}).") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, then rename it."""
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def check_file(file: str) -> None:
+    """Say before anything is loaded that there is no such file."""
+    if not Path(file).is_file():
+        raise SourceError(f"There is no file {file}.")
