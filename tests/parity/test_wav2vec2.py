@@ -22,6 +22,7 @@ from audiozoo.layers import activations
 from audiozoo.layers.losses import ctc_loss
 from audiozoo.models import wav2vec2
 from tests.parity import harness
+from tests.parity.speech_family import EVERYTHING, LAYER, NO_DROPOUT, TINY, blank
 from weights_conversion.wav2vec2 import (
     config_from_hugging_face,
     config_to_hugging_face,
@@ -31,36 +32,6 @@ from weights_conversion.wav2vec2 import (
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-TINY = {
-    "vocab_size": 11,
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 40,
-    "conv_dim": (16, 12, 18),
-    "conv_kernel": (10, 3, 2),
-    "conv_stride": (5, 2, 2),
-    "num_conv_pos_embeddings": 8,
-    "num_conv_pos_embedding_groups": 3,
-    "num_codevectors_per_group": 5,
-    "codevector_dim": 8,
-    "proj_codevector_dim": 6,
-    "num_negatives": 4,
-    "classifier_proj_size": 7,
-    "tdnn_dim": (10, 9, 8),
-    "tdnn_kernel": (3, 3, 1),
-    "tdnn_dilation": (1, 2, 1),
-    "xvector_output_dim": 6,
-    "num_labels": 5,
-}
-LAYER = {"feat_extract_norm": "layer", "conv_bias": True, "do_stable_layer_norm": True}
-NO_DROPOUT = {
-    "hidden_dropout": 0.0,
-    "activation_dropout": 0.0,
-    "attention_dropout": 0.0,
-    "final_dropout": 0.0,
-    "layerdrop": 0.0,
-}
 VARIANTS = {
     "base": {},
     "lv60": LAYER | {"num_conv_pos_embeddings": 7},
@@ -68,12 +39,6 @@ VARIANTS = {
     "large": {"num_hidden_layers": 3, "conv_bias": True, "hidden_act": "relu"},
 }
 HEADS = ("Model", "ForCTC", "ForPreTraining", "ForSequenceClassification", "ForAudioFrameClassification", "ForXVector")
-EVERYTHING = {"output_attentions": True, "output_hidden_states": True}
-
-
-def blank(create):
-    """A model of zeros: its weights come from elsewhere."""
-    return jax.tree.map(lambda a: jnp.asarray(np.zeros(a.shape, a.dtype)), harness.abstract(create))
 
 
 def pair(name: str, seed: int = 0, **changes):
