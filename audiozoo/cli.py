@@ -19,7 +19,7 @@ from rich.table import Table
 
 from audiozoo import packaged, registry
 from audiozoo.commands import arranging, codec, hearing, recognition, speech
-from audiozoo.commands.terminal import keep_compiled_programs, megabytes, messages, progress_bar, write_whole
+from audiozoo.commands.terminal import keep_compiled_programs, megabytes, progress_bar, say, write_whole
 from audiozoo.errors import AudiozooError, SourceError, UsageError
 
 app = typer.Typer(
@@ -35,12 +35,12 @@ def main() -> None:
     try:
         app()
     except AudiozooError as error:
-        messages.print(f"audiozoo: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        say(f"audiozoo: {error}", "red")
         sys.exit(1)
     except BrokenPipeError:
         sys.exit(1)
     except KeyboardInterrupt:
-        messages.print("audiozoo: interrupted.", style="red")
+        say("audiozoo: interrupted.", "red")
         sys.exit(130)
 
 
@@ -141,7 +141,7 @@ def _convert(
             audiozoo.export(model, out, processor_from=directory, overwrite=overwrite, progress=megabytes(update))
     else:
         audiozoo.save(model, out, processor_from=directory, overwrite=overwrite)
-    messages.print(f"wrote {type(model).__name__} to {out}", markup=False, highlight=False)
+    say(f"wrote {type(model).__name__} to {out}")
 
 
 # --- transcription ---------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def transcribe(
         except AudiozooError as error:
             if len(files) == 1:
                 raise
-            messages.print(f"audiozoo: {name}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            say(f"audiozoo: {name}: {error}", "red")
             failed += 1
             continue
         text = subtitles.render(result, output_format)

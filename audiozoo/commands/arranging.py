@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from audiozoo.commands import terminal
-from audiozoo.commands.terminal import check_file, messages, progress_bar, written_whole
+from audiozoo.commands.terminal import check_file, progress_bar, say, written_whole
 from audiozoo.errors import SourceError, UsageError
 
 ARRANGER = "sweetcocoa/pop2piano"
@@ -62,4 +62,4 @@ def piano(
         played = midi.synthesize(fs=44_100)
         audio.write(sound, (0.8 * played / max(float(np.abs(played).max()), 1e-9)).astype(np.float32), 44_100)
     count = len(midi.instruments[0].notes)
-    messages.print(f"{count} notes in {midi.get_end_time():.1f} s: {output}", markup=False, highlight=False)
+    say(f"{count} notes in {midi.get_end_time():.1f} s: {output}")

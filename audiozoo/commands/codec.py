@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from audiozoo.commands.terminal import keep_compiled_programs, messages, progress_bar, written_whole
+from audiozoo.commands.terminal import keep_compiled_programs, progress_bar, say, written_whole
 from audiozoo.errors import SourceError, UsageError
 
 app = typer.Typer(no_args_is_help=True, help="Compress sound with a neural codec (EnCodec).", rich_markup_mode=None)
@@ -79,11 +79,7 @@ def encode(
         content = compress(compiled, samples, bandwidth, progress=update)
     _write(out, content)
     seconds = samples.shape[1] / config.sampling_rate
-    messages.print(
-        f"{seconds:.2f} s in {len(content)} bytes, {len(content) * 8 / seconds / 1000:.2f} kbit/s",
-        markup=False,
-        highlight=False,
-    )
+    say(f"{seconds:.2f} s in {len(content)} bytes, {len(content) * 8 / seconds / 1000:.2f} kbit/s")
 
 
 @app.command()

@@ -13,7 +13,7 @@ import numpy as np
 import typer
 
 from audiozoo.commands import terminal
-from audiozoo.commands.terminal import messages, progress_bar, written_whole
+from audiozoo.commands.terminal import check_file, progress_bar, say, written_whole
 from audiozoo.errors import AudiozooError, SourceError, UsageError
 
 TAGGER = "MIT/ast-finetuned-audioset-10-10-0.4593"
@@ -40,7 +40,7 @@ def classify(
         raise UsageError(f"classify takes one file; to choose among words, put --labels before {more[0]!r}.")
     if top < 1:
         raise UsageError(f"--top is {top}; at least one label is to be named.")
-    _check_file(sound)
+    check_file(sound)
     terminal.keep_compiled_programs()
     import audiozoo
     from audiozoo import audio
@@ -88,7 +88,7 @@ def embed(
     if not files and not text:
         raise UsageError("There is nothing to embed; name sound files, or texts with --text.")
     for file in files:
-        _check_file(file)
+        check_file(file)
     if output is not None and output.suffix != ".npz":
         raise UsageError(f"{output} should end in .npz.")
     terminal.keep_compiled_programs()
@@ -107,7 +107,7 @@ def embed(
             print(json.dumps({"name": name, "embedding": [round(float(x), 7) for x in row]}))
         return
     _write_arrays(output, {"names": np.asarray(names), "embeddings": np.stack(rows)})
-    messages.print(f"{len(rows)} embeddings in {output}", markup=False, highlight=False)
+    say(f"{len(rows)} embeddings in {output}")
 
 
 def search(
@@ -169,7 +169,7 @@ def embeddings_of(
                 try:
                     known[key] = compute(file)
                 except AudiozooError as error:
-                    messages.print(f"left out: {file}: {error}", style="yellow", markup=False, highlight=False)
+                    say(f"left out: {file}: {error}", "yellow")
                     continue
                 fresh += 1
                 if fresh % SAVE_EVERY == 0:
@@ -195,7 +195,7 @@ def _write_cache(path: Path, known: dict[str, np.ndarray]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_arrays(path, {"keys": np.asarray(list(known)), "embeddings": np.stack(list(known.values()))})
     except (OSError, SourceError) as error:
-        messages.print(f"the embeddings are not kept: {error}", style="yellow", markup=False, highlight=False)
+        say(f"the embeddings are not kept: {error}", "yellow")
 
 
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -209,13 +209,6 @@ def _identity(path: Path) -> str:
     files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
     parts = [f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
-
-
-def _check_file(file: str) -> None:
-    if not Path(file).exists():
-        raise SourceError(f"There is no file {file}.")
-    if Path(file).is_dir():
-        raise SourceError(f"{file} is a directory; name the sound files inside it.")
 
 
 def _matcher(source: str) -> tuple[Any, Any]:

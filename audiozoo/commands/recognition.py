@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from audiozoo.commands import terminal
-from audiozoo.commands.terminal import check_file, messages, progress_bar
+from audiozoo.commands.terminal import check_file, progress_bar, say
 from audiozoo.errors import SourceError, UsageError
 
 RECOGNISER = "facebook/wav2vec2-base-960h"
@@ -191,7 +191,7 @@ def identify(
     for label, probability in found:
         print(f"{100 * probability:5.1f} %  {label}")
     if found and found[0][1] < 0.5:
-        messages.print("no class is more probable than not", style="yellow", highlight=False)
+        say("no class is more probable than not", "yellow")
 
 
 def units(

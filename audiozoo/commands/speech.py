@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from audiozoo import packaged
-from audiozoo.commands.terminal import keep_compiled_programs, messages, progress_bar, write_whole
+from audiozoo.commands.terminal import keep_compiled_programs, progress_bar, say, write_whole
 from audiozoo.errors import SourceError, UsageError
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="sound file to write; - is standard output, as WAV")]
@@ -90,7 +90,7 @@ def speak(
     write_sound(output, np.concatenate(pieces), rate)
     if subtitles is not None:
         write_whole(subtitles, forms.render({"text": said, "segments": segments}, form))
-    messages.print(f"{position / rate:.1f} s of speech in {output}", markup=False, highlight=False, soft_wrap=True)
+    say(f"{position / rate:.1f} s of speech in {output}")
 
 
 def convert_voice(
@@ -147,7 +147,7 @@ def convert_voice(
     result = np.asarray(converted.waveform)[0, : frames * config.hop_length]
     write_sound(output, result, config.sampling_rate)
     seconds = result.size / config.sampling_rate
-    messages.print(f"{seconds:.1f} s of speech in {output}", markup=False, highlight=False, soft_wrap=True)
+    say(f"{seconds:.1f} s of speech in {output}")
 
 
 def _text(text: str | None, file: Path | None) -> str:

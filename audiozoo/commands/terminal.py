@@ -15,6 +15,11 @@ from audiozoo.errors import SourceError
 messages = Console(stderr=True)
 
 
+def say(text: str, style: str | None = None) -> None:
+    """One message on standard error, as it is: nothing marked up, no line broken."""
+    messages.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
 def cache_directory() -> Path:
     """Where compiled programs are kept between runs: `$AUDIOZOO_CACHE`, else audiozoo's place in the user's cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -74,5 +79,7 @@ def write_whole(path: Path, text: str) -> None:
 
 def check_file(file: str) -> None:
     """Say before anything is loaded that there is no such file."""
-    if not Path(file).is_file():
+    if Path(file).is_dir():
+        raise SourceError(f"{file} is a directory; name the sound files inside it.")
+    if not Path(file).exists():
         raise SourceError(f"There is no file {file}.")
