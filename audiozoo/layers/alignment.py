@@ -6,7 +6,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 
 def monotonic_alignment(
@@ -54,7 +54,7 @@ def monotonic_alignment(
 
 
 def repeat_by_duration(
-    durations: Float[Array, "batch time"], frames: int, *values: Float[Array, "batch time channels"]
+    durations: Num[Array, "batch time"], frames: int, *values: Float[Array, "batch time channels"]
 ) -> tuple[Float[Array, "batch frames channels"], ...]:
     """Each symbol's values, as many times as its duration says; zeros after the last one."""
     ends = jnp.cumsum(durations, axis=-1)

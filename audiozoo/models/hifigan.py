@@ -680,6 +680,7 @@ def generator_losses(
     *,
     n_fft: int = 1024,
     num_mels: int = 80,
+    hop_length: int | None = None,
     key: jax.Array | None = None,
 ) -> tuple[HifiGanLosses, HifiGanOutput, Float[Array, "batch samples"]]:
     r"""$L_G = \sum_k [L_{Adv}(G; D_k) + \lambda_{fm} L_{FM}(G; D_k)] + \lambda_{mel} L_{Mel}(G)$ (§2.4, Eq. 5).
@@ -690,12 +691,13 @@ def generator_losses(
         batch: spectrograms and waveforms.
         n_fft: samples in a frame of the loss's spectrogram.
         num_mels: bands of it, over all frequencies.
+        hop_length: samples from one of its frames to the next; by default those that the generator makes of a frame.
         key: not used: nothing here is drawn.
 
     Returns:
         The losses, what was generated, and the real waveform.
     """
-    hop, rate = model.config.samples_per_frame, model.config.sampling_rate
+    hop, rate = hop_length or model.config.samples_per_frame, model.config.sampling_rate
     generated = model(batch.spectrogram)
 
     def phi(waveform: jax.Array) -> jax.Array:
