@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,63 +11,102 @@ from typing import Any
 from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.models.mbart import MBartConfig
 from audiozoo.models.xls_r import SpeechEncoderDecoderConfig
-from weights_conversion import ForeignCheckpoint, HuggingFaceForm, read_json, take, wav2vec2
+from weights_conversion import (
+    ForeignCheckpoint,
+    HuggingFaceForm,
+    hubert,
+    read_json,
+    sew,
+    speech_to_text,
+    speech_to_text_2,
+    take,
+    unispeech,
+    unispeech_sat,
+    wav2vec2,
+    wavlm,
+)
 from weights_conversion.readers import open_tensors
-from weights_conversion.rules import Ignore, Rule, Table, transpose
-from weights_conversion.wav2vec2 import BACKBONE, OLD_WEIGHT_NORM, linear, norm
+from weights_conversion.rules import Ignore, Rule, Table, Tied, transpose
+from weights_conversion.wav2vec2 import OLD_WEIGHT_NORM, linear, norm
 
 MODEL_TYPE = "speech-encoder-decoder"
 
-_BLOCK = "decoder.model.decoder.layers.{i}."
-_HEAD = "decoder.lm_head.weight"
-DECODER = (
-    Rule("decoder.model.decoder.{e:embed_tokens|embed_positions}.weight", "decoder.model.decoder.{e}.embedding"),
-    *norm("decoder.model.decoder.{n:layer_norm|layernorm_embedding}"),
-    *linear(_BLOCK + "{a:self_attn|encoder_attn}.{p:q_proj|k_proj|v_proj|out_proj}"),
-    *norm(_BLOCK + "{n:self_attn_layer_norm|encoder_attn_layer_norm|final_layer_norm}"),
-    *linear(_BLOCK + "{d:fc1|fc2}"),
+# Which conversion knows an encoder, and which of its classes it is.
+ENCODERS: dict[str, tuple[Any, str]] = {
+    "wav2vec2": (wav2vec2, "Wav2Vec2Model"),
+    "hubert": (hubert, "HubertModel"),
+    "wavlm": (wavlm, "WavLMModel"),
+    "unispeech": (unispeech, "UniSpeechModel"),
+    "unispeech-sat": (unispeech_sat, "UniSpeechSatModel"),
+    "sew": (sew, "SEWModel"),
+    "sew-d": (sew, "SEWDModel"),
+}
+
+_HEAD = "lm_head.weight"
+MBART = (
+    Rule("model.decoder.{e:embed_tokens|embed_positions}.weight", "model.decoder.{e}.embedding"),
+    *norm("model.decoder.{n:layer_norm|layernorm_embedding}"),
+    *(rule.prefixed("model.", "model.") for rule in speech_to_text.BLOCKS),
 )
+
+
+def _mbart_table(config: MBartConfig) -> Table:
+    if config.tie_word_embeddings:
+        return Table(MBART, ignored=(Ignore(re.escape(_HEAD), "the embedding again"),))
+    return Table((*MBART, Rule(_HEAD, "lm_head.kernel", transpose)))
 
 
 def hugging_face_table(config: SpeechEncoderDecoderConfig, model_class: str) -> Table:
     """The correspondence with what `save_pretrained` writes."""
     if model_class != "SpeechEncoderDecoderModel":
         raise CheckpointError(f"There is no class {model_class} in XLS-R; there is SpeechEncoderDecoderModel.")
-    rules = [rule.prefixed("encoder.", "encoder.") for rule in BACKBONE]
-    rules += [*DECODER, *linear("enc_to_dec_proj")]
-    ignored: tuple[Ignore, ...] = ()
-    if config.decoder.tie_word_embeddings:
-        ignored = (Ignore(_HEAD, "the embedding again"),)
-    else:
-        rules.append(Rule(_HEAD, "decoder.lm_head.kernel", transpose))
-    return Table(rules, renames=OLD_WEIGHT_NORM, ignored=ignored)
+    conversion, name = ENCODERS[config.encoder_type]
+    encoder = conversion.hugging_face_table(config.encoder, name)
+    text = config.decoder
+    decoder = _mbart_table(text) if config.decoder_type == "mbart" else speech_to_text_2.hugging_face_table(text)
+    rules = [rule.prefixed("encoder.", "encoder.") for rule in encoder.rules]
+    rules += [rule.prefixed("decoder.", "decoder.") for rule in decoder.rules]
+    ignored = [Ignore(rf"encoder\.(?:{i.pattern})", i.reason) for i in encoder.ignored]
+    ignored += [Ignore(rf"decoder\.(?:{i.pattern})", i.reason) for i in decoder.ignored]
+    tied = tuple(Tied(f"decoder.{t.name}", f"decoder.{t.same_as}") for t in decoder.tied)
+    return Table((*rules, *linear("enc_to_dec_proj")), renames=OLD_WEIGHT_NORM, ignored=tuple(ignored), tied=tied)
 
 
 _DECODER_DEFAULTS = {f.name: f.default for f in dataclasses.fields(MBartConfig)}
+
+
+def _mbart_config(decoder: Mapping[str, Any], where: str) -> MBartConfig:
+    # What a configuration leaves out has transformers' default, which is not always ours.
+    return MBartConfig(**take({"scale_embedding": False, "vocab_size": 50_265, **decoder}, _DECODER_DEFAULTS, where))
 
 
 def config_from_hugging_face(config: Mapping[str, Any], where: str = "config.json") -> SpeechEncoderDecoderConfig:
     """Our configuration from a `config.json`.
 
     Raises:
-        CheckpointError: if its encoder is no wav2vec 2.0 or its decoder no mBART.
+        CheckpointError: if its encoder is none of wav2vec 2.0's family, or its decoder neither mBART nor Speech2Text2.
     """
     encoder, decoder = config.get("encoder") or {}, config.get("decoder") or {}
-    if encoder.get("model_type") != "wav2vec2" or decoder.get("model_type") != "mbart":
+    hears, writes = str(encoder.get("model_type")), str(decoder.get("model_type"))
+    if hears not in ENCODERS or writes not in ("mbart", speech_to_text_2.MODEL_TYPE):
         raise CheckpointError(
-            f"{where}: an encoder of type wav2vec2 and a decoder of type mbart are wanted, not "
-            f"{encoder.get('model_type')} and {decoder.get('model_type')}."
+            f"{where}: an encoder of type wav2vec2 (or {', '.join(list(ENCODERS)[1:])}) and a decoder of type mbart or "
+            f"speech_to_text_2 are wanted, not {hears} and {writes}."
         )
-    # What a configuration leaves out has transformers' default, which is not always ours.
-    text = MBartConfig(**take({"scale_embedding": False, "vocab_size": 50_265, **decoder}, _DECODER_DEFAULTS, where))
+    text: Any
+    text = _mbart_config(decoder, where)
+    if writes == speech_to_text_2.MODEL_TYPE:
+        text = speech_to_text_2.config_from_hugging_face(decoder, where)
 
     def token(name: str, default: int) -> int:
         found = [c[name] for c in (config, decoder) if c.get(name) is not None]
         return int(found[0]) if found else default
 
     return SpeechEncoderDecoderConfig(
-        wav2vec2.config_from_hugging_face(encoder, where),
+        ENCODERS[hears][0].config_from_hugging_face(encoder, where),
         text,
+        encoder_type=hears,
+        decoder_type=writes,
         decoder_start_token_id=token("decoder_start_token_id", text.eos_token_id),
         pad_token_id=token("pad_token_id", text.pad_token_id),
         eos_token_id=token("eos_token_id", text.eos_token_id),
@@ -76,22 +116,23 @@ def config_from_hugging_face(config: Mapping[str, Any], where: str = "config.jso
 def hugging_face(model: Any) -> HuggingFaceForm:
     """A translation model as the directory that `save_pretrained` would write."""
     config, name = model.config, type(model).__name__
-    encoder = wav2vec2.config_to_hugging_face(config.encoder, "Wav2Vec2Model", "wav2vec2")
-    decoder = dataclasses.asdict(config.decoder) | {
-        "architectures": ["MBartForCausalLM"],
-        "model_type": "mbart",
-        "is_decoder": True,
-        "is_encoder_decoder": False,
-        "add_cross_attention": True,
-        "decoder_start_token_id": config.decoder_start_token_id,
-    }
+    encoder = wav2vec2.config_to_hugging_face(config.encoder, ENCODERS[config.encoder_type][1], config.encoder_type)
+    if config.decoder_type == speech_to_text_2.MODEL_TYPE:
+        decoder = speech_to_text_2.config_to_hugging_face(config.decoder)
+    else:
+        decoder = dataclasses.asdict(config.decoder) | {
+            "architectures": ["MBartForCausalLM"],
+            "model_type": "mbart",
+            "is_decoder": True,
+            "is_encoder_decoder": False,
+        }
     raw = {
         "architectures": [name],
         "model_type": MODEL_TYPE,
         "is_encoder_decoder": True,
         "tie_word_embeddings": False,
         "encoder": encoder,
-        "decoder": decoder,
+        "decoder": decoder | {"add_cross_attention": True, "decoder_start_token_id": config.decoder_start_token_id},
         "decoder_start_token_id": config.decoder_start_token_id,
         "pad_token_id": config.pad_token_id,
         "eos_token_id": config.eos_token_id,
@@ -121,6 +162,9 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
     model_class = model_class or str((raw.get("architectures") or ["SpeechEncoderDecoderModel"])[0])
     config = config_from_hugging_face(raw, str(path / "config.json"))
     tensors = open_tensors(path)
+    if config.decoder_type == speech_to_text_2.MODEL_TYPE:
+        text = speech_to_text_2.as_in_file(config.decoder, tensors, "decoder.")
+        config = dataclasses.replace(config, decoder=text)
     absent = None
     if not any(name.endswith("masked_spec_embed") for name in tensors.names()):
         absent = r"encoder\.masked_spec_embed"

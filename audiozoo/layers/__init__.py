@@ -13,7 +13,7 @@ from audiozoo.layers.attention import (
 )
 from audiozoo.layers.basic import Dropout, Embed, GroupNorm, LayerNorm, Linear, dropout, promote
 from audiozoo.layers.convolution import Conv1d, ConvTranspose1d
-from audiozoo.layers.positions import sinusoids
+from audiozoo.layers.positions import fairseq_sinusoids, sinusoids
 from audiozoo.layers.stacking import layer_drop, scan_layers, stack_layers, unstack_layers
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "attend_without_weights",
     "causal_mask",
     "dropout",
+    "fairseq_sinusoids",
     "gelu",
     "layer_drop",
     "merge_heads",

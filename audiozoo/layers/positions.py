@@ -18,3 +18,27 @@ def sinusoids(length: int, channels: int, *, max_timescale: float = 10_000.0) ->
     frequencies = np.exp(-np.log(max_timescale) / (half - 1) * np.arange(half))
     angles = np.arange(length)[:, None] * frequencies[None, :]
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+def fairseq_sinusoids(length: int, channels: int, *, padding: int = 1) -> np.ndarray:
+    r"""fairseq's table of positions, which its descendants' checkpoints were trained with and do not hold.
+
+    `sinusoids`, but row `padding` is zero, so that padding has no position, and the first token of a text is at row
+    `padding` + 1. Frequencies and angles are rounded to float32, as they were in training: at row 5000 the angle is off
+    by up to 2e-4, and the network knows the sine of that angle.
+
+    Args:
+        length: rows, those up to `padding` included.
+        channels: width; an odd one ends with a zero.
+        padding: the token of padding.
+
+    Returns:
+        float64 array of shape `(length, channels)`.
+    """
+    half = channels // 2
+    steps = np.arange(half, dtype=np.float32) * np.float32(-np.log(10_000.0) / (half - 1))
+    frequencies = np.exp(steps.astype(np.float64)).astype(np.float32)
+    angles = (np.arange(length, dtype=np.float32)[:, None] * frequencies[None, :]).astype(np.float64)
+    table = np.concatenate([np.sin(angles), np.cos(angles), np.zeros((length, channels % 2))], axis=1)
+    table[padding : padding + 1] = 0
+    return table

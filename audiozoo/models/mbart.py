@@ -13,6 +13,7 @@ its decoder alone, which XLS-R puts behind a speech encoder: the first token say
 | --- | --- |
 | §2.2, architecture: 12 layers, width 1024, 16 heads, one more LayerNorm | `MBartDecoder`, `MBartDecoderLayer` |
 | §2.2, the language's token in front | `MBartForCausalLM`, through `forced_bos_token_id` of whoever generates |
+| decoding, which the paper leaves to others | `continue_text` |
 
 The encoder is not here: no paper of the zoo uses it.
 
@@ -25,6 +26,7 @@ Checkpoints: the decoder inside `facebook/wav2vec2-xls-r-*-21-to-en` and `-en-to
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,10 +35,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from audiozoo.decoding import GenerateOutput, GenerationConfig, Growing, Shared, generate
 from audiozoo.errors import UsageError
 from audiozoo.layers import Dropout, Embed, KeyValues, LayerNorm, Linear, MultiHeadAttention, activation, layer_drop
 from audiozoo.layers.attention import causal_mask
-from audiozoo.outputs import DecoderOutput
+from audiozoo.layers.losses import cross_entropy
+from audiozoo.outputs import CausalLMOutput, DecoderOutput
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ class MBartDecoderLayer(nnx.Module):
         position: int | Int[Array, ""],
         mask: Bool[Array, "#batch 1 time keys"],
         source: KeyValues | None,
-        source_mask: Bool[Array, "batch 1 1 frames"] | None,
+        source_mask: Bool[Array, "#batch 1 #time frames"] | None,
         need_weights: bool = True,
     ) -> tuple[Float[Array, "batch time d_model"], KeyValues, jax.Array | None, jax.Array | None]:
         """One block: its output, its keys and values so far and, if needed, the self- and cross-attention weights."""
@@ -246,8 +250,64 @@ class MBartForCausalLM(nnx.Module):
         return self.model.decoder.embed_tokens.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
 
     def __call__(
-        self, input_ids: Int[Array, "batch time"], *arguments: Any, **options: Any
-    ) -> tuple[Float[Array, "batch time vocabulary"], DecoderOutput]:
-        """Logits for every token, and the decoder's output; for the arguments see `MBartDecoder`."""
+        self,
+        input_ids: Int[Array, "batch time"],
+        *arguments: Any,
+        labels: Int[Array, "batch time"] | None = None,
+        **options: Any,
+    ) -> CausalLMOutput:
+        """Logits for every token and, with `labels` (-100 where there is none), their mean cross-entropy.
+
+        For the other arguments see the decoder.
+        """
         decoded = self.model.decoder(input_ids, *arguments, **options)
-        return self.head(decoded.last_hidden_state), decoded
+        logits = self.head(decoded.last_hidden_state)
+        return CausalLMOutput(
+            loss=None if labels is None else cross_entropy(logits, jnp.asarray(labels)),
+            logits=logits,
+            past_key_values=decoded.past_key_values,
+            hidden_states=decoded.hidden_states,
+            attentions=decoded.attentions,
+            cross_attentions=decoded.cross_attentions,
+        )
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------------
+
+# (tokens, which frames of the source are real, cache, position) -> (logits, cache)
+DecoderStep = Callable[[jax.Array, jax.Array | None, MBartCache, Any], tuple[jax.Array, MBartCache]]
+
+
+def continue_text(
+    decode: DecoderStep,
+    cache: MBartCache,
+    source_mask: Bool[Array, "batch frames"] | None,
+    prompt: Int[Array, "batch tokens"],
+    config: GenerationConfig,
+    **options: Any,
+) -> GenerateOutput:
+    """Search for the text that follows `prompt`, the encoder's keys and values shared by all beams of an example.
+
+    Args:
+        decode: one step of a decoder.
+        cache: its `start`, with room for all tokens.
+        source_mask: which frames of the encoder are real.
+        prompt: the tokens that the text begins with.
+        config: of the search.
+        options: of `decoding.generate`.
+    """
+
+    def marked(cache: MBartCache) -> Any:
+        own = tuple((Growing(kv.key, 2), Growing(kv.value, 2)) for kv in cache.self_attention)
+        return own, Shared(cache.cross_attention), Shared(source_mask)
+
+    def step(tokens: jax.Array, cache: Any, position: Any) -> tuple[jax.Array, Any]:
+        own, source, mask = cache
+        past = MBartCache(tuple(KeyValues(k.value, v.value) for k, v in own), source.value)
+        rows = None if mask.value is None else jnp.repeat(mask.value, len(tokens) // len(mask.value), axis=0)
+        logits, past = decode(tokens, rows, past, position)
+        return logits[:, -1], marked(past)
+
+    return generate(
+        step, marked(cache), prompt, config, prefill=lambda tokens, cache: step(tokens, cache, 0), **options
+    )

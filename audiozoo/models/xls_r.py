@@ -50,13 +50,19 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from audiozoo.decoding import GenerateOutput, GenerationConfig, Growing, Shared, generate
+from audiozoo.decoding import GenerateOutput, GenerationConfig
 from audiozoo.decoding.generate import Streamer
 from audiozoo.errors import UsageError
-from audiozoo.layers import KeyValues, Linear
-from audiozoo.layers.losses import cross_entropy
-from audiozoo.models.mbart import MBartCache, MBartConfig, MBartForCausalLM
+from audiozoo.layers import Linear
+from audiozoo.models.hubert import HubertConfig, HubertModel
+from audiozoo.models.mbart import MBartCache, MBartConfig, MBartForCausalLM, continue_text
+from audiozoo.models.sew import SEWConfig, SEWDModel, SEWModel
+from audiozoo.models.speech_to_text import shift_tokens_right
+from audiozoo.models.speech_to_text_2 import Speech2Text2Config, Speech2Text2ForCausalLM
+from audiozoo.models.unispeech import UniSpeechConfig, UniSpeechModel
+from audiozoo.models.unispeech_sat import UniSpeechSatConfig, UniSpeechSatModel
 from audiozoo.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2Model
+from audiozoo.models.wavlm import WavLMConfig, WavLMModel
 from audiozoo.outputs import BaseModelOutput, Seq2SeqLMOutput
 
 
@@ -95,24 +101,43 @@ class XLSRConfig(Wav2Vec2Config):
         return cls._size(1920, 48, 1024)
 
 
+# What may stand before a text decoder, and which decoders there are, by the names that a checkpoint calls them by. The
+# paper has the first of each.
+ENCODERS: dict[str, tuple[Any, Any]] = {
+    "wav2vec2": (Wav2Vec2Config, Wav2Vec2Model),
+    "hubert": (HubertConfig, HubertModel),
+    "wavlm": (WavLMConfig, WavLMModel),
+    "unispeech": (UniSpeechConfig, UniSpeechModel),
+    "unispeech-sat": (UniSpeechSatConfig, UniSpeechSatModel),
+    "sew": (SEWConfig, SEWModel),
+    "sew-d": (SEWConfig, SEWDModel),
+}
+DECODERS: dict[str, tuple[Any, Any]] = {
+    "mbart": (MBartConfig, MBartForCausalLM),
+    "speech_to_text_2": (Speech2Text2Config, Speech2Text2ForCausalLM),
+}
+
+
 @dataclass(frozen=True)
 class SpeechEncoderDecoderConfig:
     """§4, speech translation: a speech encoder, a text decoder, and the tokens that frame a text."""
 
-    encoder: Wav2Vec2Config  # with strided convolutions behind it (`add_adapter`)
-    decoder: MBartConfig  # of text
+    encoder: Any  # of speech: a configuration of `encoder_type`, here with strided convolutions behind (`add_adapter`)
+    decoder: Any  # of text: a configuration of `decoder_type`
+    encoder_type: str = "wav2vec2"  # one of `ENCODERS`
+    decoder_type: str = "mbart"  # one of `DECODERS`
     decoder_start_token_id: int = 2  # what the decoder reads first
     pad_token_id: int = 1  # padding
     eos_token_id: int = 2  # ends a text
 
     def __post_init__(self) -> None:
-        # A checkpoint of our own has the two as dictionaries.
-        kinds: tuple[tuple[str, Any], ...] = (("encoder", Wav2Vec2Config), ("decoder", MBartConfig))
-        for name, kind in kinds:
-            value = getattr(self, name)
-            if isinstance(value, Mapping):
+        for name, kinds in (("encoder", ENCODERS), ("decoder", DECODERS)):
+            kind, value = getattr(self, f"{name}_type"), getattr(self, name)
+            if kind not in kinds:
+                raise UsageError(f"There is no {name} {kind!r}; there are {', '.join(kinds)}.")
+            if isinstance(value, Mapping):  # a checkpoint of our own has the two as dictionaries
                 fields = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
-                object.__setattr__(self, name, kind(**fields))
+                object.__setattr__(self, name, kinds[kind][0](**fields))
 
     @classmethod
     def _of(cls, encoder: XLSRConfig) -> SpeechEncoderDecoderConfig:
@@ -164,14 +189,12 @@ def sample_languages(
 # --- §4, speech translation -------------------------------------------------------------------------------------------
 
 
-def shift_tokens_right(labels: Int[Array, "batch time"], pad: int, start: int) -> Int[Array, "batch time"]:
-    """Decoder inputs out of targets: `start` in front, the last one gone, -100 as padding."""
-    shifted = jnp.concatenate([jnp.full_like(labels[:, :1], start), labels[:, :-1]], axis=1)
-    return jnp.where(shifted == -100, pad, shifted)
-
-
 class SpeechEncoderDecoderModel(nnx.Module):
-    """§4, speech translation: XLS-R, its frames shortened to 160 ms, and mBART's decoder."""
+    """§4, speech translation: XLS-R, its frames shortened to 160 ms, and mBART's decoder.
+
+    Any encoder of the family and any decoder of `DECODERS` fit: with wav2vec 2.0 and Speech2Text2's decoder this is
+    the model of arXiv 2104.06678.
+    """
 
     def __init__(
         self,
@@ -182,8 +205,8 @@ class SpeechEncoderDecoderModel(nnx.Module):
         rngs: nnx.Rngs,
     ):
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.encoder = Wav2Vec2Model(config.encoder, **kwargs)
-        self.decoder = MBartForCausalLM(config.decoder, **kwargs)
+        self.encoder = ENCODERS[config.encoder_type][1](config.encoder, **kwargs)
+        self.decoder = DECODERS[config.decoder_type][1](config.decoder, **kwargs)
         if config.encoder.head_size != config.decoder.d_model:
             self.enc_to_dec_proj = Linear(config.encoder.head_size, config.decoder.d_model, **kwargs)
         self.config = config
@@ -243,12 +266,18 @@ class SpeechEncoderDecoderModel(nnx.Module):
         returned = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         keys = [None, None] if key is None else list(jax.random.split(key))
         encoded, mask = self.encode(input_values, attention_mask, key=keys[0], **returned, **options)
-        logits, decoded = self.decoder(
-            decoder_input_ids, decoder_attention_mask, encoded.last_hidden_state, mask, key=keys[1], **returned
+        decoded = self.decoder(
+            decoder_input_ids,
+            decoder_attention_mask,
+            encoded.last_hidden_state,
+            mask,
+            labels=labels,
+            key=keys[1],
+            **returned,
         )
         return Seq2SeqLMOutput(
-            loss=None if labels is None else cross_entropy(logits, jnp.asarray(labels)),
-            logits=logits,
+            loss=decoded.loss,
+            logits=decoded.logits,
             decoder_hidden_states=decoded.hidden_states,
             decoder_attentions=decoded.attentions,
             cross_attentions=decoded.cross_attentions,
@@ -317,28 +346,8 @@ def _generate(
     decoder = model.decoder.model.decoder
     cache = decoder.start(encoded.last_hidden_state, prompt.shape[1] + config.new_tokens(prompt.shape[1]))
 
-    def step(tokens: jax.Array, cache: Any, position: Any) -> tuple[jax.Array, Any]:
-        own, source, source_mask = cache
-        past = MBartCache(tuple(KeyValues(k.value, v.value) for k, v in own), source.value)
-        beams = 1 if source_mask.value is None else len(tokens) // len(source_mask.value)
-        rows = None if source_mask.value is None else jnp.repeat(source_mask.value, beams, axis=0)
-        logits, decoded = model.decoder(
-            tokens, encoder_attention_mask=rows, past_key_values=past, cache_position=position
-        )
-        return logits[:, -1], _marked(decoded.past_key_values, source_mask.value)
+    def decode(tokens: Any, rows: Any, past: MBartCache, position: Any) -> tuple[jax.Array, MBartCache]:
+        out = model.decoder(tokens, encoder_attention_mask=rows, past_key_values=past, cache_position=position)
+        return out.logits, out.past_key_values
 
-    return generate(
-        step,
-        _marked(cache, mask),
-        prompt,
-        config,
-        prefill=lambda tokens, cache: step(tokens, cache, 0),
-        key=key,
-        streamer=streamer,
-    )
-
-
-def _marked(cache: MBartCache, mask: jax.Array | None) -> Any:
-    """Tell the search which arrays grow with the tokens and which all beams share."""
-    own = tuple((Growing(kv.key, 2), Growing(kv.value, 2)) for kv in cache.self_attention)
-    return own, Shared(cache.cross_attention), Shared(mask)
+    return continue_text(decode, cache, mask, prompt, config, key=key, streamer=streamer)

@@ -79,19 +79,19 @@ def pad_batch(
     pad_to_multiple_of: int | None = None,
     padding_value: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Waveforms of one length, and which samples are real.
+    """Waveforms, or frames of features, of one length, and which of them are real.
 
     Args:
-        waveforms: float32 `(time,)` each.
+        waveforms: float32 `(time,)` or `(time, channels)` each.
         padding: `True` or "longest"; "max_length" (what is longer stays, unless there is `truncation`); `False` or
             "do_not_pad" (then they must have one length already).
-        max_length: samples.
+        max_length: samples, or frames.
         truncation: cut what is longer than `max_length`.
         pad_to_multiple_of: round the length up to a multiple.
         padding_value: what fills.
 
     Returns:
-        float32 `(batch, time)` and an int32 mask of 0 and 1 of the same shape.
+        float32 `(batch, time)` or `(batch, time, channels)`, and an int32 mask of 0 and 1, `(batch, time)`.
     """
     if padding not in (True, False, "longest", "max_length", "do_not_pad"):
         raise UsageError(f"There is no padding '{padding}'; choose longest, max_length or do_not_pad.")
@@ -111,9 +111,9 @@ def pad_batch(
         length = max(length, rounded(max_length))
     elif min(lengths) < length:
         raise UsageError(
-            f"Waveforms of {min(lengths)} to {length} samples do not make one array; choose padding='longest'."
+            f"Recordings of {min(lengths)} to {length} steps do not make one array; choose padding='longest'."
         )
-    batch = np.full((len(waveforms), length), padding_value, np.float32)
+    batch = np.full((len(waveforms), length, *waveforms[0].shape[1:]), padding_value, np.float32)
     mask = np.zeros((len(waveforms), length), np.int32)
     for row, waveform in enumerate(waveforms):
         batch[row, : len(waveform)] = waveform

@@ -11,6 +11,7 @@ import numpy as np
 
 from audiozoo.errors import SourceError, UsageError
 from audiozoo.processors import read_json
+from audiozoo.processors.speech_to_text_2 import Speech2Text2Processor
 from audiozoo.processors.wav2vec2 import Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 
 # arXiv 2008.00401, Table 1: the 25 of mBART and 27 more, in the order of their tokens.
@@ -99,7 +100,7 @@ class MBart50Tokenizer:
 
 
 class XLSRProcessor(Wav2Vec2Processor):
-    """wav2vec 2.0's processor, with letters or, of a checkpoint that translates, with mBART-50's pieces."""
+    """wav2vec 2.0's processor, with letters; of a checkpoint that translates, mBART-50's or Speech2Text2's pieces."""
 
     def __init__(self, feature_extractor: Wav2Vec2FeatureExtractor, tokenizer: Any = None) -> None:
         super().__init__(feature_extractor, tokenizer)
@@ -108,6 +109,9 @@ class XLSRProcessor(Wav2Vec2Processor):
     def from_directory(cls, directory: str | os.PathLike[str], target_lang: str | None = None) -> XLSRProcessor:
         """From the files of a checkpoint directory."""
         folder = Path(directory)
+        if Speech2Text2Processor.recognise(folder):
+            found: Any = Speech2Text2Processor.from_directory(folder, target_lang)
+            return cls(found.feature_extractor, found.tokenizer)
         if not (folder / "sentencepiece.bpe.model").is_file():
             found = Wav2Vec2Processor.from_directory(folder, target_lang)
             return cls(found.feature_extractor, found._tokenizer)

@@ -1,0 +1,283 @@
+r"""# Speech2Text2: Large-Scale Self- and Semi-Supervised Learning for Speech Translation
+
+Changhan Wang, Anne Wu, Juan Pino, Alexei Baevski, Michael Auli, Alexis Conneau, 2021, arXiv 2104.06678.
+
+A translator of speech whose ears were trained on speech alone: wav2vec 2.0, pre-trained on 60,000 hours of Libri-Light,
+gets a small Transformer decoder, and both are trained on what few translations there are. What the paper adds is data
+for nothing: the translator's own output on unlabelled speech is trained on once more (self-training), and a language
+model of the target language, trained on web text, has a say in the beam search.
+
+    waveform ── wav2vec 2.0 LARGE (Libri-Light) ──> (frames, 1024) ── linear ──> memory (frames, d)
+    </s> y_1 y_2 … ── embedding · √d + sinusoids ── N × [causal self-attention ── LN, attention to memory ── LN,
+      MLP ── LN] ── head ──> log p(y_t | y_<t, x) + λ log p_LM(y_t | y_<t) ── beam search ──> translation
+
+| paper | here |
+| --- | --- |
+| §2, Transformer decoder, LayerNorm after each part | `Speech2Text2Decoder`, `Speech2Text2DecoderLayer` |
+| §2, decoder with its head | `Speech2Text2ForCausalLM`, `Speech2Text2Config` |
+| §2, wav2vec 2.0 with the decoder behind it | `audiozoo.models.xls_r.SpeechEncoderDecoderModel` |
+| §2, self-training on unlabelled speech | `pseudo_labels` |
+| §2, decoding with a language model | `LanguageModelFusion`, `translate` |
+
+What differs from fairseq S2T's decoder, whose sinusoids and embedding it has: each LayerNorm comes after its part's
+residual sum instead of before the part, so there is none at the end; and in the released checkpoints the head is a
+matrix of its own. Any encoder of wav2vec 2.0's family can stand before it, frozen or not.
+
+Checkpoints: `facebook/s2t-wav2vec2-large-en-{de,tr,ca,ar}`. They load as a `SpeechEncoderDecoderModel`. `transformers`
+lost this decoder with version 5; what `audiozoo.export` writes opens in 4.40.2, the last to run it.
+
+    import audiozoo
+    model = audiozoo.load("facebook/s2t-wav2vec2-large-en-de")
+    processor = audiozoo.load_processor("facebook/s2t-wav2vec2-large-en-de")
+    inputs = processor(waveform, sampling_rate=16_000)
+    tokens = model.generate(**inputs, num_beams=5, max_length=200)
+    text = processor.batch_decode(tokens, skip_special_tokens=True)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from audiozoo.decoding import GenerateOutput, GenerationConfig
+from audiozoo.layers import Dropout, KeyValues, Linear, activation
+from audiozoo.models.mbart import MBartCache, MBartConfig, MBartDecoderLayer, MBartForCausalLM, continue_text
+from audiozoo.models.speech_to_text import Speech2TextDecoder
+
+
+@dataclass(frozen=True)
+class Speech2Text2Config:
+    """Sizes of a decoder; by default those of the released checkpoint's configuration class."""
+
+    vocab_size: int = 10_000  # pieces of words; 10,224 in English to German
+    d_model: int = 256  # width
+    decoder_layers: int = 6  # blocks; 7 in the released checkpoints
+    decoder_attention_heads: int = 4  # heads
+    decoder_ffn_dim: int = 2048  # width inside the MLP
+    activation_function: str = "relu"  # of the MLP
+    dropout: float = 0.1  # after embedding, attention and MLP
+    attention_dropout: float = 0.0  # on attention weights
+    activation_dropout: float = 0.0  # inside the MLP
+    decoder_layerdrop: float = 0.0  # chance that training skips a block
+    init_std: float = 0.02  # standard deviation that embeddings start from
+    scale_embedding: bool = True  # multiply embeddings by √d_model
+    tie_word_embeddings: bool = True  # logits by the embedding itself; not so in the released checkpoints
+    max_target_positions: int = 1024  # tokens in training; positions go on beyond
+    pad_token_id: int = 1  # padding
+    eos_token_id: int = 2  # ends a text, and begins the decoder's
+
+    @property
+    def text(self) -> MBartConfig:
+        """The same in the terms of mBART's decoder, whose parts it is made of."""
+        return MBartConfig(
+            vocab_size=self.vocab_size,
+            max_position_embeddings=self.max_target_positions,
+            d_model=self.d_model,
+            decoder_layers=self.decoder_layers,
+            decoder_attention_heads=self.decoder_attention_heads,
+            decoder_ffn_dim=self.decoder_ffn_dim,
+            activation_function=self.activation_function,
+            dropout=self.dropout,
+            attention_dropout=self.attention_dropout,
+            activation_dropout=self.activation_dropout,
+            decoder_layerdrop=self.decoder_layerdrop,
+            init_std=self.init_std,
+            scale_embedding=self.scale_embedding,
+            tie_word_embeddings=self.tie_word_embeddings,
+            pad_token_id=self.pad_token_id,
+            eos_token_id=self.eos_token_id,
+        )
+
+    @classmethod
+    def covost_en_de(cls) -> Speech2Text2Config:
+        """Not in the paper; the decoder in the released checkpoint of English to German: 7 blocks, its own head."""
+        return cls(vocab_size=10_224, decoder_layers=7, tie_word_embeddings=False)
+
+
+class Speech2Text2DecoderLayer(MBartDecoderLayer):
+    r"""§2: $x \leftarrow \operatorname{LN}(x + f(x))$ for self-attention, attention to the encoder and MLP."""
+
+    def __call__(
+        self,
+        x: Float[Array, "batch time d_model"],
+        dropout: Dropout,
+        past: KeyValues | None,
+        position: int | Int[Array, ""],
+        mask: Bool[Array, "#batch 1 time keys"],
+        source: KeyValues | None,
+        source_mask: Bool[Array, "#batch 1 #time frames"] | None,
+        need_weights: bool = True,
+    ) -> tuple[Float[Array, "batch time d_model"], KeyValues, jax.Array | None, jax.Array | None]:
+        """One block: its output, its keys and values so far and, if needed, the self- and cross-attention weights."""
+        config = self.config
+        key_values = self.self_attn.key_values(x)
+        if past is not None:
+            key_values = past.write(key_values, position)
+        attention, weights = self.self_attn(x, key_values, mask=mask, dropout=dropout, need_weights=need_weights)
+        x = self.self_attn_layer_norm(x + dropout(attention, config.dropout))
+        cross_weights = None
+        if source is not None:
+            attention, cross_weights = self.encoder_attn(
+                x, source, mask=source_mask, dropout=dropout, need_weights=need_weights
+            )
+            x = self.encoder_attn_layer_norm(x + dropout(attention, config.dropout))
+        hidden = activation(config.activation_function)(self.fc1(x))
+        hidden = self.fc2(dropout(hidden, config.activation_dropout))
+        return self.final_layer_norm(x + dropout(hidden, config.dropout)), key_values, weights, cross_weights
+
+
+class Speech2Text2Decoder(Speech2TextDecoder):
+    """§2: scaled token embeddings with positions, post-norm blocks, and no LayerNorm at the end."""
+
+    layer_class: ClassVar[Any] = Speech2Text2DecoderLayer
+    last_norm: ClassVar[bool] = False
+
+
+class Speech2Text2DecoderWrapper(nnx.Module):
+    """Not in the paper; in the released checkpoints: a level of names around the decoder."""
+
+    def __init__(self, config: Speech2Text2Config, **kwargs: Any):
+        self.decoder = Speech2Text2Decoder(config.text, **kwargs)
+
+
+class Speech2Text2ForCausalLM(MBartForCausalLM):
+    """§2: the decoder with its head, called as `MBartForCausalLM` is; by itself it is a language model."""
+
+    def __init__(
+        self, config: Speech2Text2Config, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
+    ):
+        kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.model = Speech2Text2DecoderWrapper(config, **kwargs)  # type: ignore[assignment]
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.d_model, config.vocab_size, use_bias=False, **kwargs)
+        self.config = config  # type: ignore[assignment]
+
+
+# --- §2, decoding with a language model -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LanguageModelFusion:
+    r"""§2, shallow fusion: $\log p(y_t \mid y_{<t}, x) + \lambda \log p_{LM}(y_t \mid y_{<t})$ at every step.
+
+    Attributes:
+        model: a decoder without an encoder, of the same vocabulary (`Speech2Text2ForCausalLM`, `MBartForCausalLM`).
+        weight: λ.
+    """
+
+    model: Any
+    weight: float = 0.3
+
+
+def translate(
+    model: Any,
+    input_values: Float[Array, "batch samples"],
+    attention_mask: Int[Array, "batch samples"] | None = None,
+    *,
+    fusion: LanguageModelFusion | None = None,
+    **options: Any,
+) -> Int[np.ndarray, "rows tokens"] | GenerateOutput:
+    """§2: what `model.generate` does, with a language model in the beam search.
+
+    Args:
+        model: a `SpeechEncoderDecoderModel`.
+        input_values: waveforms at 16 kHz.
+        attention_mask: 1 for a sample of the recording, 0 for padding behind it.
+        fusion: the language model and its weight; without it this is `model.generate`.
+        options: as for `transformers.generate`; five beams by default.
+
+    Returns:
+        Tokens, the beginning included, padded to the longest; with `return_dict_in_generate=True` a `GenerateOutput`.
+    """
+    config = model.config
+    defaults: dict[str, Any] = {
+        "num_beams": 5,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+        "forced_eos_token_id": config.eos_token_id,
+    }
+    if fusion is None:
+        return model.generate(input_values, attention_mask, **(defaults | options))
+    chosen = GenerationConfig(**(defaults | options))
+    prompt = jnp.full((len(input_values), 1), config.decoder_start_token_id, jnp.int32)
+    mask = None if attention_mask is None else jnp.asarray(attention_mask)
+    output = _translate(
+        *nnx.split(model),
+        *nnx.split(fusion.model),
+        jnp.asarray(input_values),
+        mask,
+        prompt,
+        jnp.float32(fusion.weight),
+        config=chosen,
+    ).trim()
+    return output if chosen.return_dict_in_generate else np.asarray(output.sequences)
+
+
+@partial(jax.jit, static_argnames=("graphdef", "language_graphdef", "config"))
+def _translate(
+    graphdef: Any,
+    state: Any,
+    language_graphdef: Any,
+    language_state: Any,
+    input_values: jax.Array,
+    attention_mask: jax.Array | None,
+    prompt: jax.Array,
+    weight: jax.Array,
+    *,
+    config: GenerationConfig,
+) -> GenerateOutput:
+    model, language = nnx.merge(graphdef, state), nnx.merge(language_graphdef, language_state)
+    encoded, mask = model.encode(input_values, attention_mask)
+    memory = encoded.last_hidden_state
+    room = prompt.shape[1] + config.new_tokens(prompt.shape[1])
+    translator, author = model.decoder.model.decoder, language.model.decoder
+    own = author.start(jnp.zeros((len(memory), 1, author.config.d_model), memory.dtype), room).self_attention
+    start = translator.start(memory, room)
+    blocks = len(start.self_attention)
+    # One cache for both: the translator's blocks, then those of the language model, which attend to no encoder.
+    cache = MBartCache((*start.self_attention, *own), start.cross_attention)
+
+    def decode(tokens: Any, rows: Any, past: MBartCache, position: Any) -> tuple[jax.Array, MBartCache]:
+        heard = MBartCache(past.self_attention[:blocks], past.cross_attention)
+        read = MBartCache(past.self_attention[blocks:], (None,) * len(own))  # type: ignore[arg-type]
+        said = model.decoder(tokens, encoder_attention_mask=rows, past_key_values=heard, cache_position=position)
+        liked = language(tokens, past_key_values=read, cache_position=position)
+        scores = jax.nn.log_softmax(said.logits) + weight * jax.nn.log_softmax(liked.logits)
+        states = (*said.past_key_values.self_attention, *liked.past_key_values.self_attention)
+        return scores, MBartCache(states, past.cross_attention)
+
+    return continue_text(decode, cache, mask, prompt, config)
+
+
+# --- §2, self-training ------------------------------------------------------------------------------------------------
+
+
+def pseudo_labels(
+    model: Any,
+    batches: Sequence[dict[str, Any]],
+    *,
+    fusion: LanguageModelFusion | None = None,
+    ignored: int = -100,
+    **options: Any,
+) -> Iterator[Int[np.ndarray, "batch tokens"]]:
+    """§2: translations of unlabelled speech by the model itself, as the `labels` of a second round of training.
+
+    Args:
+        model: a `SpeechEncoderDecoderModel`, trained on the translations that there are.
+        batches: the processor's outputs.
+        fusion: a language model to search with.
+        ignored: the label of padding.
+        options: of `translate`.
+    """
+    for batch in batches:
+        tokens = np.asarray(translate(model, **batch, fusion=fusion, **options))[:, 1:]
+        ended = np.cumsum(tokens == model.config.eos_token_id, axis=1) - (tokens == model.config.eos_token_id) > 0
+        yield np.where(ended, ignored, tokens)

@@ -1,0 +1,420 @@
+"""fairseq S2T's processor: normalised Kaldi filterbanks in, pieces of words out."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from audiozoo.audio.features import double_precision_on_cpu, kaldi_fbank
+from audiozoo.errors import CheckpointError, SourceError, UsageError
+from audiozoo.processors import check_return_tensors, pad_batch, read_json, waveform_batch, write_json
+
+VARIANCE_FLOOR = 1e-10  # of fairseq
+CHUNK = 512  # frames that one row of a compiled program transforms
+ROWS = 16  # such rows at a time, at most
+LANGUAGES = {"mustc": ("pt", "fr", "ru", "nl", "ro", "it", "es", "de")}
+
+
+@partial(jax.jit, static_argnames=("n_mels", "sampling_rate", "dither"))
+def _fbank(x: jax.Array, n_mels: int, sampling_rate: int, dither: float = 0.0, key: Any = None) -> jax.Array:
+    return kaldi_fbank(x * 2**15, n_mels, sampling_rate, dither=dither, key=key)
+
+
+def filterbanks(
+    waveforms: Sequence[Float[np.ndarray, " time"]],
+    n_mels: int = 80,
+    sampling_rate: int = 16_000,
+    *,
+    dither: float = 0.0,
+    key: jax.Array | None = None,
+) -> list[Float[np.ndarray, "frames mels"]]:
+    """Kaldi's log-mel energies of waveforms in [-1, 1], scaled to 16-bit integers; frames of 25 ms every 10 ms.
+
+    All waveforms are cut into stretches of 512 frames, which a program transforms sixteen at a time, in float64 on the
+    CPU: no length compiles anew, and an hour takes two seconds.
+
+    Args:
+        waveforms: of at least one frame each.
+        n_mels: bands.
+        sampling_rate: Hz.
+        dither: standard deviation of noise in units of 16-bit integers; needs `key`.
+        key: of `jax.random`.
+
+    Returns:
+        float32.
+    """
+    hop, window = int(sampling_rate * 0.010), int(sampling_rate * 0.025)
+    counts = [1 + (len(w) - window) // hop for w in waveforms]
+    pieces = [(row, start) for row, count in enumerate(counts) for start in range(0, count, CHUNK)]
+    features = [np.empty((count, n_mels), np.float32) for count in counts]
+    samples = (CHUNK - 1) * hop + window
+    for first in range(0, len(pieces), ROWS):
+        part = pieces[first : first + ROWS]
+        batch = np.zeros((1 << (len(part) - 1).bit_length(), samples))
+        for filled, (row, start) in zip(batch, part, strict=False):
+            stretch = waveforms[row][start * hop : start * hop + samples]
+            filled[: len(stretch)] = stretch
+        noise = None if key is None else jax.random.fold_in(key, first)
+        with double_precision_on_cpu():
+            done = np.asarray(_fbank(jnp.asarray(batch), n_mels, sampling_rate, dither, noise))
+        for transformed, (row, start) in zip(done, part, strict=False):
+            target = features[row][start : start + CHUNK]
+            target[...] = transformed[: len(target)]
+    return features
+
+
+def utterance_cmvn(
+    features: Float[np.ndarray, "frames mels"], means: bool = True, variances: bool = True
+) -> Float[np.ndarray, "frames mels"]:
+    r"""Each band to mean 0 and variance 1 over the utterance: $(x - \mu) / \sqrt{\max(\sigma^2, 10^{-10})}$.
+
+    The floor is fairseq's. `transformers` has none, and makes digital silence infinite.
+    """
+    x = features.astype(np.float64)
+    mean, variance = x.mean(axis=0), x.var(axis=0)
+    if means:
+        x = x - mean
+    if variances:
+        x = x / np.sqrt(np.maximum(variance, VARIANCE_FLOOR))
+    return x.astype(np.float32)
+
+
+class Speech2TextFeatureExtractor:
+    """Waveforms to model inputs; the arguments are the fields of `preprocessor_config.json`.
+
+    Args:
+        feature_size: mel bands, as files call them twice.
+        sampling_rate: Hz.
+        num_mel_bins: mel bands.
+        padding_value: what shorter utterances are padded with, after normalisation.
+        dither: noise against digital silence, in units of 16-bit integers; 0 in the released checkpoints.
+        do_ceptral_normalize: whether to normalise at all (so spelt in the files).
+        normalize_means: bring each band to mean 0.
+        normalize_vars: bring each band to variance 1.
+    """
+
+    def __init__(
+        self,
+        feature_size: int = 80,
+        sampling_rate: int = 16_000,
+        num_mel_bins: int = 80,
+        padding_value: float = 0.0,
+        dither: float = 0.0,
+        do_ceptral_normalize: bool = True,
+        normalize_means: bool = True,
+        normalize_vars: bool = True,
+    ) -> None:
+        self.feature_size = feature_size
+        self.sampling_rate = sampling_rate
+        self.num_mel_bins = num_mel_bins
+        self.padding_value = padding_value
+        self.dither = dither
+        self.do_ceptral_normalize = do_ceptral_normalize
+        self.normalize_means = normalize_means
+        self.normalize_vars = normalize_vars
+
+    @classmethod
+    def from_directory(cls, directory: str | os.PathLike[str]) -> Speech2TextFeatureExtractor:
+        """From `preprocessor_config.json` or `processor_config.json`; else the defaults."""
+        folder = Path(directory)
+        if not folder.is_dir():
+            raise SourceError(f"There is no directory '{folder}'.")
+        config: dict[str, Any] = {}
+        if (folder / "preprocessor_config.json").is_file():
+            config = read_json(folder / "preprocessor_config.json")
+        elif (folder / "processor_config.json").is_file():
+            config = read_json(folder / "processor_config.json").get("feature_extractor", {})
+        kind = config.get("feature_extractor_type", cls.__name__)
+        if kind != cls.__name__:
+            raise CheckpointError(f"'{folder}' holds the settings of a {kind}, not of fairseq S2T's features.")
+        return cls(**{name: config[name] for name in vars(cls()) if name in config})
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write `preprocessor_config.json` as `transformers` does."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        fields = {**vars(self), "padding_side": "right", "feature_extractor_type": type(self).__name__}
+        write_json(
+            folder / "preprocessor_config.json", dict(sorted((fields | {"return_attention_mask": True}).items()))
+        )
+
+    def __call__(
+        self,
+        raw_speech: Any,
+        sampling_rate: int | None = None,
+        *,
+        padding: bool | str = True,
+        max_length: int | None = None,
+        truncation: bool = False,
+        pad_to_multiple_of: int | None = None,
+        return_attention_mask: bool | None = None,
+        return_tensors: str | None = None,
+        key: jax.Array | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Features of one waveform or of a batch of any lengths.
+
+        Args:
+            raw_speech: float waveform `(time,)`, array `(batch, time)`, or list of waveforms.
+            sampling_rate: Hz of `raw_speech`, to be checked.
+            padding: `True` or "longest", "max_length", or `False` (then all must have one length).
+            max_length: frames.
+            truncation: cut what is longer than `max_length`, before it is normalised.
+            pad_to_multiple_of: round the frames up.
+            return_attention_mask: leave the mask out if False.
+            return_tensors: "np" or `None`; results are NumPy arrays.
+            key: randomness of `dither`.
+
+        Returns:
+            `input_features` float32 `(batch, frames, num_mel_bins)` and `attention_mask` int32 `(batch, frames)`.
+
+        Raises:
+            AudioError: empty, not finite, integer, stereo, at another rate, or shorter than one window (25 ms).
+        """
+        check_return_tensors(return_tensors)
+        window = int(self.sampling_rate * 0.025)
+        waveforms = waveform_batch(raw_speech, sampling_rate, self.sampling_rate, minimum_samples=window)
+        if self.dither and key is None:
+            raise UsageError("Dither is random: give the processor a key of jax.random.")
+        features = filterbanks(waveforms, self.num_mel_bins, self.sampling_rate, dither=self.dither, key=key)
+        if truncation and max_length is not None:
+            longest = (
+                max_length if not pad_to_multiple_of else -(-max_length // pad_to_multiple_of) * pad_to_multiple_of
+            )
+            features = [x[:longest] for x in features]
+        if self.do_ceptral_normalize:
+            features = [utterance_cmvn(x, self.normalize_means, self.normalize_vars) for x in features]
+        batch, mask = pad_batch(
+            features,
+            padding,
+            max_length=max_length,
+            truncation=truncation,
+            pad_to_multiple_of=pad_to_multiple_of,
+            padding_value=self.padding_value,
+        )
+        inputs = {"input_features": batch}
+        return inputs if return_attention_mask is False else inputs | {"attention_mask": mask}
+
+
+class Speech2TextTokenizer:
+    """Pieces of words: SentencePiece cuts the text, a vocabulary of its own numbers the pieces.
+
+    Args:
+        encoder: tokens and their numbers.
+        model: a SentencePiece model's file (`sentencepiece.bpe.model`).
+        do_upper_case: decoded text in capitals.
+        do_lower_case: text to encode in small letters.
+        lang_codes: "mustc" for the multilingual checkpoint, whose texts begin with a language.
+        tgt_lang: the language of the texts.
+
+    Raises:
+        SourceError: if there is no such file.
+        CheckpointError: if special tokens are missing.
+        UsageError: if there is no such language.
+    """
+
+    def __init__(
+        self,
+        encoder: dict[str, int],
+        model: str | os.PathLike[str],
+        do_upper_case: bool = False,
+        do_lower_case: bool = False,
+        lang_codes: str | None = None,
+        tgt_lang: str | None = None,
+    ) -> None:
+        import sentencepiece
+
+        if not Path(model).is_file():
+            raise SourceError(f"There is no file {model}.")
+        if missing := [token for token in ("<s>", "<pad>", "</s>", "<unk>") if token not in encoder]:
+            raise CheckpointError(f"The vocabulary has no {', '.join(missing)}.")
+        self.encoder = dict(encoder)
+        self.decoder = {index: token for token, index in encoder.items()}
+        self.file = Path(model)
+        self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
+        self.do_upper_case, self.do_lower_case = do_upper_case, do_lower_case
+        self.bos_token_id, self.pad_token_id = encoder["<s>"], encoder["<pad>"]
+        self.eos_token_id, self.unk_token_id = encoder["</s>"], encoder["<unk>"]
+        self.lang_codes = lang_codes
+        languages = [token[6:-1] for token in encoder if re.fullmatch(r"<lang:\w+>", token)]
+        if lang_codes is not None:
+            languages = [code for code in LANGUAGES.get(lang_codes, ()) if code in languages] or languages
+        self.lang_code_to_id = {code: encoder[f"<lang:{code}>"] for code in languages}
+        self.tgt_lang: str | None = None
+        if self.lang_code_to_id:
+            self.set_target_lang(tgt_lang or next(iter(self.lang_code_to_id)))
+        elif tgt_lang is not None:
+            self.tgt_lang = tgt_lang  # of a checkpoint with one language, which needs no token
+        special = ["<s>", "</s>", "<unk>", "<pad>", *(f"<lang:{code}>" for code in languages)]
+        self.special = {token: encoder[token] for token in special}
+        self._cut = re.compile("(" + "|".join(map(re.escape, special)) + ")")
+
+    @classmethod
+    def from_directory(cls, directory: str | os.PathLike[str], target_lang: str | None = None) -> Speech2TextTokenizer:
+        """From `vocab.json` and `sentencepiece.bpe.model`, or from fairseq's `X.txt` and `X.model`."""
+        folder = Path(directory)
+        config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+        if (folder / "vocab.json").is_file():
+            return cls(
+                read_json(folder / "vocab.json"),
+                folder / "sentencepiece.bpe.model",
+                bool(config.get("do_upper_case", False)),
+                bool(config.get("do_lower_case", False)),
+                config.get("lang_codes"),
+                target_lang or config.get("tgt_lang"),
+            )
+        models = [model for model in sorted(folder.glob("*.model")) if model.with_suffix(".txt").is_file()]
+        if len(models) != 1:
+            count = "several files" if models else "no file"
+            raise SourceError(f"'{folder}' has no vocab.json, and {count} X.model with an X.txt beside it.")
+        tokens = [line.rsplit(" ", 1)[0] for line in models[0].with_suffix(".txt").read_text("utf-8").splitlines()]
+        encoder = {token: i for i, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", *tokens])}
+        return cls(encoder, models[0], tgt_lang=target_lang)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the files that `from_directory` and `transformers` read."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "vocab.json", self.encoder)
+        (folder / "sentencepiece.bpe.model").write_bytes(self.file.read_bytes())
+        fields = {"do_upper_case": self.do_upper_case, "do_lower_case": self.do_lower_case, "tgt_lang": self.tgt_lang}
+        fields |= {"lang_codes": self.lang_codes, "tokenizer_class": type(self).__name__}
+        write_json(folder / "tokenizer_config.json", fields)
+
+    def __len__(self) -> int:
+        return len(self.encoder)
+
+    def set_target_lang(self, target_lang: str) -> None:
+        """Choose the language of the texts.
+
+        Raises:
+            UsageError: if there is no such language.
+        """
+        if target_lang not in self.lang_code_to_id:
+            known = ", ".join(self.lang_code_to_id) or "none to choose"
+            raise UsageError(f"There is no language {target_lang!r}; there are {known}.")
+        self.tgt_lang = target_lang
+
+    def tokenize(self, text: str) -> list[str]:
+        """The pieces of a text; special tokens written out in it stay whole."""
+        pieces: list[str] = []
+        for part in self._cut.split(text):
+            if part in self.special:
+                pieces.append(part)
+            elif part:
+                pieces += self.pieces.encode(part.lower() if self.do_lower_case else part, out_type=str)
+        return pieces
+
+    def __call__(self, text: str | Sequence[str], padding: bool = False) -> dict[str, Any]:
+        """Tokens of a text or several: the language if there are several, its pieces, `</s>`."""
+        texts = [text] if isinstance(text, str) else list(text)
+        prefix = [self.lang_code_to_id[self.tgt_lang]] if self.lang_code_to_id and self.tgt_lang else []
+        rows = []
+        for line in texts:
+            ids = [self.encoder.get(piece, self.unk_token_id) for piece in self.tokenize(line)]
+            rows.append([*prefix, *ids, self.eos_token_id])
+        longest = max(map(len, rows)) if padding else 0
+        mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+        rows = [row + [self.pad_token_id] * (longest - len(row)) for row in rows]
+        if isinstance(text, str):
+            return {"input_ids": rows[0], "attention_mask": mask[0]}
+        return {"input_ids": rows, "attention_mask": mask}
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> str:
+        """The text of tokens; with `skip_special_tokens` without languages, padding and ends."""
+        text = ""
+        pieces: list[str] = []
+
+        def spoken() -> str:
+            line = self.pieces.decode(pieces)
+            return line.upper() if self.do_upper_case else line
+
+        for index in np.asarray(token_ids).reshape(-1).tolist():
+            token = self.decoder.get(index, "<unk>")
+            if token not in self.special:
+                pieces.append(token)
+            elif not skip_special_tokens:
+                text += spoken() + token + " "
+                pieces = []
+        return (text + spoken()).strip()
+
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False) -> list[str]:
+        """`decode` of every row."""
+        return [self.decode(row, skip_special_tokens) for row in sequences]
+
+
+class Speech2TextProcessor:
+    """Feature extractor and tokenizer of one checkpoint, called as the `transformers` class is.
+
+    Attributes:
+        feature_extractor: waveforms to filterbanks.
+        tokenizer: pieces of words.
+    """
+
+    def __init__(self, feature_extractor: Speech2TextFeatureExtractor, tokenizer: Speech2TextTokenizer) -> None:
+        self.feature_extractor = feature_extractor
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_directory(cls, directory: str | os.PathLike[str], target_lang: str | None = None) -> Speech2TextProcessor:
+        """From the files of a checkpoint directory."""
+        tokenizer = Speech2TextTokenizer.from_directory(directory, target_lang)
+        return cls(Speech2TextFeatureExtractor.from_directory(directory), tokenizer)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the files that `from_directory` and `transformers` read."""
+        self.feature_extractor.save(directory)
+        self.tokenizer.save(directory)
+
+    def __call__(
+        self,
+        audio: Any = None,
+        sampling_rate: int | None = None,
+        *,
+        text: str | Sequence[str] | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Model inputs of audio, of text, or of both for training.
+
+        Args:
+            audio: see `Speech2TextFeatureExtractor.__call__`, which also takes `options`.
+            sampling_rate: Hz of `audio`.
+            text: a text or several; alone, `options` are those of the tokenizer.
+            options: passed on.
+
+        Returns:
+            `input_features` and `attention_mask` of audio; `input_ids` of text; of both, the former and `labels`,
+            padded with -100.
+        """
+        if audio is None:
+            if text is None:
+                raise UsageError("Give the processor audio, text, or both.")
+            return self.tokenizer(text, **options)
+        inputs: dict[str, Any] = dict(self.feature_extractor(audio, sampling_rate, **options))
+        if text is not None:
+            rows = [self.tokenizer(t)["input_ids"] for t in ([text] if isinstance(text, str) else text)]
+            labels = np.full((len(rows), max(map(len, rows))), -100, np.int32)
+            for row, ids in zip(labels, rows, strict=True):
+                row[: len(ids)] = ids
+            inputs["labels"] = labels
+        return inputs
+
+    def set_target_lang(self, target_lang: str) -> None:
+        """See `Speech2TextTokenizer.set_target_lang`."""
+        self.tokenizer.set_target_lang(target_lang)
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> str:
+        """See `Speech2TextTokenizer.decode`."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens)
+
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False) -> list[str]:
+        """`decode` of every row."""
+        return self.tokenizer.batch_decode(sequences, skip_special_tokens)
