@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -48,16 +49,18 @@ class Fsdp:
 
     min_size: int
     axis: str
+    combine: bool = False
 
 
-def fsdp(min_size: int = 1 << 16, axis: str = "data") -> Fsdp:
+def fsdp(min_size: int = 1 << 16, axis: str = "data", combine: bool = False) -> Fsdp:
     """Fully sharded data parallelism for what no rule has divided: the longest axis that divides evenly is split.
 
     Args:
         min_size: parameters with fewer elements stay replicated; gathering them costs more than it saves.
         axis: the mesh axis to split over. If the mesh does not have it, parameters are replicated.
+        combine: also split what a rule has divided already, along another of its axes.
     """
-    return Fsdp(min_size, axis)
+    return Fsdp(min_size, axis, combine)
 
 
 # Tensor parallelism after Megatron-LM (Shoeybi et al. 2019, §3): the projections that open a block (q, k, v, fc1) split
@@ -72,6 +75,10 @@ TRANSFORMER: tuple[Rule, ...] = (
 )
 
 DEFAULT_RULES: tuple[Rule | Fsdp, ...] = (*TRANSFORMER, fsdp())
+
+# For training, on a mesh with any of the axes `data`, `fsdp` and `tensor`: parameters and the optimiser's moments lie
+# divided over `fsdp` and `tensor`, and in copies over `data`.
+TRAINING_RULES: tuple[Rule | Fsdp, ...] = (*TRANSFORMER, fsdp(1 << 12, "fsdp", combine=True))
 
 Rules = Sequence["Rule | Fsdp | tuple[str, P]"]
 
@@ -100,9 +107,32 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes), devices=devices)
 
 
-def batch_sharding(mesh: Mesh, axis: str = "data") -> NamedSharding:
-    """The sharding of a batch: its first axis over `axis`, if the mesh has it."""
-    return NamedSharding(mesh, P(axis) if axis in mesh.shape else P())
+def parse_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh from `data=4,fsdp=2,tensor=1`; one size may be -1.
+
+    Raises:
+        UsageError: if it cannot be read, or does not fit the devices.
+    """
+    axes: dict[str, int] = {}
+    for part in filter(None, text.split(",")):
+        name, _, size = part.partition("=")
+        if name.strip() not in ("data", "fsdp", "tensor") or not re.fullmatch(r"-1|\d+", size.strip()):
+            raise UsageError(f"The mesh {text!r} is not understood; write data=4,fsdp=2,tensor=1, or some of these.")
+        axes[name.strip()] = int(size)
+    return make_mesh(axes, devices)
+
+
+def batch_sharding(mesh: Mesh, axis: str | Sequence[str] = "data") -> NamedSharding:
+    """The sharding of a batch: its first axis over `axis`, or over several, as far as the mesh has them."""
+    axes = tuple(name for name in ((axis,) if isinstance(axis, str) else axis) if name in mesh.shape)
+    return NamedSharding(mesh, P(axes[0] if len(axes) == 1 else axes) if axes else P())
+
+
+def put(array: Any, place: NamedSharding) -> jax.Array:
+    """An array that every host holds whole, laid out on a mesh that may span hosts."""
+    if place.is_fully_addressable:
+        return jax.device_put(array, place)
+    return jax.make_array_from_callback(array.shape, place, lambda index: np.asarray(array)[index])
 
 
 def shardings_for(params: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> dict[str, Any]:
@@ -139,9 +169,10 @@ def shardings_for(params: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> dict
         if rule is not None:
             matched.add(rule)
             entries = _divide(path, shape, rule, mesh)
-        if fallback and not any(entries) and fallback.axis in mesh.shape and math.prod(shape) >= fallback.min_size:
+        divided = any(entries) and not (fallback and fallback.combine)
+        if fallback and not divided and fallback.axis in mesh.shape and math.prod(shape) >= fallback.min_size:
             for i in sorted(range(len(shape)), key=lambda i: -shape[i]):
-                if shape[i] % mesh.shape[fallback.axis] == 0:
+                if not entries[i] and shape[i] % mesh.shape[fallback.axis] == 0:
                     entries[i] = (fallback.axis,)
                     break
         return NamedSharding(mesh, _spec(entries))

@@ -1,1 +1,1 @@
-"""Training: steps, losses and optimisers that several papers share."""
+"""Training: one loop for every paper, its data, its checkpoints, what is trained."""

@@ -1,0 +1,247 @@
+"""Checkpoints of a training run: written in the background, whole or not at all; the last few and the best are kept.
+
+    OUT/checkpoints/300/state/…     parameters, statistics, the optimiser's state (Orbax), for any number of devices
+    OUT/checkpoints/300/run/…       the position in the data, and the best evaluation so far (JSON)
+
+A step is a directory that Orbax writes under another name and renames when it is complete: a process that is killed
+leaves the last complete one behind, and `restore` goes on from there, to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as managers
+
+from audiozoo.errors import CheckpointError
+
+_STATE, _RUN = "state", "run"
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        directory: where they are kept; made if need be.
+        keep: how many of the last are kept.
+        keep_best: how many of the best are kept besides.
+        watch: the evaluation's metric that says which is best.
+        larger_is_better: of `watch`.
+
+    Raises:
+        CheckpointError: the directory cannot be made or written to.
+    """
+
+    def __init__(
+        self,
+        directory: Path | str,
+        *,
+        keep: int = 2,
+        keep_best: int = 1,
+        watch: str = "loss",
+        larger_is_better: bool = False,
+    ):
+        self.directory = Path(directory).absolute()
+        self.watch, self.sign = watch, 1.0 if larger_is_better else -1.0
+        self._keep, self._keep_best = keep, keep_best
+        self.progress: dict[str, Any] = {}  # what a run knows of its evaluations: `best`, `worse`
+        self.messages: list[str] = []  # what was wrong with checkpoints that `restore` passed over
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            probe = self.directory / ".probe"
+            probe.write_bytes(b"0")
+            probe.unlink()
+        except OSError as error:
+            raise CheckpointError(f"{self.directory} cannot be written to: {error.strerror}.") from None
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        kept = [managers.LatestN(self._keep)]
+        if self._keep_best:
+            kept.append(
+                managers.BestN(
+                    get_metric_fn=lambda metrics: self.sign * metrics[self.watch],
+                    n=self._keep_best,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=managers.AnyPreservationPolicy(kept),
+            best_fn=lambda metrics: self.sign * metrics[self.watch],
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+        )
+        handlers = {_STATE: ocp.PyTreeCheckpointHandler(use_compression=False), _RUN: ocp.JsonCheckpointHandler()}
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        registry.add(_STATE, ocp.args.PyTreeSave, handlers[_STATE])
+        registry.add(_STATE, ocp.args.PyTreeRestore, handlers[_STATE])
+        registry.add(_RUN, ocp.args.JsonSave, handlers[_RUN])
+        registry.add(_RUN, ocp.args.JsonRestore, handlers[_RUN])
+        with _quiet():
+            return ocp.CheckpointManager(self.directory, options=options, handler_registry=registry)
+
+    def steps(self) -> list[int]:
+        """The steps of which there is a complete checkpoint."""
+        return sorted(self._manager.all_steps())
+
+    def best(self) -> int | None:
+        """The step of the best checkpoint, None if none was evaluated."""
+        return self._manager.best_step()
+
+    def save(self, step: int, state: Any, data: Any = None, metrics: dict[str, float] | None = None) -> None:
+        """Begin to write a checkpoint; it is complete when `wait`, or the next `save`, returns.
+
+        Args:
+            step: its name.
+            state: any pytree of arrays.
+            data: an iterator with `get_state`, whose position is kept.
+            metrics: an evaluation's.
+
+        Raises:
+            CheckpointError: this one, or the one before it, could not be written.
+        """
+        position = data.get_state() if hasattr(data, "get_state") else None
+        position = position.decode() if isinstance(position, bytes) else position
+        run = {"data": position, "progress": self.progress}
+        with self._sentence(f"The checkpoint of step {step} cannot be written to {self.directory}"), _quiet():
+            self._manager.check_for_errors()
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(**{_STATE: ocp.args.PyTreeSave(_named(state)), _RUN: ocp.args.JsonSave(run)}),
+                metrics=metrics or None,
+                force=True,
+            )
+
+    def wait(self) -> None:
+        """Return when every checkpoint is complete.
+
+        Raises:
+            CheckpointError: one could not be written.
+        """
+        with self._sentence(f"A checkpoint cannot be written to {self.directory}"), _quiet():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def restore(self, abstract: Any, data: Any = None, step: int | None = None) -> Any:
+        """The last complete checkpoint's state, straight into its shards; None if there is no checkpoint.
+
+        A checkpoint that turns out to be damaged is set aside, `messages` says so, and the one before it is taken.
+
+        Args:
+            abstract: shapes, dtypes and shardings (`Trainer.abstract`).
+            data: an iterator with `set_state`, which is put where it was.
+            step: this one and no other.
+
+        Raises:
+            CheckpointError: no checkpoint can be read, or they are not of this model.
+        """
+        steps = [step] if step is not None else self.steps()[::-1]
+        for number in steps:
+            try:
+                return self._restore(number, abstract, data)
+            except _Mismatch as error:
+                raise CheckpointError(str(error)) from None
+            except Exception as error:
+                first = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+                sentence = f"The checkpoint of step {number} in {self.directory} is damaged ({first})"
+                if step is not None or number == steps[-1]:
+                    raise CheckpointError(f"{sentence}, and there is no other.") from None
+                self.messages.append(f"{sentence}; it is set aside, and the one before it is taken.")
+                self._set_aside(number)
+        return None
+
+    def _restore(self, step: int, abstract: Any, data: Any) -> Any:
+        wanted = _named(abstract)
+        with _quiet():
+            stored = self._manager.item_metadata(step)[_STATE].tree
+            missing, more = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))
+            if stored and (missing or more):
+                sign, name = ("lacks", missing[0]) if missing else ("has besides", more[0])
+                raise _Mismatch(
+                    f"The checkpoint of step {step} in {self.directory} is of another model or recipe: it {sign} {name}"
+                    f" ({len(missing)} missing, {len(more)} unexpected)."
+                )
+            for name, leaf in wanted.items():
+                if tuple(stored[name].shape) != tuple(leaf.shape):
+                    raise _Mismatch(
+                        f"The checkpoint of step {step} in {self.directory} is of another model or recipe: {name} is "
+                        f"{tuple(stored[name].shape)}, not {tuple(leaf.shape)}."
+                    )
+            place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            arguments = {
+                name: ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=getattr(leaf, "sharding", None) or place)
+                for name, leaf in wanted.items()
+            }
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    **{
+                        _STATE: ocp.args.PyTreeRestore(item=wanted, restore_args=arguments),
+                        _RUN: ocp.args.JsonRestore(),
+                    }
+                ),
+            )
+        run = restored[_RUN]
+        if hasattr(data, "set_state") and run["data"] is not None:
+            data.set_state(run["data"].encode() if isinstance(run["data"], str) else run["data"])
+        self.progress = run["progress"]
+        arrays = [jnp.asarray(restored[_STATE][name]) for name in wanted]
+        return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
+
+    def _set_aside(self, step: int) -> None:
+        """Rename a damaged checkpoint, so that its step can be written again."""
+        self.close()
+        target = self.directory / f"damaged-{step}"
+        number = 1
+        while target.exists():
+            number += 1
+            target = self.directory / f"damaged-{step}-{number}"
+        (self.directory / str(step)).rename(target)
+        self._manager = self._open()
+
+    def close(self) -> None:
+        """Finish what is being written, and let go of the directory."""
+        with contextlib.suppress(Exception), _quiet():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _sentence(self, sentence: str) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except Exception as error:
+            lines = [line for line in str(error).strip().splitlines() if line.strip()]
+            reason = getattr(error, "strerror", None) or (lines[0][:200] if lines else type(error).__name__)
+            steps = [n for n in self.steps() if (self.directory / str(n)).exists()]
+            before = f"; that of step {steps[-1]} is good" if steps else ""
+            raise CheckpointError(f"{sentence} ({reason}){before}.") from None
+
+
+class _Mismatch(Exception):
+    """A checkpoint of something else."""
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Leaves by a name that tells their place in the tree."""
+    flat, _ = jax.tree.flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax reports its progress to absl's log; what goes wrong it raises."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

@@ -1,0 +1,235 @@
+"""Data: every form is found, order and position are exact, and what is broken is named and passed over."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import soundfile
+
+from audiozoo.errors import AudioError, SourceError, UsageError
+from audiozoo.training.data import Batches, Padding, collate, find_items
+
+RATE = 8000
+
+
+def tone(seconds, pitch=440.0):
+    return (0.5 * np.sin(2 * np.pi * pitch * np.arange(round(seconds * RATE)) / RATE)).astype(np.float32)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve tones of 0.2 to 1.3 s in two folders, each with its number as text."""
+    for index in range(12):
+        path = tmp_path / ("high" if index % 2 else "low") / f"{index:02}.wav"
+        path.parent.mkdir(exist_ok=True)
+        soundfile.write(path, tone(0.2 + 0.1 * index), RATE)
+        path.with_suffix(".txt").write_text(f"tone {index}\n")
+    return tmp_path
+
+
+def prepare(waveform, fields, rng):
+    return {
+        "x": waveform,
+        "number": np.asarray(int(fields["text"].split()[1])),
+        "draw": rng.random(),
+        "length": np.asarray(len(waveform)),
+    }
+
+
+def batches(items, **options):
+    settings = {"batch_size": 3, "sampling_rate": RATE, "padding": {"x": Padding()}, "buckets": 3} | options
+    return Batches(items, prepare, **settings)
+
+
+# --- the forms of data -----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_has_texts_labels_and_fields(folder):
+    (folder / "low" / "00.json").write_text('{"speaker": "a", "duration": 0.2}')
+    items = find_items(folder)
+    assert len(items) == 12
+    assert items[0].fields == {"label": "high", "text": "tone 1"}
+    zero = next(item for item in items if item.name.endswith("00.wav"))
+    assert zero.seconds == 0.2
+    assert zero.fields["speaker"] == "a"
+
+
+def test_librispeech_texts(folder):
+    (folder / "low" / "1-2.trans.txt").write_text("00 CHAPTER ONE\n02 TWO\n")
+    fields = {item.name[-6:]: item.fields for item in find_items(folder)}
+    assert fields["00.wav"]["text"] == "CHAPTER ONE"
+    assert fields["04.wav"]["text"] == "tone 4"
+
+
+def test_manifests(folder):
+    rows = [{"audio": "low/00.wav", "sentence": "tone 0", "duration": 0.2}, {"path": "high/01.wav", "label": 3}]
+    jsonl = folder / "set.jsonl"
+    jsonl.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    items = find_items(jsonl)
+    assert [item.audio for item in items] == [folder / "low/00.wav", folder / "high/01.wav"]
+    assert (items[0].fields["text"], items[0].seconds, items[1].fields) == ("tone 0", 0.2, {"label": 3})
+    tsv = folder / "set.tsv"
+    tsv.write_text('path\tsentence\tup_votes\nlow/00.wav\tsay "a" now\t2\n')
+    assert find_items(tsv)[0].fields == {"sentence": 'say "a" now', "up_votes": "2", "text": 'say "a" now'}
+    tsv.write_text(f"{folder}\nlow/00.wav\t1600\nhigh/01.wav\t2400\n")
+    tsv.with_suffix(".ltr").write_text("O N E | T W O |\nT H R E E |\n")
+    tsv.with_suffix(".km").write_text("1 1 2\n3 4\n")
+    items = find_items(tsv)
+    assert [item.fields["text"] for item in items] == ["ONE TWO", "THREE"]
+    assert items[0].fields["units"] == ["1", "1", "2"]
+    tsv.with_suffix(".km").write_text("1\n")
+    with pytest.raises(UsageError, match=r"set\.km has 1 lines for the 2"):
+        find_items(tsv)
+
+
+def test_tar_shards_are_read_in_place(folder):
+    for shard in range(2):
+        with tarfile.open(folder / f"s{shard}.tar", "w") as file:
+            for index in range(shard, 12, 2):
+                sound = io.BytesIO()
+                soundfile.write(sound, tone(0.2 + 0.1 * index), RATE, format="WAV")
+                for suffix, content in (
+                    ("wav", sound.getvalue()),
+                    ("txt", f"tone {index}".encode()),
+                    ("cls", b"tone"),
+                ):
+                    info = tarfile.TarInfo(f"{index:02}.{suffix}")
+                    info.size = len(content)
+                    file.addfile(info, io.BytesIO(content))
+    items = find_items(f"{folder}/s*.tar")
+    assert len(items) == 12
+    assert items[0].fields == {"text": "tone 0", "label": "tone"}
+    whole = {
+        int(n): length for b in batches(items).evaluation() for n, length in zip(b["number"], b["length"], strict=True)
+    }
+    assert whole == {index: len(tone(0.2 + 0.1 * index)) for index in range(12)}
+
+
+def test_what_is_no_data_gets_a_sentence(tmp_path):
+    with pytest.raises(SourceError, match="There is no folder"):
+        find_items(tmp_path / "nowhere")
+    with pytest.raises(SourceError, match="holds no recording"):
+        find_items(tmp_path)
+    (tmp_path / "a.csv").write_text("x")
+    with pytest.raises(UsageError, match="which are the forms"):
+        find_items(tmp_path / "a.csv")
+    (tmp_path / "a.tar").write_text("x")
+    with pytest.raises(SourceError, match="no tar file"):
+        find_items(tmp_path / "a.tar")
+    (tmp_path / "a.jsonl").write_text('{"audio": 3}')
+    with pytest.raises(UsageError, match="names no recording"):
+        find_items(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_text("{")
+    with pytest.raises(UsageError, match=r"a\.jsonl:1 is not valid JSON"):
+        find_items(tmp_path / "a.jsonl")
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+
+def test_each_pass_holds_every_recording_once_in_an_order_of_its_own(folder):
+    data = batches(find_items(folder))
+    passes = [np.concatenate([data.batch(4 * p + i)["number"] for i in range(4)]) for p in range(3)]
+    for numbers in passes:
+        assert sorted(numbers) == list(range(12))
+    assert not np.array_equal(passes[0], passes[1])
+    other = batches(find_items(folder), seed=1)
+    assert not np.array_equal(other.batch(0)["number"], data.batch(0)["number"])
+
+
+def test_like_lengths_share_a_batch_and_few_shapes_occur(folder):
+    data = batches(find_items(folder))
+    shapes = {data.batch(i)["x"].shape for i in range(24)}
+    assert shapes <= {(3, edge) for edge in data.edges}
+    assert 2 <= len(shapes) <= 3
+    filled = np.mean([(b["x"] != 0).mean() for b in map(data.batch, range(24))])
+    alone = np.mean([(b["x"] != 0).mean() for b in map(batches(find_items(folder), buckets=1).batch, range(24))])
+    assert filled > alone + 0.1
+
+
+def test_a_position_is_exact_whatever_the_threads(folder):
+    data = batches(find_items(folder))
+    wanted = [data.batch(i) for i in range(9)]
+    for threads in (1, 4):
+        iterator = batches(find_items(folder), threads=threads).training()
+        for index in range(5):
+            same(next(iterator), wanted[index])
+        position = json.loads(json.dumps(iterator.get_state()))
+        again = batches(find_items(folder)).training()
+        again.set_state(position)
+        for index in range(5, 9):
+            same(next(again), wanted[index])
+
+
+def same(a, b):
+    assert set(a) == set(b)
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_hosts_read_their_own_rows_of_the_same_batches(folder):
+    items = find_items(folder)
+    whole = batches(items, batch_size=4)
+    parts = [batches(items, batch_size=4, process=(p, 2)) for p in range(2)]
+    for index in range(6):
+        both = np.concatenate([part.batch(index)["number"] for part in parts])
+        np.testing.assert_array_equal(both, whole.batch(index)["number"])
+    with pytest.raises(UsageError, match="cannot be divided among 3 hosts"):
+        batches(items, batch_size=4, process=(0, 3))
+
+
+def test_long_recordings_are_cut_at_random_or_left_out_with_their_text(folder):
+    data = batches(find_items(folder), seconds=0.75)
+    assert len(data.items) == 6
+    assert len(data.left_out) == 6
+    untold = [item.__class__(item.name, item.audio, None, {}) for item in find_items(folder)]
+    cut = Batches(
+        untold, lambda w, f, rng: {"x": w}, batch_size=4, sampling_rate=RATE, padding={"x": Padding()}, seconds=0.5
+    )
+    assert {cut.batch(i)["x"].shape[1] for i in range(6)} == {4000}
+    assert len({row.tobytes() for i in range(6) for row in cut.batch(i)["x"]}) > 12
+
+
+def test_evaluation_sees_every_recording_once(folder):
+    seen = [b["number"] for b in batches(find_items(folder), batch_size=5).evaluation()]
+    assert sorted(np.concatenate(seen)) == list(range(12))
+    seen = [b["number"] for b in batches(find_items(folder), batch_size=4).evaluation(multiple=4)]
+    assert [len(b) for b in seen] == [4, 4, 4]
+
+
+# --- what is broken --------------------------------------------------------------------------------------------------
+
+
+def test_broken_recordings_are_named_and_their_neighbour_takes_their_place(folder):
+    (folder / "low" / "02.wav").write_bytes(b"not a sound")
+    truncated = folder / "low" / "04.wav"
+    items = find_items(folder)
+    data = batches(items, batch_size=11, buckets=1)
+    assert list(data.unreadable) == [str(folder / "low" / "02.wav")]
+    truncated.write_bytes(b"RIFF")  # after its length was read
+    batch = data.batch(0)
+    assert batch["x"].shape[0] == 11
+    assert sorted(set(batch["number"])) == [0, 1, 3, 5, 6, 7, 8, 9, 10, 11]
+    same(batch, data.batch(0))
+    assert set(data.unreadable) == {str(folder / "low" / "02.wav"), str(truncated)}
+    assert "2 unreadable" in data.report()
+
+
+def test_too_many_broken_recordings_are_an_error(folder):
+    for index in (0, 2, 4):
+        (folder / "low" / f"{index:02}.wav").write_bytes(b"x")
+    with pytest.raises(AudioError, match="3 recordings cannot be read, and 2 were allowed"):
+        batches(find_items(folder), limit=2)
+    for path in folder.rglob("*.wav"):
+        path.write_bytes(b"x")
+    with pytest.raises(AudioError, match="none can be used"):
+        batches(find_items(folder), limit=100)
+
+
+def test_collate_pads_and_stacks():
+    examples = [{"a": np.arange(3), "b": np.asarray(1)}, {"a": np.arange(5), "b": np.asarray(2)}]
+    batch = collate(examples, {"a": Padding(-100, 4)}, samples=0)
+    np.testing.assert_array_equal(batch["a"], [[0, 1, 2, *[-100] * 5], [0, 1, 2, 3, 4, *[-100] * 3]])
+    np.testing.assert_array_equal(batch["b"], [1, 2])

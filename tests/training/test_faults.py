@@ -1,0 +1,189 @@
+"""What goes wrong in a long run: a process is killed, a disk full, a checkpoint damaged, the machine another one."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from audiozoo.errors import CheckpointError
+from audiozoo.training.checkpointing import Checkpoints
+from audiozoo.training.loop import Trainer
+from tests.training.networks import Net, Numbers, arrays, task
+
+ROOT = Path(__file__).parents[2]
+LIMITED = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+sys.argv = ["faulty_run", *sys.argv[1:]]
+import tests.training.faulty_run as run
+from audiozoo.training.checkpointing import Checkpoints
+save = Checkpoints.save
+def limited(self, step, *args):
+    self.wait()
+    if step == 6:  # from here on files may not grow, as on a disk that is full
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+    save(self, step, *args)
+    self.wait()
+Checkpoints.save = limited
+run.main(*sys.argv[1:])
+"""
+
+
+def start(directory, *arguments, devices=1, code=None):
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
+    }
+    program = ["-c", code] if code else ["-m", "tests.training.faulty_run"]
+    return subprocess.run(
+        [sys.executable, *program, str(directory), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        timeout=200,
+    )
+
+
+def curve(directory):
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "steps_a_second"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    done = start(directory, 12)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return directory, done.stdout
+
+
+@pytest.mark.parametrize("kill", ["step:8", "write:6"])
+def test_a_killed_run_goes_on_to_the_bit(uninterrupted, tmp_path, kill):
+    killed = start(tmp_path, 12, "", kill)
+    assert killed.returncode == -signal.SIGKILL, (killed.returncode, killed.stderr[-1000:])
+    done = start(tmp_path, 12)
+    assert done.returncode == 0, done.stderr[-2000:]
+    resumed = int(done.stdout.split("from step ")[1].split()[0])
+    assert resumed in ({6} if kill == "step:8" else {3})
+    directory, printed = uninterrupted
+    assert curve(tmp_path) == curve(directory)
+    assert done.stdout.split()[-1] == printed.split()[-1]
+
+
+def test_another_number_of_devices_goes_on_within_rounding(uninterrupted, tmp_path):
+    first = start(tmp_path, 6, "data=2,fsdp=2,tensor=2", devices=8)
+    assert first.returncode == 0, first.stderr[-2000:]
+    done = start(tmp_path, 12, "data=2,fsdp=1", devices=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "from step 6" in done.stdout
+    ours, alone = curve(tmp_path), curve(uninterrupted[0])
+    assert [line["step"] for line in ours] == [line["step"] for line in alone]
+    for a, b in zip(ours, alone, strict=True):
+        assert a.keys() == b.keys()
+        np.testing.assert_allclose([a[k] for k in a], [b[k] for k in a], rtol=2e-4)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
+    full = start(tmp_path, 12, code=LIMITED)
+    assert full.returncode == 1
+    sentence = next(line for line in full.stderr.splitlines() if line.startswith("audiozoo.errors.CheckpointError: "))
+    assert "cannot be written" in sentence
+    assert "that of step 3 is good" in sentence
+    done = start(tmp_path, 6)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "from step 3" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Checkpoints of steps 2 and 4, and the states that are in them."""
+    directory, states, trainer = tmp_path_factory.mktemp("saved"), {}, Trainer(task())
+    checkpoints, state, data = Checkpoints(directory), trainer.init(), Numbers()
+    for step in (1, 2, 3, 4):
+        state, _ = trainer.step(state, trainer.put(next(data)))
+        if step % 2 == 0:
+            states[step] = arrays(state)
+            checkpoints.save(step, state, data)
+    checkpoints.wait()
+    checkpoints.close()
+    return directory, states, trainer
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "gone"])
+def test_a_damaged_checkpoint_is_set_aside(saved, tmp_path, damage):
+    original, states, trainer = saved
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(original, directory)
+    for path in (directory / "4" / "state").rglob("*"):
+        if path.is_file() and (damage == "gone" or path.parent.name == "d" or path.suffix == ".ocdbt"):
+            if damage == "gone":
+                path.unlink()
+            else:
+                path.write_bytes(path.read_bytes()[:7] if damage == "truncated" else b"\xff" * 300)
+    checkpoints, data = Checkpoints(directory), Numbers()
+    state = checkpoints.restore(trainer.abstract(), data)
+    assert len(checkpoints.messages) == 1
+    assert "step 4" in checkpoints.messages[0]
+    assert "set aside" in checkpoints.messages[0]
+    assert (directory / "damaged-4").is_dir()
+    assert data.index == 2
+    for a, b in zip(arrays(state), states[2], strict=True):
+        np.testing.assert_array_equal(a, b)
+    checkpoints.save(4, state)  # its place is free
+    checkpoints.wait()
+    assert checkpoints.steps() == [2, 4]
+    checkpoints.close()
+
+
+def test_no_good_checkpoint_and_one_of_another_model(saved, tmp_path):
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(saved[0], directory)
+    checkpoints = Checkpoints(directory)
+    with pytest.raises(CheckpointError, match=r"of another model or recipe: it lacks .*layers.3"):
+        checkpoints.restore(Trainer(task(model={"blocks": 4})).abstract())
+    with pytest.raises(CheckpointError, match=r"of another model or recipe.*, not"):
+        checkpoints.restore(Trainer(task(model={"width": 16})).abstract())
+    for step in (2, 4):
+        shutil.rmtree(directory / str(step) / "state")
+    with pytest.raises(CheckpointError, match=r"step 2 .* is damaged .*, and there is no other"):
+        checkpoints.restore(saved[2].abstract())
+    assert Checkpoints(tmp_path / "empty").restore(saved[2].abstract()) is None
+
+
+def test_a_directory_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"cannot be written to: (Not a directory|File exists)"):
+        Checkpoints(tmp_path / "file")
+    if os.geteuid() == 0:
+        # Root may write anywhere but where nobody may.
+        with pytest.raises(CheckpointError, match="cannot be written to"):
+            Checkpoints("/proc/audiozoo")
+        return
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    with pytest.raises(CheckpointError, match="cannot be written to: Permission denied"):
+        Checkpoints(closed)
+
+
+def test_the_last_few_and_the_best_are_kept(tmp_path):
+    trainer = Trainer(task())
+    checkpoints, state = Checkpoints(tmp_path, keep=2), trainer.init()
+    for step, value in enumerate([5.0, 1.0, 3.0, 4.0, 2.0], 1):
+        checkpoints.save(step, state, None, {"loss": value})
+    checkpoints.wait()
+    assert checkpoints.steps() == [2, 4, 5]
+    assert checkpoints.best() == 2
+    restored = checkpoints.restore(trainer.abstract(), step=2)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert isinstance(trainer.network(restored, "model"), Net)
+    checkpoints.close()
