@@ -122,7 +122,7 @@ def _is_fairseqs(tensors: TensorSource) -> bool:
     names = tensors.names()
     if tensors.format != "pytorch" or not any(n.endswith("feature_extractor.conv_layers.0.0.weight") for n in names):
         return False
-    foreign = ("relative_attention_bias", "grep_linear", "spk_proj", "quantizer", "layer_norm_for_extract")
+    foreign = ("relative_attention_bias", "grep_linear", "spk_proj", "quantizer", "layer_norm_for_extract", "_prenet.")
     if any(word in name for name in names for word in foreign):
         return False
     settings = fairseq_settings(tensors.metadata)

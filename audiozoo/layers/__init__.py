@@ -9,6 +9,7 @@ from audiozoo.layers.attention import (
     attend_without_weights,
     causal_mask,
     merge_heads,
+    relative_to_absolute,
     split_heads,
 )
 from audiozoo.layers.basic import Dropout, Embed, GroupNorm, LayerNorm, Linear, dropout, promote
@@ -38,6 +39,7 @@ __all__ = [
     "layer_drop",
     "merge_heads",
     "promote",
+    "relative_to_absolute",
     "scan_layers",
     "sinusoids",
     "split_heads",

@@ -55,6 +55,18 @@ def merge_heads(x: Float[Array, "batch heads time head_dim"]) -> Float[Array, "b
     return x.swapaxes(1, 2).reshape(batch, time, heads * head_dim)
 
 
+def relative_to_absolute(x: Float[Array, "*batch queries offsets"]) -> Float[Array, "*batch queries queries"]:
+    r"""$y_{i,j} = x_{i,\,j-i+w}$ where $|j - i| \le w$, else 0: the $2w + 1$ offsets put on their diagonals.
+
+    Row $i$ moves right by $i$ when rows of length $L + 1$ are read as rows of length $L$.
+    """
+    queries, offsets = x.shape[-2:]
+    window, width = offsets // 2, queries + offsets - 1
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width + 1 - offsets)])
+    x = x.reshape(*x.shape[:-2], -1)[..., : queries * width].reshape(*x.shape[:-2], queries, width)
+    return x[..., window : window + queries]
+
+
 def causal_mask(queries: int, keys: int, offset: int | Int[Array, ""] = 0) -> Bool[Array, "1 1 queries keys"]:
     r"""True where query $i$, which stands at position `offset` + $i$, may see key $j \le$ `offset` + $i$."""
     return (jnp.arange(keys)[None, :] <= jnp.arange(queries)[:, None] + offset)[None, None]

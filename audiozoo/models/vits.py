@@ -62,7 +62,17 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from audiozoo.errors import UsageError
-from audiozoo.layers import Conv1d, Dropout, Embed, LayerNorm, Linear, activation, attend, gelu
+from audiozoo.layers import (
+    Conv1d,
+    Dropout,
+    Embed,
+    LayerNorm,
+    Linear,
+    activation,
+    attend,
+    gelu,
+    relative_to_absolute,
+)
 from audiozoo.layers.alignment import monotonic_alignment, repeat_by_duration
 from audiozoo.layers.attention import merge_heads, split_heads
 from audiozoo.layers.splines import rational_quadratic_spline
@@ -232,18 +242,6 @@ def _zero(layer: Conv1d) -> None:
 
 
 # --- text encoder ----------------------------------------------------------------------------------------------------
-
-
-def relative_to_absolute(x: Float[Array, "*batch queries offsets"]) -> Float[Array, "*batch queries queries"]:
-    r"""$y_{i,j} = x_{i,\,j-i+w}$ where $|j - i| \le w$, else 0: the $2w + 1$ offsets put on their diagonals.
-
-    Row $i$ moves right by $i$ when rows of length $L + 1$ are read as rows of length $L$.
-    """
-    queries, offsets = x.shape[-2:]
-    window, width = offsets // 2, queries + offsets - 1
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width + 1 - offsets)])
-    x = x.reshape(*x.shape[:-2], -1)[..., : queries * width].reshape(*x.shape[:-2], queries, width)
-    return x[..., window : window + queries]
 
 
 def absolute_to_relative(
