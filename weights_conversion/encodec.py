@@ -238,17 +238,17 @@ def config_from_language_model(tensors: Tensors) -> EncodecConfig:
 # --- AudioCraft ------------------------------------------------------------------------------------------------------
 
 
-def _resolved(tree: Any, root: Any) -> Any:
+def resolved(tree: Any, root: Any) -> Any:
     """A YAML tree with `${a.b}` replaced by what stands there."""
     if isinstance(tree, Mapping):
-        return {key: _resolved(value, root) for key, value in tree.items()}
+        return {key: resolved(value, root) for key, value in tree.items()}
     if isinstance(tree, str) and (match := re.fullmatch(r"\$\{([\w.]+)\}", tree)):
         value = root
         for part in match[1].split("."):
             if not isinstance(value, Mapping) or part not in value:
                 raise CheckpointError(f"xp.cfg refers to {match[1]}, which it does not hold.")
             value = value[part]
-        return _resolved(value, root)
+        return resolved(value, root)
     return tree
 
 
@@ -262,7 +262,7 @@ def config_from_audiocraft(text: str, where: str = "xp.cfg") -> EncodecConfig:
 
     try:
         tree = yaml.safe_load(text)
-        tree = _resolved(tree, tree)
+        tree = resolved(tree, tree)
         seanet, rvq = tree["seanet"], tree["rvq"]
         decoder = seanet.get("decoder") or {}
         refused = {
@@ -300,6 +300,12 @@ def config_from_audiocraft(text: str, where: str = "xp.cfg") -> EncodecConfig:
         raise CheckpointError(f"{where} is not the configuration of an EnCodec ({problem!r}).") from None
     except UsageError as problem:
         raise CheckpointError(f"{where}: {problem}") from None
+
+
+def pretrained_name(path: Path) -> str | None:
+    """The hub's codec that one of AudioCraft's files names instead of holding one."""
+    name = open_tensors(path, root="").metadata.get("pretrained")
+    return name if isinstance(name, str) else None
 
 
 # --- the ways in -----------------------------------------------------------------------------------------------------
