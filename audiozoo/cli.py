@@ -1,4 +1,4 @@
-"""The command line: `audiozoo list | show | transcribe | align | identify | units | speak | convert | …`.
+"""The command line: `audiozoo list | show | transcribe | translate | align | identify | units | speak | convert | …`.
 
 Results go to standard output, progress and messages to standard error. The exit code is 0 if all went well, 1 if
 something could not be done (one sentence says what), 2 for a command that makes no sense.
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from audiozoo import packaged, registry
-from audiozoo.commands import arranging, codec, hearing, recognition, speech
+from audiozoo.commands import arranging, codec, hearing, recognition, speech, translation
 from audiozoo.commands.terminal import keep_compiled_programs, megabytes, progress_bar, say, write_whole
 from audiozoo.errors import AudiozooError, SourceError, UsageError
 
@@ -188,7 +188,7 @@ def transcribe(
     ] = None,
     dtype: Annotated[str, typer.Option(help="of the computation: float32 or bfloat16")] = "float32",
 ) -> None:
-    """Transcribe sound files, with Whisper or with a CTC model."""
+    """Transcribe sound files, with Whisper, with a CTC model or with fairseq S2T."""
     from audiozoo.text import subtitles
 
     if output_format not in subtitles.FORMATS:
@@ -232,13 +232,18 @@ def transcribe(
     source = model or packaged.whisper()
     recogniser = audiozoo.load(source, dtype=dtype if dtype != "float32" else None)
     name = type(recogniser).__name__
-    if not name.endswith(("WhisperForConditionalGeneration", "ForCTC")):
+    writes = name == "Speech2TextForConditionalGeneration"
+    if not writes and not name.endswith(("WhisperForConditionalGeneration", "ForCTC")):
         raise UsageError(f"{source} holds a {name}, which does not transcribe.")
     processor = audiozoo.load_processor(source)
     if name == "WhisperForConditionalGeneration":
         if language_model is not None or hotwords:
             raise UsageError(f"--language-model and --hotword are for CTC models; {source} holds a {name}.")
         hear: Any = partial(long_form.transcribe, recogniser, processor, **options)
+    elif writes:
+        if language_model is not None or hotwords:
+            raise UsageError(f"--language-model and --hotword are for CTC models; {source} holds a {name}.")
+        hear = recognition.writer(recogniser, processor, options, language)
     else:
         recogniser = recognition.speak_language(recogniser, processor, source, language)
         hear = recognition.ctc_transcriber(recogniser, processor, options, language_model, hotwords or ())
@@ -290,6 +295,7 @@ def _outputs(files: list[str], directory: Path | None, suffix: str) -> list[Path
 app.command()(recognition.align)
 app.command()(recognition.identify)
 app.command()(recognition.units)
+app.command()(translation.translate)
 
 
 # --- speech synthesis ------------------------------------------------------------------------------------------------

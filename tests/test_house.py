@@ -209,8 +209,8 @@ def test_a_paper_is_whole(paper, pattern):
 
 # Papers whose code stands and whose proof is not complete: `audiozoo.load` does not offer them yet.
 UNFINISHED: dict[str, str] = {
-    "speech_to_text": "no processor",
-    "speech_to_text_2": "no processor",
+    "speech_to_text": "no notebook",
+    "speech_to_text_2": "no notebook",
     "speecht5": "no processor, no notebook",
     "wavlm": "no notebook",
     "sew": "no notebook",

@@ -82,6 +82,44 @@ def ctc_transcriber(
     return hear
 
 
+def writer(
+    model: Any, processor: Any, options: dict[str, Any], language: str | None = None
+) -> Callable[[Any, Progress], dict[str, Any]]:
+    """The same with an encoder-decoder that writes what it hears (fairseq S2T).
+
+    Args:
+        model: a Speech2TextForConditionalGeneration.
+        processor: its processor.
+        options: those of the command.
+        language: of the text, for checkpoints of several.
+
+    Raises:
+        UsageError: for an option that only Whisper has.
+    """
+    from audiozoo import audio
+    from audiozoo.commands.translation import language_token
+    from audiozoo.decoding.pieces import write_pieces
+
+    for name, nothing in (WHISPER_ONLY | {"word_timestamps": False}).items():
+        if name != "length_penalty" and options.get(name, nothing) != nothing:
+            raise UsageError(f"--{name.replace('_', '-')} is Whisper's; {type(model).__name__} transcribes without it.")
+    chosen = {"num_beams": options["beam_size"], "length_penalty": options["length_penalty"]}
+    chosen["forced_bos_token_id"] = language_token(processor, "This checkpoint", language)
+    if model.generation_config.max_length is None:
+        chosen["max_new_tokens"] = 200
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+
+    def hear(recording: Any, progress: Progress) -> dict[str, Any]:
+        wave = audio.read(recording, processor.feature_extractor.sampling_rate)
+        batch_size = options["batch_size"]
+        found = write_pieces(
+            model, processor, wave, batch_size=batch_size, progress=progress, batch_invariant=True, **chosen
+        )
+        return found | {"language": language}
+
+    return hear
+
+
 def speak_language(model: Any, processor: Any, source: str, language: str | None) -> Any:
     """The model with the adapters of a language, of MMS; without adapters there is no language to choose.
 

@@ -48,6 +48,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from audiozoo.decoding import GenerateOutput, GenerationConfig
+from audiozoo.errors import UsageError
 from audiozoo.layers import Dropout, KeyValues, Linear, activation
 from audiozoo.models.mbart import MBartCache, MBartConfig, MBartDecoderLayer, MBartForCausalLM, continue_text
 from audiozoo.models.speech_to_text import Speech2TextDecoder
@@ -206,7 +207,13 @@ def translate(
     }
     if fusion is None:
         return model.generate(input_values, attention_mask, **(defaults | options))
+    if fusion.weight < 0 or fusion.model.config.vocab_size != config.decoder.vocab_size:
+        raise UsageError(
+            f"A language model needs a weight of at least 0 and the translator's {config.decoder.vocab_size} tokens; "
+            f"this one has {fusion.weight} and {fusion.model.config.vocab_size}."
+        )
     chosen = GenerationConfig(**(defaults | options))
+    chosen = chosen.replace(suppress_tokens=(*(chosen.suppress_tokens or ()), config.decoder.vocab_size))
     prompt = jnp.full((len(input_values), 1), config.decoder_start_token_id, jnp.int32)
     mask = None if attention_mask is None else jnp.asarray(attention_mask)
     output = _translate(
@@ -251,6 +258,10 @@ def _translate(
         said = model.decoder(tokens, encoder_attention_mask=rows, past_key_values=heard, cache_position=position)
         liked = language(tokens, past_key_values=read, cache_position=position)
         scores = jax.nn.log_softmax(said.logits) + weight * jax.nn.log_softmax(liked.logits)
+        # The search takes a softmax. With what is missing to 1 on one more token, which no text may hold, the softmax
+        # leaves the sum as it is.
+        missing = 1 - jnp.exp(scores).sum(axis=-1, keepdims=True)
+        scores = jnp.concatenate([scores, jnp.log(jnp.maximum(missing, 1e-30))], axis=-1)
         states = (*said.past_key_values.self_attention, *liked.past_key_values.self_attention)
         return scores, MBartCache(states, past.cross_attention)
 

@@ -212,7 +212,8 @@ class Speech2TextTokenizer:
         model: a SentencePiece model's file (`sentencepiece.bpe.model`).
         do_upper_case: decoded text in capitals.
         do_lower_case: text to encode in small letters.
-        lang_codes: "mustc" for the multilingual checkpoint, whose texts begin with a language.
+        lang_codes: "mustc" for the multilingual checkpoint, whose texts begin with a language; "all" for all that the
+            vocabulary has, of which `transformers` does not know.
         tgt_lang: the language of the texts.
 
     Raises:
@@ -244,9 +245,9 @@ class Speech2TextTokenizer:
         self.bos_token_id, self.pad_token_id = encoder["<s>"], encoder["<pad>"]
         self.eos_token_id, self.unk_token_id = encoder["</s>"], encoder["<unk>"]
         self.lang_codes = lang_codes
-        languages = [token[6:-1] for token in encoder if re.fullmatch(r"<lang:\w+>", token)]
-        if lang_codes is not None:
-            languages = [code for code in LANGUAGES.get(lang_codes, ()) if code in languages] or languages
+        languages = _languages(encoder) if lang_codes is not None else []
+        if lang_codes in LANGUAGES:
+            languages = [code for code in LANGUAGES[lang_codes] if code in languages]
         self.lang_code_to_id = {code: encoder[f"<lang:{code}>"] for code in languages}
         self.tgt_lang: str | None = None
         if self.lang_code_to_id:
@@ -277,7 +278,9 @@ class Speech2TextTokenizer:
             raise SourceError(f"'{folder}' has no vocab.json, and {count} X.model with an X.txt beside it.")
         tokens = [line.rsplit(" ", 1)[0] for line in models[0].with_suffix(".txt").read_text("utf-8").splitlines()]
         encoder = {token: i for i, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", *tokens])}
-        return cls(encoder, models[0], tgt_lang=target_lang)
+        languages = _languages(encoder)
+        known = "mustc" if set(languages) <= set(LANGUAGES["mustc"]) else "all"
+        return cls(encoder, models[0], lang_codes=known if languages else None, tgt_lang=target_lang)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the files that `from_directory` and `transformers` read."""
@@ -349,6 +352,10 @@ class Speech2TextTokenizer:
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False) -> list[str]:
         """`decode` of every row."""
         return [self.decode(row, skip_special_tokens) for row in sequences]
+
+
+def _languages(encoder: dict[str, int]) -> list[str]:
+    return [token[6:-1] for token in encoder if re.fullmatch(r"<lang:\w+>", token)]
 
 
 class Speech2TextProcessor:

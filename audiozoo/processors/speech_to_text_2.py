@@ -162,6 +162,8 @@ class Speech2Text2Processor(Wav2Vec2Processor):
             return False
         said = []
         for name in ("tokenizer_config.json", "config.json"):
-            if (folder / name).is_file():
-                said.append(str(read_json(folder / name).get("tokenizer_class", "")))
+            config = read_json(folder / name) if (folder / name).is_file() else {}
+            own = config.get("config") or {}  # a native checkpoint keeps the sizes one level down
+            decoder = config.get("decoder") or {}
+            said += [config.get("tokenizer_class"), decoder.get("model_type"), own.get("decoder_type")]
         return any(name in ("Speech2Text2Tokenizer", "speech_to_text_2") for name in said)

@@ -45,6 +45,7 @@ class Case:
         reference: makes the original; imports PyTorch inside.
         run_reference: its outputs by the same names, as NumPy arrays or tensors.
         seed: of the weights.
+        needs: where the original is in no package of the extra `reference`, what has it: `transformers==4.40.2`.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Case:
     reference: Callable[[], Any]
     run_reference: Callable[[Any, dict[str, np.ndarray]], dict[str, Any]]
     seed: int = 0
+    needs: str | None = None
 
     @property
     def path(self) -> Path:

@@ -1,0 +1,172 @@
+"""From one language into another: `audiozoo translate`, of speech here, and of whatever else a model can read or say.
+
+A kind of model adds itself to `TRANSLATORS`: its class, and a function that takes the model, its processor and what was
+asked for, and gives segments of text, a waveform, or both.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from audiozoo.commands import terminal
+from audiozoo.commands.speech import check_output, write_sound
+from audiozoo.commands.terminal import progress_bar, say, write_whole
+from audiozoo.errors import SourceError, UsageError
+
+MODEL = "facebook/s2t-medium-mustc-multilingual-st"
+SOUNDS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".mp4", ".webm", ".aac", ".wma")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for.
+
+    Attributes:
+        file: a sound file, or None for text.
+        text: what to translate, if it is text.
+        target: the language to translate into, as the user calls it.
+        source: the language to translate from.
+        speak: whether the translation is to be spoken.
+        beams: of the search; None for the model's own choice.
+        batch_size: pieces at a time.
+    """
+
+    file: str | None
+    text: str | None
+    target: str | None
+    source: str | None
+    speak: bool
+    beams: int | None
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Translation:
+    """What came of it.
+
+    Attributes:
+        text: the whole translation.
+        segments: with `start`, `end` and `text` each.
+        waveform: it, spoken.
+        sampling_rate: Hz of the waveform.
+    """
+
+    text: str
+    segments: list[dict[str, Any]]
+    waveform: Any = None
+    sampling_rate: int = 16_000
+
+
+Translator = Callable[[Any, Any, Request, Callable[[float, float], None]], Translation]
+
+
+def language_token(processor: Any, source: str, target: str | None) -> int | None:
+    """The token of a language by its code, or by a code's first part: "de" also finds "de_DE".
+
+    Raises:
+        UsageError: if the model does not know the language, has no choice, or has a choice and none was made.
+    """
+    codes: dict[str, int] = getattr(processor.tokenizer, "lang_code_to_id", {})
+    if not codes:
+        if target is not None:
+            raise UsageError(f"{source} translates into one language, whichever it is; leave --to out.")
+        return None
+    if target is None:
+        raise UsageError(f"{source} translates into {', '.join(codes)}; say which with --to.")
+    found = [code for code in codes if code == target] or [c for c in codes if c.split("_")[0] == target]
+    if len(found) != 1:
+        raise UsageError(f"{source} does not translate into {target!r}; it knows {', '.join(codes)}.")
+    return codes[found[0]]
+
+
+def speech_to_text(
+    model: Any, processor: Any, request: Request, progress: Callable[[float, float], None]
+) -> Translation:
+    """Translate speech into text with fairseq S2T, Speech2Text2 or XLS-R."""
+    from audiozoo import audio
+    from audiozoo.decoding.pieces import write_pieces
+
+    name = type(model).__name__
+    if request.file is None:
+        raise UsageError(f"A {name} translates speech; give it a sound file, not text.")
+    if request.speak:
+        raise UsageError(f"A {name} writes its translation and does not speak it; leave --speech out.")
+    if request.source is not None:
+        raise UsageError(f"A {name} hears the language it was trained on; leave --from out.")
+    options: dict[str, Any] = {}
+    token = language_token(processor, "This checkpoint", request.target)
+    if token is not None:
+        options["forced_bos_token_id"] = token
+    if request.beams is not None:
+        options["num_beams"] = request.beams
+    if name == "SpeechEncoderDecoderModel":
+        options = {"num_beams": 5, "max_new_tokens": 200} | options
+    elif model.generation_config.max_length is None:
+        options["max_new_tokens"] = 200
+    if name == "Speech2TextForConditionalGeneration":
+        options["batch_invariant"] = True
+    wave = audio.read(request.file, processor.feature_extractor.sampling_rate)
+    result = write_pieces(model, processor, wave, batch_size=request.batch_size, progress=progress, **options)
+    return Translation(result["text"], result["segments"])
+
+
+TRANSLATORS: dict[str, Translator] = {
+    "Speech2TextForConditionalGeneration": speech_to_text,
+    "SpeechEncoderDecoderModel": speech_to_text,
+}
+
+
+def translate(
+    source: Annotated[str, typer.Argument(metavar="FILE|TEXT", help="a sound file, or a text for models that read")],
+    to: Annotated[str | None, typer.Option("--to", help="language to translate into, as the model calls it")] = None,
+    from_: Annotated[str | None, typer.Option("--from", help="language to translate from, if the model asks")] = None,
+    model: Annotated[str, typer.Option(help="hub id, directory or file of a translator")] = MODEL,
+    speech: Annotated[Path | None, typer.Option(help="speak the translation into this sound file")] = None,
+    output: Annotated[Path | None, typer.Option(help="write the text there instead of to standard output")] = None,
+    output_format: Annotated[str, typer.Option("--format", help="txt, srt, vtt, tsv or json")] = "txt",
+    beams: Annotated[int | None, typer.Option(help="of the search; by default the model's own number")] = None,
+    batch_size: Annotated[int, typer.Option(help="pieces of a long recording translated together")] = 4,
+    dtype: Annotated[str, typer.Option(help="of the computation: float32 or bfloat16")] = "float32",
+) -> None:
+    """Translate speech, or text, into another language: as text, and if the model can, as speech."""
+    from audiozoo.text import subtitles
+
+    if output_format not in subtitles.FORMATS:
+        raise UsageError(f"There is no format {output_format!r}; there are {', '.join(subtitles.FORMATS)}.")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UsageError(f"{dtype!r} is no dtype to compute in; take float32, bfloat16 or float16.")
+    if beams is not None and beams < 1:
+        raise UsageError("--beams counts from 1.")
+    is_file = Path(source).is_file()
+    if not is_file and (Path(source).suffix.lower() in SOUNDS or not source.strip()):
+        raise SourceError(f"There is no file {source}." if source.strip() else "There is nothing to translate.")
+    if speech is not None:
+        check_output(speech)
+    terminal.keep_compiled_programs()
+    import audiozoo
+
+    translator = audiozoo.load(model, dtype=dtype if dtype != "float32" else None)
+    name = type(translator).__name__
+    if name not in TRANSLATORS:
+        raise UsageError(f"{model} holds a {name}, which does not translate; {', '.join(TRANSLATORS)} do.")
+    processor = audiozoo.load_processor(model)
+    request = Request(
+        source if is_file else None, None if is_file else source, to, from_, speech is not None, beams, batch_size
+    )
+    with progress_bar(Path(source).name if is_file else "translating", None, "s") as update:
+        result = TRANSLATORS[name](translator, processor, request, update)
+    text = subtitles.render({"text": result.text, "segments": result.segments, "language": to}, output_format)
+    if output is not None:
+        write_whole(output, text)
+    elif speech is None or str(speech) != "-":
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    if speech is not None:
+        write_sound(speech, result.waveform, result.sampling_rate)
+        say(f"{len(result.waveform) / result.sampling_rate:.1f} s of speech in {speech}")

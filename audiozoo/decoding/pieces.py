@@ -1,0 +1,97 @@
+"""Recordings of any length for models that write a text for a short one: cut where it is quiet, decode, join.
+
+An encoder-decoder that was trained on sentences forgets the middle of a long recording. Cut into pieces of some twenty
+seconds, each cut in the quietest moment of its last third, it hears sentences again, and the pieces' times are the
+segments'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from audiozoo.errors import AudioError, UsageError
+
+QUIET = 0.2  # seconds over which loudness is judged
+SHORTEST = 0.1  # seconds; what is shorter is not worth a text
+
+
+def quiet_cuts(waveform: Float[np.ndarray, " samples"], sampling_rate: int, longest: float) -> list[tuple[int, int]]:
+    """Cut a waveform into pieces of at most `longest` seconds, each at the quietest 0.2 s of its last third.
+
+    Returns:
+        First sample and the one behind the last, of each piece.
+    """
+    if not longest > 1:
+        raise UsageError(f"Pieces of {longest} s are too short; they need more than a second.")
+    block = max(1, int(QUIET * sampling_rate / 10))
+    count = len(waveform) // block
+    energy = np.square(waveform[: count * block].reshape(count, block).astype(np.float32)).mean(axis=1)
+    loudness = np.convolve(energy, np.full(10, 0.1), mode="same")
+    size, start = int(longest * sampling_rate), 0
+    pieces = []
+    while len(waveform) - start > size:
+        first, last = (start + 2 * size // 3) // block, (start + size) // block
+        cut = (first + int(np.argmin(loudness[first:last]))) * block
+        pieces.append((start, cut))
+        start = cut
+    return [*pieces, (start, len(waveform))]
+
+
+def write_pieces(
+    model: Any,
+    processor: Any,
+    waveform: Float[np.ndarray, " samples"],
+    *,
+    longest: float = 20.0,
+    batch_size: int = 4,
+    progress: Callable[[float, float], None] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Recognise or translate a recording of any length with an encoder-decoder of speech and text.
+
+    Pieces of a batch are padded to whole multiples of a few seconds and batches to `batch_size`, so that few shapes are
+    compiled.
+
+    Args:
+        model: gives tokens by `generate` (`Speech2TextForConditionalGeneration`, `SpeechEncoderDecoderModel`, …).
+        processor: its processor.
+        waveform: mono, at the processor's rate.
+        longest: seconds of a piece.
+        batch_size: pieces at a time.
+        progress: called with the seconds done and the seconds in all.
+        options: of `generate`.
+
+    Returns:
+        `text`, and `segments` with `start`, `end` (seconds) and `text` each.
+
+    Raises:
+        AudioError: if there is nothing to hear.
+    """
+    if batch_size < 1:
+        raise UsageError(f"batch_size is {batch_size}; at least one piece has to be heard at a time.")
+    rate = processor.feature_extractor.sampling_rate
+    if len(waveform) < SHORTEST * rate:
+        raise AudioError(f"The recording has {len(waveform) / rate:.2f} s; that is too short for words.")
+    pieces = [p for p in quiet_cuts(waveform, rate, longest) if p[1] - p[0] >= SHORTEST * rate]
+    batch_size = min(batch_size, len(pieces))
+    filterbanks = hasattr(processor.feature_extractor, "num_mel_bins")
+    multiple = 256 if filterbanks else 4 * rate  # of frames of 10 ms, or of samples
+    segments: list[dict[str, Any]] = []
+    for first in range(0, len(pieces), batch_size):
+        part = pieces[first : first + batch_size]
+        heard = [waveform[start:end] for start, end in part]
+        heard += [heard[0]] * (batch_size - len(part))
+        inputs = processor(
+            heard, sampling_rate=rate, padding=True, pad_to_multiple_of=multiple, return_attention_mask=True
+        )
+        tokens = model.generate(**inputs, **options)
+        for (start, end), row in zip(part, np.asarray(tokens), strict=False):
+            text = processor.decode(row, skip_special_tokens=True).strip()
+            segments.append({"start": start / rate, "end": end / rate, "text": text})
+        if progress is not None:
+            progress(part[-1][1] / rate, len(waveform) / rate)
+    return {"text": " ".join(s["text"] for s in segments if s["text"]), "segments": segments}
