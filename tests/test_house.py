@@ -212,6 +212,7 @@ UNFINISHED: dict[str, str] = {
     "speech_to_text": "no notebook",
     "speech_to_text_2": "no notebook",
     "speecht5": "no processor, no notebook",
+    "seamless_m4t": "its encoders only",
     "wavlm": "no notebook",
     "sew": "no notebook",
     "unispeech": "no notebook",

@@ -1,8 +1,12 @@
-"""Fixed position tables."""
+"""Fixed positions."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 
 def sinusoids(length: int, channels: int, *, max_timescale: float = 10_000.0) -> np.ndarray:
@@ -42,3 +46,24 @@ def fairseq_sinusoids(length: int, channels: int, *, padding: int = 1) -> np.nda
     table = np.concatenate([np.sin(angles), np.cos(angles), np.zeros((length, channels % 2))], axis=1)
     table[padding : padding + 1] = 0
     return table
+
+
+def sinusoids_of(
+    ids: Int[Array, "batch time"], channels: int, *, padding: int, offset: int | Int[Array, ""] = 0, dtype: Any
+) -> Float[Array, "batch time channels"]:
+    r"""The rows of `sinusoids` for tokens, as fairseq counts them: 1, 2, … + `padding`, and zeros for padding itself.
+
+    Args:
+        ids: tokens; padding among them is not counted.
+        channels: of a row.
+        padding: the token that is padding.
+        offset: tokens before these.
+        dtype: of the rows; angles are computed in float32 at least.
+    """
+    half, real = channels // 2, ids != padding
+    accumulate = jnp.promote_types(dtype, jnp.float32)
+    frequencies = jnp.asarray(np.exp(-np.log(10_000.0) / (half - 1) * np.arange(half)), accumulate)
+    positions = padding + offset + jnp.cumsum(real, axis=1)
+    angles = positions[..., None].astype(accumulate) * frequencies
+    table = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return jnp.where(real[..., None], table, 0).astype(dtype)

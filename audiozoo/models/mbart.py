@@ -162,6 +162,20 @@ class MBartDecoder(nnx.Module):
         empty = KeyValues.empty(batch, heads, length, width // heads, encoder_hidden_states.dtype)
         return MBartCache(tuple(empty for _ in self.layers), cross)
 
+    def embed(
+        self, input_ids: Int[Array, "batch time"], position: int | Int[Array, ""], dropout: Dropout
+    ) -> Float[Array, "batch time d_model"]:
+        """Tokens with their positions, the first one at `position`.
+
+        Raises:
+            UsageError: for too many tokens.
+        """
+        config, time = self.config, input_ids.shape[1]
+        if time > config.max_position_embeddings:
+            raise UsageError(f"{time} tokens are too many: this model has {config.max_position_embeddings} positions.")
+        positions = self.embed_positions((2 + position + jnp.arange(time))[None])
+        return dropout(self.layernorm_embedding(self.embed_tokens(input_ids) + positions), config.dropout)
+
     def __call__(
         self,
         input_ids: Int[Array, "batch time"],
@@ -191,13 +205,8 @@ class MBartDecoder(nnx.Module):
         Raises:
             UsageError: for too many tokens.
         """
-        config, time = self.config, input_ids.shape[1]
-        if time > config.max_position_embeddings:
-            raise UsageError(f"{time} tokens are too many: this model has {config.max_position_embeddings} positions.")
-        dropout = Dropout(key)
-        x = self.embed_tokens(input_ids)
-        positions = self.embed_positions((2 + cache_position + jnp.arange(time))[None])
-        x = dropout(self.layernorm_embedding(x + positions), config.dropout)
+        config, time, dropout = self.config, input_ids.shape[1], Dropout(key)
+        x = self.embed(input_ids, cache_position, dropout)
         keys = time if past_key_values is None else past_key_values.self_attention[0].key.shape[2]
         mask = causal_mask(time, keys, 0 if past_key_values is None else cache_position)
         if attention_mask is not None:
