@@ -45,7 +45,7 @@ from audiozoo.outputs import BaseModelOutput
 
 @dataclass(frozen=True)
 class NllbConfig(MBartConfig):
-    """Sizes of an encoder and a decoder; the decoder's fields are those of `MBartConfig`."""
+    """§8, sizes of an encoder and a decoder; the decoder's fields are those of `MBartConfig`."""
 
     vocab_size: int = 256_206  # pieces of words, and languages
     activation_function: str = "relu"  # of the MLP

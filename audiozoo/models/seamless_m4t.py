@@ -1,7 +1,7 @@
 r"""# SeamlessM4T: Massively Multilingual & Multimodal Machine Translation
 
-Seamless Communication: Loïc Barrault, Yu-An Chung, Mariano Coria Meglioli, David Dale, Ning Dong, Paul-Ambroise Duquenne
-and 62 others, 2023, arXiv 2308.11596.
+Seamless Communication: Loïc Barrault, Yu-An Chung, Mariano Coria Meglioli, David Dale, Ning Dong, Paul-Ambroise
+Duquenne and 62 others, 2023, arXiv 2308.11596.
 
 One model, five tasks: speech or text in, text or speech out, in a hundred languages. Whatever comes in is encoded into
 states of one kind; one decoder writes the translation from them; a second, small translator reads the first one's
