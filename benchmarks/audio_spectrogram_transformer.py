@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.framework import Case, Run, threads
+from benchmarks.framework import Case, Run, random_model, threads
 
 SEED, RATE = 0, 16_000
 
@@ -36,20 +36,12 @@ def original(size: str) -> Any:
 @functools.lru_cache(maxsize=1)
 def model(size: str) -> Any:
     """Ours, with the same weights, made without the original."""
-    from flax import nnx
-
     from audiozoo.models.audio_spectrogram_transformer import ASTConfig, ASTForAudioClassification
-    from tests.random_weights import random_parameters
     from weights_conversion.audio_spectrogram_transformer import hugging_face_table
 
     config = getattr(ASTConfig, size)()
-    ours = ASTForAudioClassification(config, rngs=nnx.Rngs(0))
-    state = nnx.to_flat_state(nnx.state(ours, nnx.Param))
-    shapes = {".".join(map(str, path)): variable for path, variable in state}
-    values = random_parameters(shapes, hugging_face_table(config, "ASTForAudioClassification", in_memory=True), SEED)
-    flat = [(path, v.replace(values[".".join(map(str, path))].astype(np.float32))) for path, v in state]
-    nnx.update(ours, nnx.from_flat_state(flat))
-    return ours
+    table = hugging_face_table(config, "ASTForAudioClassification", in_memory=True)
+    return random_model(lambda rngs: ASTForAudioClassification(config, rngs=rngs), table, SEED)
 
 
 def features(size: str, batch: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.audio_spectrogram_transformer import close
-from benchmarks.framework import Case, Run, threads
+from benchmarks.framework import Case, Run, random_model, threads
 
 SEED, RATE = 0, 48_000
 AUDIO, TEXT = "ClapAudioModelWithProjection", "ClapTextModelWithProjection"
@@ -37,20 +37,12 @@ def original(name: str, fused: bool) -> Any:
 @functools.lru_cache(maxsize=2)
 def model(name: str, fused: bool) -> Any:
     """Ours, with the same weights, made without the original."""
-    from flax import nnx
-
     from audiozoo.models import clap
-    from tests.random_weights import random_parameters
     from weights_conversion.clap import hugging_face_table
 
     config = clap.ClapConfig.htsat_fused() if fused else clap.ClapConfig.htsat_unfused()
-    ours = getattr(clap, name)(config, rngs=nnx.Rngs(0))
-    state = nnx.to_flat_state(nnx.state(ours, nnx.Any(nnx.Param, nnx.BatchStat)))
-    shapes = {".".join(map(str, path)): variable for path, variable in state}
-    values = random_parameters(shapes, hugging_face_table(config, name), SEED)
-    flat = [(path, v.replace(values[".".join(map(str, path))].astype(np.float32))) for path, v in state]
-    nnx.update(ours, nnx.from_flat_state(flat))
-    return ours
+    table = hugging_face_table(config, name)
+    return random_model(lambda rngs: getattr(clap, name)(config, rngs=rngs), table, SEED)
 
 
 def arguments(name: str, fused: bool, batch: int) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.framework import Case, Run, threads
+from benchmarks.framework import Case, Run, random_model, threads
 
 SEED = 0
 FIELDS = (
@@ -47,20 +47,11 @@ def original(size: str) -> Any:
 @functools.lru_cache(maxsize=1)
 def model(size: str) -> Any:
     """Ours, with the same weights, made without the original."""
-    from flax import nnx
-
     from audiozoo.models.encodec import EncodecConfig, EncodecModel
-    from tests.random_weights import random_parameters
     from weights_conversion.encodec import hugging_face_table
 
     config = getattr(EncodecConfig, size)()
-    ours = EncodecModel(config, rngs=nnx.Rngs(0))
-    state = nnx.to_flat_state(nnx.state(ours, nnx.Any(nnx.Param, nnx.BatchStat)))
-    shapes = {".".join(map(str, path)): variable for path, variable in state}
-    values = random_parameters(shapes, hugging_face_table(config), SEED)
-    flat = [(path, v.replace(values[".".join(map(str, path))].astype(np.float32))) for path, v in state]
-    nnx.update(ours, nnx.from_flat_state(flat))
-    return ours
+    return random_model(lambda rngs: EncodecModel(config, rngs=rngs), hugging_face_table(config), SEED)
 
 
 def audio(size: str, seconds: float) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.framework import Case, Run, threads
+from benchmarks.framework import Case, Run, random_model, threads
 from benchmarks.wav2vec2 import close, waves
 
 
@@ -29,18 +29,11 @@ def original(size: str) -> Any:
 @functools.lru_cache(maxsize=1)
 def model(size: str) -> Any:
     """Ours, with the same weights, made without the original."""
-    import jax.numpy as jnp
-
-    from audiozoo.layers import abstract
-    from audiozoo.loading import variables, with_variables
     from audiozoo.models.hubert import HubertConfig, HubertForCTC
-    from tests.random_weights import random_parameters
     from weights_conversion.hubert import hugging_face_table
 
     config = getattr(HubertConfig, size)()
-    blank = abstract(lambda rngs: HubertForCTC(config, rngs=rngs))
-    values = random_parameters(variables(blank), hugging_face_table(config, "HubertForCTC"), 0)
-    return with_variables(blank, {n: jnp.asarray(v, jnp.float32) for n, v in values.items()})
+    return random_model(lambda rngs: HubertForCTC(config, rngs=rngs), hugging_face_table(config, "HubertForCTC"))
 
 
 def our_forward(size: str, batch: int, seconds: int) -> Run:

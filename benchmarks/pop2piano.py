@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.audio_spectrogram_transformer import close
-from benchmarks.framework import Case, Run, threads
+from benchmarks.framework import Case, Run, random_model, threads
 
 SEED, FRAMES, TOKENS = 0, 90, 96
 CLASS = "Pop2PianoForConditionalGeneration"
@@ -37,19 +37,11 @@ def original() -> Any:
 @functools.lru_cache(maxsize=1)
 def model() -> Any:
     """Ours, with the same weights, made without the original."""
-    from flax import nnx
-
     from audiozoo.models.pop2piano import Pop2PianoConfig, Pop2PianoForConditionalGeneration
-    from tests.random_weights import random_parameters
     from weights_conversion.pop2piano import TABLE
 
-    ours = Pop2PianoForConditionalGeneration(Pop2PianoConfig.released(), rngs=nnx.Rngs(0))
-    state = nnx.to_flat_state(nnx.state(ours, nnx.Param))
-    shapes = {".".join(map(str, path)): variable for path, variable in state}
-    values = random_parameters(shapes, TABLE, SEED)
-    flat = [(path, v.replace(values[".".join(map(str, path))].astype(np.float32))) for path, v in state]
-    nnx.update(ours, nnx.from_flat_state(flat))
-    return ours
+    config = Pop2PianoConfig.released()
+    return random_model(lambda rngs: Pop2PianoForConditionalGeneration(config, rngs=rngs), TABLE, SEED)
 
 
 def segments(count: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.framework import Case, Run, threads
+from benchmarks.framework import Case, Run, random_model, threads
 
 SEED, RATE = 0, 16_000
 
@@ -35,24 +35,12 @@ def original(size: str) -> Any:
 @functools.lru_cache(maxsize=1)
 def model(size: str) -> Any:
     """Ours, with the same weights, made without the original."""
-    import jax
-    import jax.numpy as jnp
-    from flax import nnx
-
     from audiozoo.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2ForCTC
-    from tests.parity.harness import abstract
-    from tests.random_weights import random_parameters
     from weights_conversion.wav2vec2 import hugging_face_table
 
     config = getattr(Wav2Vec2Config, size)()
-    blank = abstract(lambda: Wav2Vec2ForCTC(config, rngs=nnx.Rngs(0)))
-    ours = jax.tree.map(lambda a: jnp.asarray(np.zeros(a.shape, a.dtype)), blank)
-    state = nnx.to_flat_state(nnx.state(ours, nnx.Param))
-    shapes = {".".join(map(str, path)): variable for path, variable in state}
-    values = random_parameters(shapes, hugging_face_table(config, "Wav2Vec2ForCTC"), SEED)
-    flat = [(path, v.replace(jnp.asarray(values[".".join(map(str, path))], jnp.float32))) for path, v in state]
-    nnx.update(ours, nnx.from_flat_state(flat))
-    return ours
+    table = hugging_face_table(config, "Wav2Vec2ForCTC")
+    return random_model(lambda rngs: Wav2Vec2ForCTC(config, rngs=rngs), table, SEED)
 
 
 def waves(batch: int, seconds: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.framework import Case, Run, threads
+from benchmarks.framework import Case, Run, random_model, threads
 
 SEED, RATE = 0, 16_000
 
@@ -33,22 +33,11 @@ def original(paper: str, config: str, cls: str, size: str) -> Any:
 @functools.lru_cache(maxsize=1)
 def model(paper: str, config: str, cls: str, size: str) -> Any:
     """Ours, with the same weights, made without the original."""
-    import jax
-    import jax.numpy as jnp
-    from flax import nnx
-
-    from audiozoo.layers import abstract
-    from audiozoo.loading import variables, with_variables
-    from tests.random_weights import random_parameters
-
     models = importlib.import_module(f"audiozoo.models.{paper}")
     conversion = importlib.import_module(f"weights_conversion.{paper}")
     sizes = getattr(getattr(models, config), size)()
-    blank = abstract(lambda rngs: getattr(models, cls)(sizes, rngs=rngs))
-    values = random_parameters(variables(blank), conversion.hugging_face_table(sizes, cls), SEED)
-    ours: nnx.Module = with_variables(blank, {n: jnp.asarray(v, jnp.float32) for n, v in values.items()})
-    jax.block_until_ready(nnx.state(ours))
-    return ours
+    table = conversion.hugging_face_table(sizes, cls)
+    return random_model(lambda rngs: getattr(models, cls)(sizes, rngs=rngs), table, SEED)
 
 
 def waves(batch: int, seconds: int) -> np.ndarray:

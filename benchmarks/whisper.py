@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.framework import Case, Factory, Run, threads
+from benchmarks.framework import Case, Factory, Run, random_model, threads
 
 SEED, NEW_TOKENS = 0, 64
 RATE = 16_000
@@ -46,22 +46,12 @@ def original(size: str, attention: str = "eager") -> Any:
 @functools.lru_cache(maxsize=1)
 def model(size: str) -> Any:
     """Ours, with the same weights, made without the original."""
-    import jax.numpy as jnp
-    from flax import nnx
-
     from audiozoo.models.whisper import WhisperConfig, WhisperForConditionalGeneration
-    from tests.random_weights import random_parameters
     from weights_conversion.whisper import hugging_face_table
 
     config = getattr(WhisperConfig, size)()
-    ours = WhisperForConditionalGeneration(config, rngs=nnx.Rngs(0))
-    state = nnx.to_flat_state(nnx.state(ours, nnx.Param))
-    shapes = {".".join(map(str, path)): variable for path, variable in state}
     table = hugging_face_table(config, "WhisperForConditionalGeneration")
-    values = random_parameters(shapes, table, SEED)
-    flat = [(path, v.replace(jnp.asarray(values[".".join(map(str, path))], jnp.float32))) for path, v in state]
-    nnx.update(ours, nnx.from_flat_state(flat))
-    return ours
+    return random_model(lambda rngs: WhisperForConditionalGeneration(config, rngs=rngs), table, SEED)
 
 
 def features(size: str) -> np.ndarray:

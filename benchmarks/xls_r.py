@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.framework import Case, Run, threads
+from benchmarks.framework import Case, Run, random_model, threads
 from benchmarks.wav2vec2 import close, waves
 
 TOKENS = 24
@@ -46,18 +46,11 @@ def original() -> Any:
 @functools.lru_cache(maxsize=1)
 def model() -> Any:
     """Ours, with the same weights, made without the original."""
-    import jax.numpy as jnp
-
-    from audiozoo.layers import abstract
-    from audiozoo.loading import variables, with_variables
     from audiozoo.models.xls_r import SpeechEncoderDecoderModel
-    from tests.random_weights import random_parameters
     from weights_conversion.xls_r import hugging_face_table
 
-    blank = abstract(lambda rngs: SpeechEncoderDecoderModel(config(), rngs=rngs))
     table = hugging_face_table(config(), "SpeechEncoderDecoderModel")
-    values = random_parameters(variables(blank), table, 0)
-    return with_variables(blank, {n: jnp.asarray(v, jnp.float32) for n, v in values.items()})
+    return random_model(lambda rngs: SpeechEncoderDecoderModel(config(), rngs=rngs), table)
 
 
 def our_translation() -> Run:
