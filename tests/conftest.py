@@ -31,6 +31,13 @@ jax.config.update("jax_default_matmul_precision", "highest")
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_stays_compiled():
+    """Let go of a module's programs when it is done: those of all modules together take gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def recordings() -> Path:
     """The directory of real recordings that lies beside a developer's checkout; without it the test is skipped."""
