@@ -103,6 +103,11 @@ class CodeHifiGanConfig:
         )
 
 
+def sizes_of(config: Any) -> CodeHifiGanConfig:
+    """Not in the paper: the vocoder's sizes, of its own configuration or out of the translator's around it."""
+    return config if isinstance(config, CodeHifiGanConfig) else config.vocoder
+
+
 def run_lengths(
     units: Int[Array, "batch frames"], lengths: Int[Array, " batch"] | None = None
 ) -> tuple[Int[Array, "batch frames"], Int[Array, "batch frames"]]:
@@ -179,8 +184,9 @@ def repeat(
 class CodeHifiGan(nnx.Module):
     """§3.2, Figure 1: units, a language and a speaker to a waveform."""
 
-    def __init__(self, config: CodeHifiGanConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: Any, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.config, config = config, sizes_of(config)
         width = config.unit_embed_dim
         self.dur_predictor = VariancePredictor(
             width, width, config.variance_predictor_kernel_size, dropout=config.var_pred_dropout, **kwargs
@@ -189,11 +195,10 @@ class CodeHifiGan(nnx.Module):
         self.speaker_embedding = Embed(config.vocoder_num_spkrs, config.spkr_embed_dim, **kwargs)
         self.language_embedding = Embed(config.vocoder_num_langs, config.lang_embed_dim, **kwargs)
         self.hifi_gan = HifiGanGenerator(config.generator, **kwargs)
-        self.config = config
 
     def unit_lengths(self, input_ids: Int[Array, "batch time"]) -> Int[Array, " batch"]:
         """Units of each item: up to the last one that is not padding."""
-        real = jnp.asarray(input_ids) != self.config.t2u_pad_token_id
+        real = jnp.asarray(input_ids) != sizes_of(self.config).t2u_pad_token_id
         return jnp.max(jnp.where(real, jnp.arange(1, real.shape[1] + 1), 0), axis=1, initial=0)
 
     def durations(
@@ -266,7 +271,7 @@ class CodeHifiGan(nnx.Module):
             UsageError: for a unit, voice or language that the model does not have; inside `jax.jit`, if the number of
                 frames is not known.
         """
-        ids, speakers, languages = checked(self.config, input_ids, speaker_id, lang_id)
+        ids, speakers, languages = checked(sizes_of(self.config), input_ids, speaker_id, lang_id)
         counts = self.unit_lengths(ids) if lengths is None else jnp.asarray(lengths)
         units = self.unit_embedding(ids)
         if durations is not None:
@@ -295,7 +300,7 @@ class CodeHifiGan(nnx.Module):
         dur_prediction: bool = True,
     ) -> tuple[np.ndarray, np.ndarray]:
         """As the call, compiled once for each of a few lengths of units and of speech."""
-        units, speakers, languages = checked(self.config, input_ids, speaker_id, lang_id)
+        units, speakers, languages = checked(sizes_of(self.config), input_ids, speaker_id, lang_id)
         if lengths is None:
             lengths = self.unit_lengths(units)
         graphdef, state = nnx.split(fold_weight_norm(self))
