@@ -220,6 +220,18 @@ def _encodec_checkpoints() -> tuple[Checkpoint, ...]:
     )
 
 
+def _musicgen_checkpoints() -> tuple[Checkpoint, ...]:
+    licence = "CC-BY-NC-4.0"
+    sizes = {name: name.replace("-", "_") for name in ("small", "medium", "large")}
+    sizes |= {f"stereo-{name}": f"stereo_{size}" for name, size in sizes.items()}
+    sizes |= {"melody": "medium", "melody-large": "large"}
+    sizes |= {"stereo-melody": "stereo_medium", "stereo-melody-large": "stereo_large"}
+    return (
+        *(Checkpoint(f"facebook/musicgen-{name}", size, licence) for name, size in sizes.items()),
+        Checkpoint("facebook/audiogen-medium", "audiogen_medium", licence),
+    )
+
+
 PAPERS: tuple[Paper, ...] = (
     Paper(
         name="whisper",
@@ -455,6 +467,32 @@ PAPERS: tuple[Paper, ...] = (
         tasks=("compression to files", "tokens of sound", "streaming", "training of codecs"),
         checkpoints=_encodec_checkpoints(),
         processor="audiozoo.processors.encodec:EncodecFeatureExtractor",
+    ),
+    Paper(
+        name="musicgen",
+        title="MusicGen",
+        paper="Simple and Controllable Music Generation",
+        year=2023,
+        arxiv="2306.05284",
+        classes=(
+            "MusicgenForConditionalGeneration",
+            "MusicgenMelodyForConditionalGeneration",
+            "MusicgenForCausalLM",
+            "MusicgenMelodyForCausalLM",
+        ),
+        config="MusicgenConfig",
+        sizes=(
+            "small",
+            "medium",
+            "large",
+            "stereo_small",
+            "stereo_medium",
+            "stereo_large",
+            "audiogen_medium",
+        ),
+        tasks=("music from text", "music along a melody", "continuation", "sound effects from text", "training"),
+        checkpoints=_musicgen_checkpoints(),
+        processor="audiozoo.processors.musicgen:MusicgenProcessor",
     ),
 )
 

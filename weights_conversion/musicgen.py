@@ -238,6 +238,8 @@ def hugging_face(model: Any) -> HuggingFaceForm:
     melody = name in (MELODY, MELODY_DECODER)
     ids = {"pad_token_id": ours.special_token_id, "bos_token_id": ours.special_token_id}
     decoder: dict[str, Any] = {field: getattr(ours, field) for field in _DECODER_FIELDS}
+    # transformers needs the last of these where it is given labels, and its own files lack it.
+    ids |= {"decoder_start_token_id": ours.special_token_id}
     decoder |= {"model_type": CLASSES[MELODY_DECODER if melody else DECODER], "dtype": "float32", **ids}
     config = decoder
     if name in (WHOLE, MELODY):
@@ -252,7 +254,7 @@ def hugging_face(model: Any) -> HuggingFaceForm:
         if melody:
             config |= {"num_chroma": ours.num_chroma, "chroma_length": ours.chroma_length}
     config["architectures"] = [name]
-    generation = dataclasses.asdict(model.generation_config) | ids | {"decoder_start_token_id": ours.special_token_id}
+    generation = dataclasses.asdict(model.generation_config) | ids
     files = {"config.json": config, "generation_config.json": generation}
     return HuggingFaceForm(files, hugging_face_table(ours, name))
 
@@ -322,6 +324,12 @@ def config_from_audiocraft(
             delays = tuple(pattern["delay"]["delays"])
         elif modeling == "parallel":
             delays = (0,) * streams
+        melody = {}
+        if prefixed:
+            chroma = tree["conditioners"]["self_wav"]["chroma_stem"]
+            samples = tree["dataset"]["segment_duration"] * tree["sample_rate"]
+            hop = chroma.get("winhop") or 2 ** chroma["radix2_exp"] // 4
+            melody = {"num_chroma": chroma["n_chroma"], "chroma_length": 1 + int(samples) // hop}
         config = MusicgenConfig(
             text_encoder=text_encoder,
             audio_encoder=codec,
@@ -338,6 +346,7 @@ def config_from_audiocraft(
             pattern=names[modeling],
             delays=delays,
             mask_text=False,
+            **melody,
         )
         guidance = float((tree.get("classifier_free_guidance") or {}).get("inference_coef", 3.0))
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as problem:

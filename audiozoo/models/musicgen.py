@@ -765,7 +765,7 @@ class MusicgenForCausalLM(nnx.Module):
         codes = np.asarray(inputs, np.int32)
         if codes.ndim != 2 or len(codes) % books:
             raise UsageError(f"Codes to continue have shape {codes.shape}; (batch x {books}, frames) is expected.")
-        codes = codes.reshape(-1, books, codes.shape[1])
+        codes = codes.reshape(len(codes) // books, books, codes.shape[1])
         if codes.shape[2] and np.all(codes[..., 0] == self.config.special_token_id):
             codes = codes[..., 1:]
         if codes.size and not (codes.min() >= 0 and codes.max() < size):
@@ -1312,10 +1312,10 @@ class _Progress:
     """Told of every step by the compiled loop; one object for all windows, so that they share a program."""
 
     def __init__(self, tell: Callable[[int, int], None], total: int):
-        self.tell, self.total, self.before = tell, total, 0
+        self.tell, self.total, self.start, self.end = tell, total, 0, total
 
     def __call__(self, tokens: np.ndarray, position: int) -> None:
-        self.tell(min(self.before + position, self.total), self.total)
+        self.tell(min(self.start + position, self.end), self.total)  # the last steps of a pattern add no frame
 
 
 def compose(
@@ -1376,7 +1376,7 @@ def compose(
             inputs["input_features"] = processor.melody(heard, codec.sampling_rate)
             inputs.pop("guidance_scale", None)
         if told is not None:
-            told.before = start
+            told.start, told.end = start, start + size
         context = codes[0, :, start:]
         found = model.generate_codes(
             decoder_input_ids=context,
@@ -1417,12 +1417,15 @@ class MusicgenRecipe:
     def schedule(self) -> optax.Schedule:
         """§3.1: linear to the rate, then a cosine; relative to the optimiser's own with D-Adaptation."""
         peak = 1.0 if self.d_adaptation else self.learning_rate
-        return optax.warmup_cosine_decay_schedule(0.0, peak, self.warmup, self.updates)
+        first = peak / self.warmup  # optax's D-Adaptation divides by it: it may not be 0
+        return optax.warmup_cosine_decay_schedule(first, peak, self.warmup, self.updates)
 
     def optimizer(self) -> optax.GradientTransformation:
         """§3.1: AdamW, or AdamW with D-Adaptation."""
-        chosen = optax.contrib.dadapt_adamw if self.d_adaptation else optax.adamw
-        adam = chosen(self.schedule(), b1=self.betas[0], b2=self.betas[1], weight_decay=self.weight_decay)
+        if self.d_adaptation:
+            adam = optax.contrib.dadapt_adamw(self.schedule(), betas=self.betas, weight_decay=self.weight_decay)
+        else:
+            adam = optax.adamw(self.schedule(), *self.betas, weight_decay=self.weight_decay)
         return optax.chain(optax.clip_by_global_norm(self.clip), adam)
 
 

@@ -24,6 +24,7 @@ class EncodecFeatureExtractor:
         padding_value: what shorter waveforms are padded with.
         chunk_length_s: seconds that the model encodes at once; None for the whole.
         overlap: share of a chunk that the next one repeats.
+        padding_side: where shorter waveforms are padded: "right", or "left" so that they can be continued (MusicGen).
     """
 
     def __init__(
@@ -33,12 +34,16 @@ class EncodecFeatureExtractor:
         padding_value: float = 0.0,
         chunk_length_s: float | None = None,
         overlap: float | None = None,
+        padding_side: str = "right",
     ) -> None:
+        if padding_side not in ("left", "right"):
+            raise UsageError(f"There is no padding_side {padding_side!r}; there are left and right.")
         self.feature_size = feature_size
         self.sampling_rate = sampling_rate
         self.padding_value = padding_value
         self.chunk_length_s = chunk_length_s
         self.overlap = overlap
+        self.padding_side = padding_side
 
     @property
     def chunk_length(self) -> int | None:
@@ -72,7 +77,7 @@ class EncodecFeatureExtractor:
         kind = config.get("feature_extractor_type", cls.__name__)
         if kind != cls.__name__:
             raise CheckpointError(f"'{folder}' holds the settings of a {kind}, not of a {cls.__name__}.")
-        fields = ("feature_size", "sampling_rate", "padding_value", "chunk_length_s", "overlap")
+        fields = ("feature_size", "sampling_rate", "padding_value", "chunk_length_s", "overlap", "padding_side")
         return cls(**{name: config[name] for name in fields if name in config})
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -82,7 +87,6 @@ class EncodecFeatureExtractor:
         fields = {
             **vars(self),
             "feature_extractor_type": type(self).__name__,
-            "padding_side": "right",
             "return_attention_mask": True,
         }
         write_json(folder / "preprocessor_config.json", dict(sorted(fields.items())))
@@ -150,8 +154,9 @@ class EncodecFeatureExtractor:
         batch = np.full((len(waveforms), self.feature_size, length), self.padding_value, np.float32)
         mask = np.zeros((len(waveforms), length), np.int32)
         for row, waveform in enumerate(waveforms):
-            batch[row, :, : waveform.shape[1]] = waveform
-            mask[row, : waveform.shape[1]] = 1
+            first = length - waveform.shape[1] if self.padding_side == "left" else 0
+            batch[row, :, first : first + waveform.shape[1]] = waveform
+            mask[row, first : first + waveform.shape[1]] = 1
         return {"input_values": batch, "padding_mask": mask}
 
     def _checked(self, raw: Any, rate: int | None) -> list[Float[np.ndarray, "channels samples"]]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import io
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 import transformers
 from flax import nnx
@@ -14,9 +20,12 @@ from transformers.models.musicgen_melody import modeling_musicgen_melody
 from transformers.models.t5 import modeling_t5
 
 import audiozoo
+from audiozoo.layers import abstract
 from audiozoo.models import musicgen
+from audiozoo.processors.musicgen import MusicgenMelodyFeatureExtractor, MusicgenProcessor
 from tests.parity import harness
-from weights_conversion.musicgen import MELODY, WHOLE, config_from_hugging_face, hugging_face_table
+from weights_conversion import encodec as codec_conversion
+from weights_conversion.musicgen import MELODY, WHOLE, config_from_hugging_face, hugging_face, hugging_face_table
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -443,3 +452,303 @@ def test_mutations_are_noticed(plain):
         harness.Replaced(musicgen, "positions", lambda start, length, width, dtype: jnp.zeros((length, width), dtype)),
     ]
     assert harness.assert_detects(check, mutations) == 4
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("melody", [False, True], ids=["text", "melody"])
+def test_directories_there_and_back(tmp_path, melody):
+    with harness.precision("float32"):
+        reference, _, _ = make(melody)
+        reference.generation_config.update(do_sample=True, guidance_scale=2.0, max_length=30)
+        reference.save_pretrained(tmp_path / "theirs")
+        model = audiozoo.load(tmp_path / "theirs")
+        assert type(model).__name__ == (MELODY if melody else WHOLE)
+        settings = musicgen.MusicgenGenerationConfig(max_length=30, guidance_scale=2.0)
+        assert model.generation_config == settings
+        x = texts() | {"decoder_input_ids": codes()}
+        with torch.no_grad():
+            theirs = reference(**torched(x)).logits
+        harness.assert_close(audiozoo.jit(model)(**jaxed(x)).logits, theirs, name="logits")
+        audiozoo.export(model, tmp_path / "ours")
+        back, info = type(reference).from_pretrained(tmp_path / "ours", output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        for name, tensor in reference.state_dict().items():
+            if tensor.is_floating_point() and "inited" not in name:
+                assert torch.equal(tensor, back.state_dict()[name]), name
+        for part in ("decoder", "audio_encoder", "text_encoder"):
+            for key, value in getattr(reference.config, part).to_dict().items():
+                if key in LM | AUDIO | TEXT and key != "max_position_embeddings":  # of a table that grows
+                    assert getattr(getattr(back.config, part), key) == value, (part, key)
+        assert back.generation_config.guidance_scale == 2.0
+        audiozoo.save(model, tmp_path / "native")
+        native = audiozoo.load(tmp_path / "native")
+        assert (native.config, native.generation_config) == (model.config, settings)
+
+
+def test_older_names_and_a_decoder_alone(tmp_path):
+    """Files of transformers 4: the table of positions, weight norm spelt g and v, both copies of the embedding."""
+    with harness.precision("float32"):
+        reference, _, _ = make()
+        reference.save_pretrained(tmp_path / "today")
+        state = reference.state_dict()
+        old = {
+            n.replace("parametrizations.weight.original0", "weight_g").replace(
+                "parametrizations.weight.original1", "weight_v"
+            ): t.clone()
+            for n, t in state.items()
+        }
+        old["decoder.model.decoder.embed_positions.weights"] = torch.zeros(64, 16)
+        (tmp_path / "old").mkdir()
+        torch.save(old, tmp_path / "old" / "pytorch_model.bin")
+        (tmp_path / "old" / "config.json").write_bytes((tmp_path / "today" / "config.json").read_bytes())
+        one, other = (harness.parameters(audiozoo.load(tmp_path / name)) for name in ("today", "old"))
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            np.testing.assert_array_equal(value, other[name], err_msg=name)
+        reference.decoder.save_pretrained(tmp_path / "decoder")
+        decoder = audiozoo.load(tmp_path / "decoder")
+        assert type(decoder).__name__ == "MusicgenForCausalLM"
+        np.testing.assert_array_equal(decoder.lm_heads.kernel[...], one["decoder.lm_heads.kernel"])
+
+
+def authors_names(state: dict[str, torch.Tensor], melody: bool) -> dict[str, torch.Tensor]:
+    """A decoder and its projections as AudioCraft spells them: queries, keys and values fused."""
+    plain = {
+        r"decoder\.model\.decoder\.embed_tokens\.": "emb.",
+        r"decoder\.lm_heads\.": "linears.",
+        r"decoder\.model\.decoder\.layer_norm\.": "out_norm.",
+        r"decoder\.model\.decoder\.layers\.": "transformer.layers.",
+        r"\.encoder_attn_layer_norm\.": ".norm_cross.",
+        r"\.encoder_attn\.": ".cross_attention.",
+        r"\.self_attn_layer_norm\.": ".norm1.",
+        r"\.final_layer_norm\.": ".norm2.",
+        r"\.fc1\.": ".linear1.",
+        r"\.fc2\.": ".linear2.",
+        r"^audio_enc_to_dec_proj\.": "condition_provider.conditioners.self_wav.output_proj.",
+        r"^enc_to_dec_proj\.": "condition_provider.conditioners.description.output_proj.",
+    }
+    named = {}
+    for name, tensor in state.items():
+        if not name.startswith(("text_encoder", "audio_encoder")):
+            for pattern, word in plain.items():
+                name = re.sub(pattern, word, name)
+            named[name] = tensor.clone()
+    for name in [n for n in named if n.endswith("q_proj.weight")]:
+        parts = [named.pop(name.replace("q_proj", f"{p}_proj")) for p in "qkv"]
+        named[name.replace("q_proj.weight", "in_proj_weight")] = torch.cat(parts)
+    if melody:
+        named["condition_provider.conditioners.self_wav.chroma.spec.window"] = torch.zeros(8)
+    return named
+
+
+XP = """
+sample_rate: 800
+lm_model: transformer_lm
+transformer_lm: {dim: 16, num_heads: 2, num_layers: 2, hidden_scale: 1.5, n_q: 4, card: 32, dropout: 0.0,
+  activation: gelu, norm_first: true, positional_embedding: sin, bias_proj: false}
+codebooks_pattern:
+  modeling: delay
+  delay: {delays: [0, 1, 2, 3], flatten_first: 0, empty_initial: 0}
+classifier_free_guidance: {training_dropout: 0.3, inference_coef: 3.0}
+interleave_stereo_codebooks: {use: false, per_timestep: false}
+fuser: {cross_attention_pos_emb: false, sum: [], prepend: [], cross: [description], input_interpolate: []}
+"""
+
+
+@pytest.mark.parametrize("melody", [False, True], ids=["text", "melody"])
+def test_the_authors_files(tmp_path, melody):
+    reference, model, _ = make(melody)
+    state = authors_names(reference.state_dict(), melody)
+    text = XP
+    if melody:
+        text = XP.replace("prepend: []", "prepend: [self_wav, description]").replace(
+            "cross: [description]", "cross: []"
+        )
+        text += "conditioners: {self_wav: {model: chroma_stem, chroma_stem: {n_chroma: 5, radix2_exp: 14}}}\n"
+        text += "dataset: {segment_duration: 31}\n"  # of which 4096 samples make a frame: 7 frames
+    torch.save({"best_state": state, "xp.cfg": text, "version": "1.0"}, tmp_path / "state_dict.bin")
+    reference.text_encoder.save_pretrained(tmp_path / "t5-base")
+    if melody:  # names a codec
+        reference.audio_encoder.save_pretrained(tmp_path / "codec")
+        torch.save({"pretrained": str(tmp_path / "codec")}, tmp_path / "compression_state_dict.bin")
+    else:  # holds one
+        table = codec_conversion.original_table(model.config.audio_encoder)
+        arrays = dict(table.write(harness.parameters(model.audio_encoder)))
+        seanet = AUDIO | {"norm": "weight_norm", "pad_mode": "reflect"}
+        lines = {
+            "dimension": 6, "n_filters": 2, "n_residual_layers": 1, "ratios": [4, 2], "norm": "weight_norm",
+            "kernel_size": 3, "last_kernel_size": 3, "residual_kernel_size": 3, "dilation_base": 2, "causal": False,
+            "pad_mode": seanet["pad_mode"], "compress": 2, "lstm": 1, "true_skip": True,
+        }  # fmt: skip
+        config = {"sample_rate": 800, "channels": 1, "seanet": lines, "rvq": {"bins": 32, "n_q": 4}}
+        whole = {"best_state": {n: torch.tensor(np.array(a)) for n, a in arrays.items()}, "xp.cfg": repr(config)}
+        whole["xp.cfg"] = whole["xp.cfg"].replace("'", '"').replace("True", "true").replace("False", "false")
+        torch.save(whole, tmp_path / "compression_state_dict.bin")
+    for source in (tmp_path, tmp_path / "state_dict.bin"):
+        loaded = audiozoo.load(source, param_dtype=jnp.float64)
+        ours, expected = harness.parameters(loaded), harness.parameters(model)
+        assert ours.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_array_equal(ours[name], value, err_msg=name)
+    assert type(loaded).__name__ == (MELODY if melody else WHOLE)
+    assert not loaded.config.mask_text
+    assert loaded.config.stream_delays == (0, 1, 2, 3)
+    assert loaded.generation_config == musicgen.MusicgenGenerationConfig()
+    x = texts() | {"decoder_input_ids": codes()}
+    ours = audiozoo.jit(loaded)(**jaxed(x)).logits
+    theirs = audiozoo.jit(model)(**jaxed(x), **({} if melody else {"mask_text": False})).logits
+    np.testing.assert_array_equal(ours, theirs)
+
+
+SIZES = [
+    ("small", WHOLE, 589), ("medium", WHOLE, 2007), ("large", WHOLE, 3426),
+    ("medium", MELODY, 1554), ("large", MELODY, 2620), ("stereo_small", WHOLE, 606), ("stereo_medium", WHOLE, 2033),
+    ("stereo_medium", MELODY, 1579), ("stereo_large", WHOLE, 3459), ("stereo_large", MELODY, 2654),
+    ("audiogen_medium", WHOLE, 2233),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "name", "millions"), SIZES, ids=[f"{s} {n[8:14]}" for s, n, _ in SIZES])
+def test_published_sizes(size, name, millions):
+    with harness.precision("float32"):
+        config = getattr(musicgen.MusicgenConfig, size)()
+        cls = getattr(musicgen, name)
+        model = abstract(lambda rngs: cls(config, rngs=rngs))
+        written = hugging_face(model).files["config.json"]
+        codec = dataclasses.replace(config.audio_encoder, codebook_dim=config.audio_encoder.hidden_size)
+        assert config_from_hugging_face(written) == dataclasses.replace(config, audio_encoder=codec)
+        kind = transformers.MusicgenMelodyConfig if name == MELODY else transformers.MusicgenConfig
+        theirs = kind.from_dict(dict(written))
+        count = harness.assert_same_shapes(
+            lambda: getattr(transformers, name)(theirs),
+            lambda: cls(config, rngs=nnx.Rngs(0)),
+            hugging_face_table(config, name),
+        )
+        assert round(count / 1e6) == millions
+
+
+# --- processor -------------------------------------------------------------------------------------------------------
+
+WORDS = "a slow folk song with guitar and fiddle, 120 bpm; bright drums! an old waltz for two violins and a cello."
+
+
+@pytest.fixture(scope="module")
+def tokenizer_directory(tmp_path_factory):
+    folder, model = tmp_path_factory.mktemp("t5"), io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(WORDS.split() * 4), model_writer=model, vocab_size=60, pad_id=0, eos_id=1, unk_id=2,
+        bos_id=-1, minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    (folder / "spiece.model").write_bytes(model.getvalue())
+    return folder
+
+
+def test_processor_is_the_originals(tokenizer_directory, tmp_path):
+    tokenizer = transformers.T5Tokenizer.from_pretrained(tokenizer_directory)
+    extractor = transformers.EncodecFeatureExtractor(feature_size=1, sampling_rate=800, padding_side="left")
+    theirs = transformers.MusicgenProcessor(extractor, tokenizer)
+    theirs.save_pretrained(tmp_path)
+    ours = MusicgenProcessor.from_directory(tmp_path)
+    assert ours.feature_extractor.padding_side == "left"
+    rng = np.random.default_rng(0)
+    audio = [rng.uniform(-1, 1, 90).astype(np.float32), rng.uniform(-1, 1, 60).astype(np.float32)]
+    text = [
+        "a slow  folk song",
+        "fiddle<extra_id_3> and Drums\t",
+    ]
+    one = theirs(text=text, audio=audio, sampling_rate=800, padding=True, return_tensors="np")
+    other = ours(text=text, audio=audio, sampling_rate=800)
+    assert set(one) == set(other)
+    for name in one:
+        np.testing.assert_array_equal(other[name], one[name], err_msg=name)
+    values = rng.uniform(-1, 1, (2, 1, 120)).astype(np.float32)
+    for mine, its in zip(
+        ours.batch_decode(values, other["padding_mask"]),
+        theirs.batch_decode(values, padding_mask=one["padding_mask"]),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(mine, its)
+    # Theirs takes tokens for waveforms; its tokenizer does not.
+    expected = tokenizer.batch_decode(one["input_ids"], skip_special_tokens=True)
+    assert ours.batch_decode(other["input_ids"]) == expected
+    # The sentencepiece model by itself.
+    alone = MusicgenProcessor.from_directory(tokenizer_directory)
+    np.testing.assert_array_equal(alone(text=text)["input_ids"], one["input_ids"])
+    ours.save(tmp_path / "again")
+    np.testing.assert_array_equal(
+        MusicgenProcessor.from_directory(tmp_path / "again")(text=text)["input_ids"], one["input_ids"]
+    )
+
+
+def test_melodies_are_the_originals(recordings):
+    """Theirs needs torchaudio, which is not here; its power spectrogram is torch.stft over the norm of the window."""
+    module = importlib.import_module("transformers.models.musicgen_melody.feature_extraction_musicgen_melody")
+    theirs = object.__new__(module.MusicgenMelodyFeatureExtractor)
+    window = torch.hann_window(16384, dtype=torch.float32)
+
+    def spectrogram(x):
+        found = torch.stft(x, 16384, 4096, window=window, center=True, pad_mode="reflect", return_complex=True)
+        return (found / window.pow(2).sum().sqrt()).abs().pow(2)
+
+    theirs.n_fft, theirs.spectrogram = 16384, spectrogram
+    theirs.chroma_filters = torch.from_numpy(
+        transformers.audio_utils.chroma_filter_bank(
+            sampling_rate=32000, num_frequency_bins=16384, tuning=0, num_chroma=12
+        )
+    ).float()
+    ours = MusicgenMelodyFeatureExtractor()
+    song = audiozoo.audio.read(recordings / "hungarian_dance_5.ogg", 32_000)[: 12 * 32_000]
+    for part in (song, song[:9000], song[:32_000], np.zeros(20_000, np.float32)):
+        expected = theirs._torch_extract_fbank_features(torch.from_numpy(part)[None]).numpy()
+        found = ours(part, 32_000)["input_features"]
+        np.testing.assert_array_equal(found, expected)
+    assert len(np.unique(ours(song, 32_000)["input_features"].argmax(-1))) > 6
+    both = ours([song[:40_000], song[:30_000]], 32_000, return_attention_mask=True)
+    assert both["input_features"].shape == (2, 10, 12)
+    assert both["attention_mask"].sum(axis=1).tolist() == [10, 8]
+    stems = np.stack([np.zeros_like(song), np.zeros_like(song), 0.25 * song, 0.75 * song])[None, :, None]
+    np.testing.assert_array_equal(ours(stems, 32_000)["input_features"], ours(song, 32_000)["input_features"])
+    stereo = ours([np.stack([1.5 * song, 0.5 * song])], 32_000)
+    np.testing.assert_array_equal(stereo["input_features"], ours(song, 32_000)["input_features"])
+
+
+def test_full_size_in_float32():
+    """musicgen-small's decoder, 420 M parameters."""
+    with harness.precision("float32"):
+        theirs = transformers.MusicgenDecoderConfig()
+        theirs._attn_implementation = "sdpa"
+        reference = harness.randomise(transformers.MusicgenForCausalLM(theirs), 0, torch.float32)
+        config = musicgen.MusicgenConfig.small()
+        model = harness.ported(
+            reference,
+            lambda: musicgen.MusicgenForCausalLM(config, rngs=nnx.Rngs(0)),
+            hugging_face_table(config, "MusicgenForCausalLM"),
+        )
+        rng = np.random.default_rng(0)
+        ids, states = rng.integers(0, 2049, (4, 20)), rng.standard_normal((1, 7, 1024)).astype(np.float32)
+        with torch.no_grad():
+            expected = reference(torch.tensor(ids), encoder_hidden_states=torch.tensor(states)).logits
+        ours = audiozoo.jit(model)(jnp.asarray(ids), encoder_hidden_states=jnp.asarray(states)).logits
+        harness.assert_close(ours, expected, name="logits")
+
+
+def test_bfloat16_stays_close(plain):
+    _, model, _ = plain
+    half = abstract(
+        lambda rngs: musicgen.MusicgenForConditionalGeneration(
+            model.config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=rngs
+        )
+    )
+    values = harness.parameters(model)
+    flat = [
+        (p, v.replace(jnp.asarray(values[".".join(map(str, p))], v.dtype)))
+        for p, v in nnx.to_flat_state(nnx.state(half))
+    ]
+    half = nnx.merge(nnx.graphdef(half), nnx.from_flat_state(flat))
+    x = jaxed(texts() | {"decoder_input_ids": codes()})
+    ours = audiozoo.jit(half)(**x).logits
+    assert ours.dtype == jnp.bfloat16
+    harness.assert_close(ours, np.asarray(audiozoo.jit(model)(**x).logits, np.float32), name="bfloat16 logits")

@@ -1,0 +1,143 @@
+"""MusicGen against `transformers` (its default attention): the decoder's forward, and whole generation with guidance.
+
+musicgen-small's size, random weights.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from benchmarks.audio_spectrogram_transformer import close
+from benchmarks.framework import Case, Run, threads
+
+SEED, STEPS, SECONDS = 0, 250, 5.0
+TEXT = np.arange(1, 13, dtype=np.int64)[None] * 97 % 32_000
+CLASS = "MusicgenForConditionalGeneration"
+
+
+@functools.lru_cache(maxsize=1)
+def model() -> Any:
+    """Ours, with random weights drawn by name."""
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from audiozoo.layers import abstract
+    from audiozoo.models.musicgen import MusicgenConfig, MusicgenForConditionalGeneration
+    from tests.random_weights import random_parameters
+    from weights_conversion.musicgen import hugging_face_table
+
+    config = MusicgenConfig.small()
+    ours = abstract(lambda rngs: MusicgenForConditionalGeneration(config, rngs=rngs))
+    state = nnx.to_flat_state(nnx.state(ours))
+    shapes = {".".join(map(str, path)): variable for path, variable in state}
+    values = random_parameters(shapes, hugging_face_table(config, CLASS), SEED)
+    flat = [(path, v.replace(jnp.asarray(values.pop(".".join(map(str, path))), jnp.float32))) for path, v in state]
+    return nnx.merge(nnx.graphdef(ours), nnx.from_flat_state(flat))
+
+
+@functools.lru_cache(maxsize=1)
+def original() -> Any:
+    """`transformers`' model, the same random weights, float32."""
+    import torch
+    import transformers
+
+    from tests.parity.harness import randomise
+    from weights_conversion.musicgen import hugging_face
+
+    torch.set_num_threads(threads())
+    config = transformers.MusicgenConfig.from_dict(dict(hugging_face(model()).files["config.json"]))
+    with torch.device("meta"):
+        theirs = transformers.MusicgenForConditionalGeneration(config)
+    theirs = theirs.to_empty(device="cpu")
+    randomise(theirs, SEED, torch.float32)
+    for module in theirs.modules():
+        if hasattr(module, "make_weights"):
+            module.weights = module.get_embedding(module.num_positions, module.embedding_dim)
+    for name, buffer in theirs.named_buffers():
+        if name.endswith((".stride", ".kernel_size", ".padding_total")):  # integers that the codec computes with
+            _restore(theirs, name, buffer)
+    ids = {"pad_token_id": 2048, "bos_token_id": 2048, "decoder_start_token_id": 2048}
+    theirs.generation_config.update(**ids, do_sample=False, guidance_scale=3.0)
+    return theirs
+
+
+def _restore(theirs: Any, name: str, buffer: Any) -> None:
+    """The value of a buffer of `EncodecConv1d` from the convolution beside it."""
+    module = theirs.get_submodule(name.rpartition(".")[0])
+    conv = module.conv
+    effective = (conv.kernel_size[0] - 1) * conv.dilation[0] + 1
+    values = {"stride": conv.stride[0], "kernel_size": effective, "padding_total": effective - conv.stride[0]}
+    buffer.fill_(values[name.rpartition(".")[2]])
+
+
+def _inputs() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(1)
+    return rng.integers(0, 2048, (4, STEPS)), rng.standard_normal((1, 12, 1024)).astype(np.float32)
+
+
+def our_forward() -> Run:
+    import jax.numpy as jnp
+
+    import audiozoo
+
+    run, (ids, states) = audiozoo.jit(model().decoder), map(jnp.asarray, _inputs())
+    return lambda: np.asarray(run(ids, encoder_hidden_states=states).logits)
+
+
+def their_forward() -> Run:
+    import torch
+
+    theirs, (ids, states) = original(), map(torch.from_numpy, _inputs())
+
+    def run() -> Any:
+        with torch.inference_mode():
+            return theirs.decoder(ids, encoder_hidden_states=states, use_cache=False).logits.numpy()
+
+    return run
+
+
+def our_generate() -> Run:
+    ours = model()
+    options = {"do_sample": False, "guidance_scale": 3.0, "max_new_tokens": STEPS + 3}
+    return lambda: ours.generate(TEXT.astype(np.int32), np.ones(TEXT.shape, np.int32), **options)
+
+
+def their_generate() -> Run:
+    import torch
+
+    theirs, ids = original(), torch.from_numpy(TEXT)
+    return lambda: theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=STEPS + 3).numpy()
+
+
+def sounds_alike(ours: Any, theirs: Any) -> str:
+    """Greedy codes may part at a near tie in float32; until then the waveform is the same."""
+    if ours.shape != theirs.shape:
+        raise AssertionError(f"shapes {ours.shape} and {theirs.shape}")
+    apart = np.flatnonzero(np.abs(ours - theirs).max(axis=(0, 1)) > 1e-3 * np.abs(theirs).max())
+    same = ours.shape[2] if not apart.size else int(apart[0])
+    if same < 0.1 * ours.shape[2]:
+        raise AssertionError(f"the waveforms part after {same} samples")
+    return f"same waveform for {same / ours.shape[2]:.0%}"
+
+
+CASES = (
+    Case(
+        f"decoder forward, {STEPS} steps",
+        our_forward,
+        {"transformers": their_forward},
+        target=1.5,
+        agreement=close,
+        repeats=3,
+    ),
+    Case(
+        f"generate {SECONDS:g} s, guidance",
+        our_generate,
+        {"transformers": their_generate},
+        target=2.0,
+        agreement=sounds_alike,
+        repeats=2,
+    ),
+)
