@@ -218,7 +218,6 @@ UNFINISHED: dict[str, str] = {
     "sew": "no notebook",
     "unispeech": "no notebook",
     "unispeech_sat": "no notebook",
-    "musicgen": "no processor yet",
 }
 
 
