@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from audiozoo.commands import terminal
-from audiozoo.commands.terminal import check_file, messages, progress_bar
+from audiozoo.commands.terminal import check_file, progress_bar, say
 from audiozoo.errors import SourceError, UsageError
 
 COMPOSER, MELODIST = "facebook/musicgen-small", "facebook/musicgen-melody"
@@ -72,4 +72,4 @@ def music(
             **options,
         )
     audio.write(output, found[0] if channels == 1 else found, rate)
-    messages.print(f"{found.shape[1] / rate:.2f} s: {output}", markup=False, highlight=False)
+    say(f"{found.shape[1] / rate:.2f} s: {output}")
