@@ -213,7 +213,7 @@ def test_durations_are_exact(model):
     assert model.generate(**texts(), max_new_tokens=9, do_sample=False).shape == (2, 1, 8 * 6)
 
 
-def test_sharded_and_mapped_over_a_batch(model):
+def test_mapped_over_a_batch(model):
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 33, (32, 6)))
     states = jnp.asarray(np.random.default_rng(1).standard_normal((8, 3, 16)), jnp.float32)
     call = jax.jit(lambda m, i, s: m(i, encoder_hidden_states=s).logits)
