@@ -494,6 +494,30 @@ PAPERS: tuple[Paper, ...] = (
         checkpoints=_musicgen_checkpoints(),
         processor="audiozoo.processors.musicgen:MusicgenProcessor",
     ),
+    Paper(
+        name="seamless_m4t_v2",
+        title="SeamlessM4T v2",
+        paper="Seamless: Multilingual Expressive and Streaming Speech Translation",
+        year=2023,
+        arxiv="2312.05187",
+        classes=(
+            "SeamlessM4Tv2Model",
+            "SeamlessM4Tv2ForTextToText",
+            "SeamlessM4Tv2ForSpeechToText",
+            "SeamlessM4Tv2ForTextToSpeech",
+            "SeamlessM4Tv2ForSpeechToSpeech",
+            "SeamlessM4Tv2CodeHifiGan",
+        ),
+        config="SeamlessM4Tv2Config",
+        sizes=("large",),
+        tasks=("speech translation", "text translation", "speech to speech", "text to speech", "training"),
+        checkpoints=(
+            Checkpoint("facebook/seamless-m4t-v2-large", "large", "CC-BY-NC-4.0"),
+            Checkpoint("seamlessM4T_v2_large.pt", "large", "CC-BY-NC-4.0"),
+            Checkpoint("vocoder_v2.pt", "large", "CC-BY-NC-4.0"),
+        ),
+        processor="audiozoo.processors.seamless_m4t:SeamlessM4TProcessor",
+    ),
 )
 
 

@@ -213,7 +213,6 @@ UNFINISHED: dict[str, str] = {
     "speech_to_text_2": "no notebook",
     "speecht5": "no processor, no notebook",
     "seamless_m4t": "its encoders only",
-    "seamless_m4t_v2": "no processor, no notebook",
     "wavlm": "no notebook",
     "sew": "no notebook",
     "unispeech": "no notebook",

@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 
 import audiozoo
-from audiozoo import loading, registry
+from audiozoo import loading
 from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.models import seamless_m4t_v2, speech_resynthesis
 from audiozoo.models.seamless_m4t_v2 import SeamlessM4Tv2Config, SeamlessM4Tv2GenerationConfig, SeamlessM4Tv2Model
@@ -67,19 +67,6 @@ TINY = SeamlessM4Tv2Config(
     t2u_variance_predictor_embed_dim=16,
     t2u_variance_predictor_hidden_dim=8,
     vocoder=VOICE,
-)
-PAPER = registry.Paper(
-    name="seamless_m4t_v2",
-    title="SeamlessM4T v2",
-    paper="Seamless: Multilingual Expressive and Streaming Speech Translation",
-    year=2023,
-    arxiv="2312.05187",
-    classes=(*conversion.WITHOUT, conversion.VOCODER),
-    config="SeamlessM4Tv2Config",
-    sizes=("large",),
-    tasks=("translation",),
-    checkpoints=(),
-    processor="",
 )
 LETTERS = "▁abcdefghij"
 TABLES = SeamlessM4Tv2GenerationConfig(
@@ -184,14 +171,6 @@ def test_training_lowers_the_losses(model):
     assert np.mean(values[-5:]) < 0.7 * np.mean(values[:5])
 
 
-@pytest.fixture
-def _registered(monkeypatch):
-    """`audiozoo.load` knows the paper, which the registry does not list before it is whole."""
-    monkeypatch.setattr(registry, "PAPERS", (*registry.PAPERS, PAPER))
-    monkeypatch.setattr(loading, "PAPERS", registry.PAPERS)
-
-
-@pytest.mark.usefixtures("_registered")
 def test_checkpoints_of_our_own(model, tmp_path):
     audiozoo.save(model, tmp_path / "native")
     back = audiozoo.load(tmp_path / "native")
@@ -240,11 +219,8 @@ PEAK = """
 import re, sys
 from pathlib import Path
 import audiozoo
-from audiozoo import loading, registry
 from audiozoo.sharding import fsdp, make_mesh
 import jax
-from tests.models.test_seamless_m4t_v2 import PAPER
-registry.PAPERS = loading.PAPERS = (*registry.PAPERS, PAPER)
 many = len(jax.devices()) == 8
 model = audiozoo.load(sys.argv[1], **({"mesh": make_mesh({"data": 8}), "rules": (fsdp(),)} if many else {}))
 from audiozoo.loading import variables

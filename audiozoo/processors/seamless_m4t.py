@@ -1,0 +1,320 @@
+"""SeamlessM4T's processor, of both versions: Kaldi filterbanks in pairs, or text with its language in front."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from audiozoo.errors import CheckpointError, SourceError, UsageError
+from audiozoo.processors import check_return_tensors, pad_batch, read_json, waveform_batch, write_json
+from audiozoo.processors.speech_to_text import filterbanks
+
+
+def normalised(features: Float[np.ndarray, "frames mels"]) -> Float[np.ndarray, "frames mels"]:
+    r"""Each band to mean 0 and variance 1 over the utterance: $(x - \mu) / \sqrt{s^2 + 10^{-7}}$, $s^2$ unbiased."""
+    x = features.astype(np.float64)
+    variance = x.var(axis=0, ddof=1) if len(x) > 1 else np.zeros(x.shape[1])
+    return ((x - x.mean(axis=0)) / np.sqrt(variance + 1e-7)).astype(np.float32)
+
+
+class SeamlessM4TFeatureExtractor:
+    """Waveforms to model inputs; the arguments are the fields of `preprocessor_config.json`.
+
+    Args:
+        feature_size: mel bands, as files call them twice.
+        sampling_rate: Hz.
+        num_mel_bins: mel bands.
+        padding_value: what shorter utterances are padded with.
+        stride: frames of 10 ms side by side in one of the model's.
+    """
+
+    def __init__(
+        self,
+        feature_size: int = 80,
+        sampling_rate: int = 16_000,
+        num_mel_bins: int = 80,
+        padding_value: float = 0.0,
+        stride: int = 2,
+    ) -> None:
+        self.feature_size = feature_size
+        self.sampling_rate = sampling_rate
+        self.num_mel_bins = num_mel_bins
+        self.padding_value = padding_value
+        self.stride = stride
+
+    @classmethod
+    def from_directory(cls, directory: str | os.PathLike[str]) -> SeamlessM4TFeatureExtractor:
+        """From `preprocessor_config.json` or `processor_config.json`; else the defaults."""
+        folder = Path(directory)
+        if not folder.is_dir():
+            raise SourceError(f"There is no directory '{folder}'.")
+        config: dict[str, Any] = {}
+        if (folder / "preprocessor_config.json").is_file():
+            config = read_json(folder / "preprocessor_config.json")
+        elif (folder / "processor_config.json").is_file():
+            config = read_json(folder / "processor_config.json").get("feature_extractor", {})
+        kind = config.get("feature_extractor_type", cls.__name__)
+        if kind != cls.__name__:
+            raise CheckpointError(f"'{folder}' holds the settings of a {kind}, not of SeamlessM4T's features.")
+        return cls(**{name: config[name] for name in vars(cls()) if name in config})
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write `preprocessor_config.json` as `transformers` does."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        fields = {**vars(self), "padding_side": "right", "feature_extractor_type": type(self).__name__}
+        write_json(
+            folder / "preprocessor_config.json", dict(sorted((fields | {"return_attention_mask": True}).items()))
+        )
+
+    def __call__(
+        self,
+        raw_speech: Any,
+        sampling_rate: int | None = None,
+        *,
+        padding: bool | str = True,
+        max_length: int | None = None,
+        truncation: bool = False,
+        pad_to_multiple_of: int | None = 2,
+        return_attention_mask: bool | None = None,
+        return_tensors: str | None = None,
+        do_normalize_per_mel_bins: bool = True,
+    ) -> dict[str, np.ndarray]:
+        """Features of one waveform or of a batch of any lengths.
+
+        Args:
+            raw_speech: float waveform `(time,)`, array `(batch, time)`, or list of waveforms.
+            sampling_rate: Hz of `raw_speech`, to be checked.
+            padding: `True` or "longest", "max_length", or `False` (then all must have one length).
+            max_length: frames of 10 ms.
+            truncation: cut what is longer than `max_length`.
+            pad_to_multiple_of: round the frames up; what then does not fill a stride is left out.
+            return_attention_mask: leave the mask out if False.
+            return_tensors: "np" or `None`; results are NumPy arrays.
+            do_normalize_per_mel_bins: bring each band to mean 0 and variance 1 over the utterance.
+
+        Returns:
+            `input_features` float32 `(batch, frames / stride, stride · num_mel_bins)` and `attention_mask` int32.
+
+        Raises:
+            AudioError: empty, not finite, integer, stereo, at another rate, or too short for one step.
+        """
+        check_return_tensors(return_tensors)
+        window, hop = int(self.sampling_rate * 0.025), int(self.sampling_rate * 0.010)
+        least = window + (self.stride - 1) * hop
+        waveforms = waveform_batch(raw_speech, sampling_rate, self.sampling_rate, minimum_samples=least)
+        features = filterbanks(waveforms, self.num_mel_bins, self.sampling_rate)
+        if do_normalize_per_mel_bins:
+            features = [normalised(x) for x in features]
+        batch, mask = pad_batch(
+            features,
+            padding,
+            max_length=max_length,
+            truncation=truncation,
+            pad_to_multiple_of=pad_to_multiple_of,
+            padding_value=self.padding_value,
+        )
+        steps = batch.shape[1] // self.stride
+        batch = batch[:, : steps * self.stride].reshape(len(batch), steps, -1)
+        inputs = {"input_features": batch}
+        if return_attention_mask is False:
+            return inputs
+        # A step counts as speech if its second frame does.
+        return inputs | {"attention_mask": mask[:, : steps * self.stride][:, 1 :: self.stride]}
+
+
+class SeamlessM4TTokenizer:
+    """NLLB's pieces of words, with a language in front: `<language> … </s>`, or `</s> <language> … </s>` for targets.
+
+    Args:
+        file: a `tokenizer.json`.
+        src_lang: language of the texts to translate, until another is named.
+        tgt_lang: language of target texts, likewise.
+
+    Raises:
+        SourceError: if there is no such file.
+        CheckpointError: if it is damaged or lacks special tokens.
+    """
+
+    def __init__(self, file: str | os.PathLike[str], src_lang: str = "eng", tgt_lang: str = "fra") -> None:
+        import tokenizers
+
+        if not Path(file).is_file():
+            raise SourceError(f"There is no file {file}.")
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises nothing narrower
+            raise CheckpointError(f"'{file}' is no tokenizer of the library tokenizers ({error}).") from None
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        found: dict[str, Any] = {
+            token: self.tokenizer.token_to_id(token) for token in ("<pad>", "<unk>", "<s>", "</s>")
+        }
+        if missing := [token for token, index in found.items() if index is None]:
+            raise CheckpointError(f"'{file}' has no {', '.join(missing)}.")
+        self.pad_token_id, self.unk_token_id = int(found["<pad>"]), int(found["<unk>"])
+        self.bos_token_id, self.eos_token_id = int(found["<s>"]), int(found["</s>"])
+        added = self.tokenizer.get_added_tokens_decoder()
+        names = {index: token.content for index, token in added.items()}
+        self.lang_code_to_id = {
+            name.strip("_"): index for index, name in names.items() if name.startswith("__") and name.endswith("__")
+        }
+        self.file, self.src_lang, self.tgt_lang = Path(file), src_lang.strip("_"), tgt_lang.strip("_")
+
+    @classmethod
+    def from_directory(cls, directory: str | os.PathLike[str]) -> SeamlessM4TTokenizer:
+        """From `tokenizer.json`, with the languages of `tokenizer_config.json`."""
+        folder = Path(directory)
+        if not (folder / "tokenizer.json").is_file():
+            raise SourceError(f"'{folder}' has no tokenizer.json.")
+        config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+        languages = {name: str(config[name]) for name in ("src_lang", "tgt_lang") if config.get(name)}
+        return cls(folder / "tokenizer.json", **languages)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the files that `from_directory` and `transformers` read."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.json").write_bytes(self.file.read_bytes())
+        fields = {"src_lang": self.src_lang, "tgt_lang": self.tgt_lang, "tokenizer_class": type(self).__name__}
+        write_json(folder / "tokenizer_config.json", fields)
+
+    def __len__(self) -> int:
+        return self.tokenizer.get_vocab_size()
+
+    def language(self, name: str) -> int:
+        """The token of a language; `eng` and `__eng__` are the same.
+
+        Raises:
+            UsageError: if there is no such language.
+        """
+        code = name.replace("__", "")
+        if code not in self.lang_code_to_id:
+            known = ", ".join(sorted(self.lang_code_to_id)) or "none"
+            raise UsageError(f"The tokenizer has no language {name!r}; there are {known}.")
+        return self.lang_code_to_id[code]
+
+    def _rows(self, text: str | Sequence[str], prefix: list[int]) -> list[list[int]]:
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts or not all(isinstance(line, str) for line in texts):
+            raise UsageError("Give one text, or a list of texts.")
+        encoded = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [[*prefix, *row.ids, self.eos_token_id] for row in encoded]
+
+    def _padded(self, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        longest = max(map(len, rows))
+        ids = np.full((len(rows), longest), self.pad_token_id, np.int32)
+        mask = np.zeros(ids.shape, np.int32)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)], mask[i, : len(row)] = row, 1
+        return ids, mask
+
+    def __call__(
+        self,
+        text: str | Sequence[str] | None = None,
+        *,
+        text_target: str | Sequence[str] | None = None,
+        src_lang: str | None = None,
+        tgt_lang: str | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Tokens of one text or several, padded to the longest.
+
+        Args:
+            text: to translate.
+            text_target: translations; they come back as `labels`, or by themselves as `input_ids`.
+            src_lang: language of `text`.
+            tgt_lang: language of `text_target`.
+
+        Returns:
+            `input_ids` and `attention_mask`, int32 `(batch, time)`, and `labels` with both kinds of text.
+
+        Raises:
+            UsageError: without a text; for an unknown language.
+        """
+        if text is None and text_target is None:
+            raise UsageError("Give text, text_target, or both.")
+        target = None
+        if text_target is not None:
+            prefix = [self.eos_token_id, self.language(tgt_lang or self.tgt_lang)]
+            target = self._padded(self._rows(text_target, prefix))
+        if text is None:
+            assert target is not None
+            return {"input_ids": target[0], "attention_mask": target[1]}
+        ids, mask = self._padded(self._rows(text, [self.language(src_lang or self.src_lang)]))
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        return inputs if target is None else inputs | {"labels": target[0]}
+
+    def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
+        """The text of tokens."""
+        return self.tokenizer.decode(np.asarray(ids).reshape(-1).tolist(), skip_special_tokens=skip_special_tokens)
+
+    def batch_decode(self, ids: Any, skip_special_tokens: bool = False) -> list[str]:
+        """The text of each row."""
+        return [self.decode(row, skip_special_tokens) for row in ids]
+
+
+class SeamlessM4TProcessor:
+    """Feature extractor and tokenizer together."""
+
+    def __init__(self, feature_extractor: SeamlessM4TFeatureExtractor, tokenizer: SeamlessM4TTokenizer) -> None:
+        self.feature_extractor = feature_extractor
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_directory(cls, directory: str | os.PathLike[str]) -> SeamlessM4TProcessor:
+        """Both from a checkpoint's directory."""
+        return cls(
+            SeamlessM4TFeatureExtractor.from_directory(directory), SeamlessM4TTokenizer.from_directory(directory)
+        )
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write both."""
+        self.feature_extractor.save(directory)
+        self.tokenizer.save(directory)
+
+    def __call__(
+        self,
+        audio: Any = None,
+        sampling_rate: int | None = None,
+        *,
+        text: str | Sequence[str] | None = None,
+        text_target: str | Sequence[str] | None = None,
+        src_lang: str | None = None,
+        tgt_lang: str | None = None,
+        **options: Any,
+    ) -> dict[str, np.ndarray]:
+        """Inputs of the model, of speech or of text.
+
+        Args:
+            audio: waveforms; see `SeamlessM4TFeatureExtractor`.
+            sampling_rate: Hz of `audio`.
+            text: texts to translate; see `SeamlessM4TTokenizer`.
+            text_target: translations, which come back as `labels`.
+            src_lang: language of `text`.
+            tgt_lang: language of `text_target`.
+            options: of the feature extractor.
+
+        Raises:
+            UsageError: for speech and text at once, or neither.
+        """
+        if audio is not None and text is not None:
+            raise UsageError("Give speech or text, not both: the model translates one of them.")
+        if audio is None:
+            return self.tokenizer(text, text_target=text_target, src_lang=src_lang, tgt_lang=tgt_lang)
+        inputs = self.feature_extractor(audio, sampling_rate, **options)
+        if text_target is None:
+            return inputs
+        return inputs | {"labels": self.tokenizer(text_target=text_target, tgt_lang=tgt_lang)["input_ids"]}
+
+    def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
+        """The text of tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens)
+
+    def batch_decode(self, ids: Any, skip_special_tokens: bool = False) -> list[str]:
+        """The text of each row."""
+        return self.tokenizer.batch_decode(ids, skip_special_tokens)
