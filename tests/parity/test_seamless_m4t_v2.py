@@ -473,10 +473,7 @@ def test_directories_there_and_back(tmp_path):
     with harness.precision("float32"):
         reference, _, _ = build(dtype=torch.float32)
         reference.save_pretrained(tmp_path / "theirs")
-        foreign = conversion.open_checkpoint(tmp_path / "theirs")
-        from audiozoo import loading
-
-        model = loading.convert(foreign, seamless_m4t_v2.SeamlessM4Tv2Model)
+        model = audiozoo.load(tmp_path / "theirs")
         assert dict(model.generation_config.char_to_id) == CHARACTERS
         assert dict(model.generation_config.options) == {"max_new_tokens": 9}
         x = text() | targets()
@@ -494,9 +491,15 @@ def test_directories_there_and_back(tmp_path):
         for name in TINY:
             assert getattr(back, name) == getattr(reference.config, name), name
         assert form.files["generation_config.json"]["id_to_text"] == TABLES["id_to_text"]
+        audiozoo.export(model, tmp_path / "ours")
+        again, info = transformers.SeamlessM4Tv2Model.from_pretrained(tmp_path / "ours", output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        for name, tensor in state.items():
+            assert torch.equal(tensor, again.state_dict()[name]), name
+        assert again.generation_config.vocoder_lang_code_to_id == TABLES["vocoder_lang_code_to_id"]
         # A part of the whole, and what is not there.
-        part = conversion.open_checkpoint(tmp_path / "theirs", "SeamlessM4Tv2ForTextToText")
-        less = loading.convert(part, seamless_m4t_v2.SeamlessM4Tv2ForTextToText)
+        less = audiozoo.load(tmp_path / "theirs", model_class="SeamlessM4Tv2ForTextToText")
         harness.assert_close(audiozoo.jit(less)(**jaxed(x)).logits, theirs, name="logits")
         with pytest.raises(CheckpointError, match="no class SeamlessM4Tv2Nothing"):
             conversion.open_checkpoint(tmp_path / "theirs", "SeamlessM4Tv2Nothing")
@@ -707,3 +710,32 @@ def test_published_size():
             hugging_face_table(config, "SeamlessM4Tv2Model"),
         )
     assert round(count / 1e6) == 2309
+
+
+def test_published_widths_in_float32():
+    """One layer of each stack, text to units and units to a waveform as wide as they are."""
+    with harness.precision("float32"):
+        shallow = {"t2u_encoder_layers": 1, "t2u_decoder_layers": 1}
+        theirs = transformers.SeamlessM4Tv2Config(**shallow, attn_implementation="sdpa")
+        config = config_from_hugging_face(theirs.to_dict())
+        rng = np.random.default_rng(0)
+        reference = harness.randomise(theirs_v2.SeamlessM4Tv2TextToUnitForConditionalGeneration(theirs), 0)
+        cls = seamless_m4t_v2.SeamlessM4Tv2TextToUnitForConditionalGeneration
+        model = harness.ported(reference, lambda: cls(config, rngs=nnx.Rngs(0)), t2u_table())
+        x = {
+            "inputs_embeds": rng.standard_normal((1, 6, 1024)).astype(np.float32),
+            "char_input_ids": rng.integers(4, 10_000, (1, 14)),
+            "char_count_per_id": np.array([[0, 3, 4, 2, 5, 0]]),
+        }
+        with torch.no_grad():
+            wanted = reference(**torched(x)).last_hidden_state
+        harness.assert_close(model(**jaxed(x)).last_hidden_state, wanted, name="logits")
+        vocoder = harness.randomise(theirs_v2.SeamlessM4Tv2CodeHifiGan(theirs), 0)
+        table = hugging_face_table(config, conversion.VOCODER)
+        voice = harness.ported(
+            vocoder, lambda: seamless_m4t_v2.SeamlessM4Tv2CodeHifiGan(config, rngs=nnx.Rngs(0)), table
+        )
+        units = rng.integers(2, 10_000, (1, 12))
+        with torch.no_grad():
+            waveform, _ = vocoder(torch.tensor(units), torch.tensor([[7]]), torch.tensor([[30]]))
+        harness.assert_close(voice.speak(units, 7, 30)[0], waveform, name="waveform")
