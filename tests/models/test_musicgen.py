@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -221,6 +224,35 @@ def test_mapped_over_a_batch(model):
     one = jax.jit(jax.vmap(lambda m, i, s: m(i, encoder_hidden_states=s[None]).logits, in_axes=(None, 0, 0)))
     apart = one(model.decoder, ids.reshape(8, 4, 6), states)
     np.testing.assert_allclose(apart.reshape(whole.shape), whole, rtol=1e-5, atol=1e-5)
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from audiozoo import sharding
+from tests.models.test_musicgen import texts, tiny
+
+model = tiny(hidden_size=32, ffn_dim=64, num_attention_heads=8)
+mesh = sharding.make_mesh({"data": 2, "tensor": 4})
+spread = sharding.shard(model, mesh)
+codes = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, 4, 8)))
+inputs = {name: jnp.asarray(array) for name, array in texts().items()}
+loss = jax.jit(lambda m: m.training_loss(codes, **inputs)[1])
+worst = float(jnp.abs(loss(model) - loss(spread)).max())
+options = {"frames": 6, "do_sample": False, "guidance_scale": 2.0}
+one, other = (m.generate_codes(**texts(), **options) for m in (model, spread))
+assert len(spread.decoder.model.layers[0].fc1.kernel.sharding.device_set) == 8
+assert worst < 1e-5 and (one == other).all(), (worst, one, other)
+"""
+
+
+@pytest.mark.slow
+def test_the_same_numbers_and_codes_on_eight_devices():
+    root = Path(__file__).resolve().parents[2]
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED], cwd=root, env=os.environ | flags, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 # --- pieces of any length --------------------------------------------------------------------------------------------
