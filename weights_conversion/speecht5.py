@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.models.speecht5 import SpeechT5Config
@@ -37,12 +39,11 @@ def _prefixed(prefix: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
     return tuple(rule.prefixed(prefix, prefix) for rule in rules)
 
 
-def _batch_norm(foreign: str, ours: str, counter: str) -> tuple[Rule, ...]:
+def _batch_norm(foreign: str, ours: str) -> tuple[Rule, ...]:
     return (
         *norm(foreign, ours),
         Rule(f"{foreign}.running_mean", f"{ours}.mean"),
         Rule(f"{foreign}.running_var", f"{ours}.var"),
-        Rule(f"{foreign}.num_batches_tracked", counter),
     )
 
 
@@ -95,7 +96,7 @@ SPEECH_DECODER = (
         (
             *linear("{l:feat_out|prob_out}"),
             Rule("layers.{i}.conv.weight", "layers.{i}.conv.kernel", conv1d),
-            *_batch_norm("layers.{i}.batch_norm", "layers.{i}.batch_norm", "layers.{i}.num_batches_tracked"),
+            *_batch_norm("layers.{i}.batch_norm", "layers.{i}.batch_norm"),
         ),
     ),
 )
@@ -109,10 +110,23 @@ CLASSES: dict[str, tuple[Rule, ...]] = {
     "SpeechT5ForTextToSpeech": (*TEXT_ENCODER_PRENET, *SPEECH_DECODER),
     "SpeechT5ForSpeechToSpeech": (*SPEECH_ENCODER_PRENET, *SPEECH_DECODER),
 }
+_COUNTERS = Ignore(r"(.*\.)?num_batches_tracked", "PyTorch's count of training steps, which nothing reads")
 # Tables of positions, which are computed.
 _POSITIONS = Ignore(
     r".*\.(encode_positions\.pe|(pos_sinusoidal_embed|embed_positions)\.weights)", "positions are computed"
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithCounters(Table):
+    """A table that writes, with the statistics of each BatchNorm, the count of steps that PyTorch keeps."""
+
+    def write(self, parameters: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+        """Our parameters, and the counts."""
+        for name, array in super().write(parameters):
+            yield name, array
+            if name.endswith(".running_mean"):
+                yield name.replace(".running_mean", ".num_batches_tracked"), np.zeros((), np.int64)
 
 
 def hugging_face_table(config: SpeechT5Config, model_class: str) -> Table:
@@ -122,7 +136,7 @@ def hugging_face_table(config: SpeechT5Config, model_class: str) -> Table:
     if config.layer_norm_first:
         raise CheckpointError("transformers has no SpeechT5 with norms first (LARGE); audiozoo.save keeps it.")
     rules = (*ENCODER, *DECODER, *CLASSES[model_class])
-    ignored: tuple[Ignore, ...] = (_POSITIONS,)
+    ignored: tuple[Ignore, ...] = (_POSITIONS, _COUNTERS)
     if model_class == "SpeechT5Model":
         rules = tuple(
             Rule(
@@ -139,7 +153,7 @@ def hugging_face_table(config: SpeechT5Config, model_class: str) -> Table:
             rules += (Rule(_HEAD, "text_decoder_postnet.lm_head.kernel", transpose),)
         if config.ctc_weight:
             raise CheckpointError("transformers has no CTC head for SpeechT5; export model.without_ctc().")
-    return Table(rules, renames=OLD_WEIGHT_NORM, ignored=ignored)
+    return _WithCounters(rules, renames=OLD_WEIGHT_NORM, ignored=ignored)
 
 
 def _sides(side: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -235,6 +249,7 @@ def original_table(config: SpeechT5Config, model_class: str) -> Table:
         *linear(f"decoder.{block}fc2", f"{decoder}{block}feed_forward.output_dense"),
     ]
     ignored = [
+        _COUNTERS,
         Ignore(r"(encoder|decoder)\.version|.*\.embed_positions\._float_tensor", "fairseq's own"),
         Ignore(r"decoder\.(pos_emb|layers\.\d+\.norm_k)\..*", "not used: the decoder has no relative positions"),
     ]
@@ -280,9 +295,7 @@ def original_table(config: SpeechT5Config, model_class: str) -> Table:
             *linear(f"{theirs}spkembs_layer.0", f"{speech_out}speaker_embeds_layer"),
             *linear(post + "{l:feat_out|prob_out}"),
             Rule(post + "postnet.postnet.{i}.0.weight", post + "layers.{i}.conv.kernel", conv1d),
-            *_batch_norm(
-                post + "postnet.postnet.{i}.1", post + "layers.{i}.batch_norm", post + "layers.{i}.num_batches_tracked"
-            ),
+            *_batch_norm(post + "postnet.postnet.{i}.1", post + "layers.{i}.batch_norm"),
         ]
     if _TEXT_OUT in nets:
         rules.append(Rule("text_decoder_prenet.embed_tokens.weight", f"{text_out}embed_tokens.embedding"))

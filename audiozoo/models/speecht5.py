@@ -87,6 +87,7 @@ from audiozoo.layers import (
 from audiozoo.layers.batch_norm import BatchNorm
 from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy, ctc_loss
 from audiozoo.models.hubert import cluster_logits, masked_prediction, targets_of_frames
+from audiozoo.models.speech_to_text import shift_tokens_right
 from audiozoo.models.wav2vec2 import (
     Wav2Vec2FeatureEncoder,
     Wav2Vec2FeatureProjection,
@@ -96,7 +97,6 @@ from audiozoo.models.wav2vec2 import (
     Wav2Vec2PositionalConvEmbedding,
     scale_gradient,
 )
-from audiozoo.models.xls_r import shift_tokens_right
 from audiozoo.outputs import (
     BaseModelOutput,
     DecoderOutput,
@@ -526,8 +526,6 @@ class SpeechT5BatchNormConvLayer(nnx.Module):
         outputs = config.num_mel_bins if index == last else config.speech_decoder_postnet_units
         self.conv = Conv1d(inputs, outputs, taps, padding=(taps - 1) // 2, use_bias=False, **kwargs)
         self.batch_norm = BatchNorm(outputs, **kwargs)
-        # Of no use here; PyTorch keeps it with the statistics, so it goes along.
-        self.num_batches_tracked = nnx.BatchStat(jnp.zeros((), jnp.int32))
         self.squash = index < last
         self.rate = config.speech_decoder_postnet_dropout
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +13,21 @@ import pytest
 import torch
 import transformers
 from flax import nnx
+from transformers.models.speecht5 import modeling_speecht5
 
+from audiozoo.errors import CheckpointError
 from audiozoo.models import speecht5
 from audiozoo.models.hifigan import SpeechT5HifiGan
+from audiozoo.models.speecht5 import SpeechT5Config
+from audiozoo.processors.speecht5 import SpeechT5Processor
+from audiozoo.text.numbers import spell_numbers
+from tests.models.tiny_speecht5 import train_characters
 from tests.parity import harness
 from tests.parity.speech_family import NO_DROPOUT, TINY, Family, blank, padded, reference_in_double
 from weights_conversion import hifigan as vocoders
+from weights_conversion import hubert as hubert_files
 from weights_conversion import speecht5 as conversion
+from weights_conversion.wav2vec2 import norm
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -345,10 +355,300 @@ def test_mutations_are_seen(voice):
         harness.assert_close(run(model, units), wanted.spectrogram)
 
     mutations = [
-        *harness.perturbations(model, exclude=r".*(num_batches_tracked|prob_out.*|masked_spec_embed)"),
+        *harness.perturbations(model, exclude=r".*(prob_out.*|masked_spec_embed)"),
         harness.dropped(model, "speecht5.encoder.wrapped_encoder.embed_positions.pe_k.embedding"),
         harness.dropped(model, "speech_decoder_postnet.layers.1.batch_norm.bias"),
     ]
     assert harness.assert_detects(check, mutations) == 5
     with pytest.raises(AssertionError):
         check(np.ones_like(kept_units))
+
+
+# --- LARGE: norms first ----------------------------------------------------------------------------------------------
+
+
+class LargeEncoderLayer(modeling_speecht5.SpeechT5EncoderLayer):
+    """The original's block with its norms first, one of them for the relative positions, as the authors have it."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.norm_k = torch.nn.LayerNorm(config.hidden_size // config.encoder_attention_heads)
+
+    def forward(self, hidden_states, attention_mask=None, position_bias=None, output_attentions=False):
+        """Norm, attention, residual; norm, MLP, residual."""
+        attention, weights = self.attention(
+            self.layer_norm(hidden_states),
+            attention_mask=attention_mask,
+            position_bias=self.norm_k(position_bias),
+            output_attentions=output_attentions,
+        )
+        hidden_states = hidden_states + attention
+        return hidden_states + self.feed_forward(self.final_layer_norm(hidden_states)), weights
+
+
+class LargeDecoderLayer(modeling_speecht5.SpeechT5DecoderLayer):
+    """The original's block of the decoder with its norms first."""
+
+    def forward(self, hidden_states, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None, **_):
+        """Norm, self-attention, residual; norm, attention, residual; norm, MLP, residual."""
+        x = hidden_states
+        x = x + self.self_attn(self.self_attn_layer_norm(x), attention_mask=attention_mask)[0]
+        y = self.encoder_attn_layer_norm(x)
+        y = self.encoder_attn(y, key_value_states=encoder_hidden_states, attention_mask=encoder_attention_mask)[0]
+        x = x + y
+        return (x + self.feed_forward(self.final_layer_norm(x)),)
+
+
+def test_norms_first_as_in_large(monkeypatch):
+    monkeypatch.setattr(modeling_speecht5, "SpeechT5EncoderLayer", LargeEncoderLayer)
+    monkeypatch.setattr(modeling_speecht5, "SpeechT5DecoderLayer", LargeDecoderLayer)
+    sizes = FAMILY.tiny | {"feat_extract_norm": "layer"}
+    theirs = transformers.SpeechT5Config(**sizes, attn_implementation="eager")
+    reference = transformers.SpeechT5ForSpeechToText(theirs)
+    encoder, decoder = reference.speecht5.encoder.wrapped_encoder, reference.speecht5.decoder.wrapped_decoder
+    last_of_encoder, encoder.layer_norm = encoder.layer_norm, torch.nn.Identity()
+    encoder.last_norm, decoder.last_norm = last_of_encoder, torch.nn.LayerNorm(24)
+    exact_positions(harness.randomise(reference, 5))
+    for half in (encoder, decoder):
+        half.register_forward_hook(
+            lambda module, _, output: output.__setitem__(
+                "last_hidden_state", module.last_norm(output.last_hidden_state)
+            )
+        )
+    config = conversion.config_from_hugging_face(theirs.to_dict() | {"layer_norm_first": True})
+    last = dataclasses.replace(config, layer_norm_first=False)
+    plain = conversion.hugging_face_table(last, "SpeechT5ForSpeechToText")
+    halves = ("speecht5.encoder.wrapped_encoder.", "speecht5.decoder.wrapped_decoder.")
+    table = dataclasses.replace(
+        plain,
+        rules=(
+            *(r for r in plain.rules if not str(r.foreign).startswith(f"('{halves[0]}layer_norm.")),
+            *norm(halves[0] + "layers.{i}.norm_k"),
+            *(rule for half in halves for rule in norm(f"{half}last_norm", f"{half}layer_norm")),
+        ),
+    )
+    model = blank(lambda: speecht5.SpeechT5ForSpeechToText(config, param_dtype=jnp.float64, rngs=nnx.Rngs(0)))
+    harness.port(reference, model, table)
+    x, mask = padded()
+    tokens = np.array([[2, 7, 5, 9], [2, 8, 4, 6]])
+    with torch.no_grad():
+        wanted = reference(torch.tensor(x), torch.tensor(mask), torch.tensor(tokens), use_cache=False)
+    ours = jax.jit(lambda m: m(*map(jnp.asarray, (x, mask, tokens))))(model)
+    harness.assert_close(ours.logits, wanted.logits)
+    with pytest.raises(CheckpointError, match="norms first"):
+        conversion.hugging_face(model)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["ForTextToSpeech", "ForSpeechToSpeech", "ForSpeechToText", "Model"])
+def test_hugging_face_directories(head, tmp_path):
+    model = FAMILY.round_trip(head, tmp_path)
+    assert isinstance(model, getattr(speecht5, f"SpeechT5{head}"))
+    if head == "ForSpeechToText":
+        untied = FAMILY.round_trip(head, tmp_path / "untied", tie_word_embeddings=False)
+        assert hasattr(untied, "text_decoder_postnet")
+
+
+def test_older_names(tmp_path):
+    """Files of version 4 spell weight normalisation otherwise, and hold the tables of positions."""
+    with harness.precision("float32"):
+        reference, model, table = FAMILY.pair("ForSpeechToSpeech")
+        old = {}
+        for name, tensor in reference.state_dict().items():
+            old[name.replace("parametrizations.weight.original0", "weight_g").replace(
+                "parametrizations.weight.original1", "weight_v"
+            )] = tensor  # fmt: skip
+        old["speecht5.decoder.prenet.encode_positions.pe"] = torch.zeros(1, 60, 24)
+        again = blank(lambda: speecht5.SpeechT5ForSpeechToSpeech(model.config, rngs=nnx.Rngs(0)))
+        steps = table.plan(harness.StateDict(old), harness.parameters(again))
+        harness.assign(again, dict(table.read(harness.StateDict(old), steps)))
+        for path, value in harness.parameters(model).items():
+            np.testing.assert_array_equal(harness.parameters(again)[path], value, err_msg=path)
+
+
+LEFT_OVER = {
+    "encoder.version": (1,),
+    "decoder.version": (1,),
+    "decoder.pos_emb.pe_k.weight": (10, 8),
+    "encoder.layers.0.norm_k.weight": (8,),
+    "decoder.layers.1.norm_k.bias": (8,),
+    "speech_encoder_prenet.embed_positions._float_tensor": (1,),
+    "text_decoder_postnet.output_projection.weight": (11, 24),
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "head"),
+    [
+        ("t2s", "ForTextToSpeech"),
+        ("s2s", "ForSpeechToSpeech"),
+        ("s2t", "ForSpeechToText"),
+        ("s2c", "ForSequenceClassification"),
+        ("pretrain", "ForPreTraining"),
+    ],
+)
+def test_the_authors_files(task, head, tmp_path):
+    """A file with the authors' names, of our own weights, loads by its task to the same bits."""
+    from audiozoo.loading import convert, paper_of, variables
+
+    name = f"SpeechT5{head}"
+    with harness.precision("float32"):
+        joint = {"ctc_weight": 0.5} if task == "s2t" else {}
+        config = SpeechT5Config(
+            **FAMILY.tiny, **joint, frame_rule="samples", num_clusters=9, final_dim=6, codevector_dim=24,
+            num_codevectors_per_group=5, id2label=("a", "b", "c"),
+        )  # fmt: skip
+        model = getattr(speecht5, name)(config, rngs=nnx.Rngs(3))
+        table = conversion.original_table(config, name)
+        tensors = {k: torch.tensor(v) for k, v in table.write({n: v[...] for n, v in variables(model).items()})}
+        old = {
+            k.replace("parametrizations.weight.original0", "weight_g").replace(
+                "parametrizations.weight.original1", "weight_v"
+            ): v
+            for k, v in tensors.items()
+        }
+        extra = {k: torch.zeros(shape) for k, shape in LEFT_OVER.items() if k not in old}
+        if task != "pretrain":
+            extra["hubert_layer.label_embs_concat"] = torch.zeros(9, 6)
+        settings = {"t5_task": task, "arch": "t5_transformer_base_asr", "mask_prob": 0.05, "ctc_weight": 0.5}
+        settings |= {"conv_feature_layers": "[(16, 10, 5), (12, 3, 2), (18, 2, 2)]", "max_text_positions": 30}
+        settings |= dict.fromkeys(("dropout", "encoder_layerdrop", "decoder_layerdrop", "activation_dropout"), 0.0)
+        settings |= {"attention_dropout": 0.0, "max_speech_positions": 60}
+        torch.save({"args": argparse.Namespace(**settings), "model": old | extra}, tmp_path / "checkpoint.pt")
+        if registered():
+            assert paper_of(tmp_path / "checkpoint.pt").name == "speecht5"
+        assert conversion.recognise(tmp_path / "checkpoint.pt")
+        assert not hubert_files.recognise(tmp_path / "checkpoint.pt")
+        foreign = conversion.open_checkpoint(tmp_path / "checkpoint.pt")
+        assert foreign.model_class == name
+        again = convert(foreign, getattr(speecht5, name))
+        for path, value in variables(model).items():
+            np.testing.assert_array_equal(variables(again)[path][...], value[...], err_msg=path)
+        assert again.config.ctc_weight == (0.5 if task == "s2t" else 0)
+
+
+def registered():
+    from audiozoo import registry
+
+    return any(entry.name == "speecht5" for entry in registry.PAPERS)
+
+
+# --- published sizes -------------------------------------------------------------------------------------------------
+
+PUBLISHED = {
+    "asr": ("ForSpeechToText", {}, 151_165_056),
+    "tts": ("ForTextToSpeech", {"max_speech_positions": 1876, "max_text_positions": 600}, 144_433_892),
+    "vc": ("ForSpeechToSpeech", {"max_speech_positions": 1876, "max_text_positions": 600}, 153_687_395),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    head, changes, count = PUBLISHED[name]
+    config = getattr(SpeechT5Config, name)()
+    theirs = transformers.SpeechT5Config(**changes)
+    assert conversion.config_from_hugging_face(theirs.to_dict()) == config
+    with harness.precision("float32"):
+        counted = harness.assert_same_shapes(
+            lambda: getattr(transformers, f"SpeechT5{head}")(theirs),
+            lambda: getattr(speecht5, f"SpeechT5{head}")(config, rngs=nnx.Rngs(0)),
+            conversion.hugging_face_table(config, f"SpeechT5{head}"),
+        )
+    assert counted == count
+
+
+def test_published_voice_in_float32():
+    """The released voice's own sizes, but for its depth: one block on either side."""
+    changes = {"encoder_layers": 1, "decoder_layers": 1, "max_speech_positions": 1876, "max_text_positions": 600}
+    with harness.precision("float32"):
+        theirs = transformers.SpeechT5Config(**changes, attn_implementation="eager")
+        reference = harness.randomise(transformers.SpeechT5ForTextToSpeech(theirs), 0, torch.float32)
+        config = dataclasses.replace(SpeechT5Config.tts(), encoder_layers=1, decoder_layers=1)
+        model = blank(lambda: speecht5.SpeechT5ForTextToSpeech(config, rngs=nnx.Rngs(0)))
+        harness.port(reference, model, conversion.hugging_face_table(config, "SpeechT5ForTextToSpeech"))
+        rng = np.random.default_rng(0)
+        ids, mel = rng.integers(4, 79, (1, 40)), rng.standard_normal((1, 30, 80)).astype(np.float32)
+        who, units = rng.standard_normal((1, 512)).astype(np.float32), rng.random((2, 30, 256)) < 0.5
+        with kept(reference, units), torch.no_grad():
+            wanted = reference(
+                torch.tensor(ids), decoder_input_values=torch.tensor(mel), speaker_embeddings=torch.tensor(who)
+            )
+        run = jax.jit(
+            lambda m: m(ids, decoder_input_values=mel, speaker_embeddings=who, prenet_masks=units).spectrogram
+        )
+        harness.assert_close(run(model), wanted.spectrogram)
+
+
+# --- processor -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def processors(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("processor")
+    tokenizer = transformers.SpeechT5Tokenizer(str(train_characters(directory / "characters")))
+    tokenizer.add_special_tokens({"mask_token": transformers.AddedToken("<mask>", lstrip=True)})
+    tokenizer.add_tokens(["<ctc_blank>"])
+    extractor = transformers.SpeechT5FeatureExtractor(num_mel_bins=80)
+    theirs = transformers.SpeechT5Processor(extractor, tokenizer)
+    theirs.save_pretrained(directory / "theirs")
+    return theirs, SpeechT5Processor.from_directory(directory / "theirs")
+
+
+SAYINGS = ["the dog.", "A Fox jumps, please!", "42 zebras <mask> over", "vexing  é ☂ box ", "", "it's </s> done"]
+NUMBERS = {
+    "I have 3 boxes": "I have three boxes",
+    "1234567 dogs": "one million two hundred and thirty four thousand five hundred and sixty seven dogs",
+    "$5.20 and -7% of 15,000": "five point two zero dollars and minus seven percent of fifteen thousand",
+    "10 20 110 13 99": "ten twenty one hundred and ten thirteen ninety nine",
+    "3.00 or 3.05, room 12b": "three or three point zero five, room 12b",
+    "€100": "one hundred euros",
+}
+
+
+def test_characters_and_text(processors):
+    theirs, ours = processors
+    assert len(ours.tokenizer) == len(theirs.tokenizer)
+    for line in SAYINGS:
+        wanted = theirs.tokenizer(line)["input_ids"]
+        assert ours(text=line)["input_ids"][0].tolist() == wanted, line
+        for skip in (False, True):
+            assert ours.decode(wanted, skip) == theirs.decode(wanted, skip_special_tokens=skip)
+    wanted = theirs(text=SAYINGS, padding=True, return_tensors="np")
+    found = ours(text=SAYINGS)
+    np.testing.assert_array_equal(found["input_ids"], wanted["input_ids"])
+    np.testing.assert_array_equal(found["attention_mask"], wanted["attention_mask"])
+    assert ours.batch_decode(found["input_ids"], True) == theirs.batch_decode(found["input_ids"], True)
+    for line, spoken in NUMBERS.items():
+        assert spell_numbers(line) == theirs.tokenizer.normalizer(line) == spoken
+        assert (
+            ours(text=line, normalize=True)["input_ids"][0].tolist()
+            == theirs.tokenizer(line, normalize=True)["input_ids"]
+        )
+    # Where the original loses a number, or its thousands.
+    assert (spell_numbers("0 dogs"), theirs.tokenizer.normalizer("0 dogs").strip()) == ("zero dogs", "dogs")
+    assert spell_numbers("1,000,000") == "one million" != theirs.tokenizer.normalizer("1,000,000")
+
+
+def test_waveforms_and_spectrograms(processors, tmp_path):
+    theirs, ours = processors
+    rng = np.random.default_rng(0)
+    waves = [(0.2 * rng.standard_normal(n)).astype(np.float32) for n in (5000, 3777)]
+    wanted = theirs(audio=waves, sampling_rate=16_000, padding=True, return_tensors="np")
+    found = ours(waves, sampling_rate=16_000)
+    np.testing.assert_allclose(found["input_values"], wanted["input_values"], atol=1e-6)
+    np.testing.assert_array_equal(found["attention_mask"], wanted["attention_mask"])
+    wanted = theirs(text=["dog", "a fox"], audio_target=waves, sampling_rate=16_000, padding=True, return_tensors="np")
+    found = ours(text=["dog", "a fox"], audio_target=waves, sampling_rate=16_000)
+    assert set(found) == set(wanted)
+    harness.assert_close(found["labels"], wanted["labels"], kind="features")
+    for name in ("input_ids", "decoder_attention_mask"):
+        np.testing.assert_array_equal(found[name], wanted[name])
+    found = ours(waves[0], text_target="a fox", sampling_rate=16_000)
+    assert found["labels"][0].tolist() == theirs.tokenizer("a fox")["input_ids"]
+    ours.save(tmp_path)
+    back = transformers.SpeechT5Processor.from_pretrained(tmp_path)
+    for line in SAYINGS:
+        assert back(text=line)["input_ids"] == theirs(text=line)["input_ids"]
+    assert back.feature_extractor.to_dict() == theirs.feature_extractor.to_dict()
