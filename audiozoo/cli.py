@@ -188,7 +188,7 @@ def transcribe(
     ] = None,
     dtype: Annotated[str, typer.Option(help="of the computation: float32 or bfloat16")] = "float32",
 ) -> None:
-    """Transcribe sound files, with Whisper, with a CTC model or with fairseq S2T."""
+    """Transcribe sound files, with Whisper, with a CTC model, with fairseq S2T or with SpeechT5."""
     from audiozoo.text import subtitles
 
     if output_format not in subtitles.FORMATS:
@@ -232,7 +232,7 @@ def transcribe(
     source = model or packaged.whisper()
     recogniser = audiozoo.load(source, dtype=dtype if dtype != "float32" else None)
     name = type(recogniser).__name__
-    writes = name == "Speech2TextForConditionalGeneration"
+    writes = name in ("Speech2TextForConditionalGeneration", "SpeechT5ForSpeechToText")
     if not writes and not name.endswith(("WhisperForConditionalGeneration", "ForCTC")):
         raise UsageError(f"{source} holds a {name}, which does not transcribe.")
     processor = audiozoo.load_processor(source)

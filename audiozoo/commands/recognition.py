@@ -85,10 +85,10 @@ def ctc_transcriber(
 def writer(
     model: Any, processor: Any, options: dict[str, Any], language: str | None = None
 ) -> Callable[[Any, Progress], dict[str, Any]]:
-    """The same with an encoder-decoder that writes what it hears (fairseq S2T).
+    """The same with an encoder-decoder that writes what it hears (fairseq S2T, SpeechT5).
 
     Args:
-        model: a Speech2TextForConditionalGeneration.
+        model: a Speech2TextForConditionalGeneration or a SpeechT5ForSpeechToText.
         processor: its processor.
         options: those of the command.
         language: of the text, for checkpoints of several.
@@ -105,16 +105,18 @@ def writer(
             raise UsageError(f"--{name.replace('_', '-')} is Whisper's; {type(model).__name__} transcribes without it.")
     chosen = {"num_beams": options["beam_size"], "length_penalty": options["length_penalty"]}
     chosen["forced_bos_token_id"] = language_token(processor, "This checkpoint", language)
-    if model.generation_config.max_length is None:
-        chosen["max_new_tokens"] = 200
+    if hasattr(model, "speecht5"):
+        chosen["masked_group_norm"] = True
+    else:
+        chosen["batch_invariant"] = True
+        if model.generation_config.max_length is None:
+            chosen["max_new_tokens"] = 200
     chosen = {name: value for name, value in chosen.items() if value is not None}
 
     def hear(recording: Any, progress: Progress) -> dict[str, Any]:
         wave = audio.read(recording, processor.feature_extractor.sampling_rate)
         batch_size = options["batch_size"]
-        found = write_pieces(
-            model, processor, wave, batch_size=batch_size, progress=progress, batch_invariant=True, **chosen
-        )
+        found = write_pieces(model, processor, wave, batch_size=batch_size, progress=progress, **chosen)
         return found | {"language": language}
 
     return hear

@@ -14,6 +14,9 @@ from audiozoo.errors import SourceError, UsageError
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="sound file to write; - is standard output, as WAV")]
 Model = Annotated[str | None, typer.Option(help="hub id, directory or file of a voice")]
+Speaker = Annotated[Path | None, typer.Option(help="x-vector of the wanted voice, a .npy file; for SpeechT5")]
+Vocoder = Annotated[str, typer.Option(help="hub id or directory of what makes sound of spectrograms; for SpeechT5")]
+VOCODER = "microsoft/speecht5_hifigan"
 
 
 def speak(
@@ -32,6 +35,8 @@ def speak(
     subtitles: Annotated[
         Path | None, typer.Option(help="also write what is said when: a file ending in txt, srt, vtt, tsv or json")
     ] = None,
+    speaker_embedding: Speaker = None,
+    vocoder: Vocoder = VOCODER,
 ) -> None:
     """Say a text, sentence by sentence."""
     from audiozoo.text import subtitles as forms
@@ -55,17 +60,18 @@ def speak(
     import numpy as np
 
     import audiozoo
-    from audiozoo.decoding.synthesis import Speech, Synthesizer, speak
+    from audiozoo.decoding.synthesis import Speech, Synthesizer, speak, speak_spectrograms
 
     source = model or packaged.voice()
     voice = audiozoo.load(source)
-    if (name := type(voice).__name__) != "VitsModel":
+    if (name := type(voice).__name__) not in ("VitsModel", "SpeechT5ForTextToSpeech"):
         raise UsageError(f"{source} holds a {name}, which does not speak.")
     processor = audiozoo.load_processor(source)
-    sentences = processor.sentences(said, is_phonemes=phonemes)
-    spoken: list[Speech] = []
-    with progress_bar("speaking", len(sentences), "sentences") as update:
-        for speech in speak(
+    if name == "VitsModel":
+        if speaker_embedding is not None:
+            raise UsageError(f"{source} holds a {name}, whose voices are chosen by --speaker.")
+        sentences = processor.sentences(said, is_phonemes=phonemes)
+        speaking = speak(
             Synthesizer(voice),
             sentences,
             speaker_id=_speaker(processor, speaker),
@@ -73,7 +79,25 @@ def speak(
             noise_scale=noise_scale,
             noise_scale_duration=noise_scale_duration,
             seed=seed,
-        ):
+        )
+    else:
+        vits_only: dict[str, Any] = {"speaker": speaker, "speed": speed, "noise-scale": noise_scale}
+        vits_only |= {"noise-scale-duration": noise_scale_duration, "phonemes": phonemes or None}
+        for option, value in vits_only.items():
+            if value is not None:
+                raise UsageError(f"--{option} is for VITS; {source} holds a {name}.")
+        sentences = processor.sentences(said)
+        speaking = speak_spectrograms(
+            voice,
+            _load_vocoder(vocoder),
+            sentences,
+            speaker_embedding=_x_vector(speaker_embedding, voice),
+            seed=seed,
+            alignments=subtitles is not None,
+        )
+    spoken: list[Speech] = []
+    with progress_bar("speaking", len(sentences), "sentences") as update:
+        for speech in speaking:
             spoken.append(speech)
             update(len(spoken), len(sentences))
     rate = spoken[0].sampling_rate
@@ -95,14 +119,18 @@ def speak(
 
 def convert_voice(
     recording: Annotated[str, typer.Argument(help="sound file; - is standard input")],
-    source_speaker: Annotated[str, typer.Option("--from", help="the voice it is in: its number or name")],
-    target_speaker: Annotated[str, typer.Option("--to", help="the wanted voice")],
-    model: Annotated[str, typer.Option(help="hub id, directory or file of a VITS with several voices")],
+    model: Annotated[str, typer.Option(help="hub id, directory or file of a VITS with several voices, or SpeechT5")],
+    source_speaker: Annotated[
+        str | None, typer.Option("--from", help="VITS: the voice it is in, number or name")
+    ] = None,
+    target_speaker: Annotated[str | None, typer.Option("--to", help="VITS: the wanted voice")] = None,
     output: Output = Path("speech.wav"),
-    noise_scale: Annotated[float, typer.Option(help="deviation about what was heard, 0 for none")] = 1.0,
-    seed: Annotated[int, typer.Option(help="of the noise")] = 0,
+    noise_scale: Annotated[float, typer.Option(help="VITS: deviation about what was heard, 0 for none")] = 1.0,
+    seed: Annotated[int, typer.Option(help="of the noise, or of the dropout")] = 0,
+    speaker_embedding: Speaker = None,
+    vocoder: Vocoder = VOCODER,
 ) -> None:
-    """Say a recording again in another voice that the model knows."""
+    """Say a recording again in another voice: one that VITS knows, or that of an x-vector by SpeechT5."""
     if noise_scale < 0:
         raise UsageError(f"--noise-scale must be at least 0; it is {noise_scale}.")
     check_output(output)
@@ -119,9 +147,22 @@ def convert_voice(
     from audiozoo.models.vits import spectrogram_of
 
     voice: Any = audiozoo.load(model)
-    if (name := type(voice).__name__) != "VitsModel":
+    if (name := type(voice).__name__) not in ("VitsModel", "SpeechT5ForSpeechToSpeech"):
         raise UsageError(f"{model} holds a {name}, which converts no voices.")
     processor = audiozoo.load_processor(model)
+    if name == "SpeechT5ForSpeechToSpeech":
+        if source_speaker is not None or target_speaker is not None:
+            raise UsageError(f"--from and --to are for VITS; {model} holds a {name}: give --speaker-embedding.")
+        rate = processor.feature_extractor.sampling_rate
+        heard: Any = sys.stdin.buffer.read() if recording == "-" else recording
+        values = processor(audio.read(heard, rate), sampling_rate=rate)["input_values"]
+        embedding, maker = _x_vector(speaker_embedding, voice)[None], _load_vocoder(vocoder)
+        said = voice.generate_speech(values, embedding, vocoder=maker, key=jax.random.key(seed))
+        write_sound(output, said, maker.config.sampling_rate)
+        say(f"{said.size / maker.config.sampling_rate:.1f} s of speech in {output}")
+        return
+    if source_speaker is None or target_speaker is None:
+        raise UsageError("Give both voices: --from, the one that the recording is in, and --to, the wanted one.")
     config = voice.config
     speakers = [_speaker(processor, name) for name in (source_speaker, target_speaker)]
     for number in speakers:
@@ -166,6 +207,41 @@ def _text(text: str | None, file: Path | None) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise SourceError(f"{file or 'Standard input'} is no text in UTF-8.") from None
+
+
+def _x_vector(path: Path | None, voice: Any) -> Any:
+    """A speaker's embedding out of a file.
+
+    Raises:
+        UsageError: if there is none.
+        SourceError: if it holds something else.
+    """
+    import numpy as np
+
+    width = voice.config.speaker_embedding_dim
+    if path is None:
+        raise UsageError(f"This voice needs --speaker-embedding FILE.npy, an x-vector of {width} numbers.")
+    try:
+        vector = np.load(path, allow_pickle=False)
+    except (OSError, ValueError):
+        raise SourceError(f"{path} cannot be read as an array of NumPy's.") from None
+    if vector.size != width or not np.issubdtype(vector.dtype, np.floating) or not np.isfinite(vector).all():
+        raise SourceError(f"{path} holds no x-vector of {width} finite numbers, but {vector.dtype}{vector.shape}.")
+    return vector.reshape(-1).astype(np.float32)
+
+
+def _load_vocoder(source: str) -> Any:
+    """What makes sound of spectrograms.
+
+    Raises:
+        UsageError: if it is something else.
+    """
+    import audiozoo
+
+    vocoder: Any = audiozoo.load(source)
+    if (name := type(vocoder).__name__) != "SpeechT5HifiGan":
+        raise UsageError(f"{source} holds a {name}; a vocoder is a SpeechT5HifiGan.")
+    return vocoder
 
 
 def _speaker(processor: Any, name: str | None) -> int | None:

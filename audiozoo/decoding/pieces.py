@@ -78,7 +78,9 @@ def write_pieces(
         raise AudioError(f"The recording has {len(waveform) / rate:.2f} s; that is too short for words.")
     pieces = [p for p in quiet_cuts(waveform, rate, longest) if p[1] - p[0] >= SHORTEST * rate]
     batch_size = min(batch_size, len(pieces))
-    filterbanks = hasattr(processor.feature_extractor, "num_mel_bins")
+    # SpeechT5 hears waveforms; the bands that its extractor speaks of are those of the speech that it makes.
+    extractor = processor.feature_extractor
+    filterbanks = hasattr(extractor, "num_mel_bins") and not hasattr(extractor, "spectrograms")
     multiple = 256 if filterbanks else 4 * rate  # of frames of 10 ms, or of samples
     segments: list[dict[str, Any]] = []
     for first in range(0, len(pieces), batch_size):

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from audiozoo.errors import UsageError
+from audiozoo.layers.alignment import monotonic_alignment
 from audiozoo.layers.weight_norm import fold_weight_norm
 
 
@@ -246,3 +248,58 @@ def speak(
             key=jax.random.fold_in(jax.random.key(seed), index),
             text=sentence,
         )
+
+
+def durations_of(attentions: Float[Array, "layers heads steps inputs"], samples: int) -> Int[np.ndarray, " inputs"]:
+    """Samples of each symbol, by the monotonic path that a decoder's attention to its symbols fits best.
+
+    The mean over layers and heads is searched. With fewer steps than symbols the samples are dealt out evenly.
+    """
+    mean = np.asarray(attentions, np.float32).mean(axis=(0, 1))
+    steps, inputs = mean.shape
+    ends = np.linspace(0, samples, inputs + 1).round()
+    if steps >= inputs:
+        scores = jnp.log(jnp.maximum(mean, 1e-8))[None]
+        path = monotonic_alignment(scores, jnp.asarray([steps]), jnp.asarray([inputs]))[0]
+        ends = np.concatenate([[0], np.cumsum(np.asarray(path).sum(axis=0))]) * samples / steps
+    return np.diff(ends.round()).astype(np.int64)
+
+
+def speak_spectrograms(
+    model: Any,
+    vocoder: Any,
+    sentences: Iterable[tuple[str, Sequence[int]]],
+    *,
+    speaker_embedding: Float[np.ndarray, " speaker"],
+    seed: int = 0,
+    alignments: bool = False,
+    **options: Any,
+) -> Iterator[Speech]:
+    """Speak a text, sentence by sentence, with a model that makes spectrograms (SpeechT5) and a vocoder.
+
+    Args:
+        model: makes a spectrogram of symbols, frame by frame.
+        vocoder: makes sound of it.
+        sentences: each sentence and its symbols, as a processor's `sentences(text)` gives them.
+        speaker_embedding: x-vector of the wanted voice.
+        seed: of the dropout that stays on when speaking.
+        alignments: find out how long each symbol lasts; otherwise the last one has all samples.
+        options: of `model.generate`.
+    """
+    speaker = np.asarray(speaker_embedding, np.float32)[None]
+    for index, (sentence, symbols) in enumerate(sentences):
+        ids = np.asarray(symbols, np.int32)
+        spoken = model.generate(
+            ids[None],
+            speaker_embeddings=speaker,
+            vocoder=vocoder,
+            output_cross_attentions=alignments,
+            key=jax.random.fold_in(jax.random.key(seed), index),
+            **options,
+        )
+        waveform, attentions = spoken if alignments else (spoken, None)
+        durations = np.zeros(len(ids), np.int64)
+        durations[-1] = len(waveform)
+        if attentions is not None:
+            durations = durations_of(attentions, len(waveform))
+        yield Speech(sentence, waveform, vocoder.config.sampling_rate, ids, durations)

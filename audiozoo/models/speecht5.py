@@ -1107,6 +1107,7 @@ class SpeechT5ForSpeechToText(nnx.Module):
         *,
         decoder_input_ids: Any = None,
         ctc_weight: float = 0.0,
+        masked_group_norm: bool = False,
         key: jax.Array | None = None,
         streamer: Streamer | None = None,
         **options: Any,
@@ -1119,6 +1120,7 @@ class SpeechT5ForSpeechToText(nnx.Module):
             decoder_input_ids: the text's beginning; by default `decoder_start_token_id`.
             ctc_weight: §3.2, share of CTC's opinion of each prefix in the choice of its next token; usually together
                 with `num_beams`.
+            masked_group_norm: leave the padding of shorter items out of the first convolution's norm.
             key: randomness for `do_sample=True`.
             streamer: called on the host with every token.
             options: as for `transformers.generate`; by default up to `max_text_positions` tokens.
@@ -1151,12 +1153,13 @@ class SpeechT5ForSpeechToText(nnx.Module):
             key,
             config=chosen,
             ctc_weight=float(ctc_weight),
+            masked_group_norm=masked_group_norm,
             streamer=streamer,
         ).trim()
         return output if chosen.return_dict_in_generate else np.asarray(output.sequences)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "config", "ctc_weight", "streamer"))
+@partial(jax.jit, static_argnames=("graphdef", "config", "ctc_weight", "masked_group_norm", "streamer"))
 def _generate(
     graphdef: Any,
     state: Any,
@@ -1167,11 +1170,12 @@ def _generate(
     *,
     config: GenerationConfig,
     ctc_weight: float,
+    masked_group_norm: bool,
     streamer: Streamer | None,
 ) -> GenerateOutput:
     model = nnx.merge(graphdef, state)
     decoder = model.speecht5.decoder
-    encoded, mask = model.speecht5.encoder(input_values, attention_mask)
+    encoded, mask = model.speecht5.encoder(input_values, attention_mask, masked_group_norm=masked_group_norm)
     limit = prompt.shape[1] + config.new_tokens(prompt.shape[1])
 
     def step(tokens: jax.Array, cache: Any, position: Any) -> tuple[jax.Array, Any]:

@@ -183,12 +183,13 @@ class SpeechT5Tokenizer:
     def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> str:
         """The text of ids; with `skip_special_tokens` without ends, padding and masks."""
         skipped = {*self.special.values(), self.added.get("<mask>")} if skip_special_tokens else set()
-        pieces = [
-            self.names[index] if index in self.names else self.pieces.id_to_piece(index)
-            for index in np.asarray(token_ids).reshape(-1).tolist()
-            if index not in skipped
-        ]
+        pieces = [self._name(index) for index in np.asarray(token_ids).reshape(-1).tolist() if index not in skipped]
         return "".join(pieces).replace("▁", " ").strip()
+
+    def _name(self, index: int) -> str:
+        """The token of an id; of one that the vocabulary does not have, the unknown token."""
+        inside = 0 <= index < self.pieces.get_piece_size()
+        return self.names.get(index) or (self.pieces.id_to_piece(index) if inside else "<unk>")
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False) -> list[str]:
         """`decode` of every row."""
@@ -296,6 +297,11 @@ class SpeechT5Processor:
         if not found:
             raise UsageError("There is nothing to say: the text has no character that this voice knows.")
         return found
+
+    def symbol(self, index: int) -> str:
+        """The character of an id; empty for the text's end, a blank for the boundary before a word."""
+        name = self.tokenizer._name(int(index))
+        return "" if int(index) == self.tokenizer.eos_token_id else name.replace("▁", " ")
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> str:
         """The text of ids."""

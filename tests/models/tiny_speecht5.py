@@ -38,6 +38,13 @@ SIZES: dict[str, Any] = {
     "codevector_dim": 24,
     "num_codevectors_per_group": 5,
     "ctc_weight": 0.5,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "positional_dropout": 0.0,
+    "speech_decoder_postnet_dropout": 0.0,
+    "encoder_layerdrop": 0.0,
+    "decoder_layerdrop": 0.0,
 }
 TEXT = ("the quick brown fox jumps over the lazy dog.", "how vexingly quick daft zebras jump!", "pack my box, please?")
 
