@@ -17,13 +17,13 @@ which unit each of these frames is. So speech takes three passes instead of hund
 
 | paper | here |
 | --- | --- |
-| §3.1, speech encoder with causal convolutions and positions of clipped distance | `SeamlessM4Tv2Config.conformer` |
-| §3.2, UnitY2's upsampling: subwords to characters | `characters`, `SeamlessM4Tv2TextToUnitDecoder.upsample` |
-| §3.2, characters to units: duration predictor | `audiozoo.models.speech_resynthesis.VariancePredictor` |
-| §3.2, unit decoder | `SeamlessM4Tv2TextToUnitDecoder`, `SeamlessM4Tv2TextToUnitDecoderLayer` |
-| §3.2, text-to-unit model and its loss | `SeamlessM4Tv2TextToUnitForConditionalGeneration` |
-| §3.3, the model and its tasks | `SeamlessM4Tv2Model`, and a class for each of four tasks |
-| §3.3, vocoder | `audiozoo.models.speech_resynthesis` |
+| §3, speech encoder: causal convolutions, positions of clipped distance | `SeamlessM4Tv2Config.conformer` |
+| §3, UnitY2's upsampling: subwords to characters | `characters`, `SeamlessM4Tv2TextToUnitDecoder.upsample` |
+| §3, characters to units: duration predictor | `audiozoo.models.speech_resynthesis.VariancePredictor` |
+| §3, unit decoder | `SeamlessM4Tv2TextToUnitDecoder`, `SeamlessM4Tv2TextToUnitDecoderLayer` |
+| §3, text-to-unit model and its loss | `SeamlessM4Tv2TextToUnitForConditionalGeneration` |
+| §3, the model and its tasks | `SeamlessM4Tv2Model`, and a class for each of four tasks |
+| §3, vocoder | `audiozoo.models.speech_resynthesis` |
 
 Taken over from the first version: NLLB, the speech encoder around its blocks, the vocoder. The text-to-unit loss is put
 together here from the paper's description (cross-entropy of the units, squared error of the log-durations, durations
@@ -84,7 +84,7 @@ VOCODER = CodeHifiGanConfig.seamless()
 
 @dataclass(frozen=True)
 class SeamlessM4Tv2Config(SeamlessM4TConfig):
-    """§3.3: sizes of the checkpoint, as `transformers` names them; those not here are `SeamlessM4TConfig`'s."""
+    """§3: sizes of the checkpoint, as `transformers` names them; those not here are `SeamlessM4TConfig`'s."""
 
     max_position_embeddings: int = 4096  # kept for export: sinusoids have no end
 
@@ -95,7 +95,7 @@ class SeamlessM4Tv2Config(SeamlessM4TConfig):
     speech_encoder_chunk_size: int | None = 20_000  # frames that see one another
     speech_encoder_left_chunk_num: int = 128  # chunks before its own that a frame sees
 
-    # --- text-to-unit model, UnitY2's (§3.2)
+    # --- text-to-unit model, UnitY2's (§3)
     char_vocab_size: int = 10_943  # characters
     t2u_max_position_embeddings: int = 4096  # kept for export: sinusoids have no end
     t2u_variance_predictor_embed_dim: int = 1024  # width that the duration predictor reads
@@ -103,7 +103,7 @@ class SeamlessM4Tv2Config(SeamlessM4TConfig):
     t2u_variance_predictor_kernel_size: int = 3  # taps of its convolutions
     t2u_variance_pred_dropout: float = 0.5  # in it
 
-    # --- vocoder (§3.3)
+    # --- vocoder (§3)
     vocoder: CodeHifiGanConfig = VOCODER  # its sizes
     vocoder_offset: int = 4  # control symbols in front of the units of the text-to-unit model
 
@@ -126,7 +126,7 @@ class SeamlessM4Tv2Config(SeamlessM4TConfig):
 
     @classmethod
     def large(cls) -> SeamlessM4Tv2Config:
-        """§3.3, SeamlessM4T v2 Large: 2.3 B parameters."""
+        """§3, SeamlessM4T v2 Large: 2.3 B parameters."""
         return cls()
 
 
@@ -174,7 +174,7 @@ def _language(table: Pairs, tgt_lang: str, does: str) -> int:
     return int(known[name])
 
 
-# --- §3.2, from subwords to characters --------------------------------------------------------------------------------
+# --- §3, from subwords to characters --------------------------------------------------------------------------------
 
 SPACE = "▁"
 
@@ -187,7 +187,7 @@ def characters(
     pad: int = 0,
     unk: int = 1,
 ) -> tuple[Int[np.ndarray, "batch characters"], Int[np.ndarray, "batch time"]]:
-    """§3.2.1: the characters of a text, and how many belong to each of its subwords.
+    """§3: the characters of a text, and how many belong to each of its subwords.
 
     A space belongs to the word behind it; but after a punctuation mark it belongs to the mark. An unknown subword is
     one unknown character, as is one that the tables have no text for (`transformers` spells the word None there).
@@ -220,11 +220,11 @@ def characters(
     ), counts
 
 
-# --- §3.2, text to units ----------------------------------------------------------------------------------------------
+# --- §3, text to units ----------------------------------------------------------------------------------------------
 
 
 class SeamlessM4Tv2TextToUnitDecoderOutput(ModelOutput):
-    """§3.2.1: states of the unit decoder, and which of them are speech."""
+    """§3: states of the unit decoder, and which of them are speech."""
 
     last_hidden_state: Float[Array, "batch frames hidden"] = ABSENT
     hidden_states: tuple[Float[Array, "batch frames hidden"], ...] | None = None
@@ -233,7 +233,7 @@ class SeamlessM4Tv2TextToUnitDecoderOutput(ModelOutput):
 
 
 class SeamlessM4Tv2TextToUnitOutput(ModelOutput):
-    """§3.2.1: what the text-to-unit model returns; with its head, `last_hidden_state` is the logits, as there."""
+    """§3: what the text-to-unit model returns; with its head, `last_hidden_state` is the logits, as there."""
 
     last_hidden_state: Float[Array, "batch frames channels"] = ABSENT
     padding_mask: Bool[Array, "batch frames"] = ABSENT
@@ -246,7 +246,7 @@ class SeamlessM4Tv2TextToUnitOutput(ModelOutput):
 
 
 class SeamlessM4Tv2TextToUnitDecoderLayer(nnx.Module):
-    """§3.2.1, a block of the unit decoder, as FastSpeech 2's (arXiv 2006.04558): each part added, then normalised.
+    """§3, a block of the unit decoder, as FastSpeech 2's (arXiv 2006.04558): each part added, then normalised.
 
     Self-attention over the whole sequence, then two convolutions over time with ReLU between them.
     """
@@ -279,7 +279,7 @@ class SeamlessM4Tv2TextToUnitDecoderLayer(nnx.Module):
 
 
 class SeamlessM4Tv2TextToUnitDecoder(nnx.Module):
-    r"""§3.2.1, the unit decoder: all units at once, as many as the durations of the characters say.
+    r"""§3, the unit decoder: all units at once, as many as the durations of the characters say.
 
     states of subwords (T, d) ── each for as many as its characters ──> + characters + positions (C, d)
       ── duration predictor ──> frames of each character ── repeated ──> + positions (U, d) ── blocks ──> (U, d)
@@ -361,7 +361,7 @@ class SeamlessM4Tv2TextToUnitDecoder(nnx.Module):
 
 
 class SeamlessM4Tv2TextToUnitModel(nnx.Module):
-    """§3.2.1: a Transformer encoder without positions, and the unit decoder."""
+    """§3: a Transformer encoder without positions, and the unit decoder."""
 
     def __init__(
         self, config: SeamlessM4Tv2Config, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
@@ -372,7 +372,7 @@ class SeamlessM4Tv2TextToUnitModel(nnx.Module):
 
 
 class SeamlessM4Tv2TextToUnitForConditionalGeneration(nnx.Module):
-    """§3.2.1: text to units, with its head, the transpose of a table."""
+    """§3: text to units, with its head, the transpose of a table."""
 
     def __init__(
         self, config: SeamlessM4Tv2Config, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
@@ -407,7 +407,7 @@ class SeamlessM4Tv2TextToUnitForConditionalGeneration(nnx.Module):
             frames: the most units; by default what `labels` or the durations say, which must be known (not inside
                 `jax.jit`).
             labels: units, -100 where there is none. The loss is their mean cross-entropy; with `durations`, and the
-                mean of $(\ln(1 + \hat d) - \ln(1 + d))^2$ on top: the objective as §3.2.1 describes it, put together
+                mean of $(\ln(1 + \hat d) - \ln(1 + d))^2$ on top: the objective as §3 describes it, put together
                 here, since the authors' code does not train this model.
             label_smoothing: of the cross-entropy.
             duration_weight: of the durations' part.
@@ -473,11 +473,11 @@ def total(durations: Int[Array, "batch time"]) -> int:
     return max(int(durations.sum(axis=1).max(initial=0)), 1)
 
 
-# --- §3.3, the whole model --------------------------------------------------------------------------------------------
+# --- §3, the whole model --------------------------------------------------------------------------------------------
 
 
 class SeamlessM4Tv2GenerationOutput(ModelOutput):
-    """§3.3: what `generate` returns with `return_intermediate_token_ids`."""
+    """§3: what `generate` returns with `return_intermediate_token_ids`."""
 
     waveform: Float[np.ndarray, "batch samples"] = ABSENT
     waveform_lengths: Int[np.ndarray, " batch"] = ABSENT
@@ -486,7 +486,7 @@ class SeamlessM4Tv2GenerationOutput(ModelOutput):
 
 
 class SeamlessM4Tv2PreTrainedModel(nnx.Module):
-    """§3.3: what the classes below share; each of them has some of the model's parts."""
+    """§3: what the classes below share; each of them has some of the model's parts."""
 
     parts: ClassVar[tuple[str, ...]] = ()
     static_arguments = ("label_smoothing",)
@@ -622,7 +622,7 @@ class SeamlessM4Tv2PreTrainedModel(nnx.Module):
         key: jax.Array | None,
         **options: Any,
     ) -> Any:
-        """Translated speech (§3.3): the text, the second pass of its decoder, units, a waveform."""
+        """Translated speech (§3): the text, the second pass of its decoder, units, a waveform."""
         if tgt_lang is None:
             raise UsageError("Say into which language: speech needs tgt_lang.")
         tables, config = self.generation_config, self.config
@@ -745,7 +745,7 @@ def _units(
 
 
 class SeamlessM4Tv2ForTextToText(SeamlessM4Tv2PreTrainedModel):
-    """§3.3: translation of text."""
+    """§3: translation of text."""
 
     parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
 
@@ -793,7 +793,7 @@ class SeamlessM4Tv2ForTextToText(SeamlessM4Tv2PreTrainedModel):
 
 
 class SeamlessM4Tv2ForSpeechToText(SeamlessM4Tv2PreTrainedModel):
-    """§3.3: recognition and translation of speech into text."""
+    """§3: recognition and translation of speech into text."""
 
     parts: ClassVar[tuple[str, ...]] = ("speech_encoder",)
 
@@ -822,7 +822,7 @@ Speech = tuple[Float[np.ndarray, "batch samples"], Int[np.ndarray, " batch"]] | 
 
 
 class SeamlessM4Tv2ForTextToSpeech(SeamlessM4Tv2ForTextToText):
-    """§3.3: translation of text into speech; the call is that of text to text."""
+    """§3: translation of text into speech; the call is that of text to text."""
 
     parts: ClassVar[tuple[str, ...]] = ("text_encoder", "vocoder")
 
@@ -857,7 +857,7 @@ class SeamlessM4Tv2ForTextToSpeech(SeamlessM4Tv2ForTextToText):
 
 
 class SeamlessM4Tv2ForSpeechToSpeech(SeamlessM4Tv2ForSpeechToText):
-    """§3.3: translation of speech into speech; the call is that of speech to text."""
+    """§3: translation of speech into speech; the call is that of speech to text."""
 
     parts: ClassVar[tuple[str, ...]] = ("speech_encoder", "vocoder")
 
@@ -878,7 +878,7 @@ class SeamlessM4Tv2ForSpeechToSpeech(SeamlessM4Tv2ForSpeechToText):
 
 
 class SeamlessM4Tv2Model(SeamlessM4Tv2PreTrainedModel):
-    """§3.3: all tasks, by what goes in and by `generate_speech`."""
+    """§3: all tasks, by what goes in and by `generate_speech`."""
 
     parts: ClassVar[tuple[str, ...]] = ("text_encoder", "speech_encoder", "vocoder")
 

@@ -18,9 +18,9 @@ repeat are written once there, and a small network says for how many frames each
 | §3.2, decoder: HiFi-GAN over embedded codes; Figure 1 | `CodeHifiGan` |
 | §3.1, speaker embedding, a table | `CodeHifiGan.features` |
 | §3.2, training: HiFi-GAN's losses | `generator_losses`, `CodeBatch` |
-| arXiv 2107.05604, §3.3, units without repetitions | `run_lengths` |
-| arXiv 2107.05604, §3.3, duration prediction (FastSpeech 2, arXiv 2006.04558, §2.3) | `VariancePredictor` |
-| arXiv 2308.11596, §4.4.2, one vocoder for 36 languages | `CodeHifiGanConfig`, the language's table |
+| arXiv 2107.05604, units without repetitions | `run_lengths` |
+| arXiv 2107.05604, duration prediction (FastSpeech 2, arXiv 2006.04558, §2.3) | `VariancePredictor` |
+| arXiv 2308.11596, §4, one vocoder for 36 languages | `CodeHifiGanConfig`, the language's table |
 
 What is not here: the paper's pitch codes, with the VQ-VAE that makes them; no checkpoint that the zoo runs has them.
 
@@ -62,7 +62,7 @@ from audiozoo.outputs import ABSENT, ModelOutput
 
 @dataclass(frozen=True)
 class CodeHifiGanConfig:
-    """Sizes of a vocoder of units, by default those of the released ones (arXiv 2308.11596, §4.4.2)."""
+    """Sizes of a vocoder of units, by default those of the released ones (arXiv 2308.11596, §4)."""
 
     unit_hifi_gan_vocab_size: int = 10_000  # units
     unit_embed_dim: int = 1280  # width of a unit's vector
@@ -84,7 +84,7 @@ class CodeHifiGanConfig:
 
     @classmethod
     def seamless(cls, **changes: Any) -> CodeHifiGanConfig:
-        """arXiv 2308.11596, §4.4.2, and 2312.05187: both vocoders, for 36 languages."""
+        """arXiv 2308.11596, §4, and 2312.05187: both vocoders, for 36 languages."""
         return cls(**changes)
 
     @property
@@ -113,7 +113,7 @@ def run_lengths(
 ) -> tuple[Int[Array, "batch frames"], Int[Array, "batch frames"]]:
     """Units without repetitions, and for how many frames each one lasts; zeros behind the last one.
 
-    arXiv 2107.05604, §3.3: "reduced" units. Frames from `lengths` on do not count.
+    arXiv 2107.05604, unit-based vocoder: "reduced" units. Frames from `lengths` on do not count.
     """
     frames = units.shape[1]
     valid = jnp.arange(frames) < (jnp.full(units.shape[:1], frames) if lengths is None else lengths)[:, None]
@@ -356,7 +356,7 @@ def checked(
 
 
 class SeamlessM4TCodeHifiGan(CodeHifiGan):
-    """arXiv 2308.11596, §4.4.2: the vocoder of SeamlessM4T, by the name and with the argument that it has there."""
+    """arXiv 2308.11596, §4: the vocoder of SeamlessM4T, by the name and with the argument that it has there."""
 
     def __call__(  # type: ignore[override]
         self, input_ids: Any, spkr_id: Any = 0, lang_id: Any = 0, **options: Any
@@ -366,7 +366,7 @@ class SeamlessM4TCodeHifiGan(CodeHifiGan):
 
 
 class SeamlessM4Tv2CodeHifiGan(CodeHifiGan):
-    """arXiv 2312.05187, §4.3: the vocoder of SeamlessM4T v2, the same network with other weights."""
+    """arXiv 2312.05187, §3: the vocoder of SeamlessM4T v2, the same network with other weights."""
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -394,7 +394,7 @@ class CodeHifiGanLosses(ModelOutput):
 def duration_loss(
     model: CodeHifiGan, units: Int[Array, "batch frames"], *, key: jax.Array | None = None
 ) -> Float[Array, ""]:
-    r"""Mean of $(\ln(1 + \hat d) - \ln(1 + d))^2$ over the runs of equal units (arXiv 2107.05604, §3.3).
+    r"""Mean of $(\ln(1 + \hat d) - \ln(1 + d))^2$ over the runs of equal units (arXiv 2107.05604).
 
     The first and the last run of a segment are cut by its ends, and left out, unless there are no others.
     """
@@ -421,7 +421,7 @@ def generator_losses(
     duration_weight: float = 1.0,
     key: jax.Array | None = None,
 ) -> tuple[CodeHifiGanLosses, HifiGanOutput, Float[Array, "batch samples"]]:
-    r"""§3.2: HiFi-GAN's $L_G$ over embedded units, and the loss of the duration predictor (arXiv 2107.05604, §3.3).
+    r"""§3.2: HiFi-GAN's $L_G$ over embedded units, and the loss of the duration predictor (arXiv 2107.05604).
 
     Args:
         model: the vocoder.
