@@ -58,7 +58,10 @@ PROCESSOR_FILES = (
     "vocab.txt",
     "*.onnx.json",
     "*.model",
+    "speaker_embeddings_path.json",
 )
+# Folders of such files: Bark's voice presets.
+PROCESSOR_FOLDERS = ("speaker_embeddings",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +154,8 @@ def load_processor(source: str | Path, *, revision: str | None = None) -> Any:
     """
     from audiozoo import hub, loading
 
-    path = hub.resolve(str(source), patterns=("config.json", *PROCESSOR_FILES), revision=revision)
+    inside = (f"{folder}/{files}" for folder in PROCESSOR_FOLDERS for files in ("*.np[yz]", "*/*.np[yz]"))
+    path = hub.resolve(str(source), patterns=("config.json", *PROCESSOR_FILES, *inside), revision=revision)
     directory = path if path.is_dir() else path.parent
     return loading.paper_of(path).processor_class.from_directory(directory)
 
@@ -250,4 +254,5 @@ def export(
 def _processor_files(directory: str | Path | None) -> list[Path]:
     if directory is None:
         return []
-    return [path for pattern in PROCESSOR_FILES for path in sorted(Path(directory).glob(pattern))]
+    folders = [path for name in PROCESSOR_FOLDERS if (path := Path(directory) / name).is_dir()]
+    return [path for pattern in PROCESSOR_FILES for path in sorted(Path(directory).glob(pattern))] + folders

@@ -57,7 +57,7 @@ def save(
         params: an `nnx.Module` (random state is left out), or its parameters as nested dictionaries or by dotted path.
         directory: where to; it appears when it is complete.
         config: what `config.json` is to hold; `model_class` is required.
-        files: tokenizer and processor files to copy into the directory.
+        files: tokenizer and processor files, or folders of them, to copy into the directory.
         overwrite: replace `directory` if it exists.
 
     Raises:
@@ -75,6 +75,9 @@ def save(
         raise UsageError(f"The config of a checkpoint must be plain JSON: {error}.") from None
     with written_whole(directory, overwrite=overwrite) as temporary:
         for file in map(Path, files):
+            if file.is_dir():
+                shutil.copytree(file, temporary / file.name)
+                continue
             if not file.is_file():
                 raise SourceError(f"{file} is to be copied into the checkpoint and is not there.")
             if file.name == "config.json":

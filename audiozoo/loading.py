@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,7 @@ def _load_native(
     if model_class not in (None, saved["model_class"]):
         raise CheckpointError(f"{path} holds a {saved['model_class']}, not a {model_class}.")
     cls = paper.model_class(saved["model_class"])
-    config = from_dict(paper.config_class, saved["config"])
+    config = from_dict(getattr(cls, "config_class", paper.config_class), saved["config"])
     model = abstract(lambda rngs: cls(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs))
     expected = variables(model)
     values = checkpoints.restore(path, expected, _shardings(expected, mesh, rules))
@@ -232,7 +233,10 @@ def export(
 
     with checkpoints.written_whole(directory, overwrite=overwrite) as temporary:
         for file in files:
-            (temporary / file.name).write_bytes(file.read_bytes())
+            if file.is_dir():
+                shutil.copytree(file, temporary / file.name)
+            else:
+                (temporary / file.name).write_bytes(file.read_bytes())
         for name, value in form.files.items():
             (temporary / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         write_safetensors(temporary, tensors())

@@ -217,6 +217,7 @@ UNFINISHED: dict[str, str] = {
     "sew": "no notebook",
     "unispeech": "no notebook",
     "unispeech_sat": "no notebook",
+    "bark": "no proof yet",
 }
 
 

@@ -272,6 +272,14 @@ class Tied:
     same_as: str
 
 
+@dataclass(frozen=True)
+class Constant:
+    """A foreign tensor that follows from the configuration (a table of the mask): left out, and written again."""
+
+    name: str
+    value: Callable[[], np.ndarray]
+
+
 def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     """Equal in dtype, shape and every bit: NaN equals the same NaN, and minus zero does not equal zero."""
     if a.dtype != b.dtype or a.shape != b.shape:
@@ -299,12 +307,14 @@ class Table:
             spellings that older files use; export writes today's spelling.
         ignored: keys left out on purpose.
         tied: keys that repeat others.
+        constants: keys left out, which export writes again because the originals want them.
     """
 
     rules: Sequence[Rule]
     renames: Sequence[tuple[str, str]] = ()
     ignored: Sequence[Ignore] = ()
     tied: Sequence[Tied] = ()
+    constants: Sequence[Constant] = ()
 
     def today(self, name: str) -> str:
         """A foreign name in today's spelling."""
@@ -364,6 +374,8 @@ class Table:
             if today in actual:
                 problems.append(f"  + {name}  (the same tensor as {actual[today]})")
             actual[today] = name
+        for constant in self.constants:
+            actual.pop(constant.name, None)
         tied = {t.name: t for t in self.tied}
         for pair in self.tied:
             if pair.name in actual and pair.same_as not in actual:
@@ -437,3 +449,5 @@ class Table:
             arrays = step.operation.inverse(tuple(np.asarray(parameters[path]) for path in step.ours))
             for name, array in zip(step.foreign, arrays, strict=True):
                 yield name, np.asarray(array, order="C")
+        for constant in self.constants:
+            yield constant.name, constant.value()
