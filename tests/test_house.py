@@ -218,6 +218,7 @@ UNFINISHED: dict[str, str] = {
     "unispeech": "no notebook",
     "unispeech_sat": "no notebook",
     "bark": "no proof yet",
+    "bark": "no notebook",
 }
 
 

@@ -23,7 +23,7 @@ INDEX = "speaker_embeddings_path.json"
 FOLDERS = ("speaker_embeddings", "prompts", "assets/prompts")
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])\s*")
-_SOFT_END = re.compile(r"(?<=[,;:，、；：])\s*|\s+")
+_SOFTER_ENDS = (re.compile(r"(?<=[,;:])\s+|(?<=[，、；：])\s*"), re.compile(r"\s+"))
 
 
 def check_voice_preset(preset: Mapping[str, Any], name: str = "The voice preset") -> dict[str, np.ndarray]:
@@ -157,7 +157,9 @@ class BarkProcessor:
         write_json(folder / "tokenizer.json", json.loads(self.backend.to_str()))
         names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
         settings: dict[str, Any] = dict(zip(names, _SPECIAL, strict=True))
-        write_json(folder / "tokenizer_config.json", settings | {"tokenizer_class": "BertTokenizer"})
+        lower = bool(getattr(self.backend.normalizer, "lowercase", False))
+        settings |= {"tokenizer_class": "BertTokenizer", "do_lower_case": lower}
+        write_json(folder / "tokenizer_config.json", settings)
         index: dict[str, Any] = {"repo_or_path": str(folder)}
         for name in self.voices:
             index[name] = {}
@@ -207,24 +209,25 @@ class BarkProcessor:
         Raises:
             UsageError: if there is nothing to say.
         """
-        found: list[str] = []
-        for sentence in (s.strip() for s in _SENTENCE_END.split(text.strip())):
-            if not sentence:
-                continue
-            if len(self.encode(sentence)) <= self.max_length:
-                found.append(sentence)
-                continue
-            part = ""
-            for piece in filter(None, _SOFT_END.split(sentence)):
-                joined = f"{part} {piece}".strip()
-                if part and len(self.encode(joined)) > self.max_length:
-                    found.append(part)
-                    joined = piece
-                part = joined
-            found.append(part)
+        whole = filter(None, (sentence.strip() for sentence in _SENTENCE_END.split(text.strip())))
+        found = [part for sentence in whole for part in self._cut(sentence, _SOFTER_ENDS)]
         if not found:
             raise UsageError("There is nothing to say: the text is empty.")
         return found
+
+    def _cut(self, text: str, ends: Sequence[re.Pattern[str]]) -> list[str]:
+        """Parts of a text that the model can read, as long as may be, cut at the first kind of end that will do."""
+        if not ends or len(self.encode(text)) <= self.max_length:
+            return [text]
+        parts: list[str] = []
+        for piece in filter(None, ends[0].split(text)):
+            for part in self._cut(piece, ends[1:]):
+                longer = f"{parts[-1]} {part}" if parts else ""
+                if parts and len(self.encode(longer)) <= self.max_length:
+                    parts[-1] = longer
+                else:
+                    parts.append(part)
+        return parts
 
     def __call__(
         self,
