@@ -217,7 +217,6 @@ UNFINISHED: dict[str, str] = {
     "sew": "no notebook",
     "unispeech": "no notebook",
     "unispeech_sat": "no notebook",
-    "bark": "no proof yet",
     "bark": "no notebook",
 }
 
