@@ -206,6 +206,23 @@ def _xls_r_checkpoints() -> tuple[Checkpoint, ...]:
 _DIRECTIONS = ("", "-21-to-en", "-en-to-15")  # pre-trained; translating
 
 
+def _speech_to_text_checkpoints() -> tuple[Checkpoint, ...]:
+    mustc = ("de", "es", "fr", "it", "nl", "pt", "ro", "ru")
+    covost = ("ca-en", "de-en", "es-en", "fr-en", "en-ca", "en-de", "en-et", "en-fa")
+    hub = {f"s2t-{size}-librispeech-asr": size for size in ("small", "medium", "large")}
+    hub |= {f"s2t-small-mustc-en-{language}-st": "small" for language in mustc}
+    hub |= {"s2t-medium-mustc-multilingual-st": "medium"}
+    hub |= {f"s2t-small-covost2-{pair}-st": "small" for pair in covost}
+    files = {f"librispeech_transformer_{size[0]}.pt": size for size in ("small", "medium", "large")}
+    files |= {f"mustc_{language}_{task}_transformer_s.pt": "small" for language in mustc for task in ("asr", "st")}
+    files |= {"mustc_multilingual_st_transformer_m.pt": "medium"}
+    files |= {f"covost2_{pair.replace('-', '_')}_st_transformer_s.pt": "small" for pair in covost}
+    return (
+        *(Checkpoint(f"facebook/{name}", size, "MIT") for name, size in hub.items()),
+        *(Checkpoint(name, size, "MIT") for name, size in files.items()),
+    )
+
+
 def _encodec_checkpoints() -> tuple[Checkpoint, ...]:
     unstated = "not stated for the weights; the project is MIT, CC-BY-NC-4.0 at first"
     return (
@@ -473,6 +490,19 @@ PAPERS: tuple[Paper, ...] = (
         tasks=("speech translation", "transcription", "language identification", "embedding"),
         checkpoints=_xls_r_checkpoints(),
         processor="audiozoo.processors.xls_r:XLSRProcessor",
+    ),
+    Paper(
+        name="speech_to_text",
+        title="fairseq S2T",
+        paper="fairseq S2T: Fast Speech-to-Text Modeling with fairseq",
+        year=2020,
+        arxiv="2010.05171",
+        classes=("Speech2TextForConditionalGeneration", "Speech2TextModel"),
+        config="Speech2TextConfig",
+        sizes=("small", "medium", "large"),
+        tasks=("transcription", "speech translation", "simultaneous translation"),
+        checkpoints=_speech_to_text_checkpoints(),
+        processor="audiozoo.processors.speech_to_text:Speech2TextProcessor",
     ),
     Paper(
         name="mms",

@@ -1,0 +1,411 @@
+"""fairseq S2T without PyTorch: SpecAugment, training, waiting, long recordings, features, and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import soundfile
+from flax import nnx
+
+import audiozoo
+from audiozoo import sharding
+from audiozoo.audio.features import double_precision_on_cpu, kaldi_fbank
+from audiozoo.decoding.pieces import quiet_cuts, write_pieces
+from audiozoo.errors import AudioError, CheckpointError, SourceError, UsageError
+from audiozoo.layers import abstract
+from audiozoo.models import speech_to_text
+from audiozoo.models.speech_to_text import (
+    SpecAugmentPolicy,
+    Speech2TextConfig,
+    Speech2TextForConditionalGeneration,
+    Speech2TextGenerationConfig,
+    Speech2TextModel,
+    Speech2TextRecipe,
+    spec_augment,
+)
+from audiozoo.processors.speech_to_text import (
+    Speech2TextFeatureExtractor,
+    Speech2TextProcessor,
+    Speech2TextTokenizer,
+    filterbanks,
+)
+from tests.models.random_model import random_model
+from tests.shapes import enforce
+from tests.test_cli import Run, assert_refused, audiozoo_command  # noqa: F401 - a fixture
+from tests.tolerances import tolerance
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+TINY = Speech2TextConfig(
+    vocab_size=24, input_feat_per_channel=80, conv_channels=8, d_model=16, encoder_layers=1, encoder_attention_heads=2,
+    encoder_ffn_dim=24, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=24,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(lambda rngs: Speech2TextForConditionalGeneration(TINY, rngs=rngs))
+
+
+def frames(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((*shape, 80)).astype(np.float32)
+
+
+def mask_of(lengths, size) -> np.ndarray:
+    return (np.arange(size) < np.asarray(lengths)[:, None]).astype(np.int32)
+
+
+def test_the_annotations_hold(monkeypatch, model):
+    assert enforce(monkeypatch, speech_to_text)
+    x, labels = jnp.asarray(frames(2, 30)), jnp.full((2, 5), 4, jnp.int32)
+    mask = jnp.asarray(mask_of([30, 17], 30))
+    everything = {"output_attentions": True, "output_hidden_states": True, "key": jax.random.key(0)}
+    out = jax.eval_shape(lambda: model(x, mask, labels=labels, label_smoothing=0.1, wait_k=2, **everything))
+    assert out.logits.shape == (2, 5, 24)
+    assert out.cross_attentions[0].shape == (2, 2, 5, 8)
+    assert out.loss.shape == ()
+    jax.eval_shape(lambda: spec_augment(x, dataclasses.replace(SpecAugmentPolicy.ss(), time_warp=5), jax.random.key(0)))
+    bare = abstract(lambda rngs: Speech2TextModel(TINY, rngs=rngs))
+    with pytest.raises(UsageError, match="decoder_input_ids"):
+        jax.eval_shape(lambda m: m(x), bare)
+    with pytest.raises(UsageError, match="input_features, or"):
+        jax.eval_shape(lambda m: m(decoder_input_ids=labels), bare)
+    with pytest.raises(UsageError, match="decoder_input_ids or labels"):
+        jax.eval_shape(lambda: model(x))
+    with pytest.raises(UsageError, match="3 convolutions"):
+        dataclasses.replace(TINY, num_conv_layers=3)
+
+
+def test_generate_equals_a_loop_without_a_cache(model):
+    x, mask = frames(2, 41), mask_of([41, 22], 41)
+    found = model.generate(x, mask, num_beams=1, max_length=7, forced_bos_token_id=5, forced_eos_token_id=None)
+    tokens, ended = np.full((2, 1), 2), np.zeros(2, bool)
+    call = jax.jit(lambda m, t: m(x, mask, t).logits)
+    for index in range(6):
+        padded = np.concatenate([tokens, np.ones((2, 7 - tokens.shape[1]), int)], axis=1)
+        best = np.asarray(call(model, padded))[:, index].argmax(-1) if index else np.array([5, 5])
+        best = np.where(ended, 1, best)
+        ended |= best == 2
+        tokens = np.concatenate([tokens, best[:, None]], axis=1)
+        if ended.all():
+            break
+    np.testing.assert_array_equal(found, tokens)
+    beams = model.generate(x, mask, max_length=7)
+    assert beams.shape[0] == 2
+    sampled = model.generate(x, mask, max_length=7, do_sample=True, key=jax.random.key(0))
+    assert (sampled[:, 0] == 2).all()
+
+
+def test_half_precision_many_devices_and_vmap(model):
+    x, tokens = frames(4, 33), jnp.asarray(np.tile([[2, 7, 5]], (4, 1)))
+    run = audiozoo.jit(model)
+    wanted = np.asarray(run(x, None, tokens).logits)
+    graphdef, state = nnx.split(model)
+    each = jax.vmap(lambda x, t: nnx.merge(graphdef, state)(x[None], None, t[None]).logits[0])(jnp.asarray(x), tokens)
+    np.testing.assert_allclose(each, wanted, atol=1e-5)
+    half = random_model(lambda rngs: Speech2TextForConditionalGeneration(TINY, dtype=jnp.bfloat16, rngs=rngs))
+    rough, allowed = audiozoo.jit(half)(x, None, tokens).logits, tolerance("output", "bfloat16")
+    assert rough.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(rough, np.float32), wanted, atol=allowed.atol * 4, rtol=allowed.rtol)
+    mesh = sharding.make_mesh({"data": 1, "tensor": 1}, jax.devices()[:1])
+    spread = sharding.shard(model, mesh, sharding.TRANSFORMER)
+    np.testing.assert_allclose(audiozoo.jit(spread)(x, None, tokens).logits, wanted, atol=1e-5)
+
+
+# --- SpecAugment and training ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lb", "ld", "sm", "ss"])
+def test_policies(name):
+    """Whole bands and whole stretches, never wider than allowed, become the utterance's mean; padding stays."""
+    policy = getattr(SpecAugmentPolicy, name)()
+    lengths, size = [300, 180], 300
+    x, mask = frames(2, size, seed=1) + 3, mask_of(lengths, size)
+    x = x * mask[..., None]
+    augment = jax.jit(lambda key: spec_augment(jnp.asarray(x), policy, key, jnp.asarray(mask)))
+    widest = np.zeros(2)
+    for seed in range(30):
+        y = np.asarray(augment(jax.random.key(seed)))
+        for row, length in enumerate(lengths):
+            np.testing.assert_array_equal(y[row, length:], 0)
+            changed = y[row, :length] != x[row, :length]
+            bands, times = changed.all(axis=0), changed.all(axis=1)
+            np.testing.assert_array_equal(changed, bands[None, :] | times[:, None])
+            np.testing.assert_allclose(y[row, :length][changed], x[row, :length].mean(), rtol=1e-4)
+            assert bands.sum() <= policy.freq_masks * (policy.freq_width - 1)
+            limit = min(policy.time_width, int(length * policy.time_ratio))
+            assert times.sum() <= policy.time_masks * (limit - 1)
+            widest = np.maximum(widest, [bands.sum(), times.sum()])
+    assert widest[0] > policy.freq_width // 2
+    assert widest[1] > policy.time_width // 4
+    assert not np.array_equal(augment(jax.random.key(0)), augment(jax.random.key(1)))
+
+
+def test_time_warping():
+    """Against linear interpolation by NumPy, side by side of the point; no width moves nothing."""
+    x, length, point, moved = frames(40, seed=2), 31, 12, 17
+    y = np.asarray(speech_to_text.warp_time(jnp.asarray(x), jnp.int32(length), jnp.int32(point), jnp.int32(moved)))
+    for first, last, target, end in ((0, point, 0, moved), (point, length, moved, length)):
+        place = (np.arange(end - target) + 0.5) * (last - first) / (end - target) - 0.5
+        wanted = np.stack([np.interp(place, np.arange(last - first), x[first:last, b]) for b in range(80)], 1)
+        np.testing.assert_allclose(y[target:end], wanted, atol=1e-5)
+    warped = dataclasses.replace(SpecAugmentPolicy(0, 27, 0, 100, 1.0), time_warp=6)
+    z = np.asarray(jax.jit(lambda k: spec_augment(jnp.asarray(x)[None], warped, k))(jax.random.key(0)))[0]
+    assert not np.array_equal(z, x)
+    short = np.asarray(jax.jit(lambda k: spec_augment(jnp.asarray(x[None, :12]), warped, k))(jax.random.key(0)))[0]
+    np.testing.assert_array_equal(short, x[:12])
+
+
+def test_training_lowers_the_loss(model):
+    """Two spoken digits to their tokens, with smoothed labels, SpecAugment, dropout and the recipe's schedule."""
+    recipe = Speech2TextRecipe(learning_rate=2e-2, warmup_updates=10)
+    schedule = recipe.schedule()
+    assert float(schedule(9)) == pytest.approx(2e-2)
+    assert float(schedule(0)) == pytest.approx(2e-3)
+    assert float(schedule(39)) == pytest.approx(1e-2)
+    x, labels = jnp.asarray(frames(4, 64, seed=3)), jnp.asarray([[7, 8, 2], [9, 2, -100], [7, 9, 2], [8, 2, -100]])
+    optimiser, policy = recipe.optimizer(), SpecAugmentPolicy(1, 9, 1, 9, 0.3)
+    graphdef, params = nnx.split(model)
+
+    def loss(params, key):
+        first, second = jax.random.split(key)
+        augmented = spec_augment(x, policy, first)
+        whole = nnx.merge(graphdef, params)
+        return whole(augmented, labels=labels, label_smoothing=recipe.label_smoothing, key=second).loss
+
+    @jax.jit
+    def step(params, state, key):
+        value, gradients = jax.value_and_grad(loss)(params, key)
+        updates, state = optimiser.update(gradients, state)
+        return jax.tree.map(lambda p, u: p + u, params, updates), state, value
+
+    state, losses, kept = optimiser.init(params), [], []
+    for i in range(50):
+        params, state, value = step(params, state, jax.random.key(i))
+        losses.append(float(value))
+        kept = [*kept[-2:], nnx.merge(graphdef, params)]
+    assert np.mean(losses[-5:]) < 0.7 * losses[0]
+    mean = speech_to_text.average(kept)
+    leaves = [np.stack(values) for values in zip(*(jax.tree.leaves(nnx.state(m)) for m in kept), strict=True)]
+    for found, wanted in zip(jax.tree.leaves(nnx.state(mean)), leaves, strict=True):
+        np.testing.assert_allclose(found, wanted.mean(axis=0), atol=1e-6)
+    with pytest.raises(UsageError, match="no checkpoint"):
+        speech_to_text.average([])
+
+
+def test_a_translator_begins_with_a_recognisers_encoder(model):
+    other = random_model(lambda rngs: Speech2TextForConditionalGeneration(TINY, rngs=rngs), seed=1)
+    joined = speech_to_text.with_encoder_of(other, model)
+    for part, owner in (("encoder", model), ("decoder", other)):
+        found, wanted = (jax.tree.leaves(nnx.state(getattr(m.model, part))) for m in (joined, owner))
+        for a, b in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(a, b)
+    wider = dataclasses.replace(TINY, encoder_ffn_dim=32)
+    wider = random_model(lambda rngs: Speech2TextForConditionalGeneration(wider, rngs=rngs))
+    with pytest.raises(UsageError, match="differ in size"):
+        speech_to_text.with_encoder_of(wider, model)
+
+
+# --- waiting ---------------------------------------------------------------------------------------------------------
+
+
+def test_wait_k(model):
+    seen = np.asarray(speech_to_text.wait_k_mask(4, 20, 2, 3))[0]
+    assert seen.sum(axis=1).tolist() == [6, 9, 12, 15]
+    x, tokens = frames(1, 80), jnp.asarray([[2, 7, 5, 9]])
+    waiting = {"wait_k": 2, "pre_decision_ratio": 3}
+    out = audiozoo.jit(model)(x, None, tokens, output_attentions=True, **waiting)
+    weights = np.asarray(out.cross_attentions[0])[0]
+    np.testing.assert_array_equal(weights[:, ~seen], 0)
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
+    with pytest.raises(UsageError, match="wait-0"):
+        speech_to_text.wait_k_mask(4, 20, 0)
+    with pytest.raises(UsageError, match="wait-0"):
+        next(speech_to_text.simultaneous(model, [], 0))
+    assert list(speech_to_text.simultaneous(model, [], 1)) == []
+
+
+def test_average_lagging():
+    assert speech_to_text.average_lagging([1, 2, 3, 4, 5], 5) == pytest.approx(
+        1.0
+    )  # wait-1 of equal lengths lags by one
+    assert speech_to_text.average_lagging([3, 4, 5, 5, 5], 5) == pytest.approx(3.0)
+    assert speech_to_text.average_lagging([5, 5, 5, 5, 5], 5) == pytest.approx(5.0)  # all is heard first
+    assert speech_to_text.average_lagging([2, 4, 6], 6, 6) == pytest.approx(np.mean([2, 3, 4]))
+    with pytest.raises(UsageError, match="Nothing was written"):
+        speech_to_text.average_lagging([], 5)
+
+
+# --- features --------------------------------------------------------------------------------------------------------
+
+
+def test_filterbanks_of_any_lengths_at_once():
+    rng = np.random.default_rng(0)
+    waves = [rng.standard_normal(n).astype(np.float32) * 0.1 for n in (400, 401, 559, 560, 90_000, 8_000)]
+    found = filterbanks(waves)
+    with double_precision_on_cpu():
+        for wave, features in zip(waves, found, strict=True):
+            wanted = kaldi_fbank(jnp.asarray(wave, jnp.float64) * 2**15)
+            np.testing.assert_allclose(features, wanted, rtol=1e-6)
+
+
+def test_what_the_processor_refuses():
+    extract = Speech2TextFeatureExtractor()
+    wave = frames(3, 100).reshape(-1)
+    for wrong, rate, message in (
+        (np.zeros(0, np.float32), 16_000, "empty"),
+        (np.full(1_000, np.nan, np.float32), 16_000, "NaN|finite"),
+        (wave[:399], 16_000, "399 samples"),
+        (np.zeros((1_000, 2), np.float32), 16_000, "channel"),
+        (np.zeros(1_000, np.int16), 16_000, "integer|int16"),
+        (wave, 8_000, "8000|8,000"),
+    ):
+        with pytest.raises(AudioError, match=message):
+            extract(wrong, rate)
+    with pytest.raises(UsageError, match="NumPy"):
+        extract(wave, 16_000, return_tensors="pt")
+    with pytest.raises(UsageError, match="one array"):
+        extract([wave, wave[:900]], 16_000, padding=False)
+    noisy = Speech2TextFeatureExtractor(dither=4.0)
+    with pytest.raises(UsageError, match="key"):
+        noisy(wave, 16_000)
+    silence = np.zeros(1_000, np.float32)
+    assert noisy(silence, 16_000, key=jax.random.key(0))["input_features"].std() > 0.5
+    assert "attention_mask" not in extract(wave, 16_000, return_attention_mask=False)
+
+
+# --- long recordings and the command line ----------------------------------------------------------------------------
+
+
+def test_cuts_are_where_it_is_quiet():
+    rate = 1_000
+    wave = np.random.default_rng(0).standard_normal(30 * rate).astype(np.float32)
+    wave[8_500:9_000] = wave[17_000:17_600] = 0
+    pieces = quiet_cuts(wave, rate, 10.0)
+    assert pieces[0][0] == 0
+    assert pieces[-1][1] == len(wave)
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(pieces))
+    assert all(end - start <= 10 * rate for start, end in pieces)
+    assert 8_500 <= pieces[0][1] <= 9_000
+    assert 17_000 <= pieces[1][1] <= 17_600
+    assert quiet_cuts(wave[:500], rate, 10.0) == [(0, 500)]
+    with pytest.raises(UsageError, match="too short"):
+        quiet_cuts(wave, rate, 0.5)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tmp_path_factory):
+    """A multilingual translator with random weights, its processor, and five seconds of noise."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("s2t")
+    (folder / "text.txt").write_text("\n".join(["a cab is a bad bid", "a dab", "big cab"] * 30))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"), model_prefix=str(folder / "m"), vocab_size=24, hard_vocab_limit=False,
+        bos_id=0, pad_id=1, eos_id=2, unk_id=3, user_defined_symbols="<lang:de>,<lang:fr>", minloglevel=2,
+    )  # fmt: skip
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "m.model"))
+    encoder = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
+    assert len(encoder) <= TINY.vocab_size
+    processor = Speech2TextProcessor(
+        Speech2TextFeatureExtractor(), Speech2TextTokenizer(encoder, folder / "m.model", lang_codes="mustc")
+    )
+    short = random_model(lambda rngs: Speech2TextForConditionalGeneration(TINY, rngs=rngs))
+    short.generation_config = Speech2TextGenerationConfig(num_beams=2, max_length=9)
+    audiozoo.export(short, folder / "model")
+    processor.save(folder / "model")
+    soundfile.write(folder / "noise.wav", np.random.default_rng(0).standard_normal(80_000) * 0.1, 16_000)
+    return folder
+
+
+def test_directories(checkpoint, model, tmp_path):
+    loaded = audiozoo.load(checkpoint / "model")
+    assert loaded.generation_config == Speech2TextGenerationConfig(2, 9)
+    audiozoo.save(loaded, tmp_path / "native", processor_from=checkpoint / "model")
+    again, processor = audiozoo.load(tmp_path / "native"), audiozoo.load_processor(tmp_path / "native")
+    assert again.config == loaded.config
+    assert again.generation_config == loaded.generation_config
+    assert processor.tokenizer.lang_code_to_id == {"fr": 5, "de": 4}
+    for a, b in zip(jax.tree.leaves(nnx.state(again)), jax.tree.leaves(nnx.state(model)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(SourceError, match=r"no vocab\.json"):
+        Speech2TextTokenizer.from_directory(tmp_path)
+    with pytest.raises(CheckpointError, match="</s>"):
+        Speech2TextTokenizer({"<s>": 0, "<pad>": 1, "<unk>": 2}, checkpoint / "m.model")
+
+
+@pytest.fixture
+def run(audiozoo_command, monkeypatch):  # noqa: F811
+    from audiozoo.commands import terminal
+
+    monkeypatch.setattr(terminal, "keep_compiled_programs", lambda: None)
+
+    def call(*arguments, **options) -> Run:
+        return audiozoo_command(*arguments, **options)
+
+    return call
+
+
+def test_translate_and_transcribe(run, checkpoint, tmp_path):
+    source, sound = checkpoint / "model", checkpoint / "noise.wav"
+    model, processor = audiozoo.load(source), audiozoo.load_processor(source)
+    wave = audiozoo.audio.read(sound)
+    wanted = write_pieces(model, processor, wave, batch_invariant=True, forced_bos_token_id=4)
+    plain = run("translate", sound, "--to", "de", "--model", source)
+    assert plain.code == 0, plain.err
+    assert plain.out == wanted["segments"][0]["text"] + "\n"
+    written = run("translate", sound, "--to", "de", "--model", source, "--format", "json", "--output", tmp_path / "t")
+    assert written.code == 0, written.err
+    found = json.loads((tmp_path / "t").read_text())
+    assert found["segments"] == wanted["segments"]
+    assert found["language"] == "de"
+    heard = run("transcribe", sound, "--language", "de", "--model", source)
+    assert heard.out == plain.out
+    model_option = ("--model", source)
+    assert_refused(run("translate", sound, *model_option), "say which with --to")
+    assert_refused(run("translate", sound, "--to", "xx", *model_option), "does not translate into 'xx'")
+    assert_refused(run("translate", "good morning", "--to", "de", *model_option), "give it a sound file")
+    assert_refused(run("translate", "no.wav", "--to", "de", *model_option), "There is no file no.wav")
+    assert_refused(run("translate", " ", "--to", "de", *model_option), "nothing to translate")
+    assert_refused(run("translate", sound, "--from", "en", "--to", "de", *model_option), "leave --from out")
+    assert_refused(run("translate", sound, "--to", "de", "--speech", tmp_path / "s.wav", *model_option), "--speech")
+    assert_refused(run("translate", sound, "--format", "doc", *model_option), "no format 'doc'")
+    assert_refused(run("translate", sound, "--beams", "0", *model_option), "counts from 1")
+    assert_refused(
+        run("transcribe", sound, "--language", "de", "--best-of", "3", *model_option), "--best-of is Whisper"
+    )
+    assert_refused(run("transcribe", sound, "--hotword", "cab", *model_option), "for CTC models")
+    soundfile.write(tmp_path / "click.wav", np.zeros(800), 16_000)
+    assert_refused(run("translate", tmp_path / "click.wav", "--to", "de", *model_option), "too short")
+
+
+def test_long_recordings_in_one_shape(checkpoint, monkeypatch):
+    model, processor = audiozoo.load(checkpoint / "model"), audiozoo.load_processor(checkpoint / "model")
+    shapes, done = set(), []
+    generate = Speech2TextForConditionalGeneration.generate
+
+    def seen(self, input_features, attention_mask=None, **options):
+        shapes.add(input_features.shape)
+        return generate(self, input_features, attention_mask, **options)
+
+    monkeypatch.setattr(Speech2TextForConditionalGeneration, "generate", seen)
+    wave = np.random.default_rng(0).standard_normal(16_000 * 14).astype(np.float32) * 0.1
+    found = write_pieces(
+        model, processor, wave, longest=2.4, batch_size=3, progress=lambda a, b: done.append((a, b)),
+        batch_invariant=True, num_beams=1,
+    )  # fmt: skip
+    assert shapes == {(3, 256, 80)}
+    assert done[-1] == (14.0, 14.0)
+    assert [s["start"] for s in found["segments"]][1:] == [s["end"] for s in found["segments"]][:-1]
+    alone = found["segments"][1]
+    again = write_pieces(
+        model, processor, wave[round(alone["start"] * 16_000) : round(alone["end"] * 16_000)], longest=3, batch_size=1,
+        batch_invariant=True, num_beams=1,
+    )  # fmt: skip
+    assert again["text"] == alone["text"]
