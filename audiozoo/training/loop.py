@@ -67,11 +67,19 @@ class Loss(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """What a loss is told besides networks and batch: a key (None in evaluation), the step, what came before."""
+    """What a loss is told besides networks and batch.
+
+    Attributes:
+        key: of all that is drawn; None in evaluation, unless the task wants one.
+        step: the number of this step.
+        carried: what the phase before handed on.
+        training: whether this is training; else nothing is dropped.
+    """
 
     key: jax.Array | None
     step: jax.Array
     carried: Any = None
+    training: bool = True
 
 
 @dataclass(frozen=True)
@@ -294,7 +302,9 @@ class Trainer:
     def _evaluation(self, state: State, batch: Any) -> dict[str, jax.Array]:
         networks = self._networks(state.average or state.params, state.rest)
         key = jax.random.key(self.options.seed) if self.task.evaluation_key else None
-        result = (self.task.evaluate or self.task.phases[0].loss)(networks, batch, Turn(key, state.step))
+        result = (self.task.evaluate or self.task.phases[0].loss)(
+            networks, batch, Turn(key, state.step, training=False)
+        )
         return {"loss": result.total, **result.metrics, "count": jnp.asarray(result.count, jnp.float32)}
 
     def evaluate(self, state: State, batches: Iterable[Any]) -> dict[str, float]:

@@ -1,0 +1,341 @@
+"""How each paper trains: one row a recipe, its numbers with where they are from.
+
+    audiozoo train wav2vec2_ctc --data corpus/ --init facebook/wav2vec2-base --out run/
+
+`RECIPES` is the table; `audiozoo.recipes.run.train` runs a row of it; `objectives` says what is learnt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+
+from audiozoo.errors import UsageError
+from audiozoo.models.audio_spectrogram_transformer import ASTRecipe
+from audiozoo.recipes.objectives import (
+    CTC,
+    Codec,
+    Contrastive,
+    Objective,
+    Pretraining,
+    Seq2Seq,
+    Spectrogram,
+    Utterance,
+    Vocoder,
+    Voice,
+)
+from audiozoo.recipes.settings import Settings
+from audiozoo.registry import PAPERS
+
+CONVOLUTIONS = r"\.feature_extractor\."  # §3.3 of wav2vec 2.0: the feature encoder is not trained further
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A paper's way of training.
+
+    Attributes:
+        name: on the command line.
+        paper: module name in `audiozoo.models`.
+        model_class: what is trained.
+        objective: what is learnt.
+        settings: how.
+        size: the configuration to start from where there is no checkpoint.
+        new: a regular expression of the parameters that a checkpoint of another task lacks.
+        config: what the recipe changes in the model's configuration.
+    """
+
+    name: str
+    paper: str
+    model_class: str
+    objective: Objective
+    settings: Settings
+    size: str
+    new: str | None = None
+    config: dict = dataclasses.field(default_factory=dict)
+
+
+_CTC = Settings(
+    source="wav2vec 2.0, Appendix B: Adam, a rate that rises for 10 %, stays for 40 % and falls, 3e-5 for 100 h; the "
+    "first 10,000 updates train the output layer alone; its authors' base_100h.yaml",
+    steps=80_000,
+    batch_size=32,
+    learning_rate=3e-5,
+    schedule="tri_stage",
+    warmup=0.1,
+    optimizer="adam",
+    beta2=0.98,
+    frozen=CONVOLUTIONS,
+    held=r"^(?!lm_head)",
+    held_steps=10_000,
+    seconds=20.0,
+)
+_PRETRAINING = Settings(
+    source="wav2vec 2.0, §4.2, BASE: 400,000 updates, Adam, a peak of 5e-4 after 8 % of them, linear decay, crops of "
+    "15.6 s, 1.6 h an update; betas and weight decay of its authors' wav2vec2_base_librispeech.yaml",
+    steps=400_000,
+    batch_size=384,
+    learning_rate=5e-4,
+    schedule="linear",
+    warmup=0.08,
+    beta2=0.98,
+    epsilon=1e-6,
+    weight_decay=0.01,
+    seconds=15.6,
+)
+_UNITS = dataclasses.replace(
+    _PRETRAINING,
+    source="HuBERT, §4.2, BASE: 400,000 updates of the second iteration (250,000 of the first), Adam with betas 0.9 "
+    "and 0.98, a peak of 5e-4 after 8 %, linear decay, 46 minutes of audio an update",
+    batch_size=180,
+)
+_FROM_WAV2VEC2 = "the numbers of wav2vec 2.0's recipe: "
+
+
+def _like(settings: Settings, source: str | None = None, **changes: object) -> Settings:
+    return dataclasses.replace(settings, source=source or _FROM_WAV2VEC2 + settings.source, **changes)  # type: ignore[arg-type]
+
+
+_HEAD = r"^lm_head\.|masked_spec_embed"
+_CLASSIFIER = r"^(projector|classifier)\.|masked_spec_embed"
+_FAMILY = {  # module: prefix of its classes, the size to start from
+    "wav2vec2": ("Wav2Vec2", "base"),
+    "hubert": ("Hubert", "base"),
+    "wavlm": ("WavLM", "base"),
+    "sew": ("SEW", "sew_tiny"),
+    "unispeech": ("UniSpeech", "large"),
+    "unispeech_sat": ("UniSpeechSat", "base"),
+}
+_GAN = Settings(
+    source="VITS, §3.2: AdamW with betas 0.8 and 0.99 and weight decay 0.01, 2e-4 falling by 0.999^(1/8) a pass, 64 "
+    "recordings an update, 800,000 updates; a pass over LJ Speech is 194 updates",
+    steps=800_000,
+    batch_size=64,
+    learning_rate=2e-4,
+    schedule="stairs",
+    decay=0.999**0.125,
+    decay_steps=194,
+    beta1=0.8,
+    beta2=0.99,
+    epsilon=1e-9,
+    weight_decay=0.01,
+    seconds=10.0,
+)
+_AST = Settings(
+    source="AST, §3.2, ESC-50 from AudioSet's weights (`ASTRecipe.esc50`): 1e-5, times 0.85 a pass from the fifth "
+    "on, 25 passes of 1,600 recordings, 48 an update",
+    steps=825,
+    batch_size=48,
+    learning_rate=1e-5,
+    schedule="stairs",
+    decay=0.85,
+    decay_steps=33,
+    optimizer="adam",
+    beta1=0.95,
+    seconds=10.24,
+)
+
+ROWS = [
+    # --- wav2vec 2.0 and what follows it: pre-training, recognition, classification ---
+    *(
+        Recipe(
+            f"{paper}_ctc",
+            paper,
+            f"{prefix}ForCTC",
+            CTC(),
+            _CTC if paper == "wav2vec2" else _like(_CTC),
+            size,
+            new=_HEAD,
+        )
+        for paper, (prefix, size) in _FAMILY.items()
+    ),
+    *(
+        Recipe(
+            f"{paper}_classification",
+            paper,
+            f"{prefix}ForSequenceClassification",
+            Utterance(),
+            Settings(
+                source="SUPERB (arXiv 2105.01051, §3) asks for a frozen backbone under a linear layer, Adam; the rate "
+                "is that of its authors' configurations",
+                steps=20_000,
+                batch_size=32,
+                learning_rate=1e-4,
+                optimizer="adam",
+                frozen=rf"^{paper}\.",
+            ),
+            size,
+            new=_CLASSIFIER,
+        )
+        for paper, (prefix, size) in _FAMILY.items()
+    ),
+    Recipe(
+        "wav2vec2_pretraining",
+        "wav2vec2",
+        "Wav2Vec2ForPreTraining",
+        Pretraining(end_temperature=0.5),
+        _PRETRAINING,
+        "base",
+    ),
+    Recipe("hubert_pretraining", "hubert", "HubertForPreTraining", Pretraining(units=True), _UNITS, "base"),
+    Recipe(
+        "wavlm_pretraining",
+        "wavlm",
+        "WavLMForPreTraining",
+        Pretraining(units=True, mixing=0.2),
+        _like(_UNITS, "WavLM, Algorithm 1: another utterance over 20 % of them; the rest as HuBERT's, §4.2 there"),
+        "base",
+    ),
+    Recipe(
+        "unispeech_pretraining",
+        "unispeech",
+        "UniSpeechForPreTraining",
+        Pretraining(end_temperature=0.1, phonemes=True, features_penalty=0.0, feature_gradient=1.0),
+        _like(_PRETRAINING),
+        "large",
+    ),
+    # --- recognition and translation by a decoder ---
+    Recipe(
+        "whisper",
+        "whisper",
+        "WhisperForConditionalGeneration",
+        Seq2Seq(features="log_mel"),
+        Settings(
+            source="Whisper, Table 17: AdamW with betas 0.9 and 0.98, epsilon 1e-6, weight decay 0.1, gradients of at "
+            "most 1, a linear decay; the rate, a fraction of the one of Table 18, is for tuning a trained model and "
+            "not in the paper",
+            steps=5000,
+            batch_size=32,
+            learning_rate=1e-5,
+            schedule="linear",
+            warmup=0.1,
+            beta2=0.98,
+            epsilon=1e-6,
+            weight_decay=0.1,
+            clip=1.0,
+            seconds=30.0,
+        ),
+        "tiny_en",
+    ),
+    Recipe(
+        "xls_r_translation",
+        "xls_r",
+        "SpeechEncoderDecoderModel",
+        Seq2Seq(),
+        _like(_CTC, held=None, held_steps=0, frozen=r"^encoder\.feature_extractor\."),
+        "xls_r_300m",
+        new="enc_to_dec_proj",
+    ),
+    Recipe(
+        "speech_to_text",
+        "speech_to_text",
+        "Speech2TextForConditionalGeneration",
+        Seq2Seq(features="filterbank", smoothing=0.1),
+        Settings(
+            source="fairseq S2T, §3, and the released recipe of LibriSpeech (`Speech2TextRecipe`): Adam, 2e-3 for the "
+            "small model after 10,000 updates, then with the inverse square root, gradients of at most 10, 300,000 "
+            "updates",
+            steps=300_000,
+            batch_size=32,
+            learning_rate=2e-3,
+            schedule="inverse_sqrt",
+            warmup=10_000,
+            optimizer="adam",
+            clip=10.0,
+            seconds=30.0,
+        ),
+        "small",
+    ),
+    # --- sounds ---
+    Recipe("ast", "audio_spectrogram_transformer", "ASTForAudioClassification", Spectrogram(), _AST, "esc50"),
+    Recipe(
+        "ast_tagging",
+        "audio_spectrogram_transformer",
+        "ASTForAudioClassification",
+        Spectrogram(ASTRecipe.audioset()),
+        dataclasses.replace(
+            _AST,
+            source="AST, §3.1, full AudioSet (`ASTRecipe.audioset`): 1e-5, halved in each pass after the second, 5 "
+            "passes of 2 million recordings, 12 an update",
+            steps=830_000,
+            batch_size=12,
+            warmup=1000,
+            decay=0.5,
+            decay_steps=166_000,
+        ),
+        "audioset_10_10",
+    ),
+    Recipe(
+        "clap",
+        "clap",
+        "ClapModel",
+        Contrastive(),
+        Settings(
+            source="CLAP, §4.1 (`ClapRecipe`): Adam with betas 0.99 and 0.9, 1e-4 after a warm-up, cosine decay, 2,304 "
+            "pairs an update; 3,200 updates of warm-up and 45 passes in the released scripts",
+            steps=47_000,
+            batch_size=2304,
+            learning_rate=1e-4,
+            schedule="cosine",
+            warmup=3200,
+            beta1=0.99,
+            beta2=0.9,
+            seconds=10.0,
+        ),
+        "htsat_unfused",
+    ),
+    # --- speech and codes ---
+    Recipe("vits", "vits", "VitsModel", Voice(), _GAN, "ljs"),
+    Recipe(
+        "hifigan",
+        "hifigan",
+        "HifiGanGenerator",
+        Vocoder(),
+        dataclasses.replace(
+            _GAN,
+            source="HiFi-GAN, §3.1: AdamW with betas 0.8 and 0.99 and weight decay 0.01, 2e-4 falling by 0.999 a pass, "
+            "16 segments of 8,192 samples an update, 2.5 million updates",
+            steps=2_500_000,
+            batch_size=16,
+            decay=0.999,
+            decay_steps=819,
+        ),
+        "v1",
+    ),
+    Recipe(
+        "encodec",
+        "encodec",
+        "EncodecModel",
+        Codec(),
+        Settings(
+            source="EnCodec, §4.3: Adam with betas 0.5 and 0.9, 3e-4, 64 recordings of 1 s an update, 300 passes of "
+            "2,000 updates; §3.4: the judge learns in two of three updates",
+            steps=600_000,
+            batch_size=64,
+            learning_rate=3e-4,
+            optimizer="adam",
+            beta1=0.5,
+            beta2=0.9,
+            seconds=10.0,
+        ),
+        "encodec_24khz",
+    ),
+]
+
+# Of the papers that `audiozoo.load` offers.
+RECIPES: dict[str, Recipe] = {row.name: row for row in ROWS if row.paper in {paper.name for paper in PAPERS}}
+
+
+def recipe(name: str) -> Recipe:
+    """A recipe by its name.
+
+    Raises:
+        UsageError: if there is none, with the nearest name.
+    """
+    wanted = name.lower().replace("-", "_")
+    if wanted in RECIPES:
+        return RECIPES[wanted]
+    near = difflib.get_close_matches(wanted, RECIPES, n=1)
+    suggestion = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(RECIPES))}."
+    raise UsageError(f"There is no recipe {name!r}; {suggestion}")

@@ -1,0 +1,635 @@
+"""What is learnt: for each kind of training, how a recording becomes an example, and the phases of a step.
+
+An objective knows the papers' models and losses; everything about steps, devices and files is in `audiozoo.training`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from audiozoo.audio.features import log_mel_spectrogram
+from audiozoo.decoding.units import cepstra
+from audiozoo.errors import UsageError
+from audiozoo.layers.losses import IGNORED_LABEL, ctc_loss
+from audiozoo.models import audio_spectrogram_transformer as ast
+from audiozoo.models import clap, encodec, hifigan, vits, wav2vec2, wavlm
+from audiozoo.processors import zero_mean_unit_variance
+from audiozoo.recipes.settings import Settings
+from audiozoo.training.data import Example, Padding
+from audiozoo.training.loop import Loss, Phase, Task, Turn
+from audiozoo.training.parameters import Trainable
+
+LABELS = Padding(IGNORED_LABEL, 16)
+Fields = Mapping[str, Any]
+
+
+def _text(fields: Fields) -> str:
+    text = fields.get("text")
+    if not isinstance(text, str) or not text.strip():
+        raise UsageError("This recipe learns from recordings with texts, and a recording has none.")
+    return text
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Base: one network `model`, one phase."""
+
+    evaluation_key: bool = field(default=False, kw_only=True)
+
+    def padding(self, processor: Any) -> dict[str, Padding]:
+        """How examples become a batch."""
+        return {"input_values": Padding(), "attention_mask": Padding(0)}
+
+    def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
+        """One example."""
+        raise NotImplementedError
+
+    def loss(self, processor: Any) -> Callable[[dict[str, Any], Any, Turn], Loss]:
+        """The loss of the only phase."""
+        raise NotImplementedError
+
+    def task(self, model: Any, processor: Any, settings: Settings, trainable: Trainable) -> Task:
+        """Networks and phases."""
+        phase = Phase("model", self.loss(processor), settings.transformation(), trainable)
+        return Task({"model": model}, [phase], evaluation_key=self.evaluation_key)
+
+
+def _speech(processor: Any, waveform: np.ndarray) -> Example:
+    """A waveform as the wav2vec 2.0 family reads it."""
+    extractor = getattr(processor, "feature_extractor", processor)
+    if extractor.do_normalize:
+        waveform = zero_mean_unit_variance(waveform)
+    return {"input_values": waveform.astype(np.float32), "attention_mask": np.ones(len(waveform), np.int32)}
+
+
+# --- recognition -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CTC(Objective):
+    """Letters by connectionist temporal classification (wav2vec 2.0, §3.3): a sum over letters, as in fairseq."""
+
+    def padding(self, processor: Any) -> dict[str, Padding]:
+        """See `Objective`."""
+        return super().padding(processor) | {"labels": LABELS}
+
+    def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
+        """See `Objective`."""
+        labels = np.asarray(processor.tokenizer(_text(fields))["input_ids"], np.int32)
+        return _speech(processor, waveform) | {"labels": labels}
+
+    def loss(self, processor: Any) -> Callable[[dict[str, Any], Any, Turn], Loss]:
+        """See `Objective`."""
+
+        def loss(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
+            model, labels, mask = networks["model"], batch["labels"], batch["attention_mask"]
+            key = turn.key if turn.training else None
+            logits = model(batch["input_values"], mask, key=key).logits
+            lengths = model.backbone.frame_lengths(mask.sum(axis=1))
+            blank = model.config.pad_token_id
+            losses = ctc_loss(logits, labels, lengths, blank=blank, reduction="none", zero_infinity=True)
+            return Loss(losses.sum(), ((labels != IGNORED_LABEL) & (labels != blank)).sum())
+
+        return loss
+
+
+@dataclass(frozen=True)
+class Seq2Seq(Objective):
+    """The next token of the text, given the sound and the tokens before: a mean over tokens.
+
+    Attributes:
+        features: "log_mel" (Whisper; computed on the device), "filterbank" (S2T) or "waveform" (wav2vec 2.0's).
+        smoothing: label smoothing.
+    """
+
+    features: str = "waveform"
+    smoothing: float = 0.0
+
+    def padding(self, processor: Any) -> dict[str, Padding]:
+        """See `Objective`."""
+        kinds = {
+            "waveform": super().padding(processor),
+            "log_mel": {"waveform": Padding()},
+            "filterbank": {"input_features": Padding(0.0, 64), "attention_mask": Padding(0, 64)},
+        }
+        return kinds[self.features] | {"labels": LABELS}
+
+    def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
+        """See `Objective`."""
+        labels = np.asarray(processor.tokenizer(_text(fields))["input_ids"], np.int32)
+        if self.features == "log_mel":
+            # The tokenizer begins with <|startoftranscript|>, which is the decoder's first input and no target.
+            labels = labels[1:] if labels[0] == config.decoder_start_token_id else labels
+            return {"waveform": waveform.astype(np.float32), "labels": labels}
+        if self.features == "filterbank":
+            features = processor.feature_extractor(waveform, processor.feature_extractor.sampling_rate)
+            return {"input_features": features["input_features"][0], "labels": labels} | {
+                "attention_mask": features["attention_mask"][0]
+            }
+        return _speech(processor, waveform) | {"labels": labels}
+
+    def loss(self, processor: Any) -> Callable[[dict[str, Any], Any, Turn], Loss]:
+        """See `Objective`."""
+
+        def loss(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
+            model, batch = networks["model"], dict(batch)
+            labels = batch["labels"]
+            options: dict[str, Any] = {"key": turn.key if turn.training else None}
+            if self.features == "log_mel":
+                # On the device; the encoder reads two frames for each of its positions.
+                frames = 2 * model.config.max_source_positions
+                waveform = batch.pop("waveform")[:, : 160 * frames]
+                waveform = jnp.pad(waveform, ((0, 0), (0, -waveform.shape[1] % 320)))
+                batch["input_features"] = log_mel_spectrogram(waveform, model.config.num_mel_bins)
+                options["allow_short"] = batch["input_features"].shape[-1] < frames
+            if self.smoothing and turn.training:
+                options["label_smoothing"] = self.smoothing
+            output = model(**batch, **options)
+            count = (labels != IGNORED_LABEL).sum()
+            right = ((output.logits.argmax(axis=-1) == labels) & (labels != IGNORED_LABEL)).sum()
+            return Loss(output.loss * count, count, {"accuracy": right})
+
+        return loss
+
+
+# --- pre-training of the wav2vec 2.0 family ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pretraining(Objective):
+    """Masked frames, told from distractors (wav2vec 2.0, §3.2) or by their cluster (HuBERT, §3.2).
+
+    Attributes:
+        units: whether the targets are clusters (`units` beside the recordings, or of MFCCs; HuBERT, §4.2).
+        phonemes: whether a CTC loss over the recordings' `phonemes`, as numbers, is added (UniSpeech).
+        features_penalty: weight of the mean square of the features.
+        feature_gradient: factor on the gradient that reaches the convolutions.
+        end_temperature: of the Gumbel softmax; None where there is no quantiser.
+        mixing: probability that another utterance is laid over this one (WavLM, Algorithm 1).
+    """
+
+    units: bool = False
+    phonemes: bool = False
+    features_penalty: float = 10.0
+    feature_gradient: float = 0.1
+    end_temperature: float | None = None
+    mixing: float = 0.0
+    evaluation_key: bool = field(default=True, kw_only=True)
+
+    def padding(self, processor: Any) -> dict[str, Padding]:
+        """See `Objective`."""
+        return super().padding(processor) | {"labels": Padding(IGNORED_LABEL, 64)}
+
+    def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
+        """See `Objective`."""
+        example = _speech(processor, waveform)
+        if self.units:
+            if "units" in fields:
+                labels = np.asarray([int(unit) for unit in fields["units"]], np.int32)
+            elif (clusters := getattr(processor, "clusters", None)) is not None:
+                labels = clusters(cepstra(jnp.asarray(waveform)))
+            else:
+                raise UsageError("This recipe predicts units, and a recording has none: give a .km beside the .tsv.")
+            example["labels"] = np.asarray(labels, np.int32)
+        if self.phonemes:
+            example["labels"] = np.asarray([int(p) for p in fields.get("phonemes", ())] or [IGNORED_LABEL], np.int32)
+        return example
+
+    def loss(self, processor: Any) -> Callable[[dict[str, Any], Any, Turn], Loss]:
+        """See `Objective`."""
+
+        def loss(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
+            model, values, present = networks["model"], batch["input_values"], batch["attention_mask"]
+            mask_key, mix_key, negative_key, key = jax.random.split(turn.key, 4)  # type: ignore[arg-type]
+            backbone, options = model.backbone, {}
+            frames = backbone.frame_lengths(values.shape[1], adapter=False)
+            valid = backbone.frame_mask(present, frames, adapter=False)
+            spans, _ = backbone.draw_masks(mask_key, len(values), frames, valid)
+            if spans is None:
+                raise UsageError("Pre-training needs masks: a mask_time_prob above 0 in the configuration.")
+            if "labels" in batch:
+                options["labels"] = batch["labels"]
+            if self.end_temperature is not None:
+                options["temperature"] = wav2vec2.gumbel_temperature(turn.step, end=self.end_temperature)
+            if self.mixing and turn.training:
+                options["mixes"] = wavlm.draw_mixes(
+                    mix_key, *values.shape, probability=self.mixing, lengths=present.sum(axis=1)
+                )
+            if not turn.training and not self.units:
+                count = model.config.num_negatives
+                options["sampled_negative_indices"] = wav2vec2.sample_negative_indices(negative_key, spans, count)
+            output = model(
+                values,
+                present,
+                mask_time_indices=spans,
+                features_pen_weight=self.features_penalty,
+                feature_grad_mult=self.feature_gradient,
+                key=key if turn.training else None,
+                **options,
+            )
+            count = (spans & valid).sum()
+            parts = {n: output[n] for n in output.keys() if n.endswith("_loss") and jnp.ndim(output[n]) == 0}  # noqa: SIM118
+            return Loss(output.loss, count, parts)
+
+        return loss
+
+
+# --- classification --------------------------------------------------------------------------------------------------
+
+
+def _targets(config: Any, fields: Fields, several: bool) -> np.ndarray:
+    label = fields.get("label")
+    if label is None:
+        raise UsageError("This recipe learns labels, and a recording has none.")
+    names = list(config.id2label)
+    given = label if isinstance(label, list) else str(label).split(",") if several else [label]
+    unknown = [str(name) for name in given if str(name) not in names]
+    if unknown:
+        raise UsageError(f"The model has no label {unknown[0]!r}; it has {len(names)}, from {names[0]} to {names[-1]}.")
+    index = [names.index(str(name)) for name in given]
+    if not several:
+        return np.asarray(index[0], np.int32)
+    return np.isin(np.arange(len(names)), index).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Spectrogram(Objective):
+    """AST, §3: spectrograms on the device, mixup, SpecAugment, one class or several.
+
+    Attributes:
+        recipe: the paper's numbers.
+    """
+
+    recipe: ast.ASTRecipe = field(default_factory=lambda: ast.ASTRecipe.esc50())
+
+    @property
+    def several(self) -> bool:
+        """Whether a recording may be of several classes."""
+        return self.recipe.problem_type == "multi_label_classification"
+
+    def padding(self, processor: Any) -> dict[str, Padding]:
+        """See `Objective`."""
+        return {}
+
+    def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
+        """See `Objective`."""
+        kept = waveform[: processor.samples].astype(np.float32)
+        filled = np.pad(kept, (0, processor.samples - len(kept)))
+        return {"waveform": filled, "length": np.asarray(len(kept), np.int32)} | {
+            "labels": _targets(config, fields, self.several)
+        }
+
+    def loss(self, processor: Any) -> Callable[[dict[str, Any], Any, Turn], Loss]:
+        """See `Objective`."""
+
+        def loss(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
+            model, waveform, labels = networks["model"], batch["waveform"], batch["labels"]
+            keys = jax.random.split(turn.key, 3) if turn.training and turn.key is not None else None
+            length, recipe = batch["length"], self.recipe
+            if keys is not None and recipe.mixup_rate and self.several:
+                weight = ast.mixup_weights(keys[0], len(waveform), recipe.mixup_rate)
+                partner = jnp.roll(jnp.arange(len(waveform)), 1)  # batches are in random order already
+                waveform, labels = ast.mixup(waveform, waveform[partner], labels, labels[partner], weight)
+                length = jnp.where(weight < 1, jnp.maximum(length, length[partner]), length)
+            features = processor.in_jax(waveform)
+            frames = (length - processor.window) // processor.hop + 1
+            heard = jnp.arange(features.shape[1]) < frames[:, None]
+            features = jnp.where(heard[..., None], features, processor.padding)
+            if keys is not None:
+                shape = (len(features), features.shape[1], features.shape[2])
+                features = ast.Augmentation.draw(keys[1], recipe, shape).apply(features, processor.padding)
+            logits = model(features, key=None if keys is None else keys[2]).logits
+            right = (logits.argmax(axis=-1) == (labels.argmax(axis=-1) if self.several else labels)).sum()
+            mean = ast.classification_loss(logits, labels, recipe.problem_type)
+            return Loss(mean * len(logits), len(logits), {"accuracy": right})
+
+        return loss
+
+
+@dataclass(frozen=True)
+class Utterance(Objective):
+    """A class for a recording, by the wav2vec 2.0 family: language, speaker, keyword, emotion."""
+
+    def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
+        """See `Objective`."""
+        return _speech(processor, waveform) | {"labels": _targets(config, fields, several=False)}
+
+    def loss(self, processor: Any) -> Callable[[dict[str, Any], Any, Turn], Loss]:
+        """See `Objective`."""
+
+        def loss(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
+            output = networks["model"](**batch, key=turn.key if turn.training else None)
+            labels = batch["labels"]
+            right = (output.logits.argmax(axis=-1) == labels).sum()
+            return Loss(output.loss * len(labels), len(labels), {"accuracy": right})
+
+        return loss
+
+
+# --- sounds and texts ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Contrastive(Objective):
+    """CLAP, §3.1: every sound finds its text among those of the whole batch, over all devices, and the other way."""
+
+    def padding(self, processor: Any) -> dict[str, Padding]:
+        """See `Objective`."""
+        pad = processor.tokenizer.pad_token_id if hasattr(processor.tokenizer, "pad_token_id") else 1
+        return {"input_ids": Padding(pad, 16), "attention_mask": Padding(0, 16)}
+
+    def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
+        """See `Objective`."""
+        extractor = processor.feature_extractor
+        length = extractor.nb_max_samples
+        if len(waveform) > length:
+            start = int(rng.integers(len(waveform) - length + 1))
+            waveform = waveform[start : start + length]
+        elif extractor.padding in ("repeatpad", "repeat"):
+            times = length / len(waveform)
+            repeats = int(np.ceil(times)) if extractor.padding == "repeat" else int(times)
+            waveform = np.tile(waveform, repeats)[:length]
+        waveform = np.pad(waveform, (0, length - len(waveform))).astype(np.float32)
+        text = processor.tokenizer([_text(fields)], padding=False, truncation=True, max_length=77)
+        return {"waveform": waveform} | {n: np.asarray(text[n][0], np.int32) for n in ("input_ids", "attention_mask")}
+
+    def loss(self, processor: Any) -> Callable[[dict[str, Any], Any, Turn], Loss]:
+        """See `Objective`."""
+
+        def loss(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
+            output = networks["model"](
+                batch["input_ids"],
+                processor.feature_extractor.in_jax(batch["waveform"]),
+                attention_mask=batch["attention_mask"],
+                return_loss=True,
+                key=turn.key if turn.training else None,
+            )
+            pairs = len(batch["waveform"])
+            found = (output.logits_per_audio.argmax(axis=-1) == jnp.arange(pairs)).sum()
+            return Loss(output.loss * pairs, pairs, {"accuracy": found})
+
+        return loss
+
+    def task(self, model: Any, processor: Any, settings: Settings, trainable: Trainable) -> Task:
+        """See `Objective`; the scales are kept in their bounds after each update."""
+        optimizer = optax.chain(settings.transformation(), _keep_scales())
+        return Task({"model": model}, [Phase("model", self.loss(processor), optimizer, trainable)])
+
+
+def _keep_scales() -> optax.GradientTransformation:
+    """The released code's clamp of the logit scales to [0, log 100], as a change to their updates."""
+
+    def update(updates: dict[str, Any], state: Any, params: Any = None) -> tuple[dict[str, Any], Any]:
+        def clamped(name: str, change: jax.Array) -> jax.Array:
+            if not name.startswith("logit_scale"):
+                return change
+            return jnp.clip(params[name] + change, 0.0, clap.LARGEST_LOGIT_SCALE) - params[name]
+
+        return {name: clamped(name, change) for name, change in updates.items()}, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+# --- generators and their judges -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Voice(Objective):
+    """VITS, §2.4: text, recording and segments of it; then the judge's turn on the same segments.
+
+    Attributes:
+        segment_frames: frames that are decoded (§2.4: 32).
+        judge: arguments of `VitsDiscriminator`.
+    """
+
+    segment_frames: int = 32
+    num_mels: int = 80
+    judge: Mapping[str, Any] = field(default_factory=dict)
+    evaluation_key: bool = field(default=True, kw_only=True)
+
+    def padding(self, processor: Any) -> dict[str, Padding]:
+        """See `Objective`."""
+        return {"waveform": Padding(), "input_ids": Padding(0, 32), "attention_mask": Padding(0, 32)}
+
+    def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
+        """See `Objective`."""
+        text = processor(_text(fields))
+        example = {name: text[name][0] for name in ("input_ids", "attention_mask")}
+        hop, least = config.hop_length, max(self.segment_frames, len(example["input_ids"])) + 1
+        waveform = np.pad(waveform, (0, max(0, least * hop - len(waveform)))).astype(np.float32)
+        example |= {"waveform": waveform[: len(waveform) // hop * hop]}
+        example["waveform_lengths"] = np.asarray(len(example["waveform"]), np.int32)
+        if config.num_speakers > 1:
+            example["speaker_id"] = np.asarray(int(fields.get("speaker_id", 0)), np.int32)
+        return example
+
+    def task(self, model: Any, processor: Any, settings: Settings, trainable: Trainable) -> Task:
+        """See `Objective`."""
+
+        def generate(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
+            hop = networks["generator"].config.hop_length
+            length = batch["waveform"].shape[1] // hop * hop
+            whole = vits.VitsBatch(**(batch | {"waveform": batch["waveform"][:, :length]}))
+            losses, output, real = vits.generator_losses(
+                networks["generator"],
+                networks["judge"],
+                whole,
+                segment_frames=self.segment_frames,
+                num_mels=self.num_mels,
+                key=turn.key,
+            )
+            parts = {name: losses[name] for name in losses.keys() if name != "total"}  # noqa: SIM118
+            return Loss(losses.total, 1.0, parts, (real, jax.lax.stop_gradient(output.waveform)))
+
+        def judge(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
+            return Loss(vits.discriminator_losses(networks["judge"], *turn.carried))
+
+        param_dtype = jax.tree.leaves(nnx.state(model, nnx.Param))[0].dtype
+        discriminator = vits.VitsDiscriminator(**self.judge, param_dtype=param_dtype, rngs=nnx.Rngs(1))
+        phases = [
+            Phase("generator", generate, settings.transformation(), trainable),
+            Phase("judge", judge, settings.transformation()),
+        ]
+        return Task({"generator": model, "judge": discriminator}, phases, evaluation_key=True)
+
+
+@dataclass(frozen=True)
+class Vocoder(Objective):
+    """HiFi-GAN, §2.4: segments of recordings and their spectrograms, made on the device; then the judge's turn.
+
+    Attributes:
+        segment: samples (§3.1: 8,192).
+        n_fft: samples in a frame of the spectrograms.
+        judge: arguments of `HifiGanDiscriminator`.
+    """
+
+    segment: int = 8192
+    n_fft: int = 1024
+    judge: Mapping[str, Any] = field(default_factory=dict)
+
+    def padding(self, processor: Any) -> dict[str, Padding]:
+        """See `Objective`."""
+        return {}
+
+    def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
+        """See `Objective`."""
+        segment = self.segment // config.samples_per_frame * config.samples_per_frame
+        start = int(rng.integers(max(len(waveform) - segment, 0) + 1))
+        cut = waveform[start : start + segment].astype(np.float32)
+        return {"waveform": np.pad(cut, (0, segment - len(cut)))}
+
+    def task(self, model: Any, processor: Any, settings: Settings, trainable: Trainable) -> Task:
+        """See `Objective`."""
+
+        def generate(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
+            config = networks["generator"].config
+            spectrogram = hifigan.log_mel(
+                batch["waveform"],
+                config.sampling_rate,
+                n_fft=self.n_fft,
+                hop_length=config.samples_per_frame,
+                num_mels=config.model_in_dim,
+                f_max=min(8000.0, config.sampling_rate / 2),
+            )
+            losses, output, real = hifigan.generator_losses(
+                networks["generator"],
+                networks["judge"],
+                hifigan.HifiGanBatch(spectrogram, batch["waveform"]),
+                n_fft=self.n_fft,
+                num_mels=config.model_in_dim,
+            )
+            parts = {name: losses[name] for name in losses.keys() if name != "total"}  # noqa: SIM118
+            return Loss(losses.total, 1.0, parts, (real, jax.lax.stop_gradient(output.waveform)))
+
+        def judge(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
+            hifigan.power_iteration(networks["judge"])
+            return Loss(hifigan.discriminator_losses(networks["judge"], *turn.carried))
+
+        param_dtype = jax.tree.leaves(nnx.state(model, nnx.Param))[0].dtype
+        discriminator = hifigan.HifiGanDiscriminator(**self.judge, param_dtype=param_dtype, rngs=nnx.Rngs(1))
+        phases = [
+            Phase("generator", generate, settings.transformation(), trainable),
+            Phase("judge", judge, settings.transformation()),
+        ]
+        return Task({"generator": model, "judge": discriminator}, phases)
+
+
+class Averages(nnx.Module):
+    """The running averages of EnCodec's balancer (§3.4), as a network without parameters."""
+
+    def __init__(self, names: tuple[str, ...], dtype: Any = jnp.float32):
+        self.norms = nnx.Variable(jnp.zeros((len(names),), dtype))
+        self.weights = nnx.Variable(jnp.zeros((len(names),), dtype))
+        self.names = names
+
+    def state(self) -> encodec.BalancerState:
+        """As the balancer reads it."""
+        norms, weights = self.norms[...], self.weights[...]
+        return encodec.BalancerState(
+            {name: norms[i] for i, name in enumerate(self.names)},
+            {name: weights[i] for i, name in enumerate(self.names)},
+        )
+
+    def replace(self, state: encodec.BalancerState) -> None:
+        """Take what the balancer returned."""
+        self.norms[...] = jnp.stack([state.norms[name] for name in self.names])
+        self.weights[...] = jnp.stack([state.weights[name] for name in self.names])
+
+
+@dataclass(frozen=True)
+class Codec(Objective):
+    r"""EnCodec, §3.4: codec, codebooks and balancer in one phase, the judge in the other.
+
+    The balancer makes a gradient that no scalar loss has. The loss is therefore $\langle g, \theta \rangle$ with the
+    balanced gradient $g$ held fixed, whose gradient with respect to $\theta$ is $g$.
+
+    Attributes:
+        segment: seconds (§4.3: 1).
+        judge: arguments of `MultiScaleSTFTDiscriminator`.
+        judge_updates: share of the steps in which the judge learns (§3.4: 2/3 at 24 kHz).
+        weights: of the balancer; those of the paper for the model's rate by default.
+        options: of `codec_gradients`.
+    """
+
+    segment: float = 1.0
+    judge: Mapping[str, Any] = field(default_factory=dict)
+    judge_updates: float = 2 / 3
+    weights: Mapping[str, float] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    evaluation_key: bool = field(default=True, kw_only=True)
+
+    def padding(self, processor: Any) -> dict[str, Padding]:
+        """See `Objective`."""
+        return {}
+
+    def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
+        """See `Objective`; a mono recording is the same in both channels of a stereo model."""
+        length = round(self.segment * config.sampling_rate)
+        start = int(rng.integers(max(len(waveform) - length, 0) + 1))
+        cut = waveform[start : start + length].astype(np.float32)
+        cut = np.pad(cut, (0, length - len(cut)))
+        return {"input_values": np.repeat(cut[None], config.audio_channels, axis=0)}
+
+    def task(self, model: Any, processor: Any, settings: Settings, trainable: Trainable) -> Task:
+        """See `Objective`."""
+        wide = model.config.audio_channels == 2
+        balancer = encodec.Balancer.encodec_48khz() if wide else encodec.Balancer.encodec_24khz()
+        if self.weights is not None:
+            balancer = encodec.Balancer(self.weights)
+
+        def compress(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
+            codec, averages = networks["codec"], networks["balancer"]
+            count_key, key = jax.random.split(turn.key)  # type: ignore[arg-type]
+            count = encodec.random_quantizers(count_key, codec.config)
+            graphdef, state = nnx.split(codec)
+            still = nnx.merge(graphdef, jax.lax.stop_gradient(state))
+            gradient, balance, losses, output = encodec.codec_gradients(
+                still,
+                batch["input_values"],
+                balancer,
+                averages.state(),
+                discriminator=networks["judge"],
+                num_quantizers=count,
+                key=key,
+                **self.options,
+            )
+            if turn.training:
+                codec.quantizer.replace(output.codebooks)
+                averages.replace(balance)
+            params = nnx.state(codec, nnx.Param)
+            products = jax.tree.map(
+                lambda g, p: jnp.vdot(jax.lax.stop_gradient(g), p), jax.tree.leaves(gradient), jax.tree.leaves(params)
+            )
+            total = sum(products[1:], products[0])
+            # Its value is of no meaning; shown is the sum of the weighted losses.
+            shown = sum(balancer.weights[name] * losses[name] for name in balancer.weights) + losses["commitment"]
+            total = total + jax.lax.stop_gradient(shown - total)
+            return Loss(total, 1.0, losses, jax.lax.stop_gradient(output.audio_values))
+
+        def judge(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
+            discriminator = networks["judge"]
+            real, fake = discriminator(batch["input_values"])[0], discriminator(turn.carried)[0]
+            return Loss(encodec.discriminator_loss(real, fake))
+
+        def learns(step: jax.Array, **_: Any) -> jax.Array:
+            return jax.random.uniform(jax.random.fold_in(jax.random.key(2), step)) < self.judge_updates
+
+        dtype = jax.tree.leaves(nnx.state(model, nnx.Param))[0].dtype
+        discriminator = encodec.MultiScaleSTFTDiscriminator(
+            **({"channels": model.config.audio_channels} | dict(self.judge)), param_dtype=dtype, rngs=nnx.Rngs(1)
+        )
+        networks = {"codec": model, "judge": discriminator, "balancer": Averages(tuple(balancer.weights), dtype)}
+        sometimes = optax.conditionally_mask(settings.transformation(), learns)
+        return Task(
+            networks,
+            [Phase("codec", compress, settings.transformation(), trainable), Phase("judge", judge, sometimes)],
+            evaluation_key=True,
+        )

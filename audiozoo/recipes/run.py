@@ -1,0 +1,369 @@
+"""From a recipe, data and a place for results to a trained model: what `audiozoo train` does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from rich.console import Console
+
+from audiozoo import hub, loading, registry
+from audiozoo.decoding.units import KMeans, cepstra
+from audiozoo.errors import CheckpointError, UsageError
+from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor
+from audiozoo.recipes import Recipe
+from audiozoo.recipes.objectives import CTC, Pretraining, Spectrogram, Utterance
+from audiozoo.recipes.settings import Settings
+from audiozoo.training.checkpointing import Checkpoints
+from audiozoo.training.data import Batches, Item, find_items
+from audiozoo.training.loop import Options, State, Trainer
+from audiozoo.training.metrics import Reporter
+from audiozoo.training.parameters import Lora, Trainable
+
+
+@dataclass
+class Run:
+    """A recipe with a model, a processor and the loop: ready to train."""
+
+    recipe: Recipe
+    settings: Settings
+    model: Any
+    processor: Any
+    trainer: Trainer
+
+    @property
+    def network(self) -> str:
+        """The name of the network that is wanted."""
+        return self.recipe_network(self.trainer)
+
+    @staticmethod
+    def recipe_network(trainer: Trainer) -> str:
+        """The first phase's."""
+        return trainer.task.phases[0].network
+
+    def batches(self, items: Sequence[Item], *, evaluation: bool = False, **options: Any) -> Batches:
+        """Batches of recordings as the recipe wants them."""
+        prepare = partial(self.recipe.objective.prepare, self.processor, self.model.config)
+        return Batches(
+            items,
+            prepare,
+            batch_size=self.settings.batch_size,
+            sampling_rate=sampling_rate(self.model, self.processor),
+            padding=self.recipe.objective.padding(self.processor),
+            seconds=self.settings.seconds,
+            process=(jax.process_index(), jax.process_count()),
+            **options,
+        )
+
+    def trained(self, state: State) -> Any:
+        """The model as far as it is trained."""
+        return self.trainer.network(state, self.network)
+
+
+def sampling_rate(model: Any, processor: Any) -> int:
+    """Hz of a model's recordings."""
+    for owner in (processor, getattr(processor, "feature_extractor", None), getattr(model, "config", None)):
+        if (rate := getattr(owner, "sampling_rate", None)) is not None:
+            return int(rate)
+    return 16_000
+
+
+def resized(model: Any, **changes: Any) -> Any:
+    """The model with another configuration: parameters that keep their shape keep their values, the others are new."""
+    cls, config = type(model), dataclasses.replace(model.config, **changes)
+    values = {name: leaf[...] for name, leaf in loading.variables(model).items()}
+    dtype = getattr(model, "dtype", None)
+    param_dtype = next(iter(values.values())).dtype
+    new = cls(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
+    kept = {
+        name: values[name] if name in values and values[name].shape == leaf.shape else leaf[...]
+        for name, leaf in loading.variables(new).items()
+    }
+    return loading.with_variables(new, kept)
+
+
+def letters(texts: Sequence[str]) -> Wav2Vec2CTCTokenizer:
+    """A vocabulary of the letters of some texts, the blank first, `|` between words."""
+    found = sorted({letter for text in texts for letter in text} - {" "})
+    names = ["<pad>", "<s>", "</s>", "<unk>", "|", *found]
+    return Wav2Vec2CTCTokenizer({name: index for index, name in enumerate(names)})
+
+
+def build(
+    recipe: Recipe,
+    items: Sequence[Item],
+    *,
+    init: str | Path | None = None,
+    size: str | None = None,
+    processor: Any = None,
+    model: Any = None,
+    settings: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+    options: Options | None = None,
+    lora: Lora | None = None,
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+) -> Run:
+    """A recipe made ready.
+
+    Args:
+        recipe: a row of `RECIPES`.
+        items: the recordings, from which letters, labels and clusters are learnt where a checkpoint brings none.
+        init: a checkpoint to go on from, of the same model or of one below another head.
+        size: a named configuration, to begin with nothing.
+        processor: instead of the checkpoint's.
+        model: instead of `init` and `size`.
+        settings: changes to the recipe's.
+        config: changes to the model's configuration.
+        options: of the loop.
+        lora: train low-rank factors, and the new head.
+        mesh: devices.
+        dtype: of the computation; parameters are float32.
+
+    Raises:
+        UsageError: a setting does not exist, or the data lacks what the recipe learns.
+    """
+    numbers = _changed(recipe.settings, settings or {}, "setting of a recipe")
+    changes: dict[str, Any] = {**recipe.config, **(config or {})}
+    if model is None and init is not None:
+        path = hub.resolve(str(init))
+        model = loading.load(path, model_class=recipe.model_class, initialize=recipe.new, dtype=dtype)
+        if processor is None:
+            directory = path if path.is_dir() else path.parent
+            processor = registry.paper(recipe.paper).processor_class.from_directory(directory)
+    base = _named(recipe, size) if model is None else model.config
+    processor = processor or _new_processor(recipe, base)
+    changes = _learnt(recipe, items, processor, base) | changes
+    base = _changed(base, changes, f"field of {type(base).__name__}")
+    if model is None:
+        cls = registry.paper(recipe.paper).model_class(recipe.model_class)
+        model = cls(base, dtype=dtype, rngs=nnx.Rngs((options or Options()).seed))
+    elif base != model.config:
+        model = resized(model, **{n: getattr(base, n) for n in changes})
+    if isinstance(recipe.objective, Pretraining) and recipe.objective.units:
+        _clusters(processor, items, base)
+    frozen = numbers.frozen
+    trainable = Trainable(frozen=frozen)
+    if lora is not None:
+        trainable = Trainable(pattern=recipe.new, frozen=frozen, lora=lora)
+    task = recipe.objective.task(model, processor, numbers, trainable)
+    options = options or Options()
+    if options.average is None and numbers.average is not None:
+        options = dataclasses.replace(options, average=numbers.average)
+    return Run(recipe, numbers, model, processor, Trainer(task, options, mesh=mesh))
+
+
+def _named(recipe: Recipe, size: str | None) -> Any:
+    paper = registry.paper(recipe.paper)
+    if size is not None and size not in paper.sizes:
+        raise UsageError(f"{paper.title} has no size {size!r}; it has {', '.join(paper.sizes)}.")
+    return getattr(paper.config_class, size or recipe.size)()
+
+
+def _changed(base: Any, changes: Mapping[str, Any], what: str) -> Any:
+    known = {f.name for f in dataclasses.fields(base)}
+    unknown = sorted(set(changes) - known)
+    if unknown:
+        raise UsageError(f"{unknown[0]!r} is no {what}; there are {', '.join(sorted(known))}.")
+    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
+    return dataclasses.replace(base, **plain)
+
+
+def _new_processor(recipe: Recipe, config: Any) -> Any:
+    """The processor of a model that begins with nothing, as far as it can be known."""
+    paper = registry.paper(recipe.paper)
+    if isinstance(recipe.objective, CTC | Pretraining | Utterance):
+        return paper.processor_class(Wav2Vec2FeatureExtractor())
+    if recipe.paper in ("audio_spectrogram_transformer", "encodec", "hifigan"):
+        names = {"num_mel_bins", "max_length", "sampling_rate"} & {f.name for f in dataclasses.fields(config)}
+        arguments = {name: getattr(config, name) for name in names}
+        if recipe.paper == "encodec":
+            arguments |= {"feature_size": config.audio_channels}
+        return paper.processor_class(**arguments)
+    raise UsageError(
+        f"{paper.title} reads text, and a model that begins with nothing has no vocabulary: give a checkpoint "
+        "directory as init, whose processor is used."
+    )
+
+
+def _learnt(recipe: Recipe, items: Sequence[Item], processor: Any, config: Any) -> dict[str, Any]:
+    """What the data says about the model: its letters, its labels."""
+    if isinstance(recipe.objective, CTC):
+        texts = [str(item.fields["text"]) for item in items if "text" in item.fields]
+        if not texts:
+            raise UsageError("This recipe learns from recordings with texts, and there is none.")
+        if getattr(processor, "_tokenizer", None) is None:
+            processor._tokenizer = letters(texts)
+        tokenizer = processor.tokenizer
+        found = {"vocab_size": len(tokenizer.tokens()), "pad_token_id": tokenizer.pad_token_id}
+        return {name: value for name, value in found.items() if getattr(config, name) != value}
+    if isinstance(recipe.objective, Utterance | Spectrogram):
+        several = isinstance(recipe.objective, Spectrogram) and recipe.objective.several
+        names: set[str] = set()
+        for item in items:
+            label = item.fields.get("label")
+            if label is not None:
+                names |= set(
+                    map(str, label if isinstance(label, list) else str(label).split(",") if several else [label])
+                )
+        if not names:
+            raise UsageError("This recipe learns labels, and no recording has one.")
+        if not names <= set(config.id2label):
+            return {"id2label": tuple(sorted(names))}
+    return {}
+
+
+def _clusters(processor: Any, items: Sequence[Item], config: Any, recordings: int = 100) -> None:
+    """HuBERT, §4.2: without given units, clusters of MFCCs of some of the recordings."""
+    if all("units" in item.fields for item in items):
+        return
+    from audiozoo.audio import files
+
+    count = config.num_clusters if isinstance(config.num_clusters, int) else config.num_clusters[0]
+    order = np.random.default_rng(0).permutation(len(items))[:recordings]
+    frames = np.concatenate([np.asarray(cepstra(jnp.asarray(files.read(items[i].source())))) for i in order])
+    processor.clusters = KMeans.fit(jax.random.key(0), jnp.asarray(frames), count, iterations=20)
+
+
+def train(
+    recipe: Recipe,
+    data: str | Path,
+    out: str | Path,
+    *,
+    evaluation: str | Path | None = None,
+    held_out: float = 0.0,
+    evaluate_every: int | None = None,
+    patience: int | None = None,
+    log_every: int = 10,
+    keep: int = 2,
+    limit: int = 10,
+    tensorboard: bool = False,
+    console: Console | None = None,
+    report: Callable[[int, dict[str, float]], None] | None = None,
+    **how: Any,
+) -> Any:
+    """Train, or go on with a run that was stopped.
+
+    Args:
+        recipe: a row of `RECIPES`.
+        data: see `find_items`.
+        out: `checkpoints/`, `metrics.jsonl`, `run.json` and at the end `model/`, a native checkpoint.
+        evaluation: data to evaluate on.
+        held_out: share of `data` to evaluate on instead.
+        evaluate_every: steps between evaluations and checkpoints; a twentieth of all by default.
+        patience: evaluations without improvement after which to stop.
+        log_every: steps between reports.
+        keep: checkpoints to keep besides the best.
+        limit: recordings that may be unreadable.
+        tensorboard: write event files too.
+        console: where progress is shown.
+        report: called with every report, besides.
+        how: of `build`.
+
+    Returns:
+        The trained model: after an evaluation the best, else the last.
+
+    Raises:
+        AudiozooError: one sentence for each thing that can be wrong.
+    """
+    out = Path(out)
+    items = find_items(data)
+    held: list[Item] = []
+    if evaluation is not None:
+        held = find_items(evaluation)
+    elif held_out:
+        order = np.random.default_rng(1).permutation(len(items))
+        count = max(1, round(held_out * len(items)))
+        held = [items[i] for i in sorted(order[:count])]
+        items = [items[i] for i in sorted(order[count:])]
+    run = build(recipe, [*items, *held], **how)
+    checkpoints = Checkpoints(out / "checkpoints", keep=keep)
+    _remember(out / "run.json", run)
+    batches = run.batches(items, limit=limit)
+    stream = batches.training()
+    state = checkpoints.restore(run.trainer.abstract(), stream)
+    for message in checkpoints.messages if console is not None else []:
+        console.print(message, style="yellow", highlight=False)  # type: ignore[union-attr]
+    if state is None:
+        state = run.trainer.init()
+    elif console is not None:
+        console.print(f"going on from step {int(state.step)}", highlight=False)
+    steps = run.settings.steps
+    every = evaluate_every or max(steps // 20, 1)
+    judged = run.batches(held, limit=limit) if held else None
+    multiple = 1 if run.trainer.mesh is None else run.trainer.mesh.size
+    first = jax.process_index() == 0
+    with Reporter(
+        out if first else out / f"process-{jax.process_index()}",
+        steps=steps,
+        start=int(state.step),
+        tensorboard=tensorboard and first,
+        console=console if first else None,
+    ) as write:
+
+        def told(step: int, metrics: dict[str, float]) -> None:
+            write(step, metrics)
+            if report is not None:
+                report(step, metrics)
+
+        state = run.trainer.fit(
+            state,
+            stream,
+            steps=steps,
+            evaluation=None if judged is None else (lambda: judged.evaluation(multiple)),
+            evaluate_every=every,
+            patience=patience,
+            log_every=log_every,
+            report=told,
+            checkpoints=checkpoints,
+        )
+    if console is not None and (batches.unreadable or batches.left_out):
+        console.print(f"left out: {batches.report()}", highlight=False)
+    best = checkpoints.best()
+    if best is not None and best != int(state.step) and best in checkpoints.steps():
+        state = checkpoints.restore(run.trainer.abstract(), step=best)
+    checkpoints.close()
+    model = run.trained(state)
+    if first:
+        _save(model, run.processor, out / "model")
+    return model
+
+
+def _save(model: Any, processor: Any, directory: Path) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as temporary:
+        if hasattr(processor, "save"):
+            processor.save(temporary)
+        files = [path for path in sorted(Path(temporary).iterdir()) if path.is_file() and path.name != "config.json"]
+        loading.save(model, directory, files=files, overwrite=True)
+
+
+def _remember(path: Path, run: Run) -> None:
+    """Write down what is run; a directory of another recipe is not gone on with."""
+    says = {
+        "recipe": run.recipe.name,
+        "model_class": run.recipe.model_class,
+        "settings": dataclasses.asdict(run.settings),
+    }
+    if path.is_file():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8")).get("recipe")
+        except ValueError:
+            before = None
+        if before not in (None, run.recipe.name):
+            raise CheckpointError(f"{path.parent} holds a run of the recipe {before}; give another place.")
+    path.write_text(json.dumps(says, indent=2) + "\n", encoding="utf-8")
+
+
+__all__ = ["Run", "build", "letters", "resized", "train"]

@@ -1,0 +1,243 @@
+"""Every recipe: a whole small run; its numbers; and what the command line makes of it."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import soundfile
+from flax import nnx
+
+import audiozoo
+from audiozoo.errors import AudioError, CheckpointError, UsageError
+from audiozoo.recipes import RECIPES, ROWS, recipe, run
+from audiozoo.recipes.objectives import CTC
+from audiozoo.recipes.settings import SCHEDULES, Settings
+from audiozoo.training.data import find_items
+from audiozoo.training.parameters import Lora
+from tests.training import tiny
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+TEXTS = ["a low hum", "high hiss", "a bell", "owl", "low bell", "a high hall"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Six sounds of 0.4 s with texts, labels, units and phonemes."""
+    root = tmp_path_factory.mktemp("corpus")
+    time, lines = np.arange(6400) / 16_000, []
+    for index, text in enumerate(TEXTS):
+        high = index % 2
+        noise = np.random.default_rng(index).normal(0, 0.02, len(time))
+        sound = 0.4 * np.sin(2 * np.pi * (200 + 900 * high + 20 * index) * time) + noise
+        soundfile.write(root / f"{index}.wav", sound.astype(np.float32), 16_000)
+        row = {"audio": f"{index}.wav", "text": text, "label": "high" if high else "low", "duration": 0.4}
+        units = [(index + i // 4) % 6 for i in range(20)]
+        lines.append(json.dumps(row | {"units": units, "phonemes": [1 + c % 4 for c in map(ord, text[:3])]}))
+    (root / "set.jsonl").write_text("\n".join(lines))
+    return root / "set.jsonl"
+
+
+def untexted(items, row):
+    """Without texts where none is read, so that recordings may be cut."""
+    if isinstance(row.objective, CTC) or row.name in ("clap", "vits", "whisper", "speech_to_text", "xls_r_translation"):
+        return items
+    return [dataclasses.replace(item, fields={k: v for k, v in item.fields.items() if k != "text"}) for item in items]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_a_small_run_of_every_recipe(row, corpus):
+    """Steps, evaluation, and the loss over what is evaluated falls."""
+    row, model, processor = tiny.small(row)
+    settings = {"batch_size": 2, "steps": 6, "schedule": "constant", "warmup": 0, "learning_rate": 5e-3}
+    settings |= {"held_steps": 0, "weight_decay": 0.0, "clip": 1.0, "optimizer": "adam", "beta2": 0.99}
+    settings["learning_rate"] = 1e-3 if row.name in ("encodec", "unispeech_classification") else 5e-3
+    items = untexted(find_items(corpus), row)
+    ready = run.build(row, items, model=model, processor=processor, settings=settings)
+    before = {name: np.asarray(leaf[...]) for name, leaf in audiozoo.loading.variables(model).items()}
+    data = ready.batches(items, buckets=1)
+    state, batch = ready.trainer.init(), data.batch(0)
+    first = ready.trainer.evaluate(state, [batch])
+    watched = "time" if row.name == "encodec" else "mel" if row.name in ("vits", "hifigan") else "loss"
+    lowest = first[watched]
+    for _ in range(6):
+        state, metrics = ready.trainer.step(state, ready.trainer.put(batch))
+        assert all(np.isfinite(value) for value in metrics.values()), metrics
+        lowest = min(lowest, ready.trainer.evaluate(state, [batch])[watched])
+    assert lowest < first[watched]
+    trained = {name: np.asarray(leaf[...]) for name, leaf in audiozoo.loading.variables(ready.trained(state)).items()}
+    moved = {name for name in before if not np.array_equal(before[name], trained[name])}
+    assert moved
+    if row.settings.frozen:
+        assert not [name for name in moved if re.search(row.settings.frozen, name)]
+
+
+def test_the_table_is_whole():
+    assert set(RECIPES) <= {row.name for row in ROWS}
+    assert len({row.name for row in ROWS}) == len(ROWS)
+    for row in RECIPES.values():
+        assert len(row.settings.source) > 10
+        paper = audiozoo.registry.paper(row.paper)
+        assert row.model_class in paper.classes
+        assert row.size in paper.sizes
+    with pytest.raises(UsageError, match="did you mean wav2vec2_ctc"):
+        recipe("wav2vec2-ctx")
+
+
+# --- the numbers -----------------------------------------------------------------------------------------------------
+
+
+def settings(**changes):
+    return Settings(source="a test", **({"steps": 100, "batch_size": 1, "learning_rate": 1.0} | changes))
+
+
+def test_schedules():
+    def rates(steps, **changes):
+        rate = settings(**changes).rate()
+        return [float(rate(jnp.asarray(step))) for step in steps]
+
+    assert rates([0, 50, 99]) == [1, 1, 1]
+    np.testing.assert_allclose(rates([0, 5, 10, 55, 100], schedule="linear", warmup=0.1), [0, 0.5, 1, 0.5, 0])
+    np.testing.assert_allclose(
+        rates([0, 10, 30, 50, 75, 100], schedule="tri_stage", warmup=0.1), [0.01, 1, 1, 1, 0.05**0.5, 0.05], rtol=1e-5
+    )
+    np.testing.assert_allclose(rates([0, 50, 100], schedule="cosine"), [1, 0.5, 0], atol=1e-6)
+    np.testing.assert_allclose(rates([0, 5, 9, 10], schedule="stairs", decay=0.5, decay_steps=5), [1, 0.5, 0.5, 0.25])
+    np.testing.assert_allclose(rates([5], schedule="exponential", decay=0.25, decay_steps=10), [0.5])
+    np.testing.assert_allclose(rates([0, 3, 15], schedule="inverse_sqrt", warmup=4), [0.25, 1, 0.5])
+    assert set(SCHEDULES) == {"constant", "linear", "tri_stage", "cosine", "exponential", "inverse_sqrt", "stairs"}
+    for wrong in ({"schedule": "zigzag"}, {"optimizer": "sgd"}):
+        with pytest.raises(UsageError):
+            settings(**wrong)
+
+
+def test_what_is_held_waits_and_only_matrices_decay():
+    update = settings(held="^body", held_steps=2, optimizer="adam", learning_rate=0.1).transformation()
+    params = {"body.kernel": jnp.ones((2, 2)), "head.kernel": jnp.ones((2, 2))}
+    state, moved = update.init(params), []
+    for _ in range(4):
+        change, state = update.update(params, state, params)
+        moved.append({name: float(jnp.abs(value).max()) > 0 for name, value in change.items()})
+    assert [m["body.kernel"] for m in moved] == [False, False, True, True]
+    assert all(m["head.kernel"] for m in moved)
+    update = settings(weight_decay=0.5).transformation()
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    change, _ = update.update(jax.tree.map(jnp.zeros_like, params), update.init(params), params)
+    assert float(change["kernel"][0, 0]) == -0.5
+    assert float(change["bias"][0]) == 0
+    assert isinstance(settings(optimizer="adafactor").transformation(), optax.GradientTransformation)
+
+
+def test_encodecs_loss_has_the_balanced_gradient():
+    """Its scalar loss is made so that its gradient is what the balancer gives."""
+    from audiozoo.models import encodec
+
+    row, model, processor = tiny.small(next(row for row in ROWS if row.name == "encodec"))
+    task = row.objective.task(model, processor, row.settings, run.Trainable())
+    batch = {"input_values": jnp.asarray(np.random.default_rng(0).normal(0, 0.2, (2, 1, 160)), jnp.float32)}
+    turn = run.Trainer(task)  # compiles nothing yet
+    key = jax.random.key(3)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params):
+        networks = dict(task.networks) | {"codec": nnx.merge(graphdef, params, jax.tree.map(lambda x: x, rest))}
+        networks["balancer"] = nnx.merge(*nnx.split(task.networks["balancer"]))
+        from audiozoo.training.loop import Turn
+
+        return task.phases[0].loss(networks, batch, Turn(key, jnp.asarray(0), training=False)).total
+
+    ours = jax.jit(jax.grad(loss))(params)
+    count_key, own = jax.random.split(key)
+
+    @jax.jit
+    def direct(params):
+        balancer = encodec.Balancer.encodec_24khz()
+        return encodec.codec_gradients(
+            nnx.merge(graphdef, params, rest),
+            batch["input_values"],
+            balancer,
+            balancer.init(),
+            discriminator=task.networks["judge"],
+            num_quantizers=encodec.random_quantizers(count_key, model.config),
+            key=own,
+            **row.objective.options,
+        )[0]
+
+    assert turn.phase.keys() == {"codec", "judge"}
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(direct(params)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+# --- from data to a model --------------------------------------------------------------------------------------------
+
+
+def test_train_learns_letters_saves_goes_on_and_loads(corpus, tmp_path):
+    """A whole run from nothing: vocabulary of the texts, checkpoints, a second run that goes on, a model to load."""
+    config = {name: value for name, value in tiny.SPEECH.items() if name not in ("vocab_size", "id2label")}
+    how = {
+        "config": config | {"feat_extract_norm": "layer"},
+        "settings": {"batch_size": 2, "steps": 4, "held_steps": 0},
+        "held_out": 0.34,
+        "evaluate_every": 2,
+        "log_every": 2,
+    }
+    ours = recipe("wav2vec2_ctc")
+    model = run.train(ours, corpus, tmp_path / "run", **how)
+    letters = sorted(set("".join(TEXTS)) - {" "})
+    processor = audiozoo.load_processor(tmp_path / "run" / "model")
+    assert processor.tokenizer.tokens()[5:] == letters
+    assert model.config.vocab_size == 5 + len(letters)
+    loaded = audiozoo.load(tmp_path / "run" / "model")
+    for a, b in zip(jax.tree.leaves(nnx.state(model)), jax.tree.leaves(nnx.state(loaded)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    how["settings"]["steps"] = 6
+    again = run.train(ours, corpus, tmp_path / "run", **how)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [2, 2, 4, 4, 6, 6]
+    assert type(again) is type(model)
+    with pytest.raises(CheckpointError, match="holds a run of the recipe wav2vec2_ctc"):
+        run.train(recipe("hubert_ctc"), corpus, tmp_path / "run", **how)
+    # From the trained model to another vocabulary and LoRA: the body stays, the head is new and learns.
+    (tmp_path / "new.jsonl").write_text(
+        "\n".join(
+            json.dumps({"audio": str(corpus.parent / f"{i}.wav"), "text": "xyz", "duration": 0.4}) for i in range(4)
+        )
+    )
+    adapted = run.train(
+        ours,
+        tmp_path / "new.jsonl",
+        tmp_path / "lora",
+        init=tmp_path / "run" / "model",
+        processor=tiny.Wav2Vec2Processor(processor.feature_extractor),
+        lora=Lora(rank=2),
+        settings=how["settings"] | {"steps": 2},
+    )
+    assert adapted.config.vocab_size == 8
+    body = adapted.wav2vec2.encoder.layers[0].feed_forward.intermediate_dense.kernel[...]
+    np.testing.assert_array_equal(body, again.wav2vec2.encoder.layers[0].feed_forward.intermediate_dense.kernel[...])
+    query = adapted.wav2vec2.encoder.layers[0].attention.q_proj.kernel[...]
+    assert np.any(query != again.wav2vec2.encoder.layers[0].attention.q_proj.kernel[...])
+
+
+def test_what_cannot_be_trained_says_so(corpus, tmp_path):
+    items = find_items(corpus)
+    ctc, ast = recipe("wav2vec2_ctc"), recipe("ast")
+    bare = [dataclasses.replace(item, fields={}) for item in items]
+    _, model, processor = tiny.small(ctc)
+    for match, call in {
+        "no setting of a recipe": lambda: run.build(ctc, items, settings={"rate": 1}),
+        "no field of Wav2Vec2Config": lambda: run.build(ctc, items, config={"width": 1}),
+        "has no size 'huge'": lambda: run.build(ctc, items, size="huge"),
+        "recordings with texts": lambda: run.build(ctc, bare),
+        "no recording has one": lambda: run.build(ast, bare),
+        "has no vocabulary": lambda: run.build(recipe("whisper"), items),
+    }.items():
+        with pytest.raises(UsageError, match=match):
+            call()
+    ready = run.build(ctc, items, model=model, processor=processor, settings={"batch_size": 2})
+    with pytest.raises(AudioError, match="a recording has none"):
+        ready.batches(bare).batch(0)
