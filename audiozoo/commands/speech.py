@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +38,7 @@ def speak(
     ] = None,
     speaker_embedding: Speaker = None,
     vocoder: Vocoder = VOCODER,
+    voice_preset: Annotated[str | None, typer.Option(help="Bark: a voice's name, or an .npz file")] = None,
 ) -> None:
     """Say a text, sentence by sentence."""
     from audiozoo.text import subtitles as forms
@@ -60,16 +62,20 @@ def speak(
     import numpy as np
 
     import audiozoo
-    from audiozoo.decoding.synthesis import Speech, Synthesizer, speak, speak_spectrograms
+    from audiozoo.decoding.synthesis import Synthesizer, speak, speak_spectrograms
 
     source = model or packaged.voice()
-    voice = audiozoo.load(source)
-    if (name := type(voice).__name__) not in ("VitsModel", "SpeechT5ForTextToSpeech"):
+    voice: Any = audiozoo.load(source)
+    if (name := type(voice).__name__) not in ("VitsModel", "SpeechT5ForTextToSpeech", "BarkModel"):
         raise UsageError(f"{source} holds a {name}, which does not speak.")
+    if voice_preset is not None and name != "BarkModel":
+        raise UsageError(f"--voice-preset is for Bark; {source} holds a {name}.")
+    if speaker_embedding is not None and name != "SpeechT5ForTextToSpeech":
+        chosen = "--speaker" if name == "VitsModel" else "--voice-preset"
+        raise UsageError(f"{source} holds a {name}, whose voices are chosen by {chosen}.")
     processor = audiozoo.load_processor(source)
+    speaking: Iterator[Any]
     if name == "VitsModel":
-        if speaker_embedding is not None:
-            raise UsageError(f"{source} holds a {name}, whose voices are chosen by --speaker.")
         sentences = processor.sentences(said, is_phonemes=phonemes)
         speaking = speak(
             Synthesizer(voice),
@@ -87,19 +93,30 @@ def speak(
             if value is not None:
                 raise UsageError(f"--{option} is for VITS; {source} holds a {name}.")
         sentences = processor.sentences(said)
-        speaking = speak_spectrograms(
-            voice,
-            _load_vocoder(vocoder),
-            sentences,
-            speaker_embedding=_x_vector(speaker_embedding, voice),
-            seed=seed,
-            alignments=subtitles is not None,
-        )
-    spoken: list[Speech] = []
+        if name == "BarkModel":
+            import jax
+
+            from audiozoo.models import bark
+
+            # Each sentence goes on from the one before, and is drawn as Suno's code draws it.
+            key = jax.random.key(seed)
+            speaking = bark.speak(voice, processor, sentences, voice_preset, key=key, sampling="original")
+        else:
+            speaking = speak_spectrograms(
+                voice,
+                _load_vocoder(vocoder),
+                sentences,
+                speaker_embedding=_x_vector(speaker_embedding, voice),
+                seed=seed,
+                alignments=subtitles is not None,
+            )
+    spoken: list[Any] = []
     with progress_bar("speaking", len(sentences), "sentences") as update:
         for speech in speaking:
             spoken.append(speech)
             update(len(spoken), len(sentences))
+    if not sum(speech.waveform.size for speech in spoken):
+        raise UsageError(f"{source} said nothing; another --seed may.")
     rate = spoken[0].sampling_rate
     pieces: list[Any] = []
     silence, segments, position = np.zeros(round(pause * rate), np.float32), [], 0
@@ -257,16 +274,18 @@ def _speaker(processor: Any, name: str | None) -> int | None:
 
 
 def _segment(speech: Any, processor: Any, position: int) -> dict[str, Any]:
-    """A sentence for subtitles: when it is said, and when each of its symbols is."""
+    """A sentence for subtitles: when it is said and, if the model knows, when each of its symbols is."""
+    rate, end = speech.sampling_rate, position + speech.waveform.size
+    segment = {"start": position / rate, "end": end / rate, "text": speech.text}
+    if not hasattr(speech, "durations"):
+        return segment
     ends = position + speech.durations.cumsum()
-    rate = speech.sampling_rate
     symbols = [
         {"symbol": processor.symbol(index), "start": int(end - duration) / rate, "end": int(end) / rate}
         for index, duration, end in zip(speech.input_ids, speech.durations, ends, strict=True)
         if duration
     ]
-    end = position + speech.waveform.size
-    return {"start": position / rate, "end": end / rate, "text": speech.text, "symbols": symbols}
+    return segment | {"symbols": symbols}
 
 
 def check_output(path: Path) -> None:
