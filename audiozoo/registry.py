@@ -505,6 +505,22 @@ PAPERS: tuple[Paper, ...] = (
         processor="audiozoo.processors.speech_to_text:Speech2TextProcessor",
     ),
     Paper(
+        name="speech_to_text_2",
+        title="Speech2Text2",
+        paper="Large-Scale Self- and Semi-Supervised Learning for Speech Translation",
+        year=2021,
+        arxiv="2104.06678",
+        classes=("Speech2Text2ForCausalLM",),
+        config="Speech2Text2Config",
+        sizes=("covost_en_de",),
+        tasks=("speech translation", "decoding with a language model"),
+        checkpoints=tuple(
+            Checkpoint(f"facebook/s2t-wav2vec2-large-en-{language}", "covost_en_de", "MIT")
+            for language in ("de", "tr", "ca", "ar")
+        ),
+        processor="audiozoo.processors.speech_to_text_2:Speech2Text2Processor",
+    ),
+    Paper(
         name="mms",
         title="MMS",
         paper="Scaling Speech Technology to 1,000+ Languages",

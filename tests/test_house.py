@@ -211,7 +211,6 @@ def test_a_paper_is_whole(paper, pattern):
 
 # Papers whose code stands and whose proof is not complete: `audiozoo.load` does not offer them yet.
 UNFINISHED: dict[str, str] = {
-    "speech_to_text_2": "no notebook",
     "seamless_m4t": "its encoders only",
     "wavlm": "no notebook",
     "sew": "no notebook",

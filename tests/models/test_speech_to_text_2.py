@@ -154,3 +154,11 @@ def test_directories_and_the_command_line(model, audiozoo_command, monkeypatch, 
         Speech2Text2Processor.from_directory(tmp_path / "model", "de")
     with pytest.raises(CheckpointError, match="<unk>"):
         Speech2Text2Tokenizer({"<s>": 0, "<pad>": 1, "</s>": 2})
+
+
+def test_the_decoder_alone_in_a_directory(author, tmp_path):
+    audiozoo.export(author, tmp_path / "author")
+    again = audiozoo.load(tmp_path / "author")
+    assert again.config == DECODER
+    for a, b in zip(*(jax.tree.leaves(nnx.state(m)) for m in (again, author)), strict=True):
+        np.testing.assert_array_equal(a, b)
