@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from audiozoo import packaged, registry
-from audiozoo.commands import arranging, codec, hearing, music, recognition, speech, translation
+from audiozoo.commands import arranging, codec, hearing, music, recognition, speech, training, translation
 from audiozoo.commands.terminal import keep_compiled_programs, megabytes, progress_bar, say, write_whole
 from audiozoo.errors import AudiozooError, SourceError, UsageError
 
@@ -316,6 +316,12 @@ app.command()(hearing.search)
 app.add_typer(codec.app, name="codec")
 app.command()(arranging.piano)
 app.command()(music.music)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+app.command()(training.recipes)
+app.command()(training.train)
 
 
 # --- the demo --------------------------------------------------------------------------------------------------------

@@ -241,3 +241,20 @@ def test_what_cannot_be_trained_says_so(corpus, tmp_path):
     ready = run.build(ctc, items, model=model, processor=processor, settings={"batch_size": 2})
     with pytest.raises(AudioError, match="a recording has none"):
         ready.batches(bare).batch(0)
+
+
+def test_the_command_trains(corpus, tmp_path):
+    from typer.testing import CliRunner
+
+    from audiozoo.cli import app
+
+    fields = {**tiny.SPEECH, "feat_extract_norm": "layer"}
+    changes = [f"--config={n}={json.dumps(v)}" for n, v in fields.items() if n not in ("vocab_size", "id2label")]
+    steps = ["--set=steps=2", "--set=batch_size=2", "--set=learning_rate=1e-3"]
+    arguments = ["train", "wav2vec2_ctc", "--data", str(corpus), "--out", str(tmp_path / "run"), "--mesh=data=1"]
+    done = CliRunner().invoke(app, [*arguments, *steps, *changes])
+    assert done.exit_code == 0, done.exception
+    assert type(audiozoo.load(tmp_path / "run" / "model")).__name__ == "Wav2Vec2ForCTC"
+    wrong = CliRunner().invoke(app, [*arguments, "--set=steps"])
+    assert "write NAME=VALUE" in str(wrong.exception)
+    assert "wav2vec2_ctc" in CliRunner().invoke(app, ["recipes"]).output
