@@ -18,28 +18,59 @@ states and writes units, a phonetic alphabet learnt from speech; a vocoder speak
 | §4.1, w2v-BERT 2.0: a Conformer | `audiozoo.models.conformer`, `SeamlessM4TSpeechEncoder` |
 | §4.1, length adaptor | `SeamlessM4TAdapterLayer` |
 | §4.2, text encoder and decoder: NLLB | `audiozoo.models.nllb` |
+| §4.3, text-to-unit model (UnitY, arXiv 2212.08055) | `SeamlessM4TTextToUnitForConditionalGeneration` |
+| §4.3, vocoder of units | `audiozoo.models.speech_resynthesis` |
+| §4, Fig. 4: T2TT; S2TT and ASR; T2ST; S2ST; all | `SeamlessM4TFor…To…`, `SeamlessM4TModel` |
+| §4.4, fine-tuning: smoothed cross-entropy of text and units | `finetuning_losses`, `SeamlessM4TRecipe` |
+| Table 12, sizes | `SeamlessM4TConfig.large()`, `.medium()` |
 
-Checkpoints: `facebook/hf-seamless-m4t-medium`, `facebook/hf-seamless-m4t-large`.
+What is not here: how w2v-BERT 2.0 and NLLB were trained beforehand, and the extractor of units (XLS-R and k-means).
+
+What differs from `transformers`: an item of a batch gives what it gives alone. There, a text that ends early in a beam
+search is filled up with its end instead of padding (0 is taken for "no padding"), and those ends are spoken too.
+
+Checkpoints: `facebook/hf-seamless-m4t-medium`, `facebook/hf-seamless-m4t-large`, and the authors' own
+`multitask_unity_medium.pt` and `multitask_unity_large.pt`, with `vocoder_36langs.pt` beside them.
 
     import audiozoo
     model = audiozoo.load("facebook/hf-seamless-m4t-medium")
+    processor = audiozoo.load_processor("facebook/hf-seamless-m4t-medium")
+    inputs = processor(audio=waveform, sampling_rate=16_000)
+    tokens = model.generate(**inputs, tgt_lang="spa", generate_speech=False).sequences
+    text = processor.batch_decode(tokens, skip_special_tokens=True)
+    waveform, lengths = model.generate(**processor(text=text, src_lang="spa"), tgt_lang="eng")
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from audiozoo.decoding import GenerateOutput, GenerationConfig
+from audiozoo.decoding.generate import Streamer
+from audiozoo.decoding.synthesis import bucket
+from audiozoo.errors import UsageError
 from audiozoo.layers import Conv1d, Dropout, LayerNorm, Linear
+from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy
 from audiozoo.models.conformer import ConformerConfig, ConformerEncoder, ConformerFeedForward, ConformerSelfAttention
-from audiozoo.models.nllb import NllbConfig
-from audiozoo.outputs import BaseModelOutput
+from audiozoo.models.mbart import MBartCache, continue_text
+from audiozoo.models.nllb import NllbConfig, NllbDecoder, NllbEncoder
+from audiozoo.models.speech_resynthesis import CodeHifiGanConfig, SeamlessM4TCodeHifiGan
+from audiozoo.models.speech_to_text import label_smoothed_cross_entropy
+from audiozoo.models.xls_r import shift_tokens_right
+from audiozoo.outputs import ABSENT, BaseModelOutput, DecoderOutput, ModelOutput, Seq2SeqLMOutput
+
+VOCODER = CodeHifiGanConfig()
 
 
 @dataclass(frozen=True)
@@ -98,14 +129,21 @@ class SeamlessM4TConfig:
     t2u_decoder_ffn_dim: int = 8192  # width inside the decoder's MLP
     t2u_decoder_attention_heads: int = 16  # heads
     t2u_max_position_embeddings: int = 2048  # kept for export: sinusoids have no end
-    t2u_max_new_tokens: int = 1024  # kept for export: the most units
+    t2u_max_new_tokens: int = 1024  # the most units
     t2u_pad_token_id: int = 1  # padding
     t2u_bos_token_id: int = 0  # kept for export: no sequence begins with it
     t2u_eos_token_id: int = 2  # ends a sequence of units
-    t2u_decoder_start_token_id: int = 2  # kept for export: what its decoder reads first
+    t2u_decoder_start_token_id: int = 2  # what its decoder reads first
 
-    # --- vocoder (§4.4)
-    sampling_rate: int = 16_000  # Hz of the speech it makes
+    # --- vocoder (§4.3)
+    vocoder: CodeHifiGanConfig = VOCODER  # its sizes
+    vocoder_offset: int = 4  # control symbols in front of the units of the text-to-unit model
+    sampling_rate: int = 16_000  # Hz of the speech that comes in and goes out
+
+    def __post_init__(self) -> None:
+        if isinstance(self.vocoder, Mapping):  # out of a checkpoint of our own
+            fields = {name: from_lists(value) for name, value in self.vocoder.items()}
+            object.__setattr__(self, "vocoder", CodeHifiGanConfig(**fields))
 
     @property
     def text(self) -> NllbConfig:
@@ -186,6 +224,11 @@ class SeamlessM4TConfig:
             t2u_encoder_layers=4,
             t2u_decoder_layers=4,
         )
+
+
+def from_lists(value: Any) -> Any:
+    """Not in the paper: lists, which JSON has, as tuples."""
+    return tuple(from_lists(v) for v in value) if isinstance(value, list | tuple) else value
 
 
 # --- §4.1, speech encoder ---------------------------------------------------------------------------------------------
@@ -301,3 +344,648 @@ class SeamlessM4TSpeechEncoder(nnx.Module):
         x = self.inner_layer_norm(x)
         states = encoded.hidden_states
         return BaseModelOutput(x, None if states is None else (*states[:-1], x), encoded.attentions)
+
+
+# --- §4.3, text to units ----------------------------------------------------------------------------------------------
+
+
+class SeamlessM4TTextToUnitModel(nnx.Module):
+    """§4.3, the text-to-unit encoder and decoder: NLLB's, smaller; the encoder reads the text decoder's states."""
+
+    def __init__(self, config: SeamlessM4TConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+        kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.encoder = NllbEncoder(config.units, **kwargs)
+        self.decoder = NllbDecoder(config.units, **kwargs)
+
+
+class SeamlessM4TTextToUnitForConditionalGeneration(nnx.Module):
+    """§4.3, the text-to-unit model with its head, which is the units' embedding."""
+
+    static_arguments = ("label_smoothing",)
+
+    def __init__(self, config: SeamlessM4TConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        self.model = SeamlessM4TTextToUnitModel(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.config = config
+
+    def head(self, x: Float[Array, "batch time hidden"]) -> Float[Array, "batch time units"]:
+        """Logits of the units."""
+        return self.model.decoder.embed_tokens.attend(x)
+
+    def __call__(
+        self,
+        inputs_embeds: Float[Array, "batch time hidden"],
+        attention_mask: Int[Array, "batch time"] | Bool[Array, "batch time"] | None = None,
+        decoder_input_ids: Int[Array, "batch units"] | None = None,
+        decoder_attention_mask: Int[Array, "batch units"] | Bool[Array, "batch units"] | None = None,
+        *,
+        labels: Int[Array, "batch units"] | None = None,
+        label_smoothing: float = 0.0,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        key: jax.Array | None = None,
+    ) -> Seq2SeqLMOutput:
+        """Logits of each unit given those before it, and with `labels` their mean cross-entropy.
+
+        Args:
+            inputs_embeds: the text decoder's states.
+            attention_mask: 1 where there is a token, 0 for padding.
+            decoder_input_ids: units, control symbols counted; by default `labels` shifted right.
+            decoder_attention_mask: 1 where one of these is real.
+            labels: wanted units, -100 where there is none.
+            label_smoothing: of the loss.
+            output_attentions: return attention weights.
+            output_hidden_states: return the states between blocks.
+            key: switches dropout and layer drop on.
+
+        Raises:
+            UsageError: if there are neither units nor labels.
+        """
+        config = self.config
+        if decoder_input_ids is None:
+            decoder_input_ids = inputs_of(labels, config.t2u_pad_token_id, config.t2u_decoder_start_token_id)
+        asked: dict[str, Any] = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        keys = [None, None] if key is None else list(jax.random.split(key))
+        encoded = self.model.encoder(inputs_embeds, attention_mask, key=keys[0], **asked)
+        decoded = self.model.decoder(
+            decoder_input_ids, decoder_attention_mask, encoded.last_hidden_state, attention_mask, key=keys[1], **asked
+        )
+        return written(self.head(decoded.last_hidden_state), encoded, decoded, labels, label_smoothing)
+
+
+def inputs_of(labels: Int[Array, "batch time"] | None, pad: int, start: int) -> Int[Array, "batch time"]:
+    """Not in the paper: the labels one later, for teacher forcing.
+
+    Raises:
+        UsageError: if there are none.
+    """
+    if labels is None:
+        raise UsageError("Give decoder_input_ids or labels; generate makes text without them.")
+    return shift_tokens_right(jnp.asarray(labels), pad, start)
+
+
+def written(
+    logits: Float[Array, "batch time vocabulary"],
+    encoded: BaseModelOutput,
+    decoded: DecoderOutput,
+    labels: Int[Array, "batch time"] | None,
+    label_smoothing: float,
+) -> Seq2SeqLMOutput:
+    """Not in the paper: what an encoder and a decoder returned, under the names of `transformers`."""
+    loss = None
+    if labels is not None:
+        loss = cross_entropy(logits, jnp.asarray(labels), label_smoothing=label_smoothing)
+    return Seq2SeqLMOutput(
+        loss=loss,
+        logits=logits,
+        decoder_hidden_states=decoded.hidden_states,
+        decoder_attentions=decoded.attentions,
+        cross_attentions=decoded.cross_attentions,
+        encoder_last_hidden_state=encoded.last_hidden_state,
+        encoder_hidden_states=encoded.hidden_states,
+        encoder_attentions=encoded.attentions,
+    )
+
+
+# --- §4, the whole model ----------------------------------------------------------------------------------------------
+
+Pairs = tuple[tuple[Any, Any], ...]
+
+
+@dataclass(frozen=True)
+class SeamlessM4TGenerationConfig:
+    """Not in the paper; in the released checkpoints' `generation_config.json`. Tables are tuples of pairs."""
+
+    text_decoder_lang_to_code_id: Pairs = ()  # language -> the token that a text in it begins with
+    t2u_lang_code_to_id: Pairs = ()  # language -> the symbol that its units begin with
+    vocoder_lang_code_to_id: Pairs = ()  # language -> the vocoder's number for it
+    options: Pairs = ()  # of the search for text, as for `transformers.GenerationConfig`
+
+    def language(self, table: str, tgt_lang: str) -> int:
+        """A language's number in one of the tables; `eng` and `__eng__` are the same.
+
+        Raises:
+            UsageError: if the model does not have it.
+        """
+        tables = {
+            "text_decoder_lang_to_code_id": self.text_decoder_lang_to_code_id,
+            "t2u_lang_code_to_id": self.t2u_lang_code_to_id,
+            "vocoder_lang_code_to_id": self.vocoder_lang_code_to_id,
+        }
+        known, name = dict(tables[table]), tgt_lang.replace("__", "")
+        if name not in known:
+            does = "write" if table.startswith("text") else "speak"
+            there = f"it has {', '.join(sorted(known))}" if known else f"its {table} is empty"
+            raise UsageError(f"This model does not {does} {tgt_lang!r}; {there}.")
+        return int(known[name])
+
+
+class SeamlessM4TGenerationOutput(ModelOutput):
+    """Not in the paper: what `generate` returns with `return_intermediate_token_ids`."""
+
+    waveform: Float[np.ndarray, "batch samples"] = ABSENT
+    waveform_lengths: Int[np.ndarray, " batch"] = ABSENT
+    sequences: Int[np.ndarray, "batch tokens"] = ABSENT
+    unit_sequences: Int[np.ndarray, "batch units"] = ABSENT
+
+
+class SeamlessM4TPreTrainedModel(nnx.Module):
+    """§4, Fig. 4: what the classes below share; each of them has some of the model's parts."""
+
+    parts: ClassVar[tuple[str, ...]] = ()
+    static_arguments = ("label_smoothing",)
+
+    def __init__(self, config: SeamlessM4TConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        if "text_encoder" in self.parts:
+            self.text_encoder = NllbEncoder(config.text, **kwargs)
+        if "speech_encoder" in self.parts:
+            self.speech_encoder = SeamlessM4TSpeechEncoder(config, **kwargs)
+        self.text_decoder = NllbDecoder(config.text, **kwargs)  # its embedding is the encoder's and the head's too
+        if "vocoder" in self.parts:
+            self.add_speech(config, **kwargs)
+        self.config = config
+        self.generation_config = SeamlessM4TGenerationConfig()
+
+    def add_speech(self, config: SeamlessM4TConfig, **kwargs: Any) -> None:
+        """The parts that speak."""
+        self.t2u_model: Any = SeamlessM4TTextToUnitForConditionalGeneration(config, **kwargs)
+        self.vocoder: Any = SeamlessM4TCodeHifiGan(config.vocoder, **kwargs)
+
+    def encode(
+        self,
+        input_ids: Int[Array, "batch time"] | None = None,
+        input_features: Float[Array, "batch time bands"] | None = None,
+        attention_mask: Int[Array, "batch time"] | None = None,
+        **options: Any,
+    ) -> tuple[BaseModelOutput, Bool[Array, "batch frames"] | None]:
+        """What the text decoder attends to, of speech or of text, and which of it is real.
+
+        Raises:
+            UsageError: if there is neither speech nor text.
+        """
+        if input_features is not None:
+            encoded = self.speech_encoder(input_features, attention_mask, **options)
+            return encoded, self.speech_encoder.frame_mask(attention_mask, encoded.last_hidden_state.shape[1])
+        if input_ids is None:
+            raise UsageError("Give input_features (speech) or input_ids (text).")
+        embedded = self.text_decoder.embed_tokens(input_ids)
+        encoded = self.text_encoder(embedded, attention_mask, input_ids=input_ids, **options)
+        return encoded, None if attention_mask is None else attention_mask != 0
+
+    def _forward(
+        self,
+        attention_mask: Int[Array, "batch time"] | None,
+        decoder_input_ids: Int[Array, "batch tokens"] | None,
+        decoder_attention_mask: Int[Array, "batch tokens"] | None,
+        *,
+        input_ids: Int[Array, "batch time"] | None = None,
+        input_features: Float[Array, "batch time bands"] | None = None,
+        labels: Int[Array, "batch tokens"] | None = None,
+        label_smoothing: float = 0.0,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        key: jax.Array | None = None,
+    ) -> Seq2SeqLMOutput:
+        config = self.config
+        if decoder_input_ids is None:
+            decoder_input_ids = inputs_of(labels, config.pad_token_id, config.decoder_start_token_id)
+        asked: dict[str, Any] = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        keys = [None, None] if key is None else list(jax.random.split(key))
+        encoded, mask = self.encode(input_ids, input_features, attention_mask, key=keys[0], **asked)
+        decoded = self.text_decoder(
+            decoder_input_ids, decoder_attention_mask, encoded.last_hidden_state, mask, key=keys[1], **asked
+        )
+        logits = self.text_decoder.embed_tokens.attend(decoded.last_hidden_state)
+        return written(logits, encoded, decoded, labels, label_smoothing)
+
+    def _write(
+        self,
+        inputs: dict[str, Any],
+        tgt_lang: str | None,
+        *,
+        attention_mask: Any = None,
+        decoder_input_ids: Any = None,
+        key: jax.Array | None = None,
+        streamer: Streamer | None = None,
+        **options: Any,
+    ) -> tuple[GenerateOutput, jax.Array, jax.Array | None]:
+        """The translated text, and the states that it was written from."""
+        config = self.config
+        defaults: dict[str, Any] = {"max_new_tokens": config.max_new_tokens}
+        defaults |= {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+        chosen = GenerationConfig(**(defaults | dict(self.generation_config.options) | options))
+        given = next((x for x in inputs.values() if x is not None), None)
+        if given is None:
+            raise UsageError("Give input_features (speech) or input_ids (text).")
+        if 0 in np.shape(given)[:2]:
+            raise UsageError("There is nothing to translate: the input is empty.")
+        if tgt_lang is not None:
+            language = self.generation_config.language("text_decoder_lang_to_code_id", tgt_lang)
+            prompt = np.full((len(given), 1), language)
+        elif decoder_input_ids is not None:
+            prompt = np.asarray(decoder_input_ids)
+        else:
+            raise UsageError("Say into which language: tgt_lang, or decoder_input_ids.")
+        if (prompt[:, 0] != config.decoder_start_token_id).any():
+            prompt = np.concatenate([np.full((len(prompt), 1), config.decoder_start_token_id), prompt], axis=1)
+        output, memory, mask = _write(
+            *nnx.split(self),
+            {name: jnp.asarray(x) for name, x in inputs.items()},
+            None if attention_mask is None else jnp.asarray(attention_mask),
+            jnp.asarray(prompt, jnp.int32),
+            key,
+            config=chosen,
+            streamer=streamer,
+        )
+        return output.trim(), memory, mask
+
+    def _units(
+        self,
+        sequences: Int[np.ndarray, "batch tokens"],
+        memory: Float[Array, "batch frames hidden"],
+        mask: Bool[Array, "batch frames"] | None,
+        tgt_lang: str,
+        key: jax.Array | None,
+        options: dict[str, Any],
+    ) -> tuple[Int[np.ndarray, "rows units"], Int[np.ndarray, "rows time"], Int[np.ndarray, " rows"]]:
+        """Units of a text: as the decoder wrote them, and as the vocoder reads them, with their number."""
+        config = self.config
+        defaults: dict[str, Any] = {"max_new_tokens": config.t2u_max_new_tokens}
+        defaults |= {"eos_token_id": config.t2u_eos_token_id, "pad_token_id": config.t2u_pad_token_id}
+        chosen = GenerationConfig(**(defaults | options))
+        language = self.generation_config.language("t2u_lang_code_to_id", tgt_lang)
+        prompt = jnp.broadcast_to(jnp.asarray([config.t2u_eos_token_id, language], jnp.int32), (len(sequences), 2))
+        padded = np.full((len(sequences), bucket(sequences.shape[1])), config.pad_token_id)
+        padded[:, : sequences.shape[1]] = sequences
+        graphdef, state = nnx.split(self)
+        tokens = jnp.asarray(padded, jnp.int32)
+        found = _to_units(graphdef, state, tokens, memory, mask, prompt, key, config=chosen).trim()
+        units, lengths = np.asarray(found.sequences), np.asarray(found.lengths)
+        ended = units[np.arange(len(units)), lengths - 1] == config.t2u_eos_token_id
+        lengths = lengths - 2 - ended
+        spoken = np.arange(units.shape[1] - 2) < lengths[:, None]
+        return units, vocoder_units(units[:, 2:], spoken, config), lengths
+
+    def _speak(
+        self,
+        inputs: dict[str, Any],
+        tgt_lang: str | None,
+        speaker_id: int,
+        return_intermediate_token_ids: bool,
+        key: jax.Array | None,
+        **options: Any,
+    ) -> Speech:
+        """Translated speech: the text, the second pass of its decoder, units, a waveform."""
+        if tgt_lang is None:
+            raise UsageError("Say into which language: speech needs tgt_lang.")
+        language = self.generation_config.language("vocoder_lang_code_to_id", tgt_lang)
+        of_text, of_units = split_options(options)
+        of_units.pop("attention_mask", None)
+        of_units.pop("decoder_input_ids", None)
+        keys = [None, None] if key is None else list(jax.random.split(key))
+        text, memory, mask = self._write(inputs, tgt_lang, key=keys[0], **of_text)
+        sequences = np.asarray(text.sequences)
+        several = len(sequences) // len(memory)
+        if several > 1:  # of several texts, the best
+            if text.sequences_scores is None:
+                raise UsageError("Of several sampled texts none is the best: speech takes one, or beams.")
+            best = np.argmax(np.asarray(text.sequences_scores).reshape(-1, several), axis=1)
+            sequences = sequences[best + several * np.arange(len(memory))]
+        units, spoken, lengths = self._units(sequences, memory, mask, tgt_lang, keys[1], of_units)
+        waveform, waveform_lengths = self.vocoder.speak(spoken, speaker_id, language, lengths=lengths)
+        if not return_intermediate_token_ids:
+            return waveform, waveform_lengths
+        return SeamlessM4TGenerationOutput(waveform, waveform_lengths, sequences, units)
+
+
+Speech = tuple[Float[np.ndarray, "batch samples"], Int[np.ndarray, " batch"]] | SeamlessM4TGenerationOutput
+
+
+def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Not in the paper: `text_…` options for the text, `speech_…` for the units, all others for both."""
+    both = {name: value for name, value in options.items() if not name.startswith(("text_", "speech_"))}
+
+    def of(side: str) -> dict[str, Any]:
+        return both | {name.removeprefix(side): value for name, value in options.items() if name.startswith(side)}
+
+    return of("text_"), of("speech_")
+
+
+def vocoder_units(
+    units: Int[np.ndarray, "batch time"], mask: Bool[np.ndarray, "batch time"], config: SeamlessM4TConfig
+) -> Int[np.ndarray, "batch time"]:
+    """Not in the paper; in the released code: the vocoder's units, counted without control symbols.
+
+    Whatever the vocoder has no unit for is its padding.
+    """
+    moved = units - config.vocoder_offset
+    known = mask & (moved >= 0) & (moved < config.vocoder.unit_hifi_gan_vocab_size)
+    return np.where(known, moved, config.t2u_pad_token_id)
+
+
+@partial(jax.jit, static_argnames=("graphdef", "config", "streamer"))
+def _write(
+    graphdef: Any,
+    state: Any,
+    inputs: dict[str, jax.Array],
+    attention_mask: jax.Array | None,
+    prompt: jax.Array,
+    key: jax.Array | None,
+    *,
+    config: GenerationConfig,
+    streamer: Streamer | None,
+) -> tuple[GenerateOutput, jax.Array, jax.Array | None]:
+    """Encode once, and search for the text in one loop."""
+    model = nnx.merge(graphdef, state)
+    encoded, mask = model.encode(attention_mask=attention_mask, **inputs)
+    memory = encoded.last_hidden_state
+    found = search(model.text_decoder, memory, mask, prompt, config, key=key, streamer=streamer)
+    return found, memory, mask
+
+
+@partial(jax.jit, static_argnames=("graphdef", "config"))
+def _to_units(
+    graphdef: Any,
+    state: Any,
+    tokens: jax.Array,
+    memory: jax.Array,
+    mask: jax.Array | None,
+    prompt: jax.Array,
+    key: jax.Array | None,
+    *,
+    config: GenerationConfig,
+) -> GenerateOutput:
+    """The text decoder once more, over the whole text; then a search for units."""
+    model = nnx.merge(graphdef, state)
+    states = model.text_decoder(tokens, None, memory, mask).last_hidden_state
+    real = jnp.arange(tokens.shape[1]) < (tokens != model.config.pad_token_id).sum(axis=1)[:, None]
+    t2u = model.t2u_model.model
+    encoded = t2u.encoder(states, real).last_hidden_state
+    return search(t2u.decoder, encoded, real, prompt, config, key=key)
+
+
+def search(
+    decoder: NllbDecoder,
+    memory: Float[Array, "batch frames hidden"],
+    mask: Bool[Array, "batch frames"] | None,
+    prompt: Int[Array, "batch tokens"],
+    config: GenerationConfig,
+    **options: Any,
+) -> GenerateOutput:
+    """Not in the paper: continue `prompt` by a decoder whose embedding is its head; see `continue_text`."""
+    cache = decoder.start(memory, prompt.shape[1] + config.new_tokens(prompt.shape[1]))
+
+    def decode(tokens: Any, rows: Any, past: MBartCache, position: Any) -> tuple[jax.Array, MBartCache]:
+        out = decoder(tokens, encoder_attention_mask=rows, past_key_values=past, cache_position=position)
+        return decoder.embed_tokens.attend(out.last_hidden_state), out.past_key_values
+
+    return continue_text(decode, cache, mask, prompt, config, **options)
+
+
+class SeamlessM4TForTextToText(SeamlessM4TPreTrainedModel):
+    """§4.2: translation of text (T2TT)."""
+
+    parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "batch time"],
+        attention_mask: Int[Array, "batch time"] | None = None,
+        decoder_input_ids: Int[Array, "batch tokens"] | None = None,
+        decoder_attention_mask: Int[Array, "batch tokens"] | None = None,
+        **options: Any,
+    ) -> Seq2SeqLMOutput:
+        """Logits for every token and, with `labels`, their mean cross-entropy.
+
+        Args:
+            input_ids: the text to translate; its language stands in front.
+            attention_mask: 1 for tokens, 0 for padding.
+            decoder_input_ids: tokens of the translation; by default `labels` shifted right.
+            decoder_attention_mask: 1 where one of these is real.
+            options: `labels`, targets, -100 where there is none, with `label_smoothing`; `output_attentions`;
+                `output_hidden_states`; `key`, which switches dropout on.
+
+        Raises:
+            UsageError: if there are neither tokens nor labels.
+        """
+        return self._forward(attention_mask, decoder_input_ids, decoder_attention_mask, input_ids=input_ids, **options)
+
+    def generate(
+        self, input_ids: Int[Array, "batch time"], tgt_lang: str | None = None, **options: Any
+    ) -> Int[np.ndarray, "rows tokens"] | GenerateOutput:
+        """Translate, by one compiled loop.
+
+        Args:
+            input_ids: the text to translate.
+            tgt_lang: into which language.
+            options: `attention_mask`; `decoder_input_ids` in place of `tgt_lang`; `key`, randomness for
+                `do_sample=True`; `streamer`, called on the host with every token; all others as for
+                `transformers.generate`.
+
+        Returns:
+            Tokens, the end-of-text token and the language in front; with `return_dict_in_generate=True` a
+            `GenerateOutput`.
+        """
+        output, *_ = self._write({"input_ids": input_ids}, tgt_lang, **options)
+        return output if options.get("return_dict_in_generate") else np.asarray(output.sequences)
+
+
+class SeamlessM4TForSpeechToText(SeamlessM4TPreTrainedModel):
+    """§4.1 and §4.2: recognition and translation of speech into text (ASR, S2TT)."""
+
+    parts: ClassVar[tuple[str, ...]] = ("speech_encoder",)
+
+    def __call__(
+        self,
+        input_features: Float[Array, "batch time bands"],
+        attention_mask: Int[Array, "batch time"] | None = None,
+        decoder_input_ids: Int[Array, "batch tokens"] | None = None,
+        decoder_attention_mask: Int[Array, "batch tokens"] | None = None,
+        **options: Any,
+    ) -> Seq2SeqLMOutput:
+        """As `SeamlessM4TForTextToText`, of `input_features`: pairs of log-mel frames, 20 ms each."""
+        return self._forward(
+            attention_mask, decoder_input_ids, decoder_attention_mask, input_features=input_features, **options
+        )
+
+    def generate(
+        self, input_features: Float[Array, "batch time bands"], tgt_lang: str | None = None, **options: Any
+    ) -> Int[np.ndarray, "rows tokens"] | GenerateOutput:
+        """Recognise (into the language spoken) or translate; see `SeamlessM4TForTextToText`."""
+        output, *_ = self._write({"input_features": input_features}, tgt_lang, **options)
+        return output if options.get("return_dict_in_generate") else np.asarray(output.sequences)
+
+
+class SeamlessM4TForTextToSpeech(SeamlessM4TForTextToText):
+    """§4.3: translation of text into speech (T2ST); the call is that of text to text."""
+
+    parts: ClassVar[tuple[str, ...]] = ("text_encoder", "vocoder")
+
+    def generate(  # type: ignore[override]
+        self,
+        input_ids: Int[Array, "batch time"],
+        return_intermediate_token_ids: bool = False,
+        tgt_lang: str | None = None,
+        spkr_id: int = 0,
+        *,
+        key: jax.Array | None = None,
+        **options: Any,
+    ) -> Speech:
+        """Translate and speak.
+
+        Args:
+            input_ids: the text to translate.
+            return_intermediate_token_ids: also return the text's tokens and the units.
+            tgt_lang: into which language.
+            spkr_id: one of the vocoder's voices; `speaker_id` is the same.
+            key: randomness, for sampling.
+            options: as for text (`attention_mask`, `num_beams` …); with `text_` in front they are for the text alone,
+                with `speech_` for the units alone.
+
+        Returns:
+            Waveforms, silent after each item's end, and the samples of each; or a `SeamlessM4TGenerationOutput`.
+        """
+        speaker = options.pop("speaker_id", spkr_id)
+        return self._speak({"input_ids": input_ids}, tgt_lang, speaker, return_intermediate_token_ids, key, **options)
+
+
+class SeamlessM4TForSpeechToSpeech(SeamlessM4TForSpeechToText):
+    """§4.3: translation of speech into speech (S2ST); the call is that of speech to text."""
+
+    parts: ClassVar[tuple[str, ...]] = ("speech_encoder", "vocoder")
+
+    def generate(  # type: ignore[override]
+        self,
+        input_features: Float[Array, "batch time bands"],
+        return_intermediate_token_ids: bool = False,
+        tgt_lang: str | None = None,
+        spkr_id: int = 0,
+        *,
+        key: jax.Array | None = None,
+        **options: Any,
+    ) -> Speech:
+        """Translate and speak; see `SeamlessM4TForTextToSpeech`."""
+        speaker, inputs = options.pop("speaker_id", spkr_id), {"input_features": input_features}
+        return self._speak(inputs, tgt_lang, speaker, return_intermediate_token_ids, key, **options)
+
+
+class SeamlessM4TModel(SeamlessM4TPreTrainedModel):
+    """§4, Fig. 4: all five tasks, by what goes in and by `generate_speech`."""
+
+    parts: ClassVar[tuple[str, ...]] = ("text_encoder", "speech_encoder", "vocoder")
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "batch time"] | None = None,
+        input_features: Float[Array, "batch time bands"] | None = None,
+        attention_mask: Int[Array, "batch time"] | None = None,
+        decoder_input_ids: Int[Array, "batch tokens"] | None = None,
+        decoder_attention_mask: Int[Array, "batch tokens"] | None = None,
+        **options: Any,
+    ) -> Seq2SeqLMOutput:
+        """As `SeamlessM4TForTextToText`, of `input_ids` or, if they are given, of `input_features`."""
+        inputs: dict[str, Any] = {"input_ids": input_ids, "input_features": input_features}
+        return self._forward(attention_mask, decoder_input_ids, decoder_attention_mask, **inputs, **options)
+
+    def generate(
+        self,
+        input_ids: Int[Array, "batch time"] | None = None,
+        input_features: Float[Array, "batch time bands"] | None = None,
+        return_intermediate_token_ids: bool = False,
+        tgt_lang: str | None = None,
+        spkr_id: int = 0,
+        generate_speech: bool = True,
+        *,
+        key: jax.Array | None = None,
+        **options: Any,
+    ) -> Speech | GenerateOutput:
+        """Translate text or, if it is given, speech, into speech; with `generate_speech=False` into text.
+
+        The arguments are those of `SeamlessM4TForTextToSpeech`. Text comes back as a `GenerateOutput`, as there.
+        """
+        speaker = options.pop("speaker_id", spkr_id)
+        inputs = {"input_features": input_features} if input_features is not None else {"input_ids": input_ids}
+        if not generate_speech:
+            return self._write(inputs, tgt_lang, key=key, **split_options(options)[0])[0]
+        return self._speak(inputs, tgt_lang, speaker, return_intermediate_token_ids, key, **options)
+
+
+# --- §4.4, training ---------------------------------------------------------------------------------------------------
+
+
+class SeamlessM4TLosses(ModelOutput):
+    """§4.4: the loss of fine-tuning, and its two parts."""
+
+    total: Float[Array, ""] = ABSENT
+    text: Float[Array, ""] = ABSENT
+    units: Float[Array, ""] | None = None
+
+
+def finetuning_losses(
+    model: Any,
+    labels: Int[Array, "batch tokens"],
+    unit_labels: Int[Array, "batch units"] | None = None,
+    *,
+    input_features: Float[Array, "batch time bands"] | None = None,
+    input_ids: Int[Array, "batch time"] | None = None,
+    attention_mask: Int[Array, "batch time"] | None = None,
+    label_smoothing: float = 0.2,
+    freeze_text: bool = False,
+    key: jax.Array | None = None,
+) -> SeamlessM4TLosses:
+    r"""§4.4: $L_\text{S2T} + L_\text{S2U}$, the smoothed cross-entropies of text and of units, each a mean over tokens.
+
+    Both begin with their language, which is given and not learnt. The text-to-unit model reads the states in which the
+    text decoder, forced to write the right text, stands.
+
+    Args:
+        model: with a speech or a text encoder, and for `unit_labels` with a text-to-unit model.
+        labels: `<language> … </s>`, -100 behind it.
+        unit_labels: `<language> … </s>`, control symbols counted, -100 behind it; without, text alone is learnt.
+        input_features: speech.
+        input_ids: text, in place of speech.
+        attention_mask: 1 where the input is real.
+        label_smoothing: $\epsilon$, which fairseq spreads over all tokens but the right one.
+        freeze_text: only the text-to-unit model learns (the authors' mode TEXT_TO_SPEECH).
+        key: switches dropout on.
+    """
+    config, keys = model.config, [None] * 4 if key is None else list(jax.random.split(key, 4))
+    encoded, mask = model.encode(input_ids, input_features, attention_mask, key=keys[0])
+    tokens = inputs_of(labels, config.pad_token_id, config.decoder_start_token_id)
+    states = model.text_decoder(tokens, None, encoded.last_hidden_state, mask, key=keys[1]).last_hidden_state
+    logits = model.text_decoder.embed_tokens.attend(states)
+    if freeze_text:
+        states, logits = jax.lax.stop_gradient((states, logits))
+    text = label_smoothed_cross_entropy(logits, without_language(labels), label_smoothing)
+    if unit_labels is None:
+        return SeamlessM4TLosses(text, text)
+    real, t2u = labels != IGNORED_LABEL, model.t2u_model.model
+    memory = t2u.encoder(states, real, key=keys[2]).last_hidden_state
+    units = inputs_of(unit_labels, config.t2u_pad_token_id, config.t2u_decoder_start_token_id)
+    decoded = t2u.decoder(units, None, memory, real, key=keys[3]).last_hidden_state
+    logits = model.t2u_model.head(decoded)
+    spoken = label_smoothed_cross_entropy(logits, without_language(unit_labels), label_smoothing)
+    return SeamlessM4TLosses(text + spoken, text, spoken)
+
+
+def without_language(labels: Int[Array, "batch time"]) -> Int[Array, "batch time"]:
+    """§4.4: labels, the first of which is given and not learnt."""
+    return labels.at[:, 0].set(IGNORED_LABEL)
+
+
+@dataclass(frozen=True)
+class SeamlessM4TRecipe:
+    """Not in the paper; in the authors' code for fine-tuning."""
+
+    learning_rate: float = 1e-5  # after the warm-up, then falling as the inverse square root
+    warmup_steps: int = 100  # steps of rising rate
+    batch_size: int = 5  # sentences
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """Adam with betas (0.9, 0.98)."""
+
+        def rate(step: Any) -> Any:
+            step = jnp.maximum(step, 1)
+            return self.learning_rate * jnp.minimum(step / self.warmup_steps, (self.warmup_steps / step) ** 0.5)
+
+        return optax.adam(rate, b1=0.9, b2=0.98)
