@@ -223,6 +223,52 @@ def _speech_to_text_checkpoints() -> tuple[Checkpoint, ...]:
     )
 
 
+def _wavlm_checkpoints() -> tuple[Checkpoint, ...]:
+    sizes = {"base": "base", "base-plus": "base_plus"}
+    heads = [(f"{name}{head}", size) for name, size in sizes.items() for head in ("", "-sd", "-sv")]
+    files = {"WavLM-Base.pt": "base", "WavLM-Base+.pt": "base_plus", "WavLM-Large.pt": "large"}
+    return (
+        *(Checkpoint(f"microsoft/wavlm-{name}", size, _UNISPEECHS) for name, size in (*heads, ("large", "large"))),
+        *(Checkpoint(name, size, _UNISPEECHS) for name, size in files.items()),
+    )
+
+
+def _unispeech_sat_checkpoints() -> tuple[Checkpoint, ...]:
+    sizes = {"base": "base", "base-plus": "base_plus", "large": "large"}
+    heads = [(f"{name}{head}", size) for name, size in sizes.items() for head in ("", "-sd", "-sv")]
+    files = {"Base": "base", "Base+": "base_plus", "Large": "large"}
+    return (
+        *(Checkpoint(f"microsoft/unispeech-sat-{name}", size, _UNISPEECHS) for name, size in heads),
+        Checkpoint("microsoft/unispeech-sat-base-100h-libri-ft", "base", _UNISPEECHS),
+        *(Checkpoint(f"UniSpeech-SAT-{name}.pt", size, _UNISPEECHS) for name, size in files.items()),
+    )
+
+
+# The model cards of WavLM, UniSpeech and UniSpeech-SAT point to the licence of the repository microsoft/UniSpeech.
+_UNISPEECHS = "CC-BY-SA-3.0"
+
+
+def _sew_checkpoints() -> tuple[Checkpoint, ...]:
+    updates = {
+        "sew-tiny": ("100k",),
+        "sew-small": ("100k",),
+        "sew-mid": ("100k",),
+        "sew-d-tiny": ("100k",),
+        "sew-d-small": ("100k",),
+        "sew-d-mid": ("100k", "400k"),
+        "sew-d-mid-k127": ("100k", "400k"),
+        "sew-d-base": ("100k",),
+        "sew-d-base-plus": ("100k", "400k"),
+    }
+    trained = [(f"{name}-{n}", name.replace("-", "_")) for name, some in updates.items() for n in some]
+    tuned = [t for t in trained if t[0] in ("sew-tiny-100k", "sew-d-tiny-100k", "sew-d-mid-400k")]
+    return (
+        *(Checkpoint(f"asapp/{name}", size, "Apache-2.0") for name, size in trained),
+        *(Checkpoint(f"asapp/{name}-ft-ls100h", size, "Apache-2.0") for name, size in tuned),
+        *(Checkpoint(f"{name.replace('-plus', '+')}.pt", size, "MIT") for name, size in trained),
+    )
+
+
 def _encodec_checkpoints() -> tuple[Checkpoint, ...]:
     unstated = "not stated for the weights; the project is MIT, CC-BY-NC-4.0 at first"
     return (
@@ -476,6 +522,101 @@ PAPERS: tuple[Paper, ...] = (
             Checkpoint("hubert_xtralarge_ll60k.pt", "xlarge", "MIT"),
             Checkpoint("hubert_xtralarge_ll60k_finetune_ls960.pt", "xlarge", "MIT"),
         ),
+        processor="audiozoo.processors.wav2vec2:Wav2Vec2Processor",
+    ),
+    Paper(
+        name="wavlm",
+        title="WavLM",
+        paper="WavLM: Large-Scale Self-Supervised Pre-Training for Full Stack Speech Processing",
+        year=2021,
+        arxiv="2110.13900",
+        classes=(
+            "WavLMForXVector",
+            "WavLMForPreTraining",
+            "WavLMForCTC",
+            "WavLMForSequenceClassification",
+            "WavLMForAudioFrameClassification",
+            "WavLMModel",
+        ),
+        config="WavLMConfig",
+        sizes=("base", "base_plus", "large"),
+        tasks=("speaker embedding", "embedding", "transcription", "classification", "units", "pre-training"),
+        checkpoints=_wavlm_checkpoints(),
+        processor="audiozoo.processors.wav2vec2:Wav2Vec2Processor",
+    ),
+    Paper(
+        name="sew",
+        title="SEW",
+        paper="Performance-Efficiency Trade-offs in Unsupervised Pre-training for Speech Recognition",
+        year=2021,
+        arxiv="2109.06870",
+        classes=(
+            "SEWForCTC",
+            "SEWForPreTraining",
+            "SEWForSequenceClassification",
+            "SEWModel",
+            "SEWDForCTC",
+            "SEWDForPreTraining",
+            "SEWDForSequenceClassification",
+            "SEWDModel",
+        ),
+        config="SEWConfig",
+        sizes=(
+            "sew_tiny",
+            "sew_small",
+            "sew_mid",
+            "sew_d_tiny",
+            "sew_d_small",
+            "sew_d_mid",
+            "sew_d_mid_k127",
+            "sew_d_base",
+            "sew_d_base_plus",
+        ),
+        tasks=("transcription", "alignment", "classification", "embedding", "pre-training"),
+        checkpoints=_sew_checkpoints(),
+        processor="audiozoo.processors.wav2vec2:Wav2Vec2Processor",
+    ),
+    Paper(
+        name="unispeech",
+        title="UniSpeech",
+        paper="UniSpeech: Unified Speech Representation Learning with Labeled and Unlabeled Data",
+        year=2021,
+        arxiv="2101.07597",
+        classes=(
+            "UniSpeechForCTC",
+            "UniSpeechForPreTraining",
+            "UniSpeechForSequenceClassification",
+            "UniSpeechModel",
+        ),
+        config="UniSpeechConfig",
+        sizes=("large",),
+        tasks=("transcription in phonemes", "alignment", "embedding", "classification", "pre-training"),
+        checkpoints=(
+            Checkpoint("microsoft/unispeech-large-1500h-cv", "large", _UNISPEECHS),
+            Checkpoint("microsoft/unispeech-large-multi-lingual-1500h-cv", "large", _UNISPEECHS),
+            Checkpoint("CommonVoiceEnglishPretrainedModel/checkpoint_best.pt", "large", _UNISPEECHS),
+            Checkpoint("CommonVoiceMultilingualPretrainedModel/checkpoint_best.pt", "large", _UNISPEECHS),
+        ),
+        processor="audiozoo.processors.wav2vec2:Wav2Vec2Processor",
+    ),
+    Paper(
+        name="unispeech_sat",
+        title="UniSpeech-SAT",
+        paper="UniSpeech-SAT: Universal Speech Representation Learning with Speaker Aware Pre-Training",
+        year=2021,
+        arxiv="2110.05752",
+        classes=(
+            "UniSpeechSatForXVector",
+            "UniSpeechSatForPreTraining",
+            "UniSpeechSatForCTC",
+            "UniSpeechSatForSequenceClassification",
+            "UniSpeechSatForAudioFrameClassification",
+            "UniSpeechSatModel",
+        ),
+        config="UniSpeechSatConfig",
+        sizes=("base", "base_plus", "large"),
+        tasks=("speaker embedding", "embedding", "transcription", "classification", "units", "pre-training"),
+        checkpoints=_unispeech_sat_checkpoints(),
         processor="audiozoo.processors.wav2vec2:Wav2Vec2Processor",
     ),
     Paper(

@@ -39,7 +39,7 @@ does from its version 5 on. Its earlier versions and the original code drop the 
 
 Checkpoints: `asapp/sew-tiny-100k`, `-small-100k`, `-mid-100k`, `-tiny-100k-ft-ls100h`, `asapp/sew-d-tiny-100k`,
 `-small-100k`, `-mid-100k`, `-mid-400k`, `-mid-k127-100k`, `-mid-k127-400k`, `-base-100k`, `-base-plus-100k`,
-`-base-plus-400k`, their `-ft-ls100h`, and the original `.pt` files of the same names.
+`-base-plus-400k`, `-tiny-100k-ft-ls100h`, `-mid-400k-ft-ls100h`, and the original `.pt` files of the same names.
 
     import audiozoo
     model = audiozoo.load("asapp/sew-d-tiny-100k-ft-ls100h")
@@ -340,11 +340,10 @@ class SEWModel(Wav2Vec2Model):
 def log_bucket_positions(distances: np.ndarray, buckets: int, maximum: int) -> np.ndarray:
     r"""Signed buckets of distances $\delta = i - j$ (DeBERTa v3): exact up to half the buckets $m$, logarithmic beyond.
 
-        $$\operatorname{sgn}(\delta)\Bigl(m + \Bigl\lceil rac{\log(|\delta|/m)}{\log((M - 1)/m)}\,(m - 1)
-        \Bigr
-    ceil\Bigr) \quad	ext{for } |\delta| > m$$
+    $$\operatorname{sgn}(\delta)\Bigl(m + \Bigl\lceil \frac{\log(|\delta|/m)}{\log((M - 1)/m)}\,(m - 1)
+    \Bigr\rceil\Bigr) \quad\text{for } |\delta| > m$$
 
-        The logarithm is taken in float32, as in the models' training.
+    The logarithm is taken in float32, as in the models' training.
     """
     middle = buckets // 2
     size = np.maximum(np.abs(distances), middle).astype(np.float32)
@@ -366,10 +365,10 @@ def skew(x: Float[Array, "*leading frames offsets"]) -> Float[Array, "*leading f
 class DisentangledSelfAttention(nnx.Module):
     r"""§ "SEW-D": self-attention with content and relative position apart (DeBERTa, arXiv 2006.03654, Eq. 4).
 
-    $$	ilde A_{ij} = \underbrace{Q^c_i {K^c_j}^	op}_{	ext{content-to-content}} + \underbrace{Q^c_i
-    {K^r_{\delta(i,j)}}^	op}_{	ext{content-to-position, c2p}} + \underbrace{K^c_j
-    {Q^r_{\delta(j,i)}}^	op}_{	ext{position-to-content, p2c}}, \qquad
-    H = \operatorname{softmax}\Bigl(rac{	ilde A}{\sqrt{3d}}\Bigr) V^c$$
+    $$\tilde A_{ij} = \underbrace{Q^c_i {K^c_j}^\top}_{\text{content-to-content}} + \underbrace{Q^c_i
+    {K^r_{\delta(i,j)}}^\top}_{\text{content-to-position, c2p}} + \underbrace{K^c_j
+    {Q^r_{\delta(j,i)}}^\top}_{\text{position-to-content, p2c}}, \qquad
+    H = \operatorname{softmax}\Bigl(\frac{\tilde A}{\sqrt{3d}}\Bigr) V^c$$
     """
 
     def __init__(self, config: Any, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):

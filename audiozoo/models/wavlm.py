@@ -418,7 +418,7 @@ def draw_mixes(
     Raises:
         UsageError: if noise is wanted and there is none.
     """
-    if noise_probability > 0 and noises * noise_samples == 0:
+    if noises * noise_samples == 0 and noise_probability > 0:
         raise UsageError("Mixing with noise needs noises: give their number and their length.")
     keys = jax.random.split(key, 8)
     own = jnp.full((batch,), samples) if lengths is None else jnp.asarray(lengths)
