@@ -1,0 +1,214 @@
+"""Bark without PyTorch: loops against no loops, training, long texts, histories, the command line."""
+
+from __future__ import annotations
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import audiozoo
+from audiozoo import cli
+from audiozoo.audio.files import read
+from audiozoo.commands import speech
+from audiozoo.errors import UsageError
+from audiozoo.models import bark
+from audiozoo.processors.bark import BarkProcessor, load_voice_preset, save_voice_preset
+from tests.models.random_model import random_model
+from tests.models.tiny_bark import CONFIG, GENERATION
+from tests.shapes import enforce
+from weights_conversion.bark import config_from_hugging_face, generation_from_hugging_face
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+IDS = np.array([[3, 5, 7, 9, 11, 13, 15, 17], [2, 4, 6, 8, 10, 12, 14, 16]])
+LETTERS = {letter: i for i, letter in enumerate(["[PAD]", "[UNK]", *"abcdefghij."])}
+
+
+@pytest.fixture(scope="module")
+def model() -> bark.BarkModel:
+    config = config_from_hugging_face(CONFIG)
+    made = random_model(lambda rngs: bark.BarkModel(config, rngs=rngs))
+    made.generation_config = generation_from_hugging_face(GENERATION)
+    for stage in (made.semantic, made.coarse_acoustics, made.fine_acoustics):
+        stage.generation_config = made.generation_config
+    return made
+
+
+def processor() -> BarkProcessor:
+    made = BarkProcessor.from_vocabulary(LETTERS)
+    made.max_length = 8
+    return made
+
+
+def test_the_annotations_hold(monkeypatch, model):
+    assert enforce(monkeypatch, bark)
+    out = jax.eval_shape(lambda: model.semantic(jnp.asarray(IDS), output_attentions=True, output_hidden_states=True))
+    assert out.logits.shape == (2, 8, 48)
+    assert len(out.hidden_states) == 3
+    codes = jnp.zeros((2, 9, 8), jnp.int32)
+    assert jax.eval_shape(lambda: model.fine_acoustics(2, codes)).logits.shape == (2, 9, 20)
+
+
+def test_one_token_at_a_time(model):
+    """The cached loop gives the tokens of whole forwards."""
+    stage, ids = model.semantic, model.generation_config.semantic_config
+    tokens = stage.generate(IDS, max_new_tokens=6, min_new_tokens=6)
+    text, none = jnp.asarray(IDS + 48), jnp.full((1, 8), 40)
+    allowed = jnp.arange(48) < 40
+
+    @jax.jit
+    def whole(stage, tokens):
+        x = jnp.concatenate([stage.prompt(text, none, ids), stage.input_embeds_layer(tokens[:, :-1])], axis=1)
+        return jnp.where(allowed, stage(inputs_embeds=x).logits[:, 8:], -jnp.inf).argmax(axis=-1)
+
+    np.testing.assert_array_equal(whole(stage, jnp.asarray(tokens)), tokens)
+
+
+def test_a_row_is_what_it_is_alone_and_a_history_goes_on(model, tmp_path):
+    """Drawn, with a key: a batch's first row has the tokens, and the sound, that it has by itself."""
+    options = {"sampling": "original", "key": jax.random.key(1), "semantic_max_new_tokens": 12, "min_eos_p": None}
+    waveform, samples, said = model.generate(IDS, None, True, return_history=True, **options)
+    alone, _, again = model.generate(IDS[:1], None, True, return_history=True, **options)
+    np.testing.assert_array_equal(said[0]["fine_prompt"], again[0]["fine_prompt"])
+    np.testing.assert_allclose(waveform[0, : samples[0]], alone[0, : samples[0]], atol=1e-6)
+    assert waveform.shape[1] == samples.max()
+    assert (samples % 4 == 0).all()
+    save_voice_preset(tmp_path / "voice.npz", said[0])
+    np.testing.assert_equal(load_voice_preset(tmp_path / "voice.npz"), said[0])
+    onward = model.generate(IDS[:1], said[0], **options)
+    assert onward.shape != alone.shape or (onward != alone).any()
+
+
+def test_options_of_one_stage(model):
+    split = bark._by_stage({"temperature": 0.7, "do_sample": True, "coarse_temperature": 0.3, "fine_top_k": 4})
+    assert split["semantic_"] == {"temperature": 0.7, "do_sample": True}
+    assert split["coarse_"] == {"temperature": 0.3, "do_sample": True}
+    assert split["fine_"] == {"temperature": 0.7, "top_k": 4}
+    tokens = np.arange(40)[None] % 16 + 40 + 16 * (np.arange(40) % 2)
+    greedy = model.fine_acoustics.generate(tokens, codebook_size=16)
+    sure = model.fine_acoustics.generate(tokens, codebook_size=16, do_sample=True, top_k=1, key=jax.random.key(0))
+    np.testing.assert_array_equal(sure, greedy)
+    drawn = model.fine_acoustics.generate(tokens, codebook_size=16, temperature=2.0, key=jax.random.key(0))
+    assert (drawn != greedy).any()
+
+
+def test_mistakes_get_a_sentence(model):
+    call = model.semantic.generate
+    for options, message in (
+        ({"temprature": 1}, "temprature"),
+        ({"sampling": "loud"}, "no sampling 'loud'"),
+        ({"max_new_tokens": 100}, "positions for 40 semantic tokens"),
+        ({"min_eos_p": -1.0}, "min_eos_p must be above 0"),
+        ({"sampling": "original"}, "needs a key"),
+        ({"history_prompt": {}}, "no semantic_prompt"),
+        ({"history_prompt": {"semantic_prompt": np.array([99])}}, "from 0 to 39"),
+        ({"history_prompt": {"semantic_prompt": np.zeros((1, 2), int)}}, r"\(time,\) is expected"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            call(IDS, **options)
+    with pytest.raises(UsageError, match="at least one"):
+        call(np.zeros((1, 0), int))
+    with pytest.raises(UsageError, match="lacks"):
+        call(IDS + 100)
+    with pytest.raises(UsageError, match="codebooks 1 to 7, not 0"):
+        model.fine_acoustics(0, jnp.zeros((1, 4, 8), jnp.int32))
+    with pytest.raises(UsageError, match="not both"):
+        model.semantic()
+    odd = bark.BarkCoarseGenerationConfig(sliding_window_len=5)
+    with pytest.raises(UsageError, match="must be even"):
+        model.coarse_acoustics.generate(np.ones((1, 3), int), None, odd)
+    silent = model.semantic_to_waveform(np.full((1, 3), 40))
+    assert silent[0].shape == (1, 0)
+
+
+def learns(model, loss) -> np.ndarray:
+    graphdef, params = nnx.split(model, nnx.Param)
+    optimiser = optax.adam(1e-2)
+
+    @jax.jit
+    def steps(params, state):
+        def body(carry, _):
+            params, state = carry
+            value, gradient = jax.value_and_grad(lambda p: loss(nnx.merge(graphdef, p)))(params)
+            updates, state = optimiser.update(gradient, state, params)
+            return (optax.apply_updates(params, updates), state), value
+
+        return jax.lax.scan(body, (params, state), length=60)[1]
+
+    return np.asarray(steps(params, optimiser.init(params)))
+
+
+def test_every_stage_learns(model):
+    """Our reconstruction of the three losses, on one example each."""
+    rng = np.random.default_rng(0)
+    spoken = jnp.asarray(np.concatenate([rng.integers(0, 40, (2, 6)), [[40], [40]]], axis=1))
+    losses = learns(model.semantic, lambda m: bark.semantic_loss(m, jnp.asarray(IDS + 48), spoken))
+    assert losses[-1] < 0.5 * losses[0]
+    coarse = jnp.asarray(40 + rng.integers(0, 16, (2, 12)) + 16 * (np.arange(12) % 2))
+    losses = learns(model.coarse_acoustics, lambda m: bark.coarse_loss(m, jnp.asarray(IDS), coarse))
+    assert losses[-1] < 0.5 * losses[0]
+    codes = jnp.asarray(rng.integers(0, 16, (2, 10, 8)))
+    losses = learns(model.fine_acoustics, lambda m: bark.fine_loss(m, codes, 4))
+    assert losses[-1] < 0.7 * losses[0]
+    drawn = {bark.draw_codebook(rng, model.generation_config) for _ in range(100)}
+    assert drawn == set(range(2, 8))
+
+
+def test_half_precision_stays_near():
+    config = config_from_hugging_face(CONFIG).fine_acoustics_config
+    codes = jnp.asarray(np.random.default_rng(0).integers(0, 16, (1, 9, 8)))
+    whole, half = (
+        random_model(lambda rngs, d=dtype: bark.BarkFineModel(config, dtype=d, rngs=rngs))(3, codes).logits
+        for dtype in (None, jnp.bfloat16)
+    )
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(jnp.float32), whole, atol=0.1, rtol=0.1)
+
+
+def test_long_texts(model):
+    said = list(bark.speak(model, processor(), "abc. dej. abcdefghij abcdefghij.", semantic_max_new_tokens=8))
+    assert [s.text for s in said][:2] == ["abc.", "dej."]
+    assert all(s.waveform.size == s.history["fine_prompt"].shape[1] * 4 for s in said)
+    ids = model.generation_config
+    long = {"semantic_prompt": np.arange(30), "coarse_prompt": np.zeros((2, 45)), "fine_prompt": np.zeros((8, 45))}
+    both = bark.joined(long, said[0].history, ids)
+    assert both["semantic_prompt"].size == 8
+    assert both["fine_prompt"].shape == (8, 12)
+    np.testing.assert_array_equal(both["fine_prompt"][:, -1], said[0].history["fine_prompt"][:, -1])
+
+
+def test_speak(model, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(speech, "keep_compiled_programs", lambda: None)
+    audiozoo.export(model, tmp_path / "model")
+    processor().save(tmp_path / "model")
+    given = {
+        "semantic_prompt": np.arange(9),
+        "coarse_prompt": np.ones((2, 13), int),
+        "fine_prompt": np.ones((8, 13), int),
+    }
+    save_voice_preset(tmp_path / "me.npz", given)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["audiozoo", "speak", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as end:
+            return end.code or 0, capsys.readouterr()
+        return 0, capsys.readouterr()
+
+    call = ("abc. dej.", "--model", tmp_path / "model", "-o", tmp_path / "out.wav")
+    code, shown = run(*call, "--voice-preset", tmp_path / "me.npz", "--seed", 3, "--subtitles", tmp_path / "out.srt")
+    assert code == 0, shown.err
+    assert read(tmp_path / "out.wav").size
+    assert "dej." in (tmp_path / "out.srt").read_text()
+    for options, message in (
+        (("--speed", 2), "--speed is for VITS"),
+        (("--voice-preset", "nobody"), "no voice preset"),
+    ):
+        code, shown = run(*call, *options)
+        assert code == 1
+        assert message in " ".join(shown.err.split())
