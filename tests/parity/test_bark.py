@@ -464,3 +464,19 @@ def test_published_sizes(size):
         lambda: transformers.BarkModel(theirs), lambda: BarkModel(ours, rngs=nnx.Rngs(0)), hugging_face_table(ours)
     )
     assert round(count / 1e6) == {"bark_small": 413, "bark": 1109}[size]
+
+
+def test_a_published_size_in_float32():
+    """The fine model of `suno/bark-small`: 12 blocks of width 768."""
+    config = bark.BarkConfig.bark_small().fine_acoustics_config
+    with harness.precision("float32"):
+        theirs = transformers.models.bark.BarkFineConfig(**dataclasses.asdict(config))
+        reference = harness.randomise(transformers.models.bark.BarkFineModel(theirs))
+        model = harness.ported(
+            reference, lambda: BarkFineModel(config, rngs=nnx.Rngs(0)), hugging_face_table(config, "BarkFineModel")
+        )
+        codes = np.random.default_rng(0).integers(0, 1025, (1, 40, 8))
+        with torch.no_grad():
+            wanted = reference(4, torch.tensor(codes)).logits
+        found = jax.jit(lambda m: m(4, jnp.asarray(codes)).logits)(model)
+        harness.assert_close(found, wanted, name="logits")
