@@ -211,7 +211,7 @@ def test_a_paper_is_whole(paper, pattern):
 
 # Papers whose code stands and whose proof is not complete: `audiozoo.load` does not offer them yet.
 UNFINISHED: dict[str, str] = {
-    "seamless_m4t": "no conversion, no parity of the whole",
+    "seamless_m4t": "no golden file, no notebook",
 }
 
 

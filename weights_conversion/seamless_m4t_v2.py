@@ -13,9 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from audiozoo.decoding import GenerationConfig
 from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.models.seamless_m4t_v2 import SeamlessM4Tv2Config, SeamlessM4Tv2GenerationConfig
 from audiozoo.models.speech_resynthesis import CodeHifiGanConfig
@@ -24,7 +21,25 @@ from weights_conversion import code_hifigan_names as vocoder
 from weights_conversion.hifigan import WEIGHT_NORM_RENAMES
 from weights_conversion.readers import open_tensors
 from weights_conversion.rules import Ignore, Operation, Rule, Table, Tensors, Tied, identity
-from weights_conversion.seamless_m4t import SPEECH_ENCODER, TEXT_DECODER, TEXT_ENCODER, UNREAD, attention, below
+from weights_conversion.seamless_m4t import (
+    FAIRSEQ2_MARK,
+    FAIRSEQ_MARK,
+    FAIRSEQ_ROWS,
+    LANGUAGES,
+    ORIGINAL_NAMES,
+    REMNANTS,
+    SPEECH_ENCODER,
+    TEXT_DECODER,
+    TEXT_ENCODER,
+    UNREAD,
+    WithVoice,
+    attention,
+    bare,
+    below,
+    reordered,
+    search_options,
+    table_of,
+)
 from weights_conversion.wav2vec2 import convolution, norm
 
 MODEL_TYPE = "seamless_m4t_v2"
@@ -48,21 +63,6 @@ UNIT_DECODER = (
     Rule("{a:pos_emb_alpha|pos_emb_alpha_char}", "{a}"),
     *vocoder.variance_predictor_rules("duration_predictor.", "duration_predictor."),
 )
-
-
-def reordered(rows: Sequence[int]) -> Operation:
-    """A table whose row i is the foreign row `rows[i]`; rows behind them stay."""
-
-    def move(order: np.ndarray) -> Any:
-        def apply(arrays: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
-            if len(arrays[0]) < len(order):
-                raise ValueError("fewer rows than are moved")
-            return (np.concatenate([arrays[0][order], arrays[0][len(order) :]]),)
-
-        return apply
-
-    order = np.asarray(rows)
-    return Operation(f"reordered({len(rows)} rows)", move(order), move(np.argsort(order)))
 
 
 def t2u_rules(foreign: str = "", ours: str = "", characters: Operation = identity) -> tuple[Rule, ...]:
@@ -125,7 +125,6 @@ _DEFAULTS = {
     f.name: f.default for f in dataclasses.fields(SeamlessM4Tv2Config) if f.name not in ("vocoder", "sampling_rate")
 }
 _VOCODER_DEFAULTS = {name: getattr(CodeHifiGanConfig(), name) for name in vocoder.VOCODER_KEPT}
-_LANGUAGES = ("text_decoder_lang_to_code_id", "t2u_lang_code_to_id", "vocoder_lang_code_to_id")
 
 
 def config_from_hugging_face(
@@ -145,18 +144,11 @@ def generation_from_hugging_face(
 ) -> SeamlessM4Tv2GenerationConfig:
     """Our generation settings from `generation_config.json`; the longest text may also stand in `config.json`."""
     tables: dict[str, Any] = {}
-    for name in (*_LANGUAGES, "char_to_id", "id_to_text"):
-        table = generation.get(name) or {}
-        if not isinstance(table, Mapping):
-            raise CheckpointError(f"{where}: {name} is no table.")
+    for name in (*LANGUAGES, "char_to_id", "id_to_text"):
         number = name == "id_to_text"
-        tables[name] = tuple((int(k), str(v)) if number else (str(k), int(v)) for k, v in table.items())
-    known = {f.name for f in dataclasses.fields(GenerationConfig)}
-    left_out = {"pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_token_id", "output_scores"}
-    options = {"max_new_tokens": config.get("max_new_tokens") or 256}
-    options |= {n: v for n, v in generation.items() if n in known - left_out and v is not None}
-    chosen = tuple((name, value) for name, value in options.items() if value != getattr(GenerationConfig(), name))
-    return SeamlessM4Tv2GenerationConfig(**tables, options=chosen)
+        items = table_of(generation, name, where).items()
+        tables[name] = tuple((int(k), str(v)) if number else (str(k), int(v)) for k, v in items)
+    return SeamlessM4Tv2GenerationConfig(**tables, options=search_options(generation, config))
 
 
 def hugging_face(model: Any) -> HuggingFaceForm:
@@ -179,101 +171,6 @@ def hugging_face(model: Any) -> HuggingFaceForm:
 
 # --- the authors' files ----------------------------------------------------------------------------------------------
 
-_W = r"w2v_encoder\.w2v_model\."
-_S2, _T2 = r"^speech_encoder\.inner\.layers\.(\d+)\.", r"^t2u_model\.decoder\.layers\.(\d+)\."
-# fairseq's names as fairseq2's, where they differ by more than what stands in front.
-FAIRSEQ_NAMES: tuple[tuple[str, str], ...] = (
-    (rf"^encoder\.{_W}layer_norm\.", "speech_encoder_frontend.post_extract_layer_norm."),
-    (rf"^encoder\.{_W}post_extract_proj\.", "speech_encoder_frontend.model_dim_proj."),
-    (rf"^encoder\.{_W}encoder\.layer_norm\.", "speech_encoder.inner_layer_norm."),
-    (rf"^encoder\.{_W}encoder\.layers\.", "speech_encoder.inner.layers."),
-    (r"^encoder\.adaptor\.proj\.0\.", "speech_encoder.proj1."),
-    (r"^encoder\.adaptor\.proj\.2\.", "speech_encoder.proj2."),
-    (r"^encoder\.adaptor\.out_ln\.", "speech_encoder.layer_norm."),
-    (r"^encoder\.adaptor\.layers\.(\d+)\.residual_pool\.1\.", r"speech_encoder.adaptor_layers.\1.residual_conv."),
-    (r"^encoder\.adaptor\.layers\.(\d+)\.attn_pool\.1\.", r"speech_encoder.adaptor_layers.\1.self_attn_conv."),
-    (r"^encoder\.adaptor\.layers\.", "speech_encoder.adaptor_layers."),
-    (rf"{_S2}conv_module\.layer_norm2\.", r"speech_encoder.inner.layers.\1.conv.layer_norm."),
-    (rf"{_S2}conv_module\.layer_norm\.", r"speech_encoder.inner.layers.\1.conv_layer_norm."),
-    (rf"{_S2}conv_module\.", r"speech_encoder.inner.layers.\1.conv."),
-    (rf"{_S2}ffn(1|2)\.layer_norm\.", r"speech_encoder.inner.layers.\1.ffn\2_layer_norm."),
-    (rf"{_S2}ffn(1|2)\.w_1\.", r"speech_encoder.inner.layers.\1.ffn\2.inner_proj."),
-    (rf"{_S2}ffn(1|2)\.w_2\.", r"speech_encoder.inner.layers.\1.ffn\2.output_proj."),
-    (rf"{_S2}self_attn\.linear_out\.", r"speech_encoder.inner.layers.\1.self_attn.output_proj."),
-    (rf"{_S2}self_attn\.linear_([qkv])\.", r"speech_encoder.inner.layers.\1.self_attn.\2_proj."),
-    (rf"{_S2}self_attn\.rel_k_embedding\.", r"speech_encoder.inner.layers.\1.self_attn.sdpa.rel_k_embed."),
-    (rf"{_S2}final_layer_norm\.", r"speech_encoder.inner.layers.\1.layer_norm."),
-    (r"^text_encoder\.embed_tokens\.", "text_encoder_frontend.embed."),
-    (r"^target_letter_decoder\.embed_tokens\.", "text_decoder_frontend.embed."),
-    (r"^target_letter_decoder\.output_projection\.", "final_proj."),
-    (r"^target_letter_decoder\.", "text_decoder."),
-    (r"^synthesizer_encoder\.", "t2u_model.encoder."),
-    (r"^decoder\.embed_tokens_text\.", "t2u_model.decoder_frontend.embed_char."),
-    (r"^decoder\.embed_tokens(_unit)?\.", "t2u_model.decoder_frontend.embed."),
-    (r"^decoder\.var_adaptor\.", "t2u_model.decoder_frontend.variance_adaptor."),
-    (r"^decoder\.dec_pos_emb_alpha", "t2u_model.decoder_frontend.pos_emb_alpha"),
-    (r"^decoder\.char_upsampler\.pos_emb_alpha", "t2u_model.decoder_frontend.pos_emb_alpha_char"),
-    (r"^decoder\.output_projection\.", "t2u_model.final_proj."),
-    (r"^decoder\.(layers|layer_norm)\.", r"t2u_model.decoder.\1."),
-    (rf"{_T2}layer_norm\.", r"t2u_model.decoder.layers.\1.self_attn_layer_norm."),
-    (rf"{_T2}ffn\.ffn\.0\.", r"t2u_model.decoder.layers.\1.conv1d.conv1."),
-    (rf"{_T2}ffn\.ffn\.2\.", r"t2u_model.decoder.layers.\1.conv1d.conv2."),
-    (rf"{_T2}ffn\.layer_norm\.", r"t2u_model.decoder.layers.\1.conv1d_layer_norm."),
-)
-_BLOCK, _POOL = r"^speech_encoder\.encoder\.layers\.(\d+)\.", r"^speech_encoder\.adapter\.layers\.(\d+)\."
-_TEXT = r"^((?:text_encoder|text_decoder|t2u_model\.model\.encoder)\.layers\.\d+)\."
-# fairseq2's names (and what fairseq's have in common with them) as those of `transformers`.
-ORIGINAL_NAMES: tuple[tuple[str, str], ...] = (
-    (r"^(?:model\.)?(?=speech_encoder|text_|t2u_model|final_proj|encoder\.|decoder\.|target_|synth)", ""),
-    *FAIRSEQ_NAMES,
-    (r"^speech_encoder_frontend\.post_extract_layer_norm\.", "speech_encoder.feature_projection.layer_norm."),
-    (r"^speech_encoder_frontend\.model_dim_proj\.", "speech_encoder.feature_projection.projection."),
-    (r"^speech_encoder\.layer_norm\.", "speech_encoder.inner_layer_norm\0."),
-    (r"^speech_encoder\.inner_layer_norm\.", "speech_encoder.encoder.layer_norm."),
-    ("\0", ""),
-    (r"^speech_encoder\.proj1\.", "speech_encoder.intermediate_ffn.intermediate_dense."),
-    (r"^speech_encoder\.proj2\.", "speech_encoder.intermediate_ffn.output_dense."),
-    (r"^speech_encoder\.inner\.layers\.", "speech_encoder.encoder.layers."),
-    (r"^speech_encoder\.adaptor_layers\.", "speech_encoder.adapter.layers."),
-    (rf"{_BLOCK}layer_norm\.", r"speech_encoder.encoder.layers.\1.final_layer_norm."),
-    (rf"{_BLOCK}conv_layer_norm\.", r"speech_encoder.encoder.layers.\1.conv_module.layer_norm."),
-    (rf"{_BLOCK}conv\.layer_norm\.", r"speech_encoder.encoder.layers.\1.conv_module.depthwise_layer_norm."),
-    (rf"{_BLOCK}conv\.", r"speech_encoder.encoder.layers.\1.conv_module."),
-    (rf"{_BLOCK}self_attn\.sdpa\.rel_k_embed\.", r"speech_encoder.encoder.layers.\1.self_attn.distance_embedding."),
-    (r"^(speech_encoder\..*self_attn)\.(?:output_proj|out_proj)\.", r"\1.linear_out."),
-    (r"^(speech_encoder\..*self_attn)\.([qkv])_proj\.", r"\1.linear_\2."),
-    (rf"{_POOL}(?:ffn\.inner_proj|fc1)\.", r"speech_encoder.adapter.layers.\1.ffn.intermediate_dense."),
-    (rf"{_POOL}(?:ffn\.output_proj|fc2)\.", r"speech_encoder.adapter.layers.\1.ffn.output_dense."),
-    (rf"{_POOL}final_layer_norm\.", r"speech_encoder.adapter.layers.\1.ffn_layer_norm."),
-    (r"^(speech_encoder\..*ffn[12])\.inner_proj\.", r"\1.intermediate_dense."),
-    (r"^(speech_encoder\..*ffn[12])\.output_proj\.", r"\1.output_dense."),
-    (r"^text_decoder_frontend\.embed\.", "text_decoder.embed_tokens."),
-    (r"^text_encoder_frontend\.embed\.", "text_encoder.embed_tokens."),
-    (r"^final_proj\.", "shared."),
-    (r"^t2u_model\.final_proj\.", "t2u_model.lm_head."),
-    (r"^t2u_model\.decoder_frontend\.embed\.", "t2u_model.model.decoder.embed_tokens."),
-    (r"^t2u_model\.decoder_frontend\.variance_adaptor\.", "t2u_model.model.decoder."),
-    (r"^t2u_model\.decoder_frontend\.", "t2u_model.model.decoder."),
-    (r"^t2u_model\.(encoder|decoder)\.", r"t2u_model.model.\1."),
-    (r"(duration_predictor\.conv[12])\.0\.", r"\1."),
-    (r"^(t2u_model\.model\.decoder\.layers\.\d+)\.conv1d\.", r"\1."),
-    (r"^(t2u_model\.model\.decoder\.layers\.\d+)\.conv1d_layer_norm\.", r"\1.conv_layer_norm."),
-    (r"^((?:text_|t2u_).*self_attn)\.output_proj\.", r"\1.out_proj."),
-    (rf"{_TEXT}(?:encoder_decoder_attn|encoder_attn)\.output_proj\.", r"\1.cross_attention.out_proj."),
-    (rf"{_TEXT}(?:encoder_decoder_attn|encoder_attn)", r"\1.cross_attention"),
-    (rf"{_TEXT}(?:ffn\.inner_proj|fc1)\.", r"\1.ffn.fc1."),
-    (rf"{_TEXT}(?:ffn\.output_proj|fc2)\.", r"\1.ffn.fc2."),
-    (rf"{_TEXT}final_layer_norm\.", r"\1.ffn_layer_norm."),
-)
-# What the loader of the authors leaves out as well.
-_REMNANTS = (
-    Ignore(r".*\.version|.*\._float_tensor|.*\.mask_emb", "what fairseq writes beside the weights"),
-    Ignore(r"decoder\.char_upsampler\.embed_tokens_char\.weight", "the characters again, as the upsampler had them"),
-    Ignore(r"decoder\.alignment_encoder\..*", "the aligner, which training took durations from"),
-    Ignore(r"decoder_target_letter_decoder\.proj\..*", "a projection of training alone"),
-)
-FAIRSEQ_ROWS = (1, 3, 0, 2)  # (BOS, PAD, EOS, UNK) -> (PAD, UNK, BOS, EOS)
-
 
 def character_order(pieces: Sequence[str]) -> list[int]:
     """fairseq's row of each character of a SentencePiece model, whose first four pieces are control symbols."""
@@ -291,36 +188,9 @@ def original_table(config: SeamlessM4Tv2Config, model_class: str, pieces: Sequen
     return Table(
         (*_rules(config, *moved), *below(tuple(voice), "vocoder.")),
         renames=ORIGINAL_NAMES,
-        ignored=(*_REMNANTS, *_ignored(model_class)),
+        ignored=(*REMNANTS, *_ignored(model_class)),
         tied=_TIED,
     )
-
-
-class WithVoice:
-    """The tensors of the translator and, with `vocoder.` in front, those of the vocoder, as one file."""
-
-    def __init__(self, translator: Tensors, voice: Tensors, table: Table):
-        self.owners = {name: (translator, name) for name in translator.names()}
-        self.owners |= {f"vocoder.{table.today(name)}": (voice, name) for name in voice.names()}
-
-    def names(self) -> list[str]:
-        """Every tensor's name."""
-        return list(self.owners)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of one tensor, without reading it."""
-        owner, inner = self.owners[name]
-        return owner.shape(inner)
-
-    def dtype(self, name: str) -> np.dtype:
-        """The dtype of one tensor, without reading it."""
-        owner, inner = self.owners[name]
-        return owner.dtype(inner)
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor's values."""
-        owner, inner = self.owners[name]
-        return owner.read(inner)
 
 
 def character_pieces(directory: Path) -> list[str]:
@@ -340,19 +210,11 @@ def character_pieces(directory: Path) -> list[str]:
     return [model.id_to_piece(i) for i in range(model.get_piece_size())]
 
 
-_FAIRSEQ_MARK = "encoder.w2v_encoder.w2v_model.encoder.layers.0.self_attn_layer_norm.weight"
-_FAIRSEQ2_MARK = "speech_encoder.inner.layers.0.self_attn_layer_norm.weight"
-
-
-def _bare(tensors: Tensors) -> set[str]:
-    return {name.removeprefix("model.") for name in tensors.names()}
-
-
 def _is_original(tensors: Tensors) -> bool:
     """Are these the authors' tensors, and the second version's, which spells?"""
-    names = _bare(tensors)
+    names = bare(tensors)
     spells = {"decoder.embed_tokens_text.weight", "t2u_model.decoder_frontend.embed_char.weight"}
-    return bool(names & {_FAIRSEQ_MARK, _FAIRSEQ2_MARK}) and bool(names & spells)
+    return bool(names & {FAIRSEQ_MARK, FAIRSEQ2_MARK}) and bool(names & spells)
 
 
 def config_from_original(tensors: Tensors) -> SeamlessM4Tv2Config:
@@ -458,7 +320,7 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
         voice = open_tensors(beside)
         config = dataclasses.replace(config, vocoder=vocoder.config_from_original(voice))
         source = WithVoice(tensors, voice, vocoder.original_table(config.vocoder))
-    pieces = character_pieces(path.parent) if _FAIRSEQ_MARK in _bare(tensors) else None
+    pieces = character_pieces(path.parent) if FAIRSEQ_MARK in bare(tensors) else None
     table = original_table(config, name, pieces)
     attributes = {}
     side = path.parent / "generation_config.json"

@@ -1,0 +1,530 @@
+"""SeamlessM4T against `transformers` in float64: the five directions, losses, files; tokens and units exactly."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+from transformers.models.seamless_m4t import modeling_seamless_m4t as theirs_v1
+
+import audiozoo
+from audiozoo.errors import CheckpointError, SourceError, UsageError
+from audiozoo.models import seamless_m4t
+from audiozoo.models.seamless_m4t import SeamlessM4TConfig, finetuning_losses
+from tests.parity import harness
+from weights_conversion import seamless_m4t as conversion
+from weights_conversion.rules import Table
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+TINY = {
+    "vocab_size": 60,
+    "t2u_vocab_size": 30,
+    "hidden_size": 16,
+    "encoder_layers": 1,
+    "encoder_ffn_dim": 20,
+    "encoder_attention_heads": 2,
+    "decoder_layers": 2,
+    "decoder_ffn_dim": 20,
+    "decoder_attention_heads": 2,
+    "feature_projection_input_dim": 10,
+    "speech_encoder_layers": 1,
+    "speech_encoder_attention_heads": 2,
+    "speech_encoder_intermediate_size": 20,
+    "conv_depthwise_kernel_size": 5,
+    "adaptor_kernel_size": 4,
+    "adaptor_stride": 4,
+    "t2u_encoder_layers": 1,
+    "t2u_encoder_ffn_dim": 20,
+    "t2u_encoder_attention_heads": 2,
+    "t2u_decoder_layers": 1,
+    "t2u_decoder_ffn_dim": 20,
+    "t2u_decoder_attention_heads": 2,
+    "unit_hifi_gan_vocab_size": 26,
+    "unit_embed_dim": 6,
+    "vocoder_num_langs": 3,
+    "lang_embed_dim": 4,
+    "vocoder_num_spkrs": 5,
+    "spkr_embed_dim": 3,
+    "upsample_initial_channel": 8,
+    "upsample_rates": (5, 2),
+    "upsample_kernel_sizes": (11, 4),
+    "resblock_kernel_sizes": (3,),
+    "resblock_dilation_sizes": ((1, 3),),
+    "max_new_tokens": 9,
+    "t2u_max_new_tokens": 11,
+}
+TABLES = {
+    "text_decoder_lang_to_code_id": {"eng": 50, "spa": 51},
+    "t2u_lang_code_to_id": {"eng": 28, "spa": 29},
+    "vocoder_lang_code_to_id": {"eng": 0, "spa": 2},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _exact_positions():
+    """The original computes angles in float32 even for a float64 model; here it may not."""
+
+    def make(length, width, padding):
+        angles = np.arange(length)[:, None] * np.exp(-np.log(1e4) / (width // 2 - 1) * np.arange(width // 2))
+        table = torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1))
+        table[padding] = 0
+        return table.to(torch.get_default_dtype())
+
+    def relative(self, hidden):
+        apart = torch.arange(hidden.shape[1] - 1, -hidden.shape[1], -1, dtype=torch.float64)[:, None]
+        angles = apart / 10_000.0 ** (torch.arange(0, self.d_model, 2, dtype=torch.float64) / self.d_model)
+        return torch.stack([angles.sin(), angles.cos()], dim=-1).reshape(1, len(apart), -1).to(hidden.dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(theirs_v1.SeamlessM4TSinusoidalPositionalEmbedding, "get_embedding", staticmethod(make))
+        patch.setattr(theirs_v1.SeamlessM4TConformerRelPositionalEmbedding, "forward", relative)
+        yield
+
+
+def build(name: str = "SeamlessM4TModel", seed: int = 0, dtype=None, **changes):
+    theirs = transformers.SeamlessM4TConfig(**(TINY | changes), attn_implementation="eager")
+    reference = harness.randomise(getattr(transformers, name)(theirs), seed, dtype)
+    with torch.no_grad():  # texts and units of several tokens, the units without control symbols, which have no sound
+        reference.shared.weight *= 2
+        if hasattr(reference, "vocoder"):
+            reference.vocoder.dur_predictor.proj.bias += 0.8
+            reference.t2u_model.lm_head.weight *= 2
+            reference.t2u_model.lm_head.weight[[0, 1, 3, 4, 5, 28, 29]] = 0
+    for table, values in TABLES.items():
+        setattr(reference.generation_config, table, values)
+    config = conversion.config_from_hugging_face(reference.config.to_dict())
+    table = conversion.hugging_face_table(config, name)
+    param = jnp.dtype(str(next(reference.parameters()).dtype).removeprefix("torch."))
+    cls = getattr(seamless_m4t, name)
+    model = harness.ported(reference, lambda: cls(config, param_dtype=param, rngs=nnx.Rngs(0)), table)
+    model.generation_config = conversion.generation_from_hugging_face(TABLES, {"max_new_tokens": 9}, "")
+    return reference, model, table
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return build()
+
+
+def text(seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    ids, mask = rng.integers(9, 60, (2, 7)), np.ones((2, 7), np.int64)
+    ids[:, 0], ids[:, -1] = 50, 3
+    ids[1, 5:], mask[1, 5:] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def speech(seed: int = 0) -> dict[str, np.ndarray]:
+    mask = np.ones((2, 30), np.int64)
+    mask[1, 17:] = 0
+    return {"input_features": np.random.default_rng(seed).standard_normal((2, 30, 10)), "attention_mask": mask}
+
+
+def targets() -> dict[str, np.ndarray]:
+    ids, mask = np.random.default_rng(9).integers(4, 60, (2, 6)), np.ones((2, 6), np.int64)
+    mask[1, 4:] = 0
+    return {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+
+
+def torched(x):
+    return {name: torch.tensor(array) for name, array in x.items()}
+
+
+def jaxed(x):
+    return {name: jnp.asarray(array) for name, array in x.items()}
+
+
+@pytest.mark.parametrize("source", [text, speech])
+def test_every_tap_and_output(whole, source):
+    reference, model, table = whole
+    x, everything = source() | targets(), {"output_hidden_states": True, "output_attentions": True}
+    skip = {
+        r"lm_head|t2u_model.*|vocoder.*": "the head is the embedding here; the rest is not part of the call",
+        r"text_.*\.embed_tokens": "one table here, which encoder and decoder share",
+        r"speech_encoder.*" if source is text else r"text_encoder.*": "not part of this call",
+    }
+    taps = harness.compare_taps(
+        reference,
+        lambda: reference(**torched(x), **everything),
+        model,
+        lambda: model(**jaxed(x), **everything),
+        table,
+        minimum=20,
+        skip=skip,
+        compiled=True,
+    )
+    compared = harness.compare_outputs(taps.ours, taps.reference)
+    assert {"output.logits", "output.encoder_last_hidden_state", "output.cross_attentions[1]"} <= set(compared)
+
+
+def units(seed: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """States of the text decoder, which of them are real, and units."""
+    rng = np.random.default_rng(seed)
+    mask = np.ones((2, 5), np.int64)
+    mask[1, 3:] = 0
+    return rng.standard_normal((2, 5, 16)), mask, rng.integers(4, 30, (2, 7))
+
+
+def test_text_to_units(whole):
+    reference, model, _ = whole
+    states, mask, ids = units()
+    everything = {"output_hidden_states": True, "output_attentions": True}
+    taps = harness.compare_taps(
+        reference.t2u_model,
+        lambda: reference.t2u_model(
+            inputs_embeds=torch.tensor(states),
+            attention_mask=torch.tensor(mask),
+            decoder_input_ids=torch.tensor(ids),
+            use_cache=False,
+            **everything,
+        ),
+        model.t2u_model,
+        lambda: model.t2u_model(jnp.asarray(states), jnp.asarray(mask), jnp.asarray(ids), **everything),
+        Table(conversion.T2U, tied=(conversion.Tied("lm_head.weight", "model.decoder.embed_tokens.weight"),)),
+        minimum=20,
+        skip={"lm_head": "the embedding here"},
+        compiled=True,
+    )
+    harness.compare_outputs(taps.ours, taps.reference)
+
+
+def their_loss(reference, labels, unit_labels, smoothing, **x):
+    """The authors' fine-tuning, of the modules of `transformers`."""
+
+    def smoothed(logits, labels):
+        labels = torch.tensor(labels)
+        labels[:, 0] = -100  # the language
+        # fairseq2: (1 - ε - ε/(V-1)) · nll + ε/(V-1) · Σ nll
+        logp, kept = logits.log_softmax(-1), labels != -100
+        nll = -logp.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        each = smoothing / (logits.shape[-1] - 1)
+        loss = (1 - smoothing - each) * nll - each * logp.sum(-1)
+        return loss[kept].sum() / kept.sum()
+
+    def shifted(labels, pad, start):
+        tokens = torch.full(labels.shape, start)
+        tokens[:, 1:] = torch.tensor(np.where(labels == -100, pad, labels))[:, :-1]
+        return tokens
+
+    output = reference(**x, decoder_input_ids=shifted(labels, 0, 3), output_hidden_states=True)
+    states, real = output.decoder_hidden_states[-1], torch.tensor(labels != -100).long()
+    spoken = reference.t2u_model(
+        inputs_embeds=states, attention_mask=real, decoder_input_ids=shifted(unit_labels, 1, 2)
+    ).logits
+    return smoothed(output.logits, labels) + smoothed(spoken, unit_labels)
+
+
+def labelled() -> tuple[np.ndarray, np.ndarray]:
+    return (
+        np.array([[51, 9, 17, 30, 3], [51, 8, 3, -100, -100]]),
+        np.array([[29, 9, 7, 12, 25, 2], [29, 8, 20, 2, -100, -100]]),
+    )
+
+
+@pytest.mark.parametrize("source", [text, speech])
+def test_losses_and_every_gradient(whole, source):
+    reference, model, table = whole
+    labels, unit_labels = labelled()
+    compared = harness.compare_gradients(
+        reference,
+        lambda: their_loss(reference, labels, unit_labels, 0.2, **torched(source())),
+        model,
+        jax.jit(lambda m: finetuning_losses(m, jnp.asarray(labels), jnp.asarray(unit_labels), **jaxed(source())).total),
+        table,
+    )
+    assert {"text_decoder.embed_tokens.embedding", "t2u_model.model.decoder.embed_tokens.embedding"} <= set(compared)
+    with torch.no_grad():
+        plain = reference(**torched(source()), labels=torch.tensor(labels)).loss
+        of_units = reference.t2u_model(inputs_embeds=torch.tensor(units()[0]), labels=torch.tensor(unit_labels)).loss
+    ours = audiozoo.jit(model)(**jaxed(source()), labels=jnp.asarray(labels)).loss
+    harness.assert_close(ours, plain, kind="gradient", name="loss")
+    ours = model.t2u_model(jnp.asarray(units()[0]), labels=jnp.asarray(unit_labels)).loss
+    harness.assert_close(ours, of_units, kind="gradient", name="loss of units")
+
+
+def test_only_what_learns_has_gradients(whole):
+    _, model, _ = whole
+    labels, unit_labels = (jnp.asarray(x) for x in labelled())
+
+    def gradient(**options):
+        loss = lambda m: finetuning_losses(m, labels, **options, **jaxed(text())).total  # noqa: E731
+        return harness.our_gradients(model, jax.jit(loss))[1]
+
+    frozen = gradient(unit_labels=unit_labels, freeze_text=True)
+    assert not any(np.any(g) for n, g in frozen.items() if not n.startswith("t2u_model"))
+    assert np.any(frozen["t2u_model.model.encoder.layers.0.fc1.kernel"])
+    of_text = gradient()
+    assert not any(np.any(g) for n, g in of_text.items() if n.startswith(("t2u_model", "vocoder", "speech")))
+
+
+@pytest.mark.parametrize("source", [text, speech])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "length_penalty": 0.7}], ids=["greedy", "beams"])
+def test_texts_are_equal(whole, source, options):
+    reference, model, _ = whole
+    wanted = reference.generate(**torched(source(1)), tgt_lang="spa", generate_speech=False, **options).sequences
+    found = model.generate(**jaxed(source(1)), tgt_lang="__spa__", generate_speech=False, **options)
+    ours = np.array(found.sequences)
+    if options:  # what the original fills short rows of a beam search with is their end
+        ours = np.where(np.arange(ours.shape[1]) < found.lengths[:, None], ours, 3)
+    np.testing.assert_array_equal(ours, wanted)
+
+
+@pytest.mark.parametrize(
+    ("source", "options"),
+    [
+        (text, {}),
+        (speech, {}),
+        (speech, {"num_beams": 2, "num_return_sequences": 2, "speech_num_return_sequences": 1}),
+        (text, {"text_num_beams": 2, "text_max_new_tokens": 7, "speech_max_new_tokens": 5}),
+    ],
+    ids=["text", "speech", "beams", "prefixes"],
+)
+def test_speech_is_equal(whole, source, options):
+    """One item: tokens and units exactly, and the waveform; of a batch, each item is what it is alone."""
+    reference, model, _ = whole
+    options = {"tgt_lang": "spa", "spkr_id": 3, "return_intermediate_token_ids": True, **options}
+    x = source(2)
+    together = model.generate(**jaxed(x), **options)
+    for row, length in enumerate(x["attention_mask"].sum(axis=1)):
+        one = {name: array[row : row + 1, :length] for name, array in x.items()}
+        wanted = reference.generate(**torched(one), **options)
+        found = model.generate(**jaxed(one), **options)
+        np.testing.assert_array_equal(found.sequences, wanted.sequences)
+        np.testing.assert_array_equal(found.unit_sequences, wanted.unit_sequences)
+        spoken = wanted.unit_sequences[:, 2:]
+        spoken = spoken[spoken != 2][None] - 4  # without the end, which the original's vocoder gives a sound
+        with torch.no_grad():
+            waveform, _ = reference.vocoder(spoken, spkr_id=torch.tensor([[3]]), lang_id=torch.tensor([[2]]))
+        harness.assert_close(found.waveform, waveform, name="waveform")
+        count = found.unit_sequences.shape[1]
+        np.testing.assert_array_equal(together.unit_sequences[row, :count], found.unit_sequences[0])
+        samples = together.waveform_lengths[row]
+        harness.assert_close(together.waveform[row, :samples], found.waveform[0], name=f"item {row} of the batch")
+
+
+@pytest.mark.parametrize("name", ["ForTextToText", "ForSpeechToText", "ForTextToSpeech", "ForSpeechToSpeech"])
+def test_each_class(name):
+    reference, model, _ = build("SeamlessM4T" + name)
+    x = {n: a[:1] for n, a in (speech(2) if "ForSpeech" in name else text(2)).items()}
+    if name.endswith("Speech"):
+        options = {"tgt_lang": "eng", "return_intermediate_token_ids": True}
+        wanted, found = reference.generate(**torched(x), **options), model.generate(**jaxed(x), **options)
+        np.testing.assert_array_equal(found.unit_sequences, wanted.unit_sequences)
+        np.testing.assert_array_equal(found.sequences, wanted.sequences)
+    else:
+        wanted = reference.generate(**torched(x), tgt_lang="eng")
+        np.testing.assert_array_equal(model.generate(**jaxed(x), tgt_lang="eng"), wanted)
+    x |= {n: a[:1] for n, a in targets().items()}
+    with torch.no_grad():
+        logits = reference(**torched(x)).logits
+    harness.assert_close(audiozoo.jit(model)(**jaxed(x)).logits, logits, name="logits")
+
+
+def test_short_rows_of_beams(whole):
+    """0 is the padding of texts, which the search of `transformers` takes for none: it fills rows with their end.
+
+    The text-to-unit model then reads those ends, so that an item depends on its neighbours. Here it does not.
+    """
+    reference, model, _ = whole
+    x, options = text(2), {"tgt_lang": "spa", "generate_speech": False, "num_beams": 3}
+    options |= {"early_stopping": True, "length_penalty": 0.0}
+    tokens = model.generate(**jaxed(x), **options).sequences[:, 2:]
+    for end in map(int, sorted(set(tokens.ravel().tolist()))):  # let another token be the end
+        found = model.generate(**jaxed(x), **options, eos_token_id=end)
+        if found.lengths[0] != found.lengths[1]:
+            break
+    else:
+        raise AssertionError("no end gives texts of different lengths")
+    wanted = reference.generate(**torched(x), **options, eos_token_id=end).sequences.numpy()
+    short = int(np.argmin(found.lengths))
+    assert (found.sequences[short, found.lengths[short] :] == 0).all()
+    assert (wanted[short, found.lengths[short] :] == end).all()
+
+
+def test_mistakes_get_a_sentence(whole):
+    _, model, _ = whole
+    ours = jaxed(text())
+    for call, message in (
+        (lambda: model.generate(**ours), "needs tgt_lang"),
+        (lambda: model.generate(**ours, generate_speech=False), "into which language"),
+        (lambda: model.generate(**ours, tgt_lang="deu"), "does not speak 'deu'; it has eng, spa"),
+        (lambda: model.generate(tgt_lang="eng"), "input_features"),
+        (lambda: model.generate(input_ids=np.zeros((1, 0), int), tgt_lang="eng"), "is empty"),
+        (lambda: model.generate(**ours, tgt_lang="eng", speaker_id=9), "no speaker 9"),
+        (lambda: model.generate(**ours, tgt_lang="eng", num_beans=3), "num_beams"),
+        (lambda: model(**ours), "decoder_input_ids or labels"),
+        (lambda: model(decoder_input_ids=jnp.zeros((1, 2), int)), "input_features"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            call()
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_directories_there_and_back(tmp_path):
+    with harness.precision("float32"):
+        reference, _, _ = build(dtype=torch.float32)
+        reference.save_pretrained(tmp_path / "theirs")
+        foreign = conversion.open_checkpoint(tmp_path / "theirs")
+        assert foreign.model_class == "SeamlessM4TModel"
+        model = harness.ported(
+            reference, lambda: seamless_m4t.SeamlessM4TModel(foreign.config, rngs=nnx.Rngs(0)), foreign.table
+        )
+        values = dict(
+            foreign.table.read(foreign.tensors, foreign.table.plan(foreign.tensors, harness.parameters(model)))
+        )
+        for name, array in harness.parameters(model).items():
+            np.testing.assert_array_equal(values[name], array, err_msg=name)
+        model.generation_config = foreign.attributes["generation_config"]
+        assert dict(model.generation_config.t2u_lang_code_to_id) == TABLES["t2u_lang_code_to_id"]
+        form = conversion.hugging_face(model)
+        written = dict(form.table.write(harness.parameters(model)))
+        state = reference.state_dict()
+        for name, array in written.items():
+            np.testing.assert_array_equal(array, state[name].numpy(), err_msg=name)
+        tied = {"lm_head.weight", "text_encoder.embed_tokens.weight", "text_decoder.embed_tokens.weight"}
+        assert set(state) - set(written) == tied | {"t2u_model.lm_head.weight"}
+        back = transformers.SeamlessM4TConfig(**form.files["config.json"])
+        for name in TINY:
+            assert getattr(back, name) == getattr(reference.config, name), name
+        assert form.files["generation_config.json"]["t2u_lang_code_to_id"] == TABLES["t2u_lang_code_to_id"]
+        with pytest.raises(CheckpointError, match="no class SeamlessM4TNothing"):
+            conversion.open_checkpoint(tmp_path / "theirs", "SeamlessM4TNothing")
+
+
+def fairseq2_names(name: str) -> str | None:
+    """A name of `transformers` as the authors' fairseq2 has it; None for what it does not hold."""
+    fixed = {
+        "shared.weight": "final_proj.weight",
+        "text_encoder.embed_tokens.weight": "text_encoder_frontend.embed.weight",
+        "text_decoder.embed_tokens.weight": "text_decoder_frontend.embed.weight",
+        "t2u_model.lm_head.weight": "t2u_model.final_proj.weight",
+        "t2u_model.model.decoder.embed_tokens.weight": "t2u_model.decoder_frontend.embed.weight",
+    }
+    if name in fixed or name.startswith(("vocoder", "lm_head")):
+        return fixed.get(name)
+    if not name.startswith("speech_encoder"):
+        name = name.replace("t2u_model.model.", "t2u_model.").replace("out_proj", "output_proj")
+        name = name.replace("cross_attention", "encoder_decoder_attn")
+        return name.replace("ffn.fc1", "ffn.inner_proj").replace("ffn.fc2", "ffn.output_proj")
+    for a, b in (
+        ("speech_encoder.feature_projection.layer_norm", "speech_encoder_frontend.post_extract_layer_norm"),
+        ("speech_encoder.feature_projection.projection", "speech_encoder_frontend.model_dim_proj"),
+        ("speech_encoder.inner_layer_norm", "speech_encoder.layer_norm"),
+        ("speech_encoder.encoder.layer_norm", "speech_encoder.inner_layer_norm"),
+        ("speech_encoder.intermediate_ffn.intermediate_dense", "speech_encoder.proj1"),
+        ("speech_encoder.intermediate_ffn.output_dense", "speech_encoder.proj2"),
+    ):
+        if name.startswith(a):
+            return name.replace(a, b)
+    name = name.replace("conv_module.layer_norm", "conv_layer_norm").replace("conv_module", "conv")
+    if "adapter" not in name:
+        name = name.replace("final_layer_norm", "layer_norm")
+    name = name.replace("linear_out", "output_proj").replace("linear_pos", "sdpa.r_proj")
+    name = re.sub(r"pos_bias_([uv])", r"sdpa.\1_bias", re.sub(r"linear_([qkv])", r"\1_proj", name))
+    name = name.replace("intermediate_dense", "inner_proj").replace("output_dense", "output_proj")
+    return name.replace("encoder.layers", "inner.layers").replace("adapter.layers", "adaptor_layers")
+
+
+def fairseq_names(name: str) -> str:
+    """A name of fairseq2 as fairseq has it."""
+    front, inside = r"^speech_encoder\.inner\.layers\.(\d+)\.", "encoder.w2v_encoder.w2v_model."
+    pairs = (
+        (r"^speech_encoder_frontend\.post_extract_layer_norm", inside + "layer_norm"),
+        (r"^speech_encoder_frontend\.model_dim_proj", inside + "post_extract_proj"),
+        (r"^speech_encoder\.inner_layer_norm", inside + "encoder.layer_norm"),
+        (r"^speech_encoder\.proj1", "encoder.adaptor.proj.0"),
+        (r"^speech_encoder\.proj2", "encoder.adaptor.proj.2"),
+        (r"^speech_encoder\.layer_norm", "encoder.adaptor.out_ln"),
+        (r"^speech_encoder\.adaptor_layers\.(\d+)\.residual_conv", r"encoder.adaptor.layers.\1.residual_pool.1"),
+        (r"^speech_encoder\.adaptor_layers\.(\d+)\.self_attn_conv", r"encoder.adaptor.layers.\1.attn_pool.1"),
+        (r"^speech_encoder\.adaptor_layers", "encoder.adaptor.layers"),
+        (front + r"conv_layer_norm", inside + r"encoder.layers.\1.conv_module.layer_norm"),
+        (front + r"conv\.", inside + r"encoder.layers.\1.conv_module."),
+        (front + r"ffn(1|2)_layer_norm", inside + r"encoder.layers.\1.ffn\2.layer_norm"),
+        (front + r"ffn(1|2)\.inner_proj", inside + r"encoder.layers.\1.ffn\2.w_1"),
+        (front + r"ffn(1|2)\.output_proj", inside + r"encoder.layers.\1.ffn\2.w_2"),
+        (front + r"self_attn\.output_proj", inside + r"encoder.layers.\1.self_attn.linear_out"),
+        (front + r"self_attn\.([qkv])_proj", inside + r"encoder.layers.\1.self_attn.linear_\2"),
+        (front + r"self_attn\.sdpa\.r_proj", inside + r"encoder.layers.\1.self_attn.linear_pos"),
+        (front + r"self_attn\.sdpa\.([uv])_bias", inside + r"encoder.layers.\1.self_attn.pos_bias_\2"),
+        (front + r"layer_norm", inside + r"encoder.layers.\1.final_layer_norm"),
+        (front, inside + r"encoder.layers.\1."),
+        (r"^final_proj", "target_letter_decoder.output_projection"),
+        (r"^text_decoder_frontend\.embed", "target_letter_decoder.embed_tokens"),
+        (r"^text_encoder_frontend\.embed", "text_encoder.embed_tokens"),
+        (r"^t2u_model\.decoder_frontend\.embed", "decoder.embed_tokens"),
+        (r"^t2u_model\.final_proj", "decoder.output_projection"),
+        (r"^t2u_model\.decoder\.", "decoder."),
+        (r"^t2u_model\.encoder\.", "synthesizer_encoder."),
+        (r"^text_decoder\.", "target_letter_decoder."),
+    )
+    for pattern, new in pairs:
+        if re.search(pattern, name):
+            name = re.sub(pattern, new, name)
+            break
+    if "w2v_encoder" not in name:
+        name = name.replace("ffn.inner_proj", "fc1").replace("ffn.output_proj", "fc2")
+        name = name.replace("ffn_layer_norm", "final_layer_norm").replace("encoder_decoder_attn", "encoder_attn")
+        name = name.replace("attn.output_proj", "attn.out_proj")
+    return name
+
+
+@pytest.mark.parametrize("style", ["fairseq2", "fairseq"])
+def test_the_authors_files(tmp_path, whole, style, monkeypatch):
+    """The same weights under fairseq2's and under fairseq's names, the latter with its order and one row too many."""
+    reference, model, _ = whole
+    state = {n: t.clone() for n, t in reference.state_dict().items()}
+    theirs = {new: t for n, t in state.items() if (new := fairseq2_names(n)) is not None}
+    if style == "fairseq":
+        monkeypatch.setattr(conversion, "NLLB_100_ROWS", 61)
+        before = len(theirs)
+        theirs = {fairseq_names(n): t for n, t in theirs.items()}
+        assert len(theirs) == before
+        tokens = torch.cat([state["shared.weight"], torch.ones(1, 16)])
+        tokens[[1, 3, 0, 2]] = state["shared.weight"][:4]
+        for name in ("output_projection", "embed_tokens"):
+            theirs[f"target_letter_decoder.{name}.weight"] = tokens
+        theirs["text_encoder.embed_tokens.weight"] = tokens
+        theirs["target_letter_decoder.version"] = torch.zeros(1)
+        theirs["encoder.w2v_encoder.w2v_model.mask_emb"] = torch.zeros(3)
+    path = tmp_path / "multitask_unity_tiny.pt"
+    torch.save({"model": theirs}, path)
+    assert conversion.recognise(path)
+    ours = harness.parameters(model)
+    for name, other in (("SpeechToText", "text_encoder"), ("TextToText", "speech_encoder")):
+        foreign = conversion.open_checkpoint(path, f"SeamlessM4TFor{name}")
+        expected = {n: v for n, v in ours.items() if not n.startswith((other, "vocoder", "t2u"))}
+        values = dict(foreign.table.read(foreign.tensors, foreign.table.plan(foreign.tensors, expected)))
+        assert set(values) == set(expected)
+        for n, v in values.items():
+            np.testing.assert_array_equal(v, ours[n], err_msg=n)
+    for field in (
+        "hidden_size",
+        "vocab_size",
+        "t2u_decoder_layers",
+        "decoder_ffn_dim",
+        "speech_encoder_attention_heads",
+    ):
+        assert getattr(foreign.config, field) == TINY[field], field
+    with pytest.raises(SourceError, match=r"put vocoder_36langs\.pt beside"):
+        conversion.open_checkpoint(path)
+
+
+def test_published_sizes():
+    with harness.precision("float32"):
+        for config, millions in ((SeamlessM4TConfig.large(), 2360), (SeamlessM4TConfig.medium(), 1210)):
+            fields = {n: getattr(config, n) for n in conversion._DEFAULTS}
+            count = harness.assert_same_shapes(
+                lambda fields=fields: transformers.SeamlessM4TModel(transformers.SeamlessM4TConfig(**fields)),
+                lambda config=config: seamless_m4t.SeamlessM4TModel(config, rngs=nnx.Rngs(0)),
+                conversion.hugging_face_table(config, "SeamlessM4TModel"),
+            )
+            assert abs(count / 1e6 - millions) < 60, count
