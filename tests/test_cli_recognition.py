@@ -12,7 +12,7 @@ import soundfile
 import audiozoo
 from audiozoo.decoding import ctc, encoders
 from audiozoo.decoding.units import KMeans, deduplicate, units
-from audiozoo.models import hubert, wav2vec2
+from audiozoo.models import hubert, sew, wav2vec2, wavlm
 from audiozoo.models.hubert import HubertConfig
 from audiozoo.models.wav2vec2 import Wav2Vec2Config
 from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
@@ -166,3 +166,28 @@ def test_units(run, checkpoints, tmp_path):
     found, frames = deduplicate(wanted)
     assert merged == {"units": found.tolist(), "frames": frames.tolist()}
     assert_refused(run("units", sound, "--clusters", tmp_path / "no.npz", "--model", source), "no file")
+
+
+def test_the_family_speaks_the_same_commands(run, checkpoints, tmp_path):
+    """WavLM's speaker vectors, SEW's squeezed frames."""
+    sound, processor = checkpoints / "noise.wav", audiozoo.load_processor(checkpoints / "ctc")
+    small = {"tdnn_dim": (8,) * 5, "xvector_output_dim": 6}
+    squeezed = NETWORK | {"conv_dim": (8,) * 13, "feat_extract_norm": "group", "conv_bias": False}
+    models = {
+        "wavlm": random_model(lambda rngs: wavlm.WavLMForXVector(wavlm.WavLMConfig(**NETWORK, **small), rngs=rngs)),
+        "sew": random_model(lambda rngs: sew.SEWModel(sew.SEWConfig(**squeezed), rngs=rngs)),
+    }
+    for name, model in models.items():
+        audiozoo.export(model, tmp_path / name)
+        processor.save(tmp_path / name)
+        out = tmp_path / f"{name}.npz"
+        shown = run("embed", sound, "--model", tmp_path / name, "-o", out)
+        assert shown.code == 0, shown.err
+        with np.load(out) as kept:
+            vector = "embedding" if name == "wavlm" else "mean"
+            np.testing.assert_array_equal(kept["embeddings"][0], kept[vector])
+            assert kept["frames"].shape == ((99 if name == "wavlm" else 49), 16)
+            assert len(kept["times"]) == len(kept["frames"])
+            np.testing.assert_allclose(np.diff(kept["times"]), 0.02 if name == "wavlm" else 0.04)
+    assert_refused(run("embed", sound, "--text", "a dog", "--model", tmp_path / "sew"), "no --text")
+    assert_refused(run("embed", sound, "--layer", "5", "--model", tmp_path / "sew"), "no layer 5")

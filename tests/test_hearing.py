@@ -132,7 +132,7 @@ def test_search_looks_once(command, checkpoints, monkeypatch, tmp_path):
         (("classify", "{hum}", "--model", "{clap}", "--labels", "rain", "--template", "x"), "no {} where"),
         (("embed",), "nothing to embed"),
         (("embed", "{hum}", "-o", "out.txt"), "should end in .npz"),
-        (("embed", "{hum}", "--model", "{ast}"), "matched by a ClapModel"),
+        (("embed", "{hum}", "--model", "{ast}"), "embedded by a ClapModel or a speech encoder"),
         (("search", "nowhere", "rain"), "no directory nowhere"),
         (("search", "{clap}", "rain"), "holds no sound files"),
         (("search", "{sounds}", " "), "query is empty"),

@@ -82,8 +82,15 @@ def embed(
         Path | None, typer.Option("--output", "-o", help="an .npz file with names and embeddings; without: JSON lines")
     ] = None,
     model: Model = None,
+    layer: Annotated[
+        int | None, typer.Option(help="of a speech encoder: whose frames; 0 is the Transformer's input")
+    ] = None,
 ) -> None:
-    """Embed sounds and texts in CLAP's space, where the product of two says how well they fit."""
+    """Embed sounds and texts in CLAP's space, where the product of two says how well they fit; or speech.
+
+    A speech encoder (wav2vec 2.0, HuBERT, WavLM, ...) gives the vector of the speaker, where it has a head for that, or
+    the mean of the frames. The .npz file of a single recording holds the frames and their times as well.
+    """
     files, text = files or [], text or []
     if not files and not text:
         raise UsageError("There is nothing to embed; name sound files, or texts with --text.")
@@ -94,11 +101,20 @@ def embed(
     terminal.keep_compiled_programs()
     from audiozoo.models.clap import embed_text
 
-    matcher, processor = _matcher(model or MATCHER)
+    matcher, processor, speech = _embedder(model or MATCHER)
+    if speech and text:
+        raise UsageError(f"{model} is a speech encoder: it embeds sounds, and no --text.")
+    if layer is not None and not speech:
+        raise UsageError(f"--layer is for speech encoders; {model or MATCHER} has one embedding of a sound.")
     rows: list[np.ndarray] = []
+    more: dict[str, np.ndarray] = {}
     with progress_bar("embedding", len(files), "files") as update:
         for count, file in enumerate(files, 1):
-            rows.append(_embedding(matcher, processor, file))
+            if speech:
+                more = _speech_embedding(matcher, processor, file, layer)
+                rows.append(more.get("embedding", more["mean"]))
+            else:
+                rows.append(_embedding(matcher, processor, file))
             update(count, len(files))
     rows += list(embed_text(matcher, processor, text)) if text else []
     names = [*files, *text]
@@ -106,7 +122,8 @@ def embed(
         for name, row in zip(names, rows, strict=True):
             print(json.dumps({"name": name, "embedding": [round(float(x), 7) for x in row]}))
         return
-    _write_arrays(output, {"names": np.asarray(names), "embeddings": np.stack(rows)})
+    more = more if len(files) == 1 else {}
+    _write_arrays(output, more | {"names": np.asarray(names), "embeddings": np.stack(rows)})
     say(f"{len(rows)} embeddings in {output}")
 
 
@@ -218,6 +235,26 @@ def _matcher(source: str) -> tuple[Any, Any]:
     if (name := type(matcher).__name__) != "ClapModel":
         raise UsageError(f"{source} holds a {name}; sounds and words are matched by a ClapModel.")
     return matcher, audiozoo.load_processor(source)
+
+
+def _embedder(source: str) -> tuple[Any, Any, bool]:
+    """What embeds sounds, its processor, and whether it is a speech encoder."""
+    import audiozoo
+
+    model = audiozoo.load(source)
+    if (name := type(model).__name__) != "ClapModel" and not hasattr(
+        getattr(model, "backbone", model), "frame_lengths"
+    ):
+        raise UsageError(f"{source} holds a {name}; sounds are embedded by a ClapModel or a speech encoder.")
+    return model, audiozoo.load_processor(source), name != "ClapModel"
+
+
+def _speech_embedding(model: Any, processor: Any, file: str, layer: int | None) -> dict[str, np.ndarray]:
+    from audiozoo import audio
+    from audiozoo.decoding.encoders import embed as embed_speech
+
+    rate = getattr(processor, "feature_extractor", processor).sampling_rate
+    return embed_speech(model, processor, audio.read(file, rate), layer=layer)
 
 
 def _embedding(matcher: Any, processor: Any, file: str) -> np.ndarray:

@@ -56,10 +56,15 @@ def embed(
     layers = model.config.num_hidden_layers
     if layer is not None and not -layers - 1 <= layer <= layers:
         raise UsageError(f"There is no layer {layer}; this model has {layers}, and its input counts as layer 0.")
-    count = int(backbone.frame_lengths(len(audio), adapter=False))
+    together = getattr(model.config, "squeeze_factor", 1)  # SEW's Transformer sees one frame for each two
+    count = int(backbone.frame_lengths(len(audio), adapter=False)) // together
     output = _run(model, processor, [audio], output_hidden_states=True)
     frames = np.asarray(output.hidden_states[-1 if layer is None else layer][0, :count], np.float32)
-    step = model.config.inputs_to_logits_ratio / getattr(processor, "feature_extractor", processor).sampling_rate
+    step = (
+        together
+        * model.config.inputs_to_logits_ratio
+        / getattr(processor, "feature_extractor", processor).sampling_rate
+    )
     result = {"frames": frames, "times": np.arange(count) * step, "mean": frames.mean(axis=0)}
     if hasattr(output, "embeddings"):
         result["embedding"] = np.asarray(output.embeddings[0], np.float32)
