@@ -303,6 +303,7 @@ def test_balancer_gives_each_loss_its_share():
     np.testing.assert_allclose(combined, [[0.5 * 3 / ((0.5 + 3) / 1.5), 1.5]], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_few_training_steps_make_the_codec_better():
     """Encoder, decoder, codebooks and discriminator learn two tones: the reconstruction's error falls by half."""
     config = dataclasses.replace(TINY, hidden_size=8, num_filters=8, codebook_size=16, target_bandwidths=(1.6, 3.2))

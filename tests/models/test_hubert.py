@@ -49,6 +49,7 @@ def melody(seed: int = 0) -> np.ndarray:
     return np.sin(2 * np.pi * np.cumsum(pitch) / 16_000).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_hidden_units_are_learned():
     """§3.4 in small: clusters of cepstra, masked prediction of them, and units out of the model itself."""
     wave = melody()

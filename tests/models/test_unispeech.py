@@ -120,6 +120,7 @@ def test_speaker_task_by_hand():
     assert float(found) == pytest.approx(np.mean(losses), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_speaker_aware_pretraining_lowers_the_loss():
     """With mixed utterances, their clusters and the speaker task."""
     small = dataclasses.replace(SAT, num_hidden_layers=1)

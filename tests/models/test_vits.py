@@ -268,6 +268,7 @@ def test_eight_devices_say_what_one_says():
 # --- training --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_few_steps_of_both_networks_lower_the_mel_loss():
     import optax
 

@@ -80,6 +80,7 @@ def test_files_in_one_batch(tiny_en: tuple, recordings: Path):
         assert [s["tokens"] for s in one["segments"]] == [s["tokens"] for s in other["segments"]]
 
 
+@pytest.mark.slow
 def test_pieces_of_a_long_recording_in_one_batch(tiny_en: tuple, recordings: Path):
     """Cut where it is quiet, every piece is heard whole; and a known text is aligned across the pieces."""
     names = ["jfk.flac", "librispeech_198-209-0000.ogg", "jfk_16k.wav"] * 2

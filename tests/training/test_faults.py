@@ -67,6 +67,7 @@ def uninterrupted(tmp_path_factory):
     return directory, done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill", ["step:8", "write:6"])
 def test_a_killed_run_goes_on_to_the_bit(uninterrupted, tmp_path, kill):
     killed = start(tmp_path, 12, "", kill)
@@ -80,6 +81,7 @@ def test_a_killed_run_goes_on_to_the_bit(uninterrupted, tmp_path, kill):
     assert done.stdout.split()[-1] == printed.split()[-1]
 
 
+@pytest.mark.slow
 def test_another_number_of_devices_goes_on_within_rounding(uninterrupted, tmp_path):
     first = start(tmp_path, 6, "data=2,fsdp=2,tensor=2", devices=8)
     assert first.returncode == 0, first.stderr[-2000:]

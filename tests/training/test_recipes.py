@@ -49,6 +49,7 @@ def untexted(items, row):
     return [dataclasses.replace(item, fields={k: v for k, v in item.fields.items() if k != "text"}) for item in items]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_a_small_run_of_every_recipe(row, corpus):
     """Steps, evaluation, and the loss over what is evaluated falls."""
