@@ -116,7 +116,63 @@ def speech_to_text(
     return Translation(result["text"], result["segments"])
 
 
+def seamless(model: Any, processor: Any, request: Request, progress: Callable[[float, float], None]) -> Translation:
+    """Translate speech or text into text or speech with either SeamlessM4T; long recordings piece by piece."""
+    import numpy as np
+
+    from audiozoo import audio
+    from audiozoo.decoding.pieces import write_pieces
+
+    name, parts = type(model).__name__, type(model).parts
+    if request.target is None:
+        raise UsageError(f"A {name} translates into many languages; say which with --to.")
+    if request.speak and "vocoder" not in parts:
+        raise UsageError(f"A {name} writes its translation and does not speak it; leave --speech out.")
+    wanted = "speech_encoder" if request.file is not None else "text_encoder"
+    if wanted not in parts:
+        given = "text, not speech" if request.file is not None else "speech; give it a sound file, not text"
+        raise UsageError(f"A {name} translates {given}.")
+    options: dict[str, Any] = {"tgt_lang": request.target}
+    if request.beams is not None:
+        options["num_beams"] = request.beams
+    if not request.speak and wanted in parts and len(parts) == 3:
+        options["generate_speech"] = False
+    elif "vocoder" in parts:
+        options["return_intermediate_token_ids"] = True
+    spoken: list[Any] = []
+
+    def generate(**inputs: Any) -> Any:
+        found = model.generate(**inputs, **options)
+        if "return_intermediate_token_ids" in options:
+            spoken.extend(w[:n] for w, n in zip(found.waveform, found.waveform_lengths, strict=True))
+        return getattr(found, "sequences", found)
+
+    if request.file is not None:
+        if request.source is not None:
+            raise UsageError(f"A {name} hears which language is spoken; leave --from out.")
+        wave = audio.read(request.file, processor.feature_extractor.sampling_rate)
+        result = write_pieces(
+            model, processor, wave, batch_size=request.batch_size, progress=progress, generate=generate
+        )
+        text, segments = result["text"], result["segments"]
+    else:
+        if request.source is None:
+            raise UsageError(f"A {name} has to know the language of a text; say it with --from.")
+        tokens = generate(**processor(text=request.text, src_lang=request.source))
+        text = processor.decode(np.asarray(tokens)[0], skip_special_tokens=True).strip()
+        segments = [{"start": 0.0, "end": 0.0, "text": text}]
+        progress(1.0, 1.0)
+    # The last batch may be filled up with repetitions.
+    waveform = np.concatenate(spoken[: len(segments)]) if spoken else None
+    return Translation(text, segments, waveform, model.config.sampling_rate)
+
+
 TRANSLATORS: dict[str, Translator] = {
+    **{
+        f"SeamlessM4T{version}{kind}": seamless
+        for version in ("", "v2")
+        for kind in ("Model", "ForTextToText", "ForSpeechToText", "ForTextToSpeech", "ForSpeechToSpeech")
+    },
     "Speech2TextForConditionalGeneration": speech_to_text,
     "SpeechEncoderDecoderModel": speech_to_text,
 }

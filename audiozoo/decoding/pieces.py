@@ -49,6 +49,7 @@ def write_pieces(
     longest: float = 20.0,
     batch_size: int = 4,
     progress: Callable[[float, float], None] | None = None,
+    generate: Callable[..., Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Recognise or translate a recording of any length with an encoder-decoder of speech and text.
@@ -63,6 +64,7 @@ def write_pieces(
         longest: seconds of a piece.
         batch_size: pieces at a time.
         progress: called with the seconds done and the seconds in all.
+        generate: gives tokens in place of `model.generate`, for what makes more than these.
         options: of `generate`.
 
     Returns:
@@ -90,7 +92,7 @@ def write_pieces(
         inputs = processor(
             heard, sampling_rate=rate, padding=True, pad_to_multiple_of=multiple, return_attention_mask=True
         )
-        tokens = model.generate(**inputs, **options)
+        tokens = (generate or model.generate)(**inputs, **options)
         for (start, end), row in zip(part, np.asarray(tokens), strict=False):
             text = processor.decode(row, skip_special_tokens=True).strip()
             segments.append({"start": start / rate, "end": end / rate, "text": text})
