@@ -1,0 +1,254 @@
+"""SeamlessM4T without PyTorch: shapes, the five directions, half precision, training, files, the command line."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from typer.testing import CliRunner
+
+import audiozoo
+from audiozoo import audio
+from audiozoo.cli import app
+from audiozoo.errors import CheckpointError
+from audiozoo.layers.batch_norm import writable
+from audiozoo.models import conformer, nllb, seamless_m4t
+from audiozoo.models.conformer import ConformerConfig
+from audiozoo.models.nllb import NllbConfig
+from audiozoo.models.seamless_m4t import (
+    SeamlessM4TConfig,
+    SeamlessM4TForSpeechToText,
+    SeamlessM4TGenerationConfig,
+    SeamlessM4TModel,
+    SeamlessM4TRecipe,
+    finetuning_losses,
+)
+from audiozoo.models.speech_resynthesis import CodeHifiGanConfig
+from audiozoo.processors.seamless_m4t import SeamlessM4TFeatureExtractor
+from tests.models.random_model import random_model
+from tests.shapes import enforce
+from weights_conversion import seamless_m4t as conversion
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+VOICE = CodeHifiGanConfig(
+    unit_hifi_gan_vocab_size=26,
+    unit_embed_dim=8,
+    vocoder_num_langs=3,
+    lang_embed_dim=4,
+    vocoder_num_spkrs=5,
+    spkr_embed_dim=4,
+    upsample_initial_channel=8,
+    upsample_rates=(5, 2),
+    upsample_kernel_sizes=(11, 4),
+    resblock_kernel_sizes=(3,),
+    resblock_dilation_sizes=((1, 3),),
+)
+TINY = SeamlessM4TConfig(
+    vocab_size=40,
+    t2u_vocab_size=30,
+    hidden_size=16,
+    encoder_layers=1,
+    encoder_ffn_dim=16,
+    encoder_attention_heads=2,
+    decoder_layers=1,
+    decoder_ffn_dim=16,
+    decoder_attention_heads=2,
+    feature_projection_input_dim=160,
+    speech_encoder_layers=1,
+    speech_encoder_attention_heads=2,
+    speech_encoder_intermediate_size=16,
+    conv_depthwise_kernel_size=5,
+    t2u_encoder_layers=1,
+    t2u_encoder_ffn_dim=16,
+    t2u_encoder_attention_heads=2,
+    t2u_decoder_layers=1,
+    t2u_decoder_ffn_dim=16,
+    t2u_decoder_attention_heads=2,
+    t2u_max_new_tokens=12,
+    max_new_tokens=6,
+    vocoder=VOICE,
+)
+TABLES = SeamlessM4TGenerationConfig(
+    text_decoder_lang_to_code_id=(("eng", 30), ("spa", 31)),
+    t2u_lang_code_to_id=(("eng", 28), ("spa", 29)),
+    vocoder_lang_code_to_id=(("eng", 0), ("spa", 2)),
+    options=(("max_new_tokens", 6),),
+)
+
+
+def make(cls=SeamlessM4TModel, **options):
+    made = random_model(lambda rngs: cls(TINY, rngs=rngs, **options))
+    made.generation_config = TABLES
+    units = made.t2u_model.model.decoder.embed_tokens.embedding
+    units[...] = units[...].at[jnp.array([0, 1, 2, 3, 28, 29])].set(0)  # units that sound, and no early end
+    made.t2u_model.model.decoder.layer_norm.bias[...] += 3 * units[9]
+    for block in made.speech_encoder.encoder.layers:
+        block.conv_module.batch_norm.var[...] = 1 + jnp.abs(block.conv_module.batch_norm.var[...])
+    return made
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make()
+
+
+def text() -> dict[str, jax.Array]:
+    ids, mask = np.arange(4, 18).reshape(2, 7), np.ones((2, 7), int)
+    ids[1, 5:], mask[1, 5:] = 0, 0
+    return {"input_ids": jnp.asarray(ids), "attention_mask": jnp.asarray(mask)}
+
+
+def test_annotations_hold(model, monkeypatch):
+    checked = [name for module in (conformer, nllb, seamless_m4t) for name in enforce(monkeypatch, module)]
+    assert {"SeamlessM4TModel.__call__", "ConformerBlock.__call__", "NllbEncoder.__call__"} <= set(checked)
+    ids = jnp.ones((2, 3), int)
+    for x in (text(), {"input_features": jnp.zeros((2, 20, 160)), "attention_mask": jnp.ones((2, 20), int)}):
+        jax.eval_shape(lambda m, x=x: m(**x, decoder_input_ids=ids).logits, model)
+        jax.eval_shape(lambda m, x=x: finetuning_losses(m, ids, ids, **x).total, model)
+    jax.eval_shape(lambda m: m.t2u_model(jnp.zeros((2, 4, 16)), labels=ids).loss, model)
+
+
+def test_published_sizes_are_the_papers():
+    assert [c.num_hidden_layers for c in (ConformerConfig.conformer_s(), ConformerConfig.conformer_l())] == [16, 17]
+    assert ConformerConfig.conformer_m().hidden_size == 256
+    assert NllbConfig.dense_3_3b().d_model == 2 * NllbConfig.dense_1_3b().d_model
+    assert NllbConfig.dense_600m().encoder_layers == SeamlessM4TConfig.medium().text.encoder_layers
+    assert SeamlessM4TConfig.large().text.decoder_layers == NllbConfig.dense_1_3b().decoder_layers
+    # A kernel of even length is centred on the frame before its middle; a block keeps the number of frames.
+    block = random_model(lambda rngs: conformer.ConformerBlock(ConformerConfig(16, 1, 2, 16), rngs=rngs))
+    assert block(jnp.zeros((1, 9, 16)), conformer.Dropout(None))[0].shape == (1, 9, 16)
+
+
+def test_directions(model):
+    """Text and speech in, text and speech out; the shortest input; voices that differ."""
+    rng = np.random.default_rng(0)
+    for source in (
+        {"input_features": jnp.asarray(rng.standard_normal((1, 8, 160)), jnp.float32)},
+        {"input_ids": jnp.array([[30, 3]])},
+    ):
+        tokens = model.generate(**source, tgt_lang="spa", generate_speech=False).sequences
+        assert tokens[0, :2].tolist() == [3, 31]
+        waveform, lengths = model.generate(**source, tgt_lang="spa")
+        assert waveform.shape == (1, lengths[0])
+        other, _ = model.generate(**source, tgt_lang="spa", speaker_id=4)
+        assert (waveform != other).any()
+        assert np.isfinite(waveform).all()
+
+
+def test_samples_come_from_the_key(model):
+    options = {"tgt_lang": "spa", "do_sample": True, "return_intermediate_token_ids": True}
+    one = model.generate(**text(), **options, key=jax.random.key(0))
+    again = model.generate(**text(), **options, key=jax.random.key(0))
+    other = model.generate(**text(), **options, key=jax.random.key(1))
+    np.testing.assert_array_equal(one.unit_sequences, again.unit_sequences)
+    assert one.sequences.shape != other.sequences.shape or (one.sequences != other.sequences).any()
+
+
+def test_half_precision(model):
+    ids = jnp.ones((2, 3), int)
+    features = jnp.asarray(np.random.default_rng(1).standard_normal((2, 24, 160)), jnp.float32)
+    half = make(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    for x in (text(), {"input_features": features}):
+        whole, ours = audiozoo.jit(model)(**x, decoder_input_ids=ids), audiozoo.jit(half)(**x, decoder_input_ids=ids)
+        assert ours.logits.dtype == jnp.bfloat16
+        assert np.isfinite(whole.logits).all()
+        np.testing.assert_allclose(ours.logits.astype(np.float32), whole.logits, atol=0.2)
+
+
+def test_training_lowers_the_loss(model):
+    """Speech to text and to units, with dropout and batches normalised by themselves; statistics move."""
+    features = jnp.asarray(np.random.default_rng(0).standard_normal((2, 24, 160)), jnp.float32)
+    labels, units = jnp.array([[31, 5, 6, 7, 3], [31, 8, 9, 3, -100]]), jnp.array([[29, 9, 4, 2], [29, 7, 2, -100]])
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params, rest, key):
+        m = nnx.merge(graphdef, params, writable(rest))
+        value = finetuning_losses(m, labels, units, input_features=features, key=key).total
+        return value, nnx.state(m, nnx.Not(nnx.Param))
+
+    optimiser = optax.adam(1e-2)
+
+    @jax.jit
+    def step(params, rest, state, key):
+        (value, rest), gradient = jax.value_and_grad(loss, has_aux=True)(params, rest, key)
+        updates, state = optimiser.update(gradient, state)
+        return optax.apply_updates(params, updates), rest, state, value
+
+    state, values, before = optimiser.init(params), [], jax.tree.leaves(rest)
+    for key in jax.random.split(jax.random.key(0), 20):
+        params, rest, state, value = step(params, rest, state, key)
+        values.append(float(value))
+    assert np.mean(values[-5:]) < 0.8 * np.mean(values[:5])
+    assert any((a != b).any() for a, b in zip(before, jax.tree.leaves(rest), strict=True))
+    rates = SeamlessM4TRecipe().optimizer()
+    assert rates.update(params, rates.init(params), params)[0] is not None
+
+
+def test_checkpoints_of_our_own(model, tmp_path):
+    audiozoo.save(model, tmp_path / "native")
+    back = audiozoo.load(tmp_path / "native")
+    assert type(back) is SeamlessM4TModel
+    assert (back.config, back.generation_config) == (TINY, TABLES)
+    audiozoo.export(model, tmp_path / "foreign")
+    again = audiozoo.load(tmp_path / "foreign")
+    assert (again.config, again.generation_config) == (TINY, TABLES)
+    for other in (back, again):
+        for (path, a), (_, b) in zip(*(nnx.to_flat_state(nnx.state(m)) for m in (model, other)), strict=True):
+            np.testing.assert_array_equal(a[...], b[...], err_msg=str(path))
+    part = audiozoo.load(tmp_path / "foreign", model_class="SeamlessM4TForSpeechToText")
+    assert type(part) is SeamlessM4TForSpeechToText
+    (tmp_path / "foreign" / "config.json").write_text(json.dumps({"model_type": "seamless_m4t", "hidden_size": "x"}))
+    with pytest.raises(CheckpointError, match="hidden_size"):
+        audiozoo.load(tmp_path / "foreign")
+    (tmp_path / "some.pt").write_bytes(b"nothing")
+    assert not conversion.recognise(tmp_path / "some.pt")
+
+
+def write_tokenizer(folder) -> None:
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    names = ["<pad>", "<unk>", "<s>", "</s>", "▁", *"abcdefghijklmnopqrstuvwxy"]
+    made = tokenizers.Tokenizer(models.BPE({n: i for i, n in enumerate(names)}, [], unk_token="<unk>"))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    made.add_special_tokens([tokenizers.AddedToken(f"__{n}__", special=True) for n in ("eng", "spa")])
+    made.add_special_tokens(["<pad>", "<unk>", "<s>", "</s>"])
+    assert made.token_to_id("__spa__") == 31
+    made.save(str(folder / "tokenizer.json"))
+
+
+def test_from_the_command_line(model, tmp_path):
+    folder, sound = tmp_path / "model", tmp_path / "in.wav"
+    audiozoo.export(model, folder)
+    SeamlessM4TFeatureExtractor().save(folder)
+    write_tokenizer(folder)
+    audio.write(sound, 0.1 * np.sin(np.arange(30 * 16_000) / 20).astype(np.float32), 16_000)
+
+    def run(*arguments):
+        return CliRunner().invoke(app, ["translate", *map(str, arguments), "--model", str(folder)])
+
+    written = run(sound, "--to", "spa", "--format", "json")
+    assert written.exit_code == 0, written.output
+    segments = json.loads(written.stdout)["segments"]
+    assert len(segments) == 2
+    assert segments[1]["end"] == 30.0
+    spoken = run("abc", "--to", "spa", "--from", "eng", "--speech", tmp_path / "out.wav")
+    assert spoken.exit_code == 0, spoken.output
+    assert len(audio.read(tmp_path / "out.wav", 16_000)) > 0
+    spoken = run(sound, "--to", "eng", "--speech", tmp_path / "long.wav", "--beams", "2")
+    assert spoken.exit_code == 0, spoken.output
+    for arguments, message in (
+        ((sound,), "say which with --to"),
+        (("abc", "--to", "spa"), "say it with --from"),
+        ((sound, "--to", "spa", "--from", "eng"), "leave --from out"),
+        ((sound, "--to", "deu"), "does not write 'deu'"),
+        (("abc", "--to", "spa", "--from", "deu"), "no language 'deu'"),
+    ):
+        failed = run(*arguments)
+        assert failed.exit_code == 1
+        assert message in str(failed.exception)
