@@ -210,9 +210,7 @@ def test_a_paper_is_whole(paper, pattern):
 
 
 # Papers whose code stands and whose proof is not complete: `audiozoo.load` does not offer them yet.
-UNFINISHED: dict[str, str] = {
-    "seamless_m4t": "no golden file, no notebook",
-}
+UNFINISHED: dict[str, str] = {}
 
 
 def test_every_paper_file_is_in_the_registry_or_known_to_be_unfinished():
