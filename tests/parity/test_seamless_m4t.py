@@ -528,3 +528,40 @@ def test_published_sizes():
                 conversion.hugging_face_table(config, "SeamlessM4TModel"),
             )
             assert abs(count / 1e6 - millions) < 60, count
+
+
+def test_published_widths_in_float32():
+    """One block of each stack as wide as it is, from speech to logits."""
+    with harness.precision("float32"):
+        shallow = {"speech_encoder_layers": 1, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 3000}
+        theirs = transformers.SeamlessM4TConfig(**shallow, attn_implementation="eager")
+        config, name = conversion.config_from_hugging_face(theirs.to_dict()), "SeamlessM4TForSpeechToText"
+        reference = harness.randomise(transformers.SeamlessM4TForSpeechToText(theirs), 0)
+        table, cls = conversion.hugging_face_table(config, name), seamless_m4t.SeamlessM4TForSpeechToText
+        model = harness.ported(reference, lambda: cls(config, rngs=nnx.Rngs(0)), table)
+        x = {
+            "input_features": np.random.default_rng(0).standard_normal((1, 70, 160)).astype(np.float32),
+            "decoder_input_ids": np.random.default_rng(1).integers(4, 3000, (1, 9)),
+        }
+        with torch.no_grad():
+            wanted = reference(**torched(x))
+        found = audiozoo.jit(model)(**jaxed(x))
+        harness.assert_close(found.encoder_last_hidden_state, wanted.encoder_last_hidden_state, name="states")
+        harness.assert_close(found.logits, wanted.logits, name="logits")
+
+
+def test_mutations_are_noticed(whole):
+    reference, model, _ = whole
+    x = speech() | targets()
+    with torch.no_grad():
+        wanted = reference(**torched(x)).logits
+    run = jax.jit(lambda m: m(**jaxed(x)).logits)
+    unseen = r"(text_encoder|t2u_model|vocoder)\..*|.*k_proj\.bias"
+    harness.assert_detects(
+        lambda: harness.assert_close(run(model), wanted),
+        [
+            *harness.perturbations(model, 3, exclude=unseen),
+            harness.dropped(model, "text_decoder.layers.1.encoder_attn.v_proj.bias"),
+            harness.dropped(model, "speech_encoder.adapter.0.residual_conv.bias"),
+        ],
+    )
