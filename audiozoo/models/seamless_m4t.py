@@ -460,23 +460,37 @@ class SeamlessM4TGenerationConfig:
     vocoder_lang_code_to_id: Pairs = ()  # language -> the vocoder's number for it
     options: Pairs = ()  # of the search for text, as for `transformers.GenerationConfig`
 
-    def language(self, table: str, tgt_lang: str) -> int:
-        """A language's number in one of the tables; `eng` and `__eng__` are the same.
+    def text_language(self, tgt_lang: str) -> int:
+        """The token that a text in that language begins with; `eng` and `__eng__` are the same.
 
         Raises:
-            UsageError: if the model does not have it.
+            UsageError: if the model does not write it.
         """
-        tables = {
-            "text_decoder_lang_to_code_id": self.text_decoder_lang_to_code_id,
-            "t2u_lang_code_to_id": self.t2u_lang_code_to_id,
-            "vocoder_lang_code_to_id": self.vocoder_lang_code_to_id,
-        }
-        known, name = dict(tables[table]), tgt_lang.replace("__", "")
-        if name not in known:
-            does = "write" if table.startswith("text") else "speak"
-            there = f"it has {', '.join(sorted(known))}" if known else f"its {table} is empty"
-            raise UsageError(f"This model does not {does} {tgt_lang!r}; {there}.")
-        return int(known[name])
+        return _language(self.text_decoder_lang_to_code_id, tgt_lang, "write")
+
+    def unit_language(self, tgt_lang: str) -> int:
+        """The symbol that units of a language begin with.
+
+        Raises:
+            UsageError: if the model does not speak it.
+        """
+        return _language(self.t2u_lang_code_to_id, tgt_lang, "speak")
+
+    def speech_language(self, tgt_lang: str) -> int:
+        """The vocoder's number for a language.
+
+        Raises:
+            UsageError: if the model does not speak it.
+        """
+        return _language(self.vocoder_lang_code_to_id, tgt_lang, "speak")
+
+
+def _language(table: Pairs, tgt_lang: str, does: str) -> int:
+    known, name = dict(table), tgt_lang.replace("__", "")
+    if name not in known:
+        there = f"it has {', '.join(sorted(known))}" if known else "its generation_config.json names no languages"
+        raise UsageError(f"This model does not {does} {tgt_lang!r}; {there}.")
+    return int(known[name])
 
 
 class SeamlessM4TGenerationOutput(ModelOutput):
@@ -492,6 +506,7 @@ class SeamlessM4TPreTrainedModel(nnx.Module):
     """§4, Fig. 4: what the classes below share; each of them has some of the model's parts."""
 
     parts: ClassVar[tuple[str, ...]] = ()
+    settings: ClassVar[Any] = SeamlessM4TGenerationConfig
     static_arguments = ("label_smoothing",)
 
     def __init__(self, config: SeamlessM4TConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
@@ -504,7 +519,7 @@ class SeamlessM4TPreTrainedModel(nnx.Module):
         if "vocoder" in self.parts:
             self.add_speech(config, **kwargs)
         self.config = config
-        self.generation_config = SeamlessM4TGenerationConfig()
+        self.generation_config = self.settings()
 
     def add_speech(self, config: SeamlessM4TConfig, **kwargs: Any) -> None:
         """The parts that speak."""
@@ -580,7 +595,7 @@ class SeamlessM4TPreTrainedModel(nnx.Module):
         if 0 in np.shape(given)[:2]:
             raise UsageError("There is nothing to translate: the input is empty.")
         if tgt_lang is not None:
-            language = self.generation_config.language("text_decoder_lang_to_code_id", tgt_lang)
+            language = self.generation_config.text_language(tgt_lang)
             prompt = np.full((len(given), 1), language)
         elif decoder_input_ids is not None:
             prompt = np.asarray(decoder_input_ids)
@@ -613,7 +628,7 @@ class SeamlessM4TPreTrainedModel(nnx.Module):
         defaults: dict[str, Any] = {"max_new_tokens": config.t2u_max_new_tokens}
         defaults |= {"eos_token_id": config.t2u_eos_token_id, "pad_token_id": config.t2u_pad_token_id}
         chosen = GenerationConfig(**(defaults | options))
-        language = self.generation_config.language("t2u_lang_code_to_id", tgt_lang)
+        language = self.generation_config.unit_language(tgt_lang)
         prompt = jnp.broadcast_to(jnp.asarray([config.t2u_eos_token_id, language], jnp.int32), (len(sequences), 2))
         padded = np.full((len(sequences), bucket(sequences.shape[1])), config.pad_token_id)
         padded[:, : sequences.shape[1]] = sequences
@@ -638,7 +653,7 @@ class SeamlessM4TPreTrainedModel(nnx.Module):
         """Translated speech: the text, the second pass of its decoder, units, a waveform."""
         if tgt_lang is None:
             raise UsageError("Say into which language: speech needs tgt_lang.")
-        language = self.generation_config.language("vocoder_lang_code_to_id", tgt_lang)
+        language = self.generation_config.speech_language(tgt_lang)
         of_text, of_units = split_options(options)
         of_units.pop("attention_mask", None)
         of_units.pop("decoder_input_ids", None)

@@ -59,27 +59,33 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from audiozoo.decoding import GenerateOutput, GenerationConfig
-from audiozoo.decoding.generate import Streamer
 from audiozoo.decoding.synthesis import bucket
 from audiozoo.errors import UsageError
 from audiozoo.layers import Conv1d, Dropout, Embed, LayerNorm, MultiHeadAttention, activation, layer_drop
 from audiozoo.layers.losses import cross_entropy
 from audiozoo.layers.positions import sinusoids_of
-from audiozoo.models.mbart import MBartCache, continue_text
-from audiozoo.models.nllb import NllbConfig, NllbDecoder, NllbEncoder
-from audiozoo.models.seamless_m4t import SeamlessM4TConfig, SeamlessM4TSpeechEncoder
+from audiozoo.models.nllb import NllbConfig, NllbEncoder
+from audiozoo.models.seamless_m4t import (
+    Pairs,
+    SeamlessM4TConfig,
+    SeamlessM4TForSpeechToSpeech,
+    SeamlessM4TForSpeechToText,
+    SeamlessM4TForTextToSpeech,
+    SeamlessM4TForTextToText,
+    SeamlessM4TGenerationConfig,
+    SeamlessM4TGenerationOutput,
+    SeamlessM4TModel,
+    SeamlessM4TPreTrainedModel,
+    split_options,
+    vocoder_units,
+)
 from audiozoo.models.speech_resynthesis import (
-    CodeHifiGanConfig,
     SeamlessM4Tv2CodeHifiGan,
     VariancePredictor,
     frames_of,
     repeat,
 )
-from audiozoo.models.xls_r import shift_tokens_right
-from audiozoo.outputs import ABSENT, BaseModelOutput, ModelOutput, Seq2SeqLMOutput
-
-VOCODER = CodeHifiGanConfig.seamless()
+from audiozoo.outputs import ABSENT, ModelOutput
 
 
 @dataclass(frozen=True)
@@ -103,15 +109,6 @@ class SeamlessM4Tv2Config(SeamlessM4TConfig):
     t2u_variance_predictor_kernel_size: int = 3  # taps of its convolutions
     t2u_variance_pred_dropout: float = 0.5  # in it
 
-    # --- vocoder (§3)
-    vocoder: CodeHifiGanConfig = VOCODER  # its sizes
-    vocoder_offset: int = 4  # control symbols in front of the units of the text-to-unit model
-
-    def __post_init__(self) -> None:
-        if isinstance(self.vocoder, Mapping):  # out of a checkpoint of our own
-            fields = {name: from_lists(value) for name, value in self.vocoder.items()}
-            object.__setattr__(self, "vocoder", CodeHifiGanConfig(**fields))
-
     @property
     def conformer(self) -> Any:
         """w2v-BERT 2.0's blocks, which look back further than ahead."""
@@ -130,48 +127,12 @@ class SeamlessM4Tv2Config(SeamlessM4TConfig):
         return cls()
 
 
-def from_lists(value: Any) -> Any:
-    """Not in the paper: lists, which JSON has, as tuples."""
-    return tuple(from_lists(v) for v in value) if isinstance(value, list | tuple) else value
-
-
-Pairs = tuple[tuple[Any, Any], ...]
-
-
 @dataclass(frozen=True)
-class SeamlessM4Tv2GenerationConfig:
+class SeamlessM4Tv2GenerationConfig(SeamlessM4TGenerationConfig):
     """Not in the paper; in the released checkpoint's `generation_config.json`. Tables are tuples of pairs."""
 
-    text_decoder_lang_to_code_id: Pairs = ()  # language -> the token that a text in it begins with
-    t2u_lang_code_to_id: Pairs = ()  # kept for export: the first version's unit of a language
-    vocoder_lang_code_to_id: Pairs = ()  # language -> the vocoder's number for it
     char_to_id: Pairs = ()  # character -> its number
     id_to_text: Pairs = ()  # token -> its text
-    options: Pairs = (("max_new_tokens", 256),)  # of the search, as for `transformers.GenerationConfig`
-
-    def text_language(self, tgt_lang: str) -> int:
-        """The token that a text in that language begins with; `eng` and `__eng__` are the same.
-
-        Raises:
-            UsageError: if the model does not write it.
-        """
-        return _language(self.text_decoder_lang_to_code_id, tgt_lang, "write")
-
-    def speech_language(self, tgt_lang: str) -> int:
-        """The vocoder's number for a language.
-
-        Raises:
-            UsageError: if the model does not speak it.
-        """
-        return _language(self.vocoder_lang_code_to_id, tgt_lang, "speak")
-
-
-def _language(table: Pairs, tgt_lang: str, does: str) -> int:
-    known, name = dict(table), tgt_lang.replace("__", "")
-    if name not in known:
-        there = f"it has {', '.join(sorted(known))}" if known else "its generation_config.json names no languages"
-        raise UsageError(f"This model does not {does} {tgt_lang!r}; {there}.")
-    return int(known[name])
 
 
 # --- §3, from subwords to characters --------------------------------------------------------------------------------
@@ -476,141 +437,24 @@ def total(durations: Int[Array, "batch time"]) -> int:
 # --- §3, the whole model --------------------------------------------------------------------------------------------
 
 
-class SeamlessM4Tv2GenerationOutput(ModelOutput):
+class SeamlessM4Tv2GenerationOutput(SeamlessM4TGenerationOutput):
     """§3: what `generate` returns with `return_intermediate_token_ids`."""
 
-    waveform: Float[np.ndarray, "batch samples"] = ABSENT
-    waveform_lengths: Int[np.ndarray, " batch"] = ABSENT
-    sequences: Int[np.ndarray, "batch tokens"] = ABSENT
-    unit_sequences: Int[np.ndarray, "batch units"] = ABSENT
 
+class SeamlessM4Tv2PreTrainedModel(SeamlessM4TPreTrainedModel):
+    """§3: what the classes below share: the first version's classes, with other parts that speak.
 
-class SeamlessM4Tv2PreTrainedModel(nnx.Module):
-    """§3: what the classes below share; each of them has some of the model's parts."""
+    Beside that version's options, `generate` has `dur_prediction`: whether the vocoder repeats units once more, as
+    `transformers` does, or not, as in the authors' pipeline. Units are drawn with `speech_do_sample=True` together with
+    a `speech_temperature` other than 1.
+    """
 
-    parts: ClassVar[tuple[str, ...]] = ()
-    static_arguments = ("label_smoothing",)
+    settings: ClassVar[Any] = SeamlessM4Tv2GenerationConfig
 
-    def __init__(
-        self, config: SeamlessM4Tv2Config, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
-    ):
-        kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        if "text_encoder" in self.parts:
-            self.text_encoder = NllbEncoder(config.text, **kwargs)
-        if "speech_encoder" in self.parts:
-            self.speech_encoder = SeamlessM4TSpeechEncoder(config, **kwargs)
-        self.text_decoder = NllbDecoder(config.text, **kwargs)  # its embedding is the encoder's and the head's too
-        if "vocoder" in self.parts:
-            self.t2u_model = SeamlessM4Tv2TextToUnitForConditionalGeneration(config, **kwargs)
-            self.vocoder = SeamlessM4Tv2CodeHifiGan(config, **kwargs)
-        self.config = config
-        self.generation_config = SeamlessM4Tv2GenerationConfig()
-
-    def encode(
-        self,
-        input_ids: Int[Array, "batch time"] | None = None,
-        input_features: Float[Array, "batch time bands"] | None = None,
-        attention_mask: Int[Array, "batch time"] | None = None,
-        **options: Any,
-    ) -> tuple[BaseModelOutput, Bool[Array, "batch frames"] | None]:
-        """What the text decoder attends to, of speech or of text, and which of it is real.
-
-        Raises:
-            UsageError: if there is neither speech nor text.
-        """
-        if input_features is not None:
-            encoded = self.speech_encoder(input_features, attention_mask, **options)
-            return encoded, self.speech_encoder.frame_mask(attention_mask, encoded.last_hidden_state.shape[1])
-        if input_ids is None:
-            raise UsageError("Give input_features (speech) or input_ids (text).")
-        embedded = self.text_decoder.embed_tokens(input_ids)
-        encoded = self.text_encoder(embedded, attention_mask, input_ids=input_ids, **options)
-        return encoded, None if attention_mask is None else attention_mask != 0
-
-    def _forward(
-        self,
-        attention_mask: Int[Array, "batch time"] | None,
-        decoder_input_ids: Int[Array, "batch tokens"] | None,
-        decoder_attention_mask: Int[Array, "batch tokens"] | None,
-        *,
-        input_ids: Int[Array, "batch time"] | None = None,
-        input_features: Float[Array, "batch time bands"] | None = None,
-        labels: Int[Array, "batch tokens"] | None = None,
-        label_smoothing: float = 0.0,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
-        key: jax.Array | None = None,
-    ) -> Seq2SeqLMOutput:
-        config = self.config
-        if decoder_input_ids is None:
-            if labels is None:
-                raise UsageError("Give decoder_input_ids or labels; generate makes text without them.")
-            decoder_input_ids = shift_tokens_right(
-                jnp.asarray(labels), config.pad_token_id, config.decoder_start_token_id
-            )
-        returned: dict[str, Any] = {
-            "output_attentions": output_attentions,
-            "output_hidden_states": output_hidden_states,
-        }
-        keys = [None, None] if key is None else list(jax.random.split(key))
-        encoded, mask = self.encode(input_ids, input_features, attention_mask, key=keys[0], **returned)
-        decoded = self.text_decoder(
-            decoder_input_ids, decoder_attention_mask, encoded.last_hidden_state, mask, key=keys[1], **returned
-        )
-        logits = self.text_decoder.embed_tokens.attend(decoded.last_hidden_state)
-        loss = None
-        if labels is not None:
-            loss = cross_entropy(logits, jnp.asarray(labels), label_smoothing=label_smoothing)
-        return Seq2SeqLMOutput(
-            loss=loss,
-            logits=logits,
-            decoder_hidden_states=decoded.hidden_states,
-            decoder_attentions=decoded.attentions,
-            cross_attentions=decoded.cross_attentions,
-            encoder_last_hidden_state=encoded.last_hidden_state,
-            encoder_hidden_states=encoded.hidden_states,
-            encoder_attentions=encoded.attentions,
-        )
-
-    def _write(
-        self,
-        inputs: dict[str, Any],
-        tgt_lang: str | None,
-        *,
-        attention_mask: Any = None,
-        decoder_input_ids: Any = None,
-        key: jax.Array | None = None,
-        streamer: Streamer | None = None,
-        **options: Any,
-    ) -> tuple[GenerateOutput, jax.Array, jax.Array | None]:
-        """The translated text, and the memory that it was written from."""
-        config = self.config
-        defaults = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
-        chosen = GenerationConfig(**(defaults | dict(self.generation_config.options) | options))
-        given = next((x for x in inputs.values() if x is not None), None)
-        if given is None:
-            raise UsageError("Give input_features (speech) or input_ids (text).")
-        if 0 in np.shape(given)[:2]:
-            raise UsageError("There is nothing to translate: the input is empty.")
-        if tgt_lang is not None:
-            language = self.generation_config.text_language(tgt_lang)
-            prompt = np.full((len(given), 1), language)
-        elif decoder_input_ids is not None:
-            prompt = np.asarray(decoder_input_ids)
-        else:
-            raise UsageError("Say into which language: tgt_lang, or decoder_input_ids.")
-        if (prompt[:, 0] != config.decoder_start_token_id).any():
-            prompt = np.concatenate([np.full((len(prompt), 1), config.decoder_start_token_id), prompt], axis=1)
-        output, memory, mask = _write(
-            *nnx.split(self),
-            {name: jnp.asarray(x) for name, x in inputs.items()},
-            None if attention_mask is None else jnp.asarray(attention_mask),
-            jnp.asarray(prompt, jnp.int32),
-            key,
-            config=chosen,
-            streamer=streamer,
-        )
-        return output.trim(), memory, mask
+    def add_speech(self, config: Any, **kwargs: Any) -> None:
+        """The parts that speak."""
+        self.t2u_model = SeamlessM4Tv2TextToUnitForConditionalGeneration(config, **kwargs)
+        self.vocoder = SeamlessM4Tv2CodeHifiGan(config, **kwargs)
 
     def _speak(
         self,
@@ -618,8 +462,9 @@ class SeamlessM4Tv2PreTrainedModel(nnx.Module):
         tgt_lang: str | None,
         speaker_id: int,
         return_intermediate_token_ids: bool,
-        dur_prediction: bool,
         key: jax.Array | None,
+        *,
+        dur_prediction: bool = True,
         **options: Any,
     ) -> Any:
         """Translated speech (§3): the text, the second pass of its decoder, units, a waveform."""
@@ -669,55 +514,8 @@ class SeamlessM4Tv2PreTrainedModel(nnx.Module):
         return SeamlessM4Tv2GenerationOutput(waveform, waveform_lengths, sequences, units)
 
 
-def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Not in the paper: `text_…` options for the text, `speech_…` for the units, all others for both."""
-    both = {name: value for name, value in options.items() if not name.startswith(("text_", "speech_"))}
-
-    def of(side: str) -> dict[str, Any]:
-        return both | {name.removeprefix(side): value for name, value in options.items() if name.startswith(side)}
-
-    return of("text_"), of("speech_")
-
-
-def vocoder_units(
-    units: Int[np.ndarray, "batch time"], mask: Bool[np.ndarray, "batch time"], config: SeamlessM4Tv2Config
-) -> Int[np.ndarray, "batch time"]:
-    """Not in the paper; in the released code: the vocoder's units, counted without control symbols.
-
-    An end, and whatever else the vocoder has no unit for, is its padding.
-    """
-    moved = units - config.vocoder_offset
-    known = mask & (moved >= 0) & (moved < config.vocoder.unit_hifi_gan_vocab_size)
-    return np.where(known, moved, config.t2u_pad_token_id)
-
-
 def _padded(x: np.ndarray, length: int, value: int) -> jax.Array:
     return jnp.asarray(np.pad(x, ((0, 0), (0, length - x.shape[1])), constant_values=value), jnp.int32)
-
-
-@partial(jax.jit, static_argnames=("graphdef", "config", "streamer"))
-def _write(
-    graphdef: Any,
-    state: Any,
-    inputs: dict[str, jax.Array],
-    attention_mask: jax.Array | None,
-    prompt: jax.Array,
-    key: jax.Array | None,
-    *,
-    config: GenerationConfig,
-    streamer: Streamer | None,
-) -> tuple[GenerateOutput, jax.Array, jax.Array | None]:
-    """Encode once, and search for the text in one loop."""
-    model = nnx.merge(graphdef, state)
-    encoded, mask = model.encode(attention_mask=attention_mask, **inputs)
-    memory, decoder = encoded.last_hidden_state, model.text_decoder
-    cache = decoder.start(memory, prompt.shape[1] + config.new_tokens(prompt.shape[1]))
-
-    def decode(tokens: Any, rows: Any, past: MBartCache, position: Any) -> tuple[jax.Array, MBartCache]:
-        out = decoder(tokens, encoder_attention_mask=rows, past_key_values=past, cache_position=position)
-        return decoder.embed_tokens.attend(out.last_hidden_state), out.past_key_values
-
-    return continue_text(decode, cache, mask, prompt, config, key=key, streamer=streamer), memory, mask
 
 
 @partial(jax.jit, static_argnames="graphdef")
@@ -744,176 +542,21 @@ def _units(
     return jnp.argmax(logits, axis=-1) if key is None else jax.random.categorical(key, logits / temperature)
 
 
-class SeamlessM4Tv2ForTextToText(SeamlessM4Tv2PreTrainedModel):
+class SeamlessM4Tv2ForTextToText(SeamlessM4Tv2PreTrainedModel, SeamlessM4TForTextToText):
     """§3: translation of text."""
 
-    parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
 
-    def __call__(
-        self,
-        input_ids: Int[Array, "batch time"],
-        attention_mask: Int[Array, "batch time"] | None = None,
-        decoder_input_ids: Int[Array, "batch tokens"] | None = None,
-        decoder_attention_mask: Int[Array, "batch tokens"] | None = None,
-        **options: Any,
-    ) -> Seq2SeqLMOutput:
-        """Logits for every token and, with `labels`, their mean cross-entropy.
-
-        Args:
-            input_ids: the text to translate; its language stands in front.
-            attention_mask: 1 for tokens, 0 for padding.
-            decoder_input_ids: tokens of the translation; by default `labels` shifted right.
-            decoder_attention_mask: 1 where one of these is real.
-            options: `labels`, targets, -100 where there is none, with `label_smoothing` (0.2 in the authors'
-                fine-tuning); `output_attentions`; `output_hidden_states`; `key`, which switches dropout on.
-
-        Raises:
-            UsageError: if there are neither tokens nor labels.
-        """
-        return self._forward(attention_mask, decoder_input_ids, decoder_attention_mask, input_ids=input_ids, **options)
-
-    def generate(
-        self, input_ids: Int[Array, "batch time"], tgt_lang: str | None = None, **options: Any
-    ) -> Int[np.ndarray, "rows tokens"] | GenerateOutput:
-        """Translate, by one compiled loop.
-
-        Args:
-            input_ids: the text to translate.
-            tgt_lang: into which language.
-            options: `attention_mask`; `decoder_input_ids` in place of `tgt_lang`; `key`, randomness for
-                `do_sample=True`; `streamer`, called on the host with every token; all others as for
-                `transformers.generate`.
-
-        Returns:
-            Tokens, the end-of-text token and the language in front; with `return_dict_in_generate=True` a
-            `GenerateOutput`.
-        """
-        output, *_ = self._write({"input_ids": input_ids}, tgt_lang, **options)
-        return output if options.get("return_dict_in_generate") else np.asarray(output.sequences)
-
-
-class SeamlessM4Tv2ForSpeechToText(SeamlessM4Tv2PreTrainedModel):
+class SeamlessM4Tv2ForSpeechToText(SeamlessM4Tv2PreTrainedModel, SeamlessM4TForSpeechToText):
     """§3: recognition and translation of speech into text."""
 
-    parts: ClassVar[tuple[str, ...]] = ("speech_encoder",)
 
-    def __call__(
-        self,
-        input_features: Float[Array, "batch time bands"],
-        attention_mask: Int[Array, "batch time"] | None = None,
-        decoder_input_ids: Int[Array, "batch tokens"] | None = None,
-        decoder_attention_mask: Int[Array, "batch tokens"] | None = None,
-        **options: Any,
-    ) -> Seq2SeqLMOutput:
-        """As `SeamlessM4Tv2ForTextToText`, of `input_features`: pairs of log-mel frames, 20 ms each."""
-        return self._forward(
-            attention_mask, decoder_input_ids, decoder_attention_mask, input_features=input_features, **options
-        )
-
-    def generate(
-        self, input_features: Float[Array, "batch time bands"], tgt_lang: str | None = None, **options: Any
-    ) -> Int[np.ndarray, "rows tokens"] | GenerateOutput:
-        """Recognise (into the language spoken) or translate; see `SeamlessM4Tv2ForTextToText`."""
-        output, *_ = self._write({"input_features": input_features}, tgt_lang, **options)
-        return output if options.get("return_dict_in_generate") else np.asarray(output.sequences)
+class SeamlessM4Tv2ForTextToSpeech(SeamlessM4Tv2PreTrainedModel, SeamlessM4TForTextToSpeech):
+    """§3: translation of text into speech."""
 
 
-Speech = tuple[Float[np.ndarray, "batch samples"], Int[np.ndarray, " batch"]] | SeamlessM4Tv2GenerationOutput
+class SeamlessM4Tv2ForSpeechToSpeech(SeamlessM4Tv2PreTrainedModel, SeamlessM4TForSpeechToSpeech):
+    """§3: translation of speech into speech."""
 
 
-class SeamlessM4Tv2ForTextToSpeech(SeamlessM4Tv2ForTextToText):
-    """§3: translation of text into speech; the call is that of text to text."""
-
-    parts: ClassVar[tuple[str, ...]] = ("text_encoder", "vocoder")
-
-    def generate(  # type: ignore[override]
-        self,
-        input_ids: Int[Array, "batch time"],
-        return_intermediate_token_ids: bool = False,
-        tgt_lang: str | None = None,
-        speaker_id: int = 0,
-        *,
-        dur_prediction: bool = True,
-        key: jax.Array | None = None,
-        **options: Any,
-    ) -> Speech:
-        """Translate and speak.
-
-        Args:
-            input_ids: the text to translate.
-            return_intermediate_token_ids: also return the text's tokens and the units.
-            tgt_lang: into which language.
-            speaker_id: one of the vocoder's voices.
-            dur_prediction: let the vocoder repeat units once more, as `transformers` does; the authors do not.
-            key: randomness, for sampling.
-            options: as for text (`attention_mask`, `num_beams` …); with `text_` in front they are for the text alone,
-                with `speech_` for the units alone (`do_sample` together with a `temperature` other than 1).
-
-        Returns:
-            Waveforms, silent after each item's end, and the samples of each; or a `SeamlessM4Tv2GenerationOutput`.
-        """
-        of_units = (return_intermediate_token_ids, dur_prediction, key)
-        return self._speak({"input_ids": input_ids}, tgt_lang, speaker_id, *of_units, **options)
-
-
-class SeamlessM4Tv2ForSpeechToSpeech(SeamlessM4Tv2ForSpeechToText):
-    """§3: translation of speech into speech; the call is that of speech to text."""
-
-    parts: ClassVar[tuple[str, ...]] = ("speech_encoder", "vocoder")
-
-    def generate(  # type: ignore[override]
-        self,
-        input_features: Float[Array, "batch time bands"],
-        return_intermediate_token_ids: bool = False,
-        tgt_lang: str | None = None,
-        speaker_id: int = 0,
-        *,
-        dur_prediction: bool = True,
-        key: jax.Array | None = None,
-        **options: Any,
-    ) -> Speech:
-        """Translate and speak; see `SeamlessM4Tv2ForTextToSpeech`."""
-        of_units = (return_intermediate_token_ids, dur_prediction, key)
-        return self._speak({"input_features": input_features}, tgt_lang, speaker_id, *of_units, **options)
-
-
-class SeamlessM4Tv2Model(SeamlessM4Tv2PreTrainedModel):
+class SeamlessM4Tv2Model(SeamlessM4Tv2PreTrainedModel, SeamlessM4TModel):
     """§3: all tasks, by what goes in and by `generate_speech`."""
-
-    parts: ClassVar[tuple[str, ...]] = ("text_encoder", "speech_encoder", "vocoder")
-
-    def __call__(
-        self,
-        input_ids: Int[Array, "batch time"] | None = None,
-        input_features: Float[Array, "batch time bands"] | None = None,
-        attention_mask: Int[Array, "batch time"] | None = None,
-        decoder_input_ids: Int[Array, "batch tokens"] | None = None,
-        decoder_attention_mask: Int[Array, "batch tokens"] | None = None,
-        **options: Any,
-    ) -> Seq2SeqLMOutput:
-        """As `SeamlessM4Tv2ForTextToText`, of `input_ids` or, if they are given, of `input_features`."""
-        inputs: dict[str, Any] = {"input_ids": input_ids, "input_features": input_features}
-        return self._forward(attention_mask, decoder_input_ids, decoder_attention_mask, **inputs, **options)
-
-    def generate(
-        self,
-        input_ids: Int[Array, "batch time"] | None = None,
-        input_features: Float[Array, "batch time bands"] | None = None,
-        return_intermediate_token_ids: bool = False,
-        tgt_lang: str | None = None,
-        speaker_id: int = 0,
-        generate_speech: bool = True,
-        *,
-        dur_prediction: bool = True,
-        key: jax.Array | None = None,
-        **options: Any,
-    ) -> Speech | GenerateOutput:
-        """Translate text or, if it is given, speech, into speech; with `generate_speech=False` into text.
-
-        The arguments are those of `SeamlessM4Tv2ForTextToSpeech`. Text comes back as a `GenerateOutput`, as there.
-        """
-        inputs = {"input_features": input_features} if input_features is not None else {"input_ids": input_ids}
-        if not generate_speech:
-            return self._write(inputs, tgt_lang, key=key, **split_options(options)[0])[0]
-        of_units = (return_intermediate_token_ids, dur_prediction, key)
-        return self._speak(inputs, tgt_lang, speaker_id, *of_units, **options)

@@ -19,7 +19,7 @@ from flax import nnx
 import audiozoo
 from audiozoo import loading
 from audiozoo.errors import CheckpointError, SourceError
-from audiozoo.models import seamless_m4t_v2, speech_resynthesis
+from audiozoo.models import seamless_m4t, seamless_m4t_v2, speech_resynthesis
 from audiozoo.models.seamless_m4t_v2 import SeamlessM4Tv2Config, SeamlessM4Tv2GenerationConfig, SeamlessM4Tv2Model
 from audiozoo.models.speech_resynthesis import CodeHifiGanConfig
 from tests.models.random_model import random_model
@@ -93,8 +93,9 @@ def text() -> dict[str, jax.Array]:
 
 def test_annotations_hold(model, monkeypatch):
     """Calls of text, speech and units, with what is public checking its shapes and dtypes."""
-    checked = enforce(monkeypatch, seamless_m4t_v2) + enforce(monkeypatch, speech_resynthesis)
-    assert {"SeamlessM4Tv2Model.__call__", "CodeHifiGan.decode", "characters", "run_lengths"} <= set(checked)
+    modules = (seamless_m4t, seamless_m4t_v2, speech_resynthesis)
+    checked = [name for module in modules for name in enforce(monkeypatch, module)]
+    assert {"SeamlessM4TModel.__call__", "CodeHifiGan.decode", "characters", "run_lengths"} <= set(checked)
     ids = jnp.ones((2, 3), int)
     for x in (text(), {"input_features": jnp.zeros((2, 20, 10))}):
         jax.eval_shape(lambda m, x=x: m(**x, decoder_input_ids=ids).logits, model)
