@@ -14,7 +14,10 @@ from audiozoo.layers import abstract
 
 
 def random_model(create: Callable[[Any], nnx.Module], seed: int = 0) -> Any:
-    """The model that `create(rngs)` makes; kernels keep variances, scales are about 1, biases about 0."""
+    """The model that `create(rngs)` makes.
+
+    Kernels keep variances; scales, and the variances that batch normalisation keeps, are about 1, biases about 0.
+    """
     graphdef, state = nnx.split(abstract(create))
     flat = []
     for path, variable in nnx.to_flat_state(state):
@@ -22,7 +25,7 @@ def random_model(create: Callable[[Any], nnx.Module], seed: int = 0) -> Any:
         values = rng.standard_normal(variable.shape)
         if path[-1] in ("u", "v"):
             values = values / np.linalg.norm(values)
-        elif path[-1] in ("scale", "kernel_g"):
+        elif path[-1] in ("scale", "kernel_g", "var"):
             values = 1 + 0.1 * values
         elif values.ndim > 1:
             values = values / np.sqrt(np.prod(variable.shape[:-1]))

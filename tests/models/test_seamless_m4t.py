@@ -87,8 +87,6 @@ def make(cls=SeamlessM4TModel, **options):
     units = made.t2u_model.model.decoder.embed_tokens.embedding
     units[...] = units[...].at[jnp.array([0, 1, 2, 3, 28, 29])].set(0)  # units that sound, and no early end
     made.t2u_model.model.decoder.layer_norm.bias[...] += 3 * units[9]
-    for block in made.speech_encoder.encoder.layers:
-        block.conv_module.batch_norm.var[...] = 1 + jnp.abs(block.conv_module.batch_norm.var[...])
     return made
 
 
