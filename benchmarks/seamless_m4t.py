@@ -7,6 +7,7 @@ that both models fit side by side.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from benchmarks.audio_spectrogram_transformer import close
 from benchmarks.framework import Case, Run, random_model, threads
 
 SEED, TOKENS, NAME = 0, 48, "SeamlessM4TModel"
+Model = Callable[[], Any]
 SIZES: dict[str, Any] = {
     "vocab_size": 20_000,
     "encoder_layers": 2,
@@ -71,7 +73,7 @@ def text(count: int) -> np.ndarray:
     return ids
 
 
-def our_forward(seconds: int) -> Run:
+def our_forward(model: Model, seconds: int) -> Run:
     import jax
 
     import audiozoo
@@ -80,7 +82,7 @@ def our_forward(seconds: int) -> Run:
     return lambda: np.asarray(run(input_features=x, decoder_input_ids=ids).logits)
 
 
-def their_forward(seconds: int) -> Run:
+def their_forward(original: Model, seconds: int) -> Run:
     import torch
 
     theirs, x, ids = original(), torch.from_numpy(speech(seconds)), torch.from_numpy(text(1))
@@ -92,34 +94,34 @@ def their_forward(seconds: int) -> Run:
     return run
 
 
-def our_text(count: int) -> Run:
+def our_text(model: Model, count: int) -> Run:
     import jax
 
     ours, x = model(), jax.numpy.asarray(text(count))
     return lambda: ours.generate(input_ids=x, generate_speech=False, **OPTIONS).sequences
 
 
-def their_text(count: int) -> Run:
+def their_text(original: Model, count: int) -> Run:
     import torch
 
     theirs, x = original(), torch.from_numpy(text(count))
     return lambda: theirs.generate(input_ids=x, generate_speech=False, **OPTIONS).sequences.numpy()
 
 
-def our_speech(seconds: int) -> Run:
+def our_speech(model: Model, options: dict[str, Any], seconds: int) -> Run:
     import jax
 
     ours, x = model(), jax.numpy.asarray(speech(seconds))
-    return lambda: ours.generate(input_features=x, return_intermediate_token_ids=True, **SPOKEN).unit_sequences
+    return lambda: ours.generate(input_features=x, return_intermediate_token_ids=True, **options).unit_sequences
 
 
-def their_speech(seconds: int) -> Run:
+def their_speech(original: Model, options: dict[str, Any], seconds: int) -> Run:
     import torch
 
     theirs, x = original(), torch.from_numpy(speech(seconds))
 
     def run() -> Any:
-        made = theirs.generate(input_features=x, return_intermediate_token_ids=True, **SPOKEN)
+        made = theirs.generate(input_features=x, return_intermediate_token_ids=True, **options)
         return made.unit_sequences.numpy()
 
     return run
@@ -132,32 +134,43 @@ def equal(ours: Any, theirs: Any) -> str:
     return f"same {np.size(ours)} tokens"
 
 
-CASES = (
-    Case(
-        "forward, 10 s of speech",
-        functools.partial(our_forward, 10),
-        {"transformers": functools.partial(their_forward, 10)},
-        target=1.5,
-        agreement=close,
-        repeats=6,
-    ),
-    *(
+def cases(model: Model, original: Model, spoken: dict[str, Any]) -> tuple[Case, ...]:
+    """The rows of one version of the paper.
+
+    Args:
+        model: makes ours.
+        original: makes `transformers`'.
+        spoken: options of `generate` for speech.
+    """
+    return (
         Case(
-            f"text to {TOKENS} tokens, {count} text{'s' if count > 1 else ''}",
-            functools.partial(our_text, count),
-            {"transformers": functools.partial(their_text, count)},
+            "forward, 10 s of speech",
+            functools.partial(our_forward, model, 10),
+            {"transformers": functools.partial(their_forward, original, 10)},
+            target=1.5,
+            agreement=close,
+            repeats=6,
+        ),
+        *(
+            Case(
+                f"text to {TOKENS} tokens, {count} text{'s' if count > 1 else ''}",
+                functools.partial(our_text, model, count),
+                {"transformers": functools.partial(their_text, original, count)},
+                target=2.0,
+                agreement=equal,
+                repeats=3,
+            )
+            for count in (1, 4)
+        ),
+        Case(
+            f"speech to speech, 10 s to {TOKENS} tokens",
+            functools.partial(our_speech, model, spoken, 10),
+            {"transformers": functools.partial(their_speech, original, spoken, 10)},
             target=2.0,
             agreement=equal,
             repeats=3,
-        )
-        for count in (1, 4)
-    ),
-    Case(
-        f"speech to speech, 10 s to {TOKENS} tokens",
-        functools.partial(our_speech, 10),
-        {"transformers": functools.partial(their_speech, 10)},
-        target=2.0,
-        agreement=equal,
-        repeats=3,
-    ),
-)
+        ),
+    )
+
+
+CASES = cases(model, original, SPOKEN)

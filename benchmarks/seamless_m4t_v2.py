@@ -11,28 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.audio_spectrogram_transformer import close
-from benchmarks.framework import Case, Run, random_model, threads
+from benchmarks.framework import random_model, threads
+from benchmarks.seamless_m4t import OPTIONS, SEED, SIZES, cases
+from benchmarks.seamless_m4t import TABLES as FIRST
 
-SEED, TOKENS, NAME = 0, 48, "SeamlessM4Tv2Model"
-SIZES: dict[str, Any] = {
-    "vocab_size": 20_000,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "speech_encoder_layers": 2,
-    "t2u_encoder_layers": 2,
-    "t2u_decoder_layers": 2,
-}
-TABLES = {
-    "text_decoder_lang_to_code_id": {"spa": 19_000},
-    "t2u_lang_code_to_id": {"spa": 10_050},
-    "vocoder_lang_code_to_id": {"spa": 3},
+NAME = "SeamlessM4Tv2Model"
+TABLES = FIRST | {
     "char_to_id": {chr(97 + i): 4 + i for i in range(26)},
     "id_to_text": {str(i): chr(97 + i % 26) + chr(97 + i // 26 % 26) for i in range(20_000)},
 }
-# Random weights: a symbol of control is never the likeliest unit, and no text ends before its time.
+# Random weights: a symbol of control is never the likeliest unit.
 QUIET = (0, 1, 2, 3, *range(10_004, 10_082))
-OPTIONS = {"tgt_lang": "spa", "text_max_new_tokens": TOKENS, "text_min_new_tokens": TOKENS}
 
 
 @functools.lru_cache(maxsize=1)
@@ -67,103 +56,4 @@ def model() -> Any:
     return ours
 
 
-def speech(seconds: int) -> np.ndarray:
-    return np.random.default_rng(1).standard_normal((1, 50 * seconds, 160)).astype(np.float32)
-
-
-def text(count: int) -> np.ndarray:
-    ids = np.random.default_rng(2).integers(4, 19_000, (count, 24))
-    ids[:, -1] = 3
-    return ids
-
-
-def our_forward(seconds: int) -> Run:
-    import jax
-
-    import audiozoo
-
-    run, x, ids = audiozoo.jit(model()), jax.numpy.asarray(speech(seconds)), jax.numpy.asarray(text(1))
-    return lambda: np.asarray(run(input_features=x, decoder_input_ids=ids).logits)
-
-
-def their_forward(seconds: int) -> Run:
-    import torch
-
-    theirs, x, ids = original(), torch.from_numpy(speech(seconds)), torch.from_numpy(text(1))
-
-    def run() -> Any:
-        with torch.inference_mode():
-            return theirs(input_features=x, decoder_input_ids=ids, use_cache=False).logits.numpy()
-
-    return run
-
-
-def our_text(count: int) -> Run:
-    import jax
-
-    ours, x = model(), jax.numpy.asarray(text(count))
-    return lambda: ours.generate(input_ids=x, generate_speech=False, **OPTIONS).sequences
-
-
-def their_text(count: int) -> Run:
-    import torch
-
-    theirs, x = original(), torch.from_numpy(text(count))
-    return lambda: theirs.generate(input_ids=x, generate_speech=False, **OPTIONS).sequences.numpy()
-
-
-def our_speech(seconds: int) -> Run:
-    import jax
-
-    ours, x = model(), jax.numpy.asarray(speech(seconds))
-    return lambda: ours.generate(input_features=x, return_intermediate_token_ids=True, **OPTIONS).unit_sequences
-
-
-def their_speech(seconds: int) -> Run:
-    import torch
-
-    theirs, x = original(), torch.from_numpy(speech(seconds))
-
-    def run() -> Any:
-        made = theirs.generate(input_features=x, return_intermediate_token_ids=True, **OPTIONS)
-        return made.unit_sequences.numpy()
-
-    return run
-
-
-def equal(ours: Any, theirs: Any) -> str:
-    """The same tokens or units."""
-    if not np.array_equal(ours, theirs):
-        raise AssertionError(f"{np.shape(ours)} and {np.shape(theirs)} differ")
-    return f"same {np.size(ours)} tokens"
-
-
-CASES = (
-    Case(
-        "forward, 10 s of speech",
-        functools.partial(our_forward, 10),
-        {"transformers": functools.partial(their_forward, 10)},
-        target=1.5,
-        agreement=close,
-        repeats=6,
-    ),
-    *(
-        Case(
-            f"text to {TOKENS} tokens, {count} text{'s' if count > 1 else ''}",
-            functools.partial(our_text, count),
-            {"transformers": functools.partial(their_text, count)},
-            target=2.0,
-            agreement=equal,
-            repeats=3,
-        )
-        for count in (1, 4)
-    ),
-    Case(
-        f"speech to speech, 10 s to {TOKENS} tokens",
-        functools.partial(our_speech, 10),
-        {"transformers": functools.partial(their_speech, 10)},
-        target=2.0,
-        agreement=equal,
-        repeats=3,
-    ),
-)
+CASES = cases(model, original, OPTIONS)
