@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from audiozoo.audio.files import check_waveform
-from audiozoo.errors import AudioError, CheckpointError, UsageError
+from audiozoo.errors import AudioError, CheckpointError, SourceError, UsageError
 
 
 def waveform_batch(
@@ -143,6 +143,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"'{path}' does not hold a JSON object.")
     return content
+
+
+def extractor_settings(folder: Path) -> dict[str, Any] | None:
+    """What a checkpoint's files say of its feature extractor, or None if there are none of these files.
+
+    Raises:
+        SourceError: if there is no such directory.
+        CheckpointError: if a file is no JSON object.
+    """
+    if not folder.is_dir():
+        raise SourceError(f"There is no directory '{folder}'.")
+    if (folder / "preprocessor_config.json").is_file():
+        return read_json(folder / "preprocessor_config.json")
+    if (folder / "processor_config.json").is_file():
+        return read_json(folder / "processor_config.json").get("feature_extractor", {})
+    return None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

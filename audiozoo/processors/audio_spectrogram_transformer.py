@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from audiozoo.audio.features import double_precision_on_cpu, kaldi_fbank
 from audiozoo.errors import CheckpointError, SourceError
-from audiozoo.processors import check_return_tensors, read_json, waveform_batch, write_json
+from audiozoo.processors import check_return_tensors, extractor_settings, read_json, waveform_batch, write_json
 
 # Mean and standard deviation of the log-mel values of each training set, and its length in frames.
 AUDIOSET = {"mean": -4.2677393, "std": 4.5689974, "max_length": 1024}
@@ -117,17 +117,12 @@ class ASTFeatureExtractor:
             CheckpointError: if they are another model's.
         """
         folder = Path(directory)
-        if not folder.is_dir():
-            raise SourceError(f"There is no directory '{folder}'.")
-        if (folder / "preprocessor_config.json").is_file():
-            config = read_json(folder / "preprocessor_config.json")
-        elif (folder / "processor_config.json").is_file():
-            config = read_json(folder / "processor_config.json").get("feature_extractor", {})
-        elif (folder / "config.json").is_file():
+        config = extractor_settings(folder)
+        if config is None and (folder / "config.json").is_file():
             model = read_json(folder / "config.json")
             model = model.get("config", model)  # a native directory keeps the sizes one level down
             config = {name: model[name] for name in ("num_mel_bins", "max_length") if name in model}
-        else:
+        if config is None:
             raise SourceError(
                 f"'{folder}' has no preprocessor_config.json; ASTFeatureExtractor.audioset(), .esc50() and "
                 ".speech_commands() are the processors of the project's own files."

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from audiozoo.audio.features import double_precision_on_cpu, mel_filterbank, spectrogram
 from audiozoo.errors import CheckpointError, SourceError, UsageError
-from audiozoo.processors import check_return_tensors, read_json, waveform_batch, write_json
+from audiozoo.processors import check_return_tensors, extractor_settings, read_json, waveform_batch, write_json
 from audiozoo.text.roberta_tokenizer import RobertaTokenizer
 
 CHUNK = 1001  # frames that are transformed at once: ten seconds and the frame at their end
@@ -146,18 +146,13 @@ class ClapFeatureExtractor:
             CheckpointError: if they are another model's.
         """
         folder = Path(directory)
-        if not folder.is_dir():
-            raise SourceError(f"There is no directory '{folder}'.")
-        if (folder / "preprocessor_config.json").is_file():
-            config = read_json(folder / "preprocessor_config.json")
-        elif (folder / "processor_config.json").is_file():
-            config = read_json(folder / "processor_config.json").get("feature_extractor", {})
-        elif (folder / "config.json").is_file():
+        config = extractor_settings(folder)
+        if config is None and (folder / "config.json").is_file():
             model = read_json(folder / "config.json")
             model = model.get("config", model)  # a native directory keeps the sizes one level down
             fused = model.get("audio_config", model).get("enable_fusion", False)
             config = {"truncation": "fusion" if fused else "rand_trunc"}
-        else:
+        if config is None:
             raise SourceError(
                 f"'{folder}' has no preprocessor_config.json; ClapFeatureExtractor.laion(fusion=…) is that of LAION's "
                 "own files."

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Float
 
 from audiozoo.audio.files import check_waveform
-from audiozoo.errors import AudioError, CheckpointError, SourceError, UsageError
-from audiozoo.processors import check_return_tensors, read_json, write_json
+from audiozoo.errors import AudioError, CheckpointError, UsageError
+from audiozoo.processors import check_return_tensors, extractor_settings, read_json, write_json
 
 
 class EncodecFeatureExtractor:
@@ -61,19 +61,14 @@ class EncodecFeatureExtractor:
     def from_directory(cls, directory: str | os.PathLike[str]) -> EncodecFeatureExtractor:
         """From `preprocessor_config.json` or `processor_config.json`; without them, from the model's `config.json`."""
         folder = Path(directory)
-        if not folder.is_dir():
-            raise SourceError(f"There is no directory '{folder}'.")
-        config: dict[str, Any] = {}
-        if (folder / "preprocessor_config.json").is_file():
-            config = read_json(folder / "preprocessor_config.json")
-        elif (folder / "processor_config.json").is_file():
-            config = read_json(folder / "processor_config.json").get("feature_extractor", {})
-        elif (folder / "config.json").is_file():
+        config = extractor_settings(folder)
+        if config is None and (folder / "config.json").is_file():
             model = read_json(folder / "config.json")
             config = model["config"] if "audiozoo" in model else model
             config = {k: v for k, v in config.items() if k in ("sampling_rate", "chunk_length_s", "overlap")} | (
                 {"feature_size": config["audio_channels"]} if "audio_channels" in config else {}
             )
+        config = config or {}
         kind = config.get("feature_extractor_type", cls.__name__)
         if kind != cls.__name__:
             raise CheckpointError(f"'{folder}' holds the settings of a {kind}, not of a {cls.__name__}.")

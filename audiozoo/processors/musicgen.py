@@ -14,8 +14,8 @@ from jaxtyping import Float
 
 from audiozoo.audio.features import double_precision_on_cpu, spectrogram
 from audiozoo.audio.files import check_waveform
-from audiozoo.errors import AudioError, CheckpointError, SourceError, UsageError
-from audiozoo.processors import check_return_tensors, pad_batch, read_json, write_json
+from audiozoo.errors import AudioError, CheckpointError, UsageError
+from audiozoo.processors import check_return_tensors, extractor_settings, pad_batch, write_json
 from audiozoo.processors.encodec import EncodecFeatureExtractor
 from audiozoo.text.t5_tokenizer import T5Tokenizer
 
@@ -70,7 +70,7 @@ class MusicgenMelodyFeatureExtractor:
     @classmethod
     def from_directory(cls, directory: str | os.PathLike[str]) -> MusicgenMelodyFeatureExtractor:
         """From `preprocessor_config.json` or `processor_config.json`."""
-        config = settings_in(Path(directory))
+        config = extractor_settings(Path(directory)) or {}
         return cls(**{name: config[name] for name in vars(cls()) if name in config})
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -153,17 +153,6 @@ class MusicgenMelodyFeatureExtractor:
         return features
 
 
-def settings_in(folder: Path) -> dict[str, Any]:
-    """What a directory says of its feature extractor; nothing, if it holds the authors' files."""
-    if not folder.is_dir():
-        raise SourceError(f"There is no directory '{folder}'.")
-    if (folder / "preprocessor_config.json").is_file():
-        return read_json(folder / "preprocessor_config.json")
-    if (folder / "processor_config.json").is_file():
-        return read_json(folder / "processor_config.json").get("feature_extractor", {})
-    return {}
-
-
 class MusicgenProcessor:
     """Texts and music to continue; and back from waveforms and tokens.
 
@@ -182,7 +171,7 @@ class MusicgenProcessor:
         Beside the authors' files a directory `t5-base` holds the tokenizer, or AudioGen's, `t5-large`.
         """
         folder = Path(directory)
-        config = settings_in(folder)
+        config = extractor_settings(folder) or {}
         kind = config.get("feature_extractor_type", "EncodecFeatureExtractor")
         names = [name for name in ("t5-base", "t5-large") if (folder / name).is_dir()]
         own = (folder / "tokenizer.json").is_file() or (folder / "spiece.model").is_file()

@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from audiozoo.audio import beats as tracking
 from audiozoo.audio.features import hann_window, mel_filterbank
 from audiozoo.audio.files import check_waveform, resample
-from audiozoo.errors import CheckpointError, SourceError, UsageError
-from audiozoo.processors import check_return_tensors, read_json, write_json
+from audiozoo.errors import CheckpointError, UsageError
+from audiozoo.processors import check_return_tensors, extractor_settings, read_json, write_json
 
 SPECIAL, NOTE, VELOCITY, TIME = "TOKEN_SPECIAL", "TOKEN_NOTE", "TOKEN_VELOCITY", "TOKEN_TIME"
 KINDS = {SPECIAL: 4, NOTE: 128, VELOCITY: 2, TIME: 100}  # how many of each, in the order of their numbers
@@ -75,13 +75,7 @@ class Pop2PianoFeatureExtractor:
             CheckpointError: if the files are another model's.
         """
         folder = Path(directory)
-        if not folder.is_dir():
-            raise SourceError(f"There is no directory '{folder}'.")
-        config: dict[str, Any] = {}
-        if (folder / "preprocessor_config.json").is_file():
-            config = read_json(folder / "preprocessor_config.json")
-        elif (folder / "processor_config.json").is_file():
-            config = read_json(folder / "processor_config.json").get("feature_extractor", {})
+        config = extractor_settings(folder) or {}
         kind = config.get("feature_extractor_type", cls.__name__)
         if kind != cls.__name__:
             raise CheckpointError(f"'{folder}' holds the settings of a {kind}, not of Pop2Piano's features.")

@@ -11,7 +11,14 @@ import numpy as np
 from jaxtyping import Float
 
 from audiozoo.errors import CheckpointError, SourceError, UsageError
-from audiozoo.processors import check_return_tensors, pad_batch, read_json, waveform_batch, write_json
+from audiozoo.processors import (
+    check_return_tensors,
+    extractor_settings,
+    pad_batch,
+    read_json,
+    waveform_batch,
+    write_json,
+)
 from audiozoo.processors.speech_to_text import filterbanks
 
 
@@ -51,13 +58,7 @@ class SeamlessM4TFeatureExtractor:
     def from_directory(cls, directory: str | os.PathLike[str]) -> SeamlessM4TFeatureExtractor:
         """From `preprocessor_config.json` or `processor_config.json`; else the defaults."""
         folder = Path(directory)
-        if not folder.is_dir():
-            raise SourceError(f"There is no directory '{folder}'.")
-        config: dict[str, Any] = {}
-        if (folder / "preprocessor_config.json").is_file():
-            config = read_json(folder / "preprocessor_config.json")
-        elif (folder / "processor_config.json").is_file():
-            config = read_json(folder / "processor_config.json").get("feature_extractor", {})
+        config = extractor_settings(folder) or {}
         kind = config.get("feature_extractor_type", cls.__name__)
         if kind != cls.__name__:
             raise CheckpointError(f"'{folder}' holds the settings of a {kind}, not of SeamlessM4T's features.")

@@ -16,7 +16,14 @@ from jaxtyping import Float
 
 from audiozoo.audio.features import double_precision_on_cpu, kaldi_fbank
 from audiozoo.errors import CheckpointError, SourceError, UsageError
-from audiozoo.processors import check_return_tensors, pad_batch, read_json, waveform_batch, write_json
+from audiozoo.processors import (
+    check_return_tensors,
+    extractor_settings,
+    pad_batch,
+    read_json,
+    waveform_batch,
+    write_json,
+)
 
 VARIANCE_FLOOR = 1e-10  # of fairseq
 CHUNK = 512  # frames that one row of a compiled program transforms
@@ -126,13 +133,7 @@ class Speech2TextFeatureExtractor:
     def from_directory(cls, directory: str | os.PathLike[str]) -> Speech2TextFeatureExtractor:
         """From `preprocessor_config.json` or `processor_config.json`; else the defaults."""
         folder = Path(directory)
-        if not folder.is_dir():
-            raise SourceError(f"There is no directory '{folder}'.")
-        config: dict[str, Any] = {}
-        if (folder / "preprocessor_config.json").is_file():
-            config = read_json(folder / "preprocessor_config.json")
-        elif (folder / "processor_config.json").is_file():
-            config = read_json(folder / "processor_config.json").get("feature_extractor", {})
+        config = extractor_settings(folder) or {}
         kind = config.get("feature_extractor_type", cls.__name__)
         if kind != cls.__name__:
             raise CheckpointError(f"'{folder}' holds the settings of a {kind}, not of fairseq S2T's features.")

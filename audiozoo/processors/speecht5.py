@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from audiozoo.errors import SourceError, UsageError
-from audiozoo.processors import check_return_tensors, read_json, write_json
+from audiozoo.processors import check_return_tensors, extractor_settings, read_json, write_json
 from audiozoo.processors.hifigan import HifiGanProcessor
 from audiozoo.processors.wav2vec2 import Wav2Vec2FeatureExtractor
 from audiozoo.text.numbers import spell_numbers
@@ -47,12 +47,7 @@ class SpeechT5FeatureExtractor(Wav2Vec2FeatureExtractor):
         """From `preprocessor_config.json` or `processor_config.json`; else the defaults."""
         folder = Path(directory)
         found: Any = super().from_directory(folder)
-        for name, inside in (("preprocessor_config.json", None), ("processor_config.json", "feature_extractor")):
-            if (folder / name).is_file():
-                config = read_json(folder / name)
-                config = config if inside is None else config.get(inside, {})
-                found.num_mel_bins = int(config.get("num_mel_bins", found.num_mel_bins))
-                break
+        found.num_mel_bins = int((extractor_settings(folder) or {}).get("num_mel_bins", found.num_mel_bins))
         return found
 
     def save(self, directory: str | os.PathLike[str]) -> None:

@@ -15,6 +15,7 @@ from audiozoo.decoding.ctc import BeamSearch, NgramModel, Span
 from audiozoo.errors import CheckpointError, SourceError, UsageError
 from audiozoo.processors import (
     check_return_tensors,
+    extractor_settings,
     pad_batch,
     read_json,
     waveform_batch,
@@ -51,13 +52,7 @@ class Wav2Vec2FeatureExtractor:
     def from_directory(cls, directory: str | os.PathLike[str]) -> Wav2Vec2FeatureExtractor:
         """From `preprocessor_config.json` or `processor_config.json`; else the defaults."""
         folder = Path(directory)
-        if not folder.is_dir():
-            raise SourceError(f"There is no directory '{folder}'.")
-        config: dict[str, Any] = {}
-        if (folder / "preprocessor_config.json").is_file():
-            config = read_json(folder / "preprocessor_config.json")
-        elif (folder / "processor_config.json").is_file():
-            config = read_json(folder / "processor_config.json").get("feature_extractor", {})
+        config = extractor_settings(folder) or {}
         kind = config.get("feature_extractor_type", cls.__name__)
         if kind != cls.__name__:
             raise CheckpointError(f"'{folder}' holds the settings of a {kind}, not of a {cls.__name__}.")

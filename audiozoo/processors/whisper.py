@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from audiozoo.audio.features import WHISPER_HOP, WHISPER_N_FFT, WHISPER_SAMPLING_RATE, long_log_mel_spectrogram
-from audiozoo.errors import CheckpointError, SourceError, UsageError
+from audiozoo.errors import CheckpointError, UsageError
 from audiozoo.processors import (
     check_return_tensors,
+    extractor_settings,
     pad_batch,
     read_json,
     waveform_batch,
@@ -74,15 +75,10 @@ class WhisperFeatureExtractor:
     def from_directory(cls, directory: str | os.PathLike[str]) -> WhisperFeatureExtractor:
         """From `preprocessor_config.json` or `processor_config.json`; else the bands of `config.json`, or 80."""
         folder = Path(directory)
-        if not folder.is_dir():
-            raise SourceError(f"There is no directory '{folder}'.")
-        config: dict[str, Any] = {}
-        if (folder / "preprocessor_config.json").is_file():
-            config = read_json(folder / "preprocessor_config.json")
-        elif (folder / "processor_config.json").is_file():
-            config = read_json(folder / "processor_config.json").get("feature_extractor", {})
-        elif (folder / "config.json").is_file():
+        config = extractor_settings(folder)
+        if config is None and (folder / "config.json").is_file():
             config = {"feature_size": read_json(folder / "config.json").get("num_mel_bins", 80)}
+        config = config or {}
         kind = config.get("feature_extractor_type", cls.__name__)
         if kind != cls.__name__:
             raise CheckpointError(f"'{folder}' holds the settings of a {kind}, not of Whisper's features.")
