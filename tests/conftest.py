@@ -45,14 +45,3 @@ def recordings() -> Path:
         if directory and Path(directory).is_dir():
             return Path(directory)
     pytest.skip("the recordings are not there: set AUDIOZOO_RECORDINGS to their directory")
-
-
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Compile without optimisation: for modules of many tiny programs, whose compilation is what takes the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)

@@ -19,8 +19,6 @@ from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureEx
 from tests.models.random_model import random_model
 from tests.test_cli import Run, assert_refused, audiozoo_command  # noqa: F401 - a fixture
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 NETWORK = {
     "hidden_size": 16,
     "num_hidden_layers": 1,

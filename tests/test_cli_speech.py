@@ -25,7 +25,6 @@ from audiozoo.processors.vits import VitsTokenizer
 from tests.models.tiny_vits import PLAIN, build
 from tests.test_cli import Run, assert_refused
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "Hello there. How are you?"
 

@@ -19,7 +19,6 @@ from audiozoo.processors.speecht5 import SpeechT5FeatureExtractor, SpeechT5Proce
 from tests.models.tiny_speecht5 import build, train_characters, vocoder, wave
 from tests.test_cli import Run, assert_refused
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 TEXT = "The fox jumps. 2 dogs sleep!"
 
 

@@ -19,8 +19,6 @@ from audiozoo.processors.audio_spectrogram_transformer import ASTFeatureExtracto
 from tests.models import test_audio_spectrogram_transformer as ast_tests
 from tests.models.test_clap import RATE, sound, tiny, tiny_processor
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):

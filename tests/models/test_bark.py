@@ -23,7 +23,6 @@ from tests.models.tiny_bark import CONFIG, GENERATION
 from tests.shapes import enforce
 from weights_conversion.bark import config_from_hugging_face, generation_from_hugging_face
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 IDS = np.array([[3, 5, 7, 9, 11, 13, 15, 17], [2, 4, 6, 8, 10, 12, 14, 16]])
 LETTERS = {letter: i for i, letter in enumerate(["[PAD]", "[UNK]", *"abcdefghij."])}
 

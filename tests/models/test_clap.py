@@ -30,7 +30,6 @@ from tests.shapes import enforce
 from tests.text.tiny_bpe import MERGES, vocabulary
 from weights_conversion.clap import ORIGINAL_TABLE, hugging_face_table
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = Path(__file__).parents[2]
 RATE = 2_000  # Hz of the tiny processor, whose ten seconds are two
 WORDS = {"low": "a low hum", "high": "the high whistle", "noise": "wind in the trees"}

@@ -22,8 +22,6 @@ from audiozoo.training.adversarial import AdversarialTrainer
 from tests.models.random_model import random_model
 from tests.shapes import enforce
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SMALL = HifiGanConfig(
     model_in_dim=20,
     sampling_rate=8000,

@@ -18,8 +18,6 @@ from audiozoo.models.hubert import HubertConfig
 from audiozoo.processors.wav2vec2 import Wav2Vec2FeatureExtractor
 from tests.models.random_model import random_model
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TINY = HubertConfig(
     hidden_size=16,
     num_hidden_layers=1,

@@ -33,7 +33,6 @@ from audiozoo.text.t5_tokenizer import T5Tokenizer
 from tests.models.random_model import random_model
 from tests.shapes import enforce
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 RATE = 8_000
 CODEC = EncodecConfig.encodec_32khz(
     sampling_rate=RATE,

@@ -26,7 +26,6 @@ from tests.shapes import enforce
 from weights_conversion.pop2piano import TABLE
 
 pretty_midi = pytest.importorskip("pretty_midi", reason="MIDI needs the extra `music`")
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 RATE = 8_000
 TINY = pop2piano.Pop2PianoConfig(
     vocab_size=240, composer_vocab_size=3, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_decoder_layers=1, num_heads=2

@@ -34,7 +34,6 @@ from tests.models.random_model import random_model
 from tests.shapes import enforce
 from weights_conversion import seamless_m4t as conversion
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 VOICE = CodeHifiGanConfig(
     unit_hifi_gan_vocab_size=26,
     unit_embed_dim=8,

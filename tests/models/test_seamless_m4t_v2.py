@@ -27,7 +27,6 @@ from tests.shapes import enforce
 from weights_conversion import seamless_m4t_v2 as conversion
 from weights_conversion.readers import write_safetensors
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = Path(__file__).resolve().parents[2]
 VOICE = CodeHifiGanConfig(
     unit_hifi_gan_vocab_size=26,

@@ -19,8 +19,6 @@ from tests.random_weights import random_parameters
 from tests.shapes import enforce
 from weights_conversion.sew import hugging_face_table
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TINY = SEWConfig(
     vocab_size=12,
     hidden_size=16,

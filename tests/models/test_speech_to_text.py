@@ -40,8 +40,6 @@ from tests.shapes import enforce
 from tests.test_cli import Run, assert_refused, audiozoo_command  # noqa: F401 - a fixture
 from tests.tolerances import tolerance
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TINY = Speech2TextConfig(
     vocab_size=24, input_feat_per_channel=80, conv_channels=8, d_model=16, encoder_layers=1, encoder_attention_heads=2,
     encoder_ffn_dim=24, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=24,

@@ -24,8 +24,6 @@ from tests.models.random_model import random_model
 from tests.shapes import enforce
 from tests.test_cli import assert_refused, audiozoo_command  # noqa: F401 - a fixture
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ENCODER = HubertConfig(
     hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, conv_dim=(8,) * 7,
     feat_extract_norm="layer", conv_bias=True, do_stable_layer_norm=True, num_conv_pos_embeddings=6,

@@ -22,8 +22,6 @@ from audiozoo.text.numbers import spell_numbers
 from tests.models.tiny_speecht5 import SIZES, build, train_characters, vocoder, wave
 from tests.tolerances import tolerance
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 IDS = np.array([[5, 9, 12, 4, 2], [7, 8, 2, 1, 1]], np.int32)
 WHO = np.random.default_rng(1).standard_normal((2, 6)).astype(np.float32)
 

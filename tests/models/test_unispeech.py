@@ -20,8 +20,6 @@ from tests.shapes import enforce
 from weights_conversion import unispeech as unispeech_conversion
 from weights_conversion import unispeech_sat as sat_conversion
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SIZES = {
     "vocab_size": 12,
     "hidden_size": 16,

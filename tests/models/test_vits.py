@@ -30,7 +30,6 @@ from tests.models.random_model import random_model
 from tests.models.tiny_vits import CONFIG, PLAIN, build
 from tests.shapes import enforce
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -17,8 +17,6 @@ from audiozoo.models.wav2vec2 import Wav2Vec2Config
 from tests.random_weights import random_parameters
 from weights_conversion.wav2vec2 import hugging_face_table
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TINY = Wav2Vec2Config(
     vocab_size=12,
     hidden_size=16,

@@ -19,8 +19,6 @@ from tests.random_weights import random_parameters
 from tests.shapes import enforce
 from weights_conversion.wavlm import hugging_face_table
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TINY = WavLMConfig(
     hidden_size=16,
     num_hidden_layers=2,

@@ -25,8 +25,6 @@ from weights_conversion.bark import (
     stage_config,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 IDS = np.random.default_rng(1).integers(0, 40, (2, 8))
 MASK = (np.arange(8) < np.array([[5], [7]])).astype(np.int64)
 STAGES = ("semantic_config", "coarse_acoustics_config", "fine_acoustics_config")

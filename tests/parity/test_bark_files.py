@@ -23,8 +23,6 @@ from tests.parity import harness
 from tests.parity.test_bark import STAGES, Noise, gumbel, pair, settings
 from weights_conversion.bark import original_table
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # --- files -----------------------------------------------------------------------------------------------------------
 
 

@@ -57,9 +57,6 @@ TWO_STAGES = {"depths": [2, 2], "num_attention_heads": [2, 4], "hidden_size": 16
 FRAMES = 50  # of 64 that the folded spectrogram holds
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _softmax_in_its_own_dtype():
     """The original's text attention takes its softmax in float32 even in a float64 model; here it may not."""

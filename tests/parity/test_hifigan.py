@@ -31,8 +31,6 @@ from weights_conversion.hifigan import (
 )
 from weights_conversion.rules import Rule, Table, conv_transpose1d
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TINY = {
     "model_in_dim": 6,
     "upsample_initial_channel": 16,

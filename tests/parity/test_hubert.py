@@ -22,8 +22,6 @@ from tests.parity import harness, speech_family
 from tests.parity.speech_family import EVERYTHING, FRAMES, LAYER, NO_DROPOUT, TINY, blank, jitted, padded, waves
 from weights_conversion import hubert as conversion
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FAMILY = speech_family.Family("Hubert", "HubertConfig", hubert, conversion, TINY)
 pair = FAMILY.pair
 BATCH_NORM = LAYER | {"conv_pos_batch_norm": True}

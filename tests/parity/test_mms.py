@@ -23,8 +23,6 @@ from tests.parity.speech_family import LAYER, NO_DROPOUT, TINY, padded
 from weights_conversion import mms as conversion
 from weights_conversion import wav2vec2 as alone
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LETTERS = {"deu": 14, "eng": 11, "fra": 17}
 CHANGES = LAYER | NO_DROPOUT | {"adapter_attn_dim": 5, "mask_time_prob": 0.0, "num_hidden_layers": 1}
 

@@ -27,8 +27,6 @@ from tests.parity import harness
 from weights_conversion import encodec as codec_conversion
 from weights_conversion.musicgen import MELODY, WHOLE, config_from_hugging_face, hugging_face, hugging_face_table
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TEXT = {
     "vocab_size": 40,
     "d_model": 12,

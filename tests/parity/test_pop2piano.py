@@ -27,7 +27,6 @@ from weights_conversion.pop2piano import (
     hugging_face_table,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 COMPOSERS = {f"composer{i}": 60 + i for i in range(1, 4)}
 TINY = {
     "vocab_size": 240,

@@ -22,7 +22,6 @@ from tests.parity import harness
 from weights_conversion.rules import Ignore, Rule, Table
 from weights_conversion.seamless_m4t import SPEECH_ENCODER, TEXT_DECODER, TEXT_ENCODER, UNREAD
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 TINY = {
     "hidden_size": 24,
     "vocab_size": 50,

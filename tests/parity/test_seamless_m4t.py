@@ -21,7 +21,6 @@ from tests.parity import harness
 from weights_conversion import seamless_m4t as conversion
 from weights_conversion.rules import Table
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 TINY = {
     "vocab_size": 60,
     "t2u_vocab_size": 30,

@@ -26,7 +26,6 @@ from weights_conversion.seamless_m4t_v2 import (
     t2u_table,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 TINY = {
     "vocab_size": 60,
     "t2u_vocab_size": 30,

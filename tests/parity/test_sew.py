@@ -22,8 +22,6 @@ from tests.parity import harness, speech_family
 from tests.parity.speech_family import EVERYTHING, FRAMES, LENGTHS, NO_DROPOUT, TINY, blank, jitted, padded, waves
 from weights_conversion import sew as conversion
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PLAIN = {k: v for k, v in TINY.items() if not k.startswith(("tdnn", "xvector", "num_codevectors"))}
 # Heads of 12 channels, so that the original's sqrt(3 * 12), which it takes in float32, is exact.
 DISENTANGLED = PLAIN | {"num_attention_heads": 2, "position_buckets": 8, "max_position_embeddings": 12}

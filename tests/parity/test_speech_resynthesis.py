@@ -20,7 +20,6 @@ from audiozoo.models.speech_resynthesis import CodeHifiGanConfig, SeamlessM4TCod
 from tests.parity import harness
 from weights_conversion.code_hifigan_names import original_table, vocoder_table
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 TINY = {
     "unit_hifi_gan_vocab_size": 20,
     "unit_embed_dim": 6,

@@ -29,8 +29,6 @@ from tests.parity import harness
 from weights_conversion import speech_to_text as conversion
 from weights_conversion.readers import write_safetensors
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TINY = {
     "vocab_size": 29,
     "input_feat_per_channel": 6,

@@ -37,8 +37,6 @@ from weights_conversion import speech_to_text_2 as conversion
 from weights_conversion import xls_r as translators
 from weights_conversion.readers import write_safetensors
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 DECODER = Speech2Text2Config(
     vocab_size=19, d_model=20, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=28, dropout=0.0,
     tie_word_embeddings=False,

@@ -29,8 +29,6 @@ from weights_conversion import hubert as hubert_files
 from weights_conversion import speecht5 as conversion
 from weights_conversion.wav2vec2 import norm
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 KEPT = ("vocab_size", "hidden_size", "conv_dim", "conv_kernel", "conv_stride", "num_conv_pos_embeddings")
 SMALL = {k: TINY[k] for k in KEPT} | {k: v for k, v in NO_DROPOUT.items() if k not in ("layerdrop", "final_dropout")}
 SMALL |= {

@@ -16,8 +16,6 @@ from tests.parity import harness, speech_family
 from tests.parity.speech_family import EVERYTHING, FRAMES, LAYER, LENGTHS, NO_DROPOUT, TINY, jitted, padded, waves
 from weights_conversion import unispeech as conversion
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SMALL = {k: v for k, v in TINY.items() if not k.startswith(("tdnn", "xvector"))} | {"num_ctc_classes": 7}
 FAMILY = speech_family.Family("UniSpeech", "UniSpeechConfig", unispeech, conversion, SMALL)
 pair = FAMILY.pair

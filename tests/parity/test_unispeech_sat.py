@@ -18,8 +18,6 @@ from tests.parity import harness, speech_family
 from tests.parity.speech_family import EVERYTHING, FRAMES, LAYER, NO_DROPOUT, TINY, blank, jitted, padded, waves
 from weights_conversion import unispeech_sat as conversion
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SMALL = TINY | {"codevector_dim": 6, "num_clusters": 9}
 FAMILY = speech_family.Family("UniSpeechSat", "UniSpeechSatConfig", unispeech_sat, conversion, SMALL)
 pair = FAMILY.pair

@@ -38,8 +38,6 @@ from weights_conversion.vits import (
     original_table,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TINY = {
     "vocab_size": 20,
     "hidden_size": 16,

@@ -30,8 +30,6 @@ from weights_conversion.wav2vec2 import (
     hugging_face_table,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 VARIANTS = {
     "base": {},
     "lv60": LAYER | {"num_conv_pos_embeddings": 7},

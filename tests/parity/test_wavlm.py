@@ -34,8 +34,6 @@ from tests.parity.speech_family import (
 )
 from weights_conversion import wavlm as conversion
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 BUCKETS = {"num_buckets": 16, "max_bucket_distance": 20}
 FAMILY = speech_family.Family("WavLM", "WavLMConfig", wavlm, conversion, TINY | BUCKETS)
 pair = FAMILY.pair

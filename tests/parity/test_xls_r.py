@@ -21,8 +21,6 @@ from tests.parity.speech_family import LAYER, NO_DROPOUT, TINY, blank, padded, r
 from weights_conversion import wav2vec2 as encoders
 from weights_conversion import xls_r as conversion
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SIXTEEN = LAYER | {"num_attention_heads": 16}
 PUBLISHED = {
     "xls_r_300m": SIXTEEN | {"hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 4096},

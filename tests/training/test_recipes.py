@@ -21,7 +21,6 @@ from audiozoo.training.data import find_items
 from audiozoo.training.parameters import Lora
 from tests.training import tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 TEXTS = ["a low hum", "high hiss", "a bell", "owl", "low bell", "a high hall"]
 
 
