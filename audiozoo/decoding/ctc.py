@@ -401,7 +401,8 @@ class ForcedAlignment:
     Attributes:
         states: for each frame, 2i + 1 inside token i and 2i in the blanks before it; -1 behind the item's end.
         scores: log probability of what each frame says.
-        exact: whether the best of all alignments was found for certain (the window covered every state).
+        exact: whether this is the best of all alignments for certain: the window covered every state, or what left it
+            was already too improbable to come back.
     """
 
     states: Int[np.ndarray, "batch frames"]
@@ -431,8 +432,16 @@ def _viterbi(
     *,
     window: int,
     blank: int,
-) -> tuple[Int[Array, " frames"], Float[Array, " frames"], Float[Array, ""]]:
-    """Viterbi over `window` states at a time, which follow the best one; one item."""
+) -> tuple[
+    Int[Array, " frames"], Float[Array, " frames"], Float[Array, ""], Float[Array, " blocks"], Float[Array, " blocks"]
+]:
+    r"""Viterbi over `window` states at a time, which follow the best one; one item.
+
+    A frame's scores count from its best one, so that no path ever gains: the score of a path that leaves the window
+    bounds all that it could become. In single precision an hour's sum would lose the differences, so each block counts
+    from the best score before it. Returns the path, the log probability of what each frame says, the final score from
+    the last block's zero, the zero of each block from the one before it, and the largest score that left in each block.
+    """
     blocks, block, _ = log_probs.shape
     states = extended.shape[0]
     last = 2 * tokens  # the final blank's state
@@ -442,11 +451,14 @@ def _viterbi(
     def one_block(carry: tuple, inputs: tuple) -> tuple[tuple, tuple]:
         alpha, offset = carry
         scores, first = inputs
-        # Only differences count, and in single precision an hour's sum would have lost them.
-        alpha = jnp.where(alpha > LOG_ZERO / 2, alpha - alpha.max(), LOG_ZERO)
+        scores = scores - scores.max(axis=-1, keepdims=True)
+        peak = jnp.where(alpha.max() > LOG_ZERO / 2, alpha.max(), 0.0)
+        alpha = jnp.where(alpha > LOG_ZERO / 2, alpha - peak, LOG_ZERO)
         # The window moves on with the best state, never back, and stops at the last one.
         best = offset + jnp.argmax(alpha)
         moved = jnp.clip(best - window // 2, offset, jnp.maximum(jnp.minimum(last + 1, states) - window, offset))
+        behind = jnp.where(jnp.arange(window) < moved - offset, alpha, LOG_ZERO).max()
+        left = jnp.where(first < frames, behind, LOG_ZERO)
         alpha = jax.lax.dynamic_slice(
             jnp.concatenate([alpha, jnp.full((window,), LOG_ZERO, alpha.dtype)]),
             (jnp.minimum(moved - offset, window),),
@@ -457,8 +469,8 @@ def _viterbi(
         emissions = scores[:, labels]  # (block, window)
         reachable = moved + jnp.arange(window)
 
-        def one_frame(alpha: jax.Array, frame: tuple) -> tuple[jax.Array, jax.Array]:
-            emission, index = frame
+        def one_frame(carry: tuple, frame: tuple) -> tuple[tuple, jax.Array]:
+            (alpha, left), (emission, index) = carry, frame
             padded = jnp.concatenate([jnp.full((2,), LOG_ZERO, alpha.dtype), alpha])
             stay, step, jump = alpha, padded[1:-1], padded[:-2] + skip
             back = jnp.where(step > stay, 1, 0)
@@ -468,16 +480,18 @@ def _viterbi(
             begun = jnp.where(reachable < 2, emission, LOG_ZERO)  # the first frame
             new = jnp.where(index == 0, begun, best)
             running = index < frames
+            ahead = jnp.where(running & (moved + window <= last), jnp.maximum(alpha[-1], alpha[-2]), LOG_ZERO)
             packed = back.reshape(-1, 4)  # four of them a byte
             packed = packed[:, 0] | (packed[:, 1] << 2) | (packed[:, 2] << 4) | (packed[:, 3] << 6)
-            return jnp.where(running, new, alpha), packed
+            return (jnp.where(running, new, alpha), jnp.maximum(left, ahead)), packed
 
-        alpha, back = jax.lax.scan(one_frame, alpha, (emissions, first + jnp.arange(block)))
-        return (alpha, moved), (back, moved)
+        (alpha, left), back = jax.lax.scan(one_frame, (alpha, left), (emissions, first + jnp.arange(block)))
+        return (alpha, moved), (back, moved, peak, left)
 
     alpha = jnp.full((window,), LOG_ZERO, log_probs.dtype)
     starts = jnp.arange(blocks) * block
-    (alpha, offset), (back, offsets) = jax.lax.scan(one_block, (alpha, jnp.int32(0)), (log_probs, starts))
+    carry, (back, offsets, peaks, left) = jax.lax.scan(one_block, (alpha, jnp.int32(0)), (log_probs, starts))
+    alpha, offset = carry
 
     def value(state: jax.Array) -> jax.Array:
         inside = (state >= offset) & (state < offset + window) & (state >= 0)
@@ -498,7 +512,7 @@ def _viterbi(
     _, path = jax.lax.scan(trace, end.astype(jnp.int32), jnp.arange(blocks * block), reverse=True)
     said = log_probs.reshape(blocks * block, -1)
     scores = jnp.take_along_axis(said, extended[jnp.maximum(path, 0)][:, None], axis=1)[:, 0]
-    return path, jnp.where(path >= 0, scores, 0.0), total
+    return path, jnp.where(path >= 0, scores, 0.0), total, peaks, left
 
 
 def forced_alignment(
@@ -514,7 +528,7 @@ def forced_alignment(
 
     Viterbi's algorithm over the tokens with blanks between and around them. With more states than `window` only that
     many around the best are followed, so that time and memory grow with the frames alone; where no alignment is left at
-    the end, the window is doubled.
+    the end, the window is doubled. Whether a better alignment can have left the window is checked on the way (`exact`).
 
     Args:
         log_probs: log probabilities (a `<star>` column, which matches anything, is just one of 0).
@@ -552,14 +566,20 @@ def forced_alignment(
     while True:
         run = jax.vmap(partial(_viterbi, window=width, blank=blank)) if batch > 1 else _single(width, blank)
         shaped = padded.reshape(batch, blocks, _BLOCK, -1)
-        path, scores, total = run(
-            jnp.asarray(shaped),
-            jnp.asarray(extended),
-            jnp.asarray(spoken, jnp.int32),
-            jnp.asarray(written, jnp.int32),
+        path, scores, total, peaks, left = (
+            np.asarray(out)
+            for out in run(
+                jnp.asarray(shaped),
+                jnp.asarray(extended),
+                jnp.asarray(spoken, jnp.int32),
+                jnp.asarray(written, jnp.int32),
+            )
         )
-        if width >= states or np.all(np.asarray(total) > LOG_ZERO / 2):
-            return ForcedAlignment(np.asarray(path)[:, :frames], np.asarray(scores)[:, :frames], width >= states)
+        if width >= states or np.all(total > LOG_ZERO / 2):
+            zero = np.cumsum(peaks, axis=1, dtype=np.float64)
+            final = (zero[:, -1] + total)[:, None]
+            exact = bool(np.all(zero + left < final - 1e-4 * np.abs(final) - 1e-2))  # far above what rounding does
+            return ForcedAlignment(path[:, :frames], scores[:, :frames], exact)
         width = min(2 * width, states)
 
 
