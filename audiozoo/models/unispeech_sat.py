@@ -252,13 +252,18 @@ class UniSpeechSatForPreTraining(_WithBackbone):
 
         Raises:
             UsageError: if there are labels and no mask, or a label is no cluster, or the widths that are compared
-                differ.
+                differ, or there is no such block as `utterance_contrastive_layer`.
         """
         config = self.config
         if config.codevector_dim != config.proj_codevector_dim:
             raise UsageError(
                 f"Outputs of width {config.proj_codevector_dim} are compared with clusters of width "
                 f"{config.codevector_dim}; proj_codevector_dim and codevector_dim must agree."
+            )
+        if not 1 <= config.utterance_contrastive_layer <= config.num_hidden_layers:
+            raise UsageError(
+                f"The speaker task reads block {config.utterance_contrastive_layer} (utterance_contrastive_layer); the "
+                f"model has {config.num_hidden_layers}."
             )
         keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
         lengths = None if attention_mask is None else jnp.asarray(attention_mask).astype(jnp.int32).sum(axis=-1)

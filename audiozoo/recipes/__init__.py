@@ -188,6 +188,30 @@ ROWS = [
         "base",
     ),
     Recipe(
+        "sew_pretraining",
+        "sew",
+        "SEWForPreTraining",
+        Pretraining(end_temperature=0.5),
+        _like(
+            _PRETRAINING,
+            "SEW, its authors' pt-sew.sh: wav2vec 2.0's BASE recipe; the models named `-100k` stopped after 100,000 of "
+            "its 400,000 updates",
+        ),
+        "sew_tiny",
+    ),
+    Recipe(
+        "unispeech_sat_pretraining",
+        "unispeech_sat",
+        "UniSpeechSatForPreTraining",
+        Pretraining(units=True, mixing=0.2, end_temperature=0.5),
+        _like(
+            _UNITS,
+            "UniSpeech-SAT, its authors' code: another utterance over 20 % of them, 100 instances of the batch; the "
+            "rest as HuBERT's, §4.2 there",
+        ),
+        "base",
+    ),
+    Recipe(
         "unispeech_pretraining",
         "unispeech",
         "UniSpeechForPreTraining",

@@ -20,7 +20,7 @@ from audiozoo.decoding.units import cepstra
 from audiozoo.errors import UsageError
 from audiozoo.layers.losses import IGNORED_LABEL, ctc_loss
 from audiozoo.models import audio_spectrogram_transformer as ast
-from audiozoo.models import clap, encodec, hifigan, vits, wav2vec2, wavlm
+from audiozoo.models import clap, encodec, hifigan, unispeech_sat, vits, wav2vec2, wavlm
 from audiozoo.processors import zero_mean_unit_variance
 from audiozoo.recipes.settings import Settings
 from audiozoo.training.data import Example, Padding
@@ -223,9 +223,13 @@ class Pretraining(Objective):
                 options["mixes"] = wavlm.draw_mixes(
                     mix_key, *values.shape, probability=self.mixing, lengths=present.sum(axis=1)
                 )
-            if not turn.training and not self.units:
-                count = model.config.num_negatives
-                options["sampled_negative_indices"] = wav2vec2.sample_negative_indices(negative_key, spans, count)
+            if not turn.training and self.end_temperature is not None:
+                if self.units:  # UniSpeech-SAT
+                    count = model.config.cross_sample_instances
+                    options["instances"] = unispeech_sat.sample_instances(negative_key, spans & valid, count)
+                else:
+                    count = model.config.num_negatives
+                    options["sampled_negative_indices"] = wav2vec2.sample_negative_indices(negative_key, spans, count)
             output = model(
                 values,
                 present,

@@ -151,6 +151,9 @@ def test_what_is_refused():
             ),
             waves(),
         )
+    deeper = dataclasses.replace(SAT, utterance_contrastive_layer=SAT.num_hidden_layers + 1)
+    with pytest.raises(ValueError, match="The speaker task reads block"):
+        jax.eval_shape(build(unispeech_sat, sat_conversion, "UniSpeechSatForPreTraining", deeper), waves())
     other = build(unispeech, unispeech_conversion, "UniSpeechForPreTraining", UNISPEECH)
     with pytest.raises(ValueError, match="go up to 9; the pre-training head has 9 classes"):
         jax.eval_shape(lambda x: other(x, labels=np.full((4, 2), 9)), waves())

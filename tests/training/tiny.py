@@ -59,7 +59,10 @@ FAMILY: dict[str, tuple[Any, dict[str, Any]]] = {
     "wavlm": (wavlm.WavLMConfig, UNITS | {"num_clusters": 7, "num_buckets": 16, "max_bucket_distance": 20}),
     "sew": (sew.SEWConfig, CODES | {"num_conv_pos_embeddings": 7, "mlp_hidden_size": 16}),
     "unispeech": (unispeech.UniSpeechConfig, CODES | {"num_ctc_classes": 6, "proj_codevector_dim": 16}),
-    "unispeech_sat": (unispeech_sat.UniSpeechSatConfig, CODES | UNITS | {"num_clusters": 7}),
+    "unispeech_sat": (
+        unispeech_sat.UniSpeechSatConfig,
+        CODES | UNITS | {"num_clusters": 7, "utterance_contrastive_layer": 1},
+    ),
 }
 PROCESSOR = Wav2Vec2Processor(Wav2Vec2FeatureExtractor(), Wav2Vec2CTCTokenizer(LETTERS))
 
