@@ -69,27 +69,14 @@ class Case:
         return {OURS: self.ours, **self.references}
 
 
-def random_model(make: Callable[[Any], Any], table: Any, seed: int = 0) -> Any:
-    """Ours with the float32 weights that `tests.parity.harness.randomise` gives the original, made without it.
-
-    The weights lie on the device: arrays of the host would be copied there in every call.
-
-    Args:
-        make: builds the model from `nnx.Rngs`.
-        table: the conversion whose foreign names key the generator.
-        seed: the generator's.
-    """
+def random_model(make: Callable[[Any], Any], table: Any = None, seed: int = 0) -> Any:
+    """`tests.models.random_model`, its weights on the device: those of the host would be copied there in every call."""
     import jax
-    import jax.numpy as jnp
     from flax import nnx
 
-    from audiozoo.layers import abstract
-    from audiozoo.loading import variables, with_variables
-    from tests.random_weights import random_parameters
+    from tests.models import random_model as drawn
 
-    blank = abstract(make)
-    values = random_parameters(variables(blank), table, seed)
-    model = with_variables(blank, {name: jnp.asarray(value, jnp.float32) for name, value in values.items()})
+    model = drawn.random_model(make, table, seed)
     jax.block_until_ready(nnx.state(model))
     return model
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.framework import Case, Run, threads
+from benchmarks.framework import Case, Run, random_model, threads
 from benchmarks.wav2vec2 import waves
 
 LANGUAGES = ("eng", "fra", "swh", "tam")
@@ -21,15 +21,11 @@ LANGUAGES = ("eng", "fra", "swh", "tam")
 @functools.lru_cache(maxsize=1)
 def model() -> Any:
     """Ours, of four languages."""
-    import jax
-
     from audiozoo.models.mms import MMSConfig, MMSForCTC
-    from tests.models.random_model import random_model
 
     published = dataclasses.replace(MMSConfig.mms_1b_all(), num_hidden_layers=6)
     config = dataclasses.replace(published, languages=LANGUAGES, vocab_sizes=(154,) * 4)
-    ours = random_model(lambda rngs: MMSForCTC(config, rngs=rngs))
-    return jax.block_until_ready(ours)
+    return random_model(lambda rngs: MMSForCTC(config, rngs=rngs))
 
 
 @functools.lru_cache(maxsize=1)

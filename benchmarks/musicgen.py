@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.audio_spectrogram_transformer import close
-from benchmarks.framework import Case, Run, threads
+from benchmarks.framework import Case, Run, random_model, threads
 
 SEED, STEPS, SECONDS = 0, 250, 5.0
 TEXT = np.arange(1, 13, dtype=np.int64)[None] * 97 % 32_000
@@ -22,24 +22,15 @@ CLASS = "MusicgenForConditionalGeneration"
 @functools.lru_cache(maxsize=1)
 def model() -> Any:
     """Ours, with random weights drawn by name."""
-    import jax.numpy as jnp
-    from flax import nnx
-
-    from audiozoo.layers import abstract
+    from audiozoo.loading import variables, with_variables
     from audiozoo.models.musicgen import MusicgenConfig, MusicgenForConditionalGeneration
-    from tests.random_weights import random_parameters
     from weights_conversion.musicgen import hugging_face_table
 
     config = MusicgenConfig.small()
-    ours = abstract(lambda rngs: MusicgenForConditionalGeneration(config, rngs=rngs))
-    state = nnx.to_flat_state(nnx.state(ours))
-    shapes = {".".join(map(str, path)): variable for path, variable in state}
-    values = random_parameters(shapes, hugging_face_table(config, CLASS), SEED)
-    for name in shapes:
-        if _is_query(name):
-            values[name] = values[name] * SMALL
-    flat = [(path, v.replace(jnp.asarray(values.pop(".".join(map(str, path))), jnp.float32))) for path, v in state]
-    return nnx.merge(nnx.graphdef(ours), nnx.from_flat_state(flat))
+    table = hugging_face_table(config, CLASS)
+    ours = random_model(lambda rngs: MusicgenForConditionalGeneration(config, rngs=rngs), table, SEED)
+    values = {name: variable[...] for name, variable in variables(ours).items()}
+    return with_variables(ours, {name: v * SMALL if _is_query(name) else v for name, v in values.items()})
 
 
 @functools.lru_cache(maxsize=1)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.framework import Case, Run, threads
+from benchmarks.framework import Case, Run, random_model, threads
 from benchmarks.wav2vec2 import close, waves
 
 TOKENS = 40
@@ -42,17 +42,11 @@ def original(size: str) -> Any:
 @functools.lru_cache(maxsize=1)
 def model(size: str) -> Any:
     """Ours, with the same weights, made without the original."""
-    import jax.numpy as jnp
-
-    from audiozoo.layers import abstract
-    from audiozoo.loading import variables, with_variables
     from audiozoo.models.speech_to_text import Speech2TextForConditionalGeneration
-    from tests.random_weights import random_parameters
     from weights_conversion.speech_to_text import CLASSES, hugging_face_table
 
-    blank = abstract(lambda rngs: Speech2TextForConditionalGeneration(config(size), rngs=rngs))
-    values = random_parameters(variables(blank), hugging_face_table(config(size), CLASSES[0]), 0)
-    return with_variables(blank, {n: jnp.asarray(v, jnp.float32) for n, v in values.items()})
+    table = hugging_face_table(config(size), CLASSES[0])
+    return random_model(lambda rngs: Speech2TextForConditionalGeneration(config(size), rngs=rngs), table)
 
 
 def our_forward(size: str, batch: int, seconds: float) -> Run:

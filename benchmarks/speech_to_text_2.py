@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.framework import Case, Run, threads
+from benchmarks.framework import Case, Run, random_model, threads
 from benchmarks.wav2vec2 import close
 
 TOKENS, FRAMES = 48, 500
@@ -27,20 +27,14 @@ def inputs() -> tuple[np.ndarray, np.ndarray]:
 @functools.lru_cache(maxsize=1)
 def both() -> tuple[Any, dict[str, np.ndarray]]:
     """Ours with random weights, and the weights under their foreign names."""
-    import jax.numpy as jnp
-
-    from audiozoo.layers import abstract
-    from audiozoo.loading import variables, with_variables
+    from audiozoo.loading import variables
     from audiozoo.models.speech_to_text_2 import Speech2Text2Config, Speech2Text2ForCausalLM
-    from tests.random_weights import random_parameters
     from weights_conversion.speech_to_text_2 import hugging_face_table
 
     config = Speech2Text2Config.covost_en_de()
     table = hugging_face_table(config)
-    blank = abstract(lambda rngs: Speech2Text2ForCausalLM(config, rngs=rngs))
-    values = random_parameters(variables(blank), table, 0)
-    model = with_variables(blank, {n: jnp.asarray(v, jnp.float32) for n, v in values.items()})
-    return model, {name: np.asarray(v, np.float32) for name, v in table.write(values)}
+    model = random_model(lambda rngs: Speech2Text2ForCausalLM(config, rngs=rngs), table)
+    return model, dict(table.write({name: np.asarray(v[...]) for name, v in variables(model).items()}))
 
 
 def our_forward() -> Run:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.framework import Case, Run, threads
+from benchmarks.framework import Case, Run, random_model, threads
 from benchmarks.wav2vec2 import close
 
 CHARACTERS = 60
@@ -45,24 +45,16 @@ def originals() -> tuple[Any, Any]:
 @functools.lru_cache(maxsize=1)
 def models() -> tuple[Any, Any]:
     """Ours, with the same weights, made without the originals."""
-    import jax.numpy as jnp
-
-    from audiozoo.layers import abstract
-    from audiozoo.loading import variables, with_variables
     from audiozoo.models.hifigan import HifiGanConfig, SpeechT5HifiGan
     from audiozoo.models.speecht5 import SpeechT5ForTextToSpeech
-    from tests.random_weights import random_parameters
     from weights_conversion import hifigan, speecht5
 
-    made = []
-    for seed, cls, sizes, table in (
-        (0, SpeechT5ForTextToSpeech, config(), speecht5.hugging_face_table(config(), "SpeechT5ForTextToSpeech")),
-        (1, SpeechT5HifiGan, HifiGanConfig.speecht5(), hifigan.hugging_face_table(HifiGanConfig.speecht5())),
-    ):
-        blank = abstract(lambda rngs, cls=cls, sizes=sizes: cls(sizes, rngs=rngs))
-        values = random_parameters(variables(blank), table, seed)
-        made.append(with_variables(blank, {n: jnp.asarray(v, jnp.float32) for n, v in values.items()}))
-    return made[0], made[1]
+    table = speecht5.hugging_face_table(config(), "SpeechT5ForTextToSpeech")
+    sizes = HifiGanConfig.speecht5()
+    return (
+        random_model(lambda rngs: SpeechT5ForTextToSpeech(config(), rngs=rngs), table),
+        random_model(lambda rngs: SpeechT5HifiGan(sizes, rngs=rngs), hifigan.hugging_face_table(sizes), 1),
+    )
 
 
 def said() -> tuple[np.ndarray, np.ndarray, np.ndarray]:

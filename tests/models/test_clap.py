@@ -20,12 +20,12 @@ from audiozoo import checkpoints, sharding
 from audiozoo.audio.files import write
 from audiozoo.commands import hearing
 from audiozoo.errors import AudioError, CheckpointError, SourceError, UsageError
-from audiozoo.layers import Dropout, abstract
+from audiozoo.layers import Dropout
 from audiozoo.layers.batch_norm import BatchNorm, writable
 from audiozoo.models import clap, roberta, swin
 from audiozoo.processors.clap import ClapFeatureExtractor, ClapProcessor
 from audiozoo.text.roberta_tokenizer import RobertaTokenizer
-from tests.random_weights import random_parameters
+from tests.models.random_model import random_model
 from tests.shapes import enforce
 from tests.text.tiny_bpe import MERGES, vocabulary
 from weights_conversion.clap import ORIGINAL_TABLE, hugging_face_table
@@ -56,15 +56,13 @@ AUDIO = clap.ClapAudioConfig(
 
 
 def tiny(seed: int = 0, **audio) -> clap.ClapModel:
-    """Random weights made by NumPy: drawing them with JAX compiles a program for each shape."""
+    """Random weights; the temperatures as they start."""
     config = clap.ClapConfig(TEXT, dataclasses.replace(AUDIO, **audio), projection_dim=12)
-    model = abstract(lambda rngs: clap.ClapModel(config, rngs=rngs))
-    state = nnx.to_flat_state(nnx.state(model))
     table = hugging_face_table(config, "ClapModel") if not audio else ORIGINAL_TABLE
-    values = random_parameters({".".join(map(str, path)): variable for path, variable in state}, table, seed)
-    values["logit_scale_a"] = values["logit_scale_t"] = np.log(config.logit_scale_init_value)
-    flat = [(p, v.replace(jnp.asarray(values[".".join(map(str, p))], v.dtype))) for p, v in state]
-    return nnx.merge(nnx.graphdef(model), nnx.from_flat_state(flat))
+    model = random_model(lambda rngs: clap.ClapModel(config, rngs=rngs), table, seed)
+    for scale in (model.logit_scale_a, model.logit_scale_t):
+        scale[...] = jnp.full_like(scale[...], np.log(config.logit_scale_init_value))
+    return model
 
 
 def inputs(batch: int = 2, views: int = 1, seed: int = 0) -> dict[str, jax.Array]:

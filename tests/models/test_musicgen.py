@@ -347,7 +347,7 @@ def test_training_learns_a_tune(model):
 
             value, gradient = jax.value_and_grad(loss)(params)
             updates, state = optimiser.update(gradient, state, params)
-            return (optax.apply_updates(params, updates), state), (value, optax.global_norm(gradient["text_encoder"]))
+            return (optax.apply_updates(params, updates), state), (value, optax.tree.norm(gradient["text_encoder"]))
 
         start = (params, optimiser.init(params))
         return jax.lax.scan(step, start, jax.random.split(jax.random.key(0), 200))

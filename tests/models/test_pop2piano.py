@@ -21,7 +21,7 @@ from audiozoo.errors import AudioError, CheckpointError, UsageError
 from audiozoo.layers import abstract
 from audiozoo.models import pop2piano, t5
 from audiozoo.processors.pop2piano import Pop2PianoFeatureExtractor, Pop2PianoProcessor, Pop2PianoTokenizer
-from tests.random_weights import random_parameters
+from tests.models.random_model import random_model
 from tests.shapes import enforce
 from weights_conversion.pop2piano import TABLE
 
@@ -33,13 +33,9 @@ TINY = pop2piano.Pop2PianoConfig(
 
 
 def tiny(**changes) -> pop2piano.Pop2PianoForConditionalGeneration:
-    """Random weights made by NumPy: drawing them with JAX compiles a program for each shape."""
+    """Random weights."""
     config = dataclasses.replace(TINY, **changes)
-    model = abstract(lambda rngs: pop2piano.Pop2PianoForConditionalGeneration(config, rngs=rngs))
-    state = nnx.to_flat_state(nnx.state(model))
-    values = random_parameters({".".join(map(str, path)): variable for path, variable in state}, TABLE, 0)
-    flat = [(p, v.replace(jnp.asarray(values[".".join(map(str, p))], v.dtype))) for p, v in state]
-    model = nnx.merge(nnx.graphdef(model), nnx.from_flat_state(flat))
+    model = random_model(lambda rngs: pop2piano.Pop2PianoForConditionalGeneration(config, rngs=rngs), TABLE)
     composers = tuple((f"composer{i}", 10 + i) for i in (1, 2, 3))
     model.generation_config = pop2piano.Pop2PianoGenerationConfig(composers, max_length=24)
     return model

@@ -11,11 +11,9 @@ import optax
 import pytest
 from flax import nnx
 
-from audiozoo.layers import abstract
-from audiozoo.loading import variables, with_variables
 from audiozoo.models import sew
 from audiozoo.models.sew import SEWConfig
-from tests.random_weights import random_parameters
+from tests.models.random_model import random_model
 from tests.shapes import enforce
 from weights_conversion.sew import hugging_face_table
 
@@ -49,9 +47,7 @@ TINY = SEWConfig(
 
 
 def build(name: str, config: SEWConfig = TINY, seed: int = 0):
-    model = abstract(lambda rngs: getattr(sew, name)(config, rngs=rngs))
-    values = random_parameters(variables(model), hugging_face_table(config, name), seed)
-    return with_variables(model, {n: jnp.asarray(v, jnp.float32) for n, v in values.items()})
+    return random_model(lambda rngs: getattr(sew, name)(config, rngs=rngs), hugging_face_table(config, name), seed)
 
 
 def waves(batch: int = 3, samples: int = 700, seed: int = 0):

@@ -11,11 +11,9 @@ import optax
 import pytest
 from flax import nnx
 
-from audiozoo.layers import abstract
-from audiozoo.loading import variables, with_variables
 from audiozoo.models import unispeech, unispeech_sat
 from audiozoo.models.wavlm import draw_mixes
-from tests.random_weights import random_parameters
+from tests.models.random_model import random_model
 from tests.shapes import enforce
 from weights_conversion import unispeech as unispeech_conversion
 from weights_conversion import unispeech_sat as sat_conversion
@@ -51,9 +49,8 @@ SAT = unispeech_sat.UniSpeechSatConfig(
 
 
 def build(module, conversion, name, config, seed=0):
-    model = abstract(lambda rngs: getattr(module, name)(config, rngs=rngs))
-    values = random_parameters(variables(model), conversion.hugging_face_table(config, name), seed)
-    return with_variables(model, {n: jnp.asarray(v, jnp.float32) for n, v in values.items()})
+    table = conversion.hugging_face_table(config, name)
+    return random_model(lambda rngs: getattr(module, name)(config, rngs=rngs), table, seed)
 
 
 def waves(batch: int = 4, samples: int = 700, seed: int = 0):

@@ -11,10 +11,9 @@ import pytest
 from flax import nnx
 
 import audiozoo
-from audiozoo.loading import variables, with_variables
 from audiozoo.models import wav2vec2
 from audiozoo.models.wav2vec2 import Wav2Vec2Config
-from tests.random_weights import random_parameters
+from tests.models.random_model import random_model
 from weights_conversion.wav2vec2 import hugging_face_table
 
 TINY = Wav2Vec2Config(
@@ -46,17 +45,9 @@ TINY = Wav2Vec2Config(
 
 
 def build(head: str = "ForCTC", config: Wav2Vec2Config = TINY, seed: int = 0):
-    """A model with random weights, made without compiling an initialiser for each shape."""
-    cls = getattr(wav2vec2, f"Wav2Vec2{head}")
-    key = jax.random.key(0)
-    before = nnx.RngStream.__call__
-    nnx.RngStream.__call__ = lambda self, *args, **kwargs: key  # counting keys in a trace is quadratic in flax 0.12.8
-    try:
-        abstract = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))
-    finally:
-        nnx.RngStream.__call__ = before
-    values = random_parameters(variables(abstract), hugging_face_table(config, f"Wav2Vec2{head}"), seed)
-    return with_variables(abstract, {n: jnp.asarray(v, jnp.float32) for n, v in values.items()})
+    name = f"Wav2Vec2{head}"
+    table = hugging_face_table(config, name)
+    return random_model(lambda rngs: getattr(wav2vec2, name)(config, rngs=rngs), table, seed)
 
 
 def waves(batch: int = 2, samples: int = 700, seed: int = 0):

@@ -11,11 +11,9 @@ import optax
 import pytest
 from flax import nnx
 
-from audiozoo.layers import abstract
-from audiozoo.loading import variables, with_variables
 from audiozoo.models import wavlm
 from audiozoo.models.wavlm import Mixes, WavLMConfig, draw_mixes, mix
-from tests.random_weights import random_parameters
+from tests.models.random_model import random_model
 from tests.shapes import enforce
 from weights_conversion.wavlm import hugging_face_table
 
@@ -44,10 +42,9 @@ TINY = WavLMConfig(
 
 
 def build(head: str = "ForPreTraining", config: WavLMConfig = TINY, seed: int = 0):
-    cls = getattr(wavlm, f"WavLM{head}")
-    model = abstract(lambda rngs: cls(config, rngs=rngs))
-    values = random_parameters(variables(model), hugging_face_table(config, f"WavLM{head}"), seed)
-    return with_variables(model, {n: jnp.asarray(v, jnp.float32) for n, v in values.items()})
+    name = f"WavLM{head}"
+    table = hugging_face_table(config, name)
+    return random_model(lambda rngs: getattr(wavlm, name)(config, rngs=rngs), table, seed)
 
 
 def waves(batch: int = 4, samples: int = 700, seed: int = 0):

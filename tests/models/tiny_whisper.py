@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 
-from audiozoo.loading import variables, with_variables
 from audiozoo.models import whisper
 from audiozoo.models.whisper import WhisperConfig
-from tests.random_weights import random_parameters
+from tests.models.random_model import random_model
 from weights_conversion.whisper import hugging_face_table
 
 TINY = WhisperConfig(
@@ -34,7 +32,5 @@ TINY = WhisperConfig(
 
 def build(name: str = "WhisperForConditionalGeneration", config: WhisperConfig = TINY, **kwargs: Any) -> nnx.Module:
     """A model whose every parameter is random, none at its initial 0 or 1."""
-    cls = getattr(whisper, name)
-    model = nnx.eval_shape(lambda: cls(config, **kwargs, rngs=nnx.Rngs(0)))
-    values = random_parameters(variables(model), hugging_face_table(config, name), seed=5)
-    return with_variables(model, {path: jnp.asarray(v, kwargs.get("param_dtype")) for path, v in values.items()})
+    create = getattr(whisper, name)
+    return random_model(lambda rngs: create(config, **kwargs, rngs=rngs), hugging_face_table(config, name), seed=5)

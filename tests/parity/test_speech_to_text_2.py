@@ -21,7 +21,7 @@ from flax import nnx
 
 from audiozoo import checkpoints
 from audiozoo.layers import fairseq_sinusoids
-from audiozoo.loading import convert, variables, with_variables
+from audiozoo.loading import convert, variables
 from audiozoo.models import mbart, speech_to_text_2
 from audiozoo.models.speech_to_text_2 import LanguageModelFusion, Speech2Text2Config, Speech2Text2ForCausalLM
 from audiozoo.models.xls_r import SpeechEncoderDecoderConfig, SpeechEncoderDecoderModel
@@ -30,9 +30,9 @@ from audiozoo.processors.speech_to_text_2 import Speech2Text2Tokenizer
 from tests.golden import golden
 from tests.golden import speech_to_text_2_search as search
 from tests.golden.cases import speech_to_text_2 as case
+from tests.models.random_model import random_model
 from tests.parity import harness
 from tests.parity.speech_family import LAYER, NO_DROPOUT, TINY, padded
-from tests.random_weights import random_parameters
 from weights_conversion import speech_to_text_2 as conversion
 from weights_conversion import xls_r as translators
 from weights_conversion.readers import write_safetensors
@@ -45,12 +45,10 @@ TOKENS = np.array([[2, 7, 5, 9, 6], [2, 8, 4, 1, 1]])
 LABELS = np.array([[7, 5, 9, 6, 2], [8, 4, 2, -100, -100]])
 
 
-def random_model(create, table, dtype="float64"):
+def with_state(create, table):
     """Ours with random weights, and the same under the foreign names."""
-    model = harness.abstract(create)
-    values = random_parameters(variables(model), table, 0)
-    model = with_variables(model, {n: jnp.asarray(v, dtype) for n, v in values.items()})
-    return model, dict(table.write(values))
+    model = random_model(create, table)
+    return model, dict(table.write({name: np.asarray(v[...]) for name, v in variables(model).items()}))
 
 
 class Statement:
@@ -101,7 +99,7 @@ def loss_of(logits):
 def test_the_decoder_and_its_gradients(tied):
     config = dataclasses.replace(DECODER, tie_word_embeddings=tied)
     table = conversion.hugging_face_table(config)
-    model, state = random_model(lambda: Speech2Text2ForCausalLM(config, param_dtype="float64", rngs=nnx.Rngs(0)), table)
+    model, state = with_state(lambda rngs: Speech2Text2ForCausalLM(config, param_dtype="float64", rngs=rngs), table)
     theirs = Statement(state, config)
     memory = np.random.default_rng(0).standard_normal((2, 7, config.d_model))
     mask = np.arange(7) < np.array([[7], [4]])
@@ -138,8 +136,8 @@ def test_the_decoder_and_its_gradients(tied):
 
 
 def test_without_an_encoder_it_is_a_language_model():
-    model, _ = random_model(
-        lambda: Speech2Text2ForCausalLM(DECODER, param_dtype="float64", rngs=nnx.Rngs(0)),
+    model = random_model(
+        lambda rngs: Speech2Text2ForCausalLM(DECODER, param_dtype="float64", rngs=rngs),
         conversion.hugging_face_table(DECODER),
     )
     alone = jax.jit(lambda m: m(jnp.asarray(TOKENS)).logits)(model)
@@ -166,7 +164,7 @@ def test_any_encoder_of_the_family_before_it(kind, tmp_path):
     config_class, model_class = FAMILY[kind]
     encoder = harness.randomise(model_class(config_class(**ENCODER, attn_implementation="eager")), 0)
     table = conversion.hugging_face_table(DECODER)
-    _, decoder = random_model(lambda: Speech2Text2ForCausalLM(DECODER, rngs=nnx.Rngs(0)), table)
+    _, decoder = with_state(lambda rngs: Speech2Text2ForCausalLM(DECODER, param_dtype="float64", rngs=rngs), table)
     rng = np.random.default_rng(0)
     kernel, bias = rng.standard_normal((20, 24)) * 0.2, rng.standard_normal(20) * 0.2
     tensors = {f"encoder.{k}": v.numpy() for k, v in encoder.state_dict().items()}
@@ -268,8 +266,8 @@ def test_shallow_fusion_against_all_texts(translator):
     """Against the scores of every text of three tokens, summed by hand."""
     x = {name: jnp.asarray(array) for name, array in case.inputs().items() if name != "labels"}
     config = dataclasses.replace(DECODER, vocab_size=23)
-    author, _ = random_model(
-        lambda: Speech2Text2ForCausalLM(config, param_dtype="float64", rngs=nnx.Rngs(0)),
+    author = random_model(
+        lambda rngs: Speech2Text2ForCausalLM(config, param_dtype="float64", rngs=rngs),
         conversion.hugging_face_table(config),
     )
     fusion = LanguageModelFusion(author, 0.7)
