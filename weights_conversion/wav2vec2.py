@@ -417,11 +417,11 @@ def network_sizes(tensors: Tensors, names: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def config_from_fairseq(tensors: TensorSource) -> Wav2Vec2Config:
-    """Our configuration from the settings and shapes of a fairseq file."""
+def config_from_fairseq(tensors: TensorSource, inside: str = "") -> Wav2Vec2Config:
+    """Our configuration from the settings and shapes of a fairseq file, in which the model may lie `inside` another."""
     settings = fairseq_settings(tensors.metadata)
     table = fairseq_table(Wav2Vec2Config(), "Wav2Vec2ForPreTraining")
-    names = {table.today(name): name for name in tensors.names()}
+    names = {table.today(name.removeprefix(inside)): name for name in tensors.names() if name.startswith(inside)}
     fields = network_sizes(tensors, names)
     for theirs, mine in _FAIRSEQ_FIELDS.items():
         if settings.get(theirs) is not None:
@@ -440,7 +440,7 @@ def config_from_fairseq(tensors: TensorSource) -> Wav2Vec2Config:
         fields["mask_time_prob"] = fields["mask_feature_prob"] = 0.0
     elif not fields.get("mask_time_prob") and not fields.get("mask_feature_prob"):
         fields["mask_time_prob"] = 0.65  # pre-training's; the vector for masked frames is there
-    if settings.get("apply_mask") is False and "proj.weight" in names:
+    if settings.get("apply_mask") is False and (inside or "proj.weight" in names):
         fields["apply_spec_augment"] = False
     if "quantizer.vars" in names:
         _, entries, width = tensors.shape(names["quantizer.vars"])

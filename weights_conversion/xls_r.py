@@ -1,4 +1,7 @@
-"""XLS-R's foreign forms: Hugging Face directories of speech translation. Its encoders alone are wav2vec 2.0's."""
+"""XLS-R's foreign forms: Hugging Face directories of speech translation. Its encoders alone are wav2vec 2.0's.
+
+Also fairseq's `wav2vec_seq2seq`: wav2vec 2.0 and Speech2Text2's decoder (arXiv 2104.06678) in one `.pt` file.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from weights_conversion import (
     wav2vec2,
     wavlm,
 )
-from weights_conversion.readers import open_tensors
+from weights_conversion.readers import TensorSource, open_tensors
 from weights_conversion.rules import Ignore, Rule, Table, Tied, transpose
 from weights_conversion.wav2vec2 import OLD_WEIGHT_NORM, linear, norm
 
@@ -140,22 +143,86 @@ def hugging_face(model: Any) -> HuggingFaceForm:
     return HuggingFaceForm({"config.json": raw}, hugging_face_table(config, name))
 
 
-def recognise(path: Path) -> bool:
-    """Is this a file of XLS-R with a decoder? Only directories hold one, and those are known by their type."""
-    return (
-        path.is_dir()
-        and (path / "config.json").is_file()
-        and read_json(path / "config.json").get("model_type") == MODEL_TYPE
+# --- fairseq ---------------------------------------------------------------------------------------------------------
+
+_ENCODER, _EMBED_OUT = "encoder.w2v_model.", "decoder.embed_out"
+
+
+def fairseq_table(config: SpeechEncoderDecoderConfig, model_class: str) -> Table:
+    """The correspondence with the names of fairseq's `wav2vec_seq2seq`."""
+    if model_class != "SpeechEncoderDecoderModel":
+        raise CheckpointError(f"fairseq's file loads as SpeechEncoderDecoderModel, not as {model_class}.")
+    encoder = wav2vec2.fairseq_table(config.encoder, "Wav2Vec2Model")
+    rules = [
+        *(rule.prefixed(_ENCODER, "encoder.") for rule in encoder.rules),
+        *linear("encoder.proj", "enc_to_dec_proj"),
+        *(rule.prefixed("", "decoder.model.") for rule in speech_to_text.DECODER),
+    ]
+    if not config.decoder.tie_word_embeddings:
+        rules.append(Rule(_EMBED_OUT, "decoder.lm_head.kernel", transpose))
+    ignored = [Ignore(re.escape(_ENCODER) + f"(?:{i.pattern})", i.reason) for i in encoder.ignored]
+    marks = Ignore(r"decoder\.(version|embed_positions\._float_tensor)", "fairseq's own marks")
+    return Table(rules, renames=OLD_WEIGHT_NORM, ignored=(*ignored, marks, speech_to_text.POSITIONS))
+
+
+_DECODER_FIELDS = {
+    "decoder_layerdrop": "decoder_layerdrop",
+    "decoder_dropout": "dropout",
+    "decoder_attention_dropout": "attention_dropout",
+    "decoder_activation_dropout": "activation_dropout",
+    "max_target_positions": "max_target_positions",
+}
+
+
+def config_from_fairseq(tensors: TensorSource) -> SpeechEncoderDecoderConfig:
+    """Our configuration from the settings and shapes of a fairseq file.
+
+    Raises:
+        CheckpointError: for what `wav2vec_seq2seq` can be told to be and no checkpoint of the paper is.
+    """
+    settings, names = wav2vec2.fairseq_settings(tensors.metadata), tensors.names()
+    wanted = {"decoder_normalize_before": False, "decoder_learned_pos": False, "no_token_positional_embeddings": False}
+    for option, value in wanted.items():
+        if bool(settings.get(option, value)) != value:
+            raise CheckpointError(f"{tensors.path} was trained with {option}={settings[option]}, which is not built.")
+    vocabulary, width = tensors.shape("decoder.embed_tokens.weight")
+    fields = {m: settings[t] for t, m in _DECODER_FIELDS.items() if settings.get(t) is not None}
+    text = speech_to_text_2.Speech2Text2Config(
+        vocab_size=vocabulary,
+        d_model=width,
+        decoder_layers=1 + max(int(m[1]) for name in names if (m := re.match(r"decoder\.layers\.(\d+)\.", name))),
+        decoder_attention_heads=int(settings.get("decoder_attention_heads") or 4),
+        decoder_ffn_dim=tensors.shape("decoder.layers.0.fc1.weight")[0],
+        tie_word_embeddings=_EMBED_OUT not in names,
+        **({"dropout": 0.0, "max_target_positions": 2048} | fields),
     )
+    encoder = wav2vec2.config_from_fairseq(tensors, _ENCODER)
+    return SpeechEncoderDecoderConfig(encoder, text, decoder_type=speech_to_text_2.MODEL_TYPE)
+
+
+_MARKS = {_ENCODER + "feature_extractor.conv_layers.0.0.weight", "decoder.layers.0.encoder_attn.q_proj.weight"}
+
+
+def recognise(path: Path) -> bool:
+    """Is this a directory of a translator, or a `.pt` file of fairseq's `wav2vec_seq2seq`?"""
+    if path.is_file():
+        return path.suffix in {".pt", ".pth"} and set(open_tensors(path).names()) >= _MARKS
+    return (path / "config.json").is_file() and read_json(path / "config.json").get("model_type") == MODEL_TYPE
 
 
 def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckpoint:
-    """Open a directory of speech translation.
+    """Open a directory of speech translation, or a fairseq file.
 
     Raises:
         SourceError: if files are missing.
         CheckpointError: if they are damaged or hold something else.
     """
+    if path.is_file():
+        tensors = open_tensors(path)
+        if not set(tensors.names()) >= _MARKS:
+            raise SourceError(f"{path} is no wav2vec_seq2seq of fairseq, and no directory with a config.json.")
+        model_class, config = model_class or "SpeechEncoderDecoderModel", config_from_fairseq(tensors)
+        return ForeignCheckpoint(model_class, config, tensors, fairseq_table(config, model_class), path)
     if not (path.is_dir() and (path / "config.json").is_file()):
         raise SourceError(f"{path} is no directory with a config.json.")
     raw = read_json(path / "config.json")

@@ -19,7 +19,9 @@ import torch
 import transformers
 from flax import nnx
 
+import audiozoo
 from audiozoo import checkpoints
+from audiozoo.errors import CheckpointError
 from audiozoo.layers import fairseq_sinusoids
 from audiozoo.loading import convert, variables
 from audiozoo.models import mbart, speech_to_text_2
@@ -33,6 +35,7 @@ from tests.golden.cases import speech_to_text_2 as case
 from tests.models.random_model import random_model
 from tests.parity import harness
 from tests.parity.speech_family import LAYER, NO_DROPOUT, TINY, padded
+from tests.parity.test_wav2vec2 import fairseq_names
 from weights_conversion import speech_to_text_2 as conversion
 from weights_conversion import xls_r as translators
 from weights_conversion.readers import write_safetensors
@@ -199,6 +202,71 @@ def test_any_encoder_of_the_family_before_it(kind, tmp_path):
         assert again.config == model.config == SpeechEncoderDecoderConfig(**dataclasses.asdict(model.config))
         for name in again.tensors.names():
             np.testing.assert_array_equal(again.tensors.read(name), tensors[name], err_msg=name)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_fairseq_files(tied, tmp_path):
+    """A `wav2vec_seq2seq` under fairseq's names: the same model as the directory with the same weights, and back."""
+    text = dataclasses.replace(DECODER, tie_word_embeddings=tied, max_target_positions=2048)
+    their_config = transformers.Wav2Vec2Config(**(ENCODER | {"mask_time_prob": 0.5}))
+    with harness.precision("float32"):
+        encoder = harness.randomise(transformers.Wav2Vec2Model(their_config), 0, torch.float32)
+        table = conversion.hugging_face_table(text)
+        _, decoder = with_state(lambda rngs: Speech2Text2ForCausalLM(text, rngs=rngs), table)
+        rng = np.random.default_rng(0)
+        projection = {"weight": rng.standard_normal((20, 24)), "bias": rng.standard_normal(20)}
+        projection = {n: v.astype(np.float32) for n, v in projection.items()}
+        # Hugging Face's directory
+        tensors = {f"encoder.{k}": v.numpy() for k, v in encoder.state_dict().items()}
+        tensors |= {f"decoder.{k}": v for k, v in decoder.items()}
+        tensors |= {f"enc_to_dec_proj.{k}": v for k, v in projection.items()}
+        raw = {"architectures": ["SpeechEncoderDecoderModel"], "model_type": "speech-encoder-decoder", **case.SPECIAL}
+        raw |= {"encoder": their_config.to_dict(), "decoder": conversion.config_to_hugging_face(text)}
+        (tmp_path / "directory").mkdir()
+        write_json(tmp_path / "directory" / "config.json", json.loads(json.dumps(raw, default=str)))
+        write_safetensors(tmp_path / "directory", tensors.items())
+        # fairseq's file
+        layered = their_config.feat_extract_norm == "layer"
+        names = fairseq_names(encoder.state_dict(), layered)
+        state = {f"encoder.w2v_model.{k}": v for k, v in names.items()}
+        state |= {f"encoder.proj.{k}": torch.tensor(v) for k, v in projection.items()}
+        for name, values in decoder.items():
+            name = "decoder.embed_out" if name == "lm_head.weight" else name.removeprefix("model.")
+            state[name] = torch.tensor(values)
+        marks = {"decoder.embed_positions._float_tensor": torch.zeros(1), "decoder.version": torch.tensor([3.0])}
+        convolutions = zip(their_config.conv_dim, their_config.conv_kernel, their_config.conv_stride, strict=True)
+        inner = {
+            "_name": "wav2vec2",
+            "encoder_attention_heads": their_config.num_attention_heads,
+            "layer_norm_first": their_config.do_stable_layer_norm,
+            "conv_feature_layers": str(list(convolutions)),
+        }
+        outer = {"_name": "wav2vec_seq2seq", "w2v_args": {"model": inner}, "decoder_attention_heads": 4}
+        outer |= {"decoder_normalize_before": False, "decoder_dropout": 0.0, "apply_mask": True, "mask_prob": 0.5}
+        path = tmp_path / "fairseq" / "checkpoint_best.pt"
+        path.parent.mkdir()
+        torch.save({"cfg": {"model": outer}, "args": None, "model": state | marks}, path)
+        pieces = (f"{piece} 1\n" for piece in ["gu@@", "ten", "tag", *map(str, range(12))])
+        (path.parent / "dict.de.txt").write_text("".join(pieces), encoding="utf-8")
+
+        assert translators.recognise(path)
+        foreign, directory = (translators.open_checkpoint(p) for p in (path, tmp_path / "directory"))
+        assert foreign.config.decoder == directory.config.decoder
+        (model, wanted) = (convert(c, SpeechEncoderDecoderModel) for c in (foreign, directory))
+        assert type(audiozoo.load(path)) is SpeechEncoderDecoderModel
+        found = variables(model)
+        for name, variable in variables(wanted).items():
+            np.testing.assert_array_equal(found[name][...], variable[...], err_msg=name)
+        assert len(found) == len(variables(wanted))
+        again = dict(foreign.table.write({name: np.asarray(v[...]) for name, v in found.items()}))
+        assert set(again) == {foreign.table.today(name) for name in state}
+        for name, tensor in state.items():
+            np.testing.assert_array_equal(again[foreign.table.today(name)], tensor.numpy(), err_msg=name)
+        processor = audiozoo.load_processor(path)
+        assert processor.batch_decode(np.array([[2, 4, 5, 6, 2]]), skip_special_tokens=True) == ["guten tag"]
+        torch.save({"cfg": {"model": outer | {"decoder_normalize_before": True}}, "model": state}, path)
+        with pytest.raises(CheckpointError, match="decoder_normalize_before=True, which is not built"):
+            translators.open_checkpoint(path)
 
 
 # --- what transformers 4.40.2 computed -------------------------------------------------------------------------------
