@@ -15,6 +15,7 @@ from transformers import SeamlessM4Tv2Config as TheirSecondConfig
 from transformers.models.seamless_m4t import modeling_seamless_m4t as first
 from transformers.models.seamless_m4t_v2 import modeling_seamless_m4t_v2 as second
 
+from audiozoo.loading import variables
 from audiozoo.models import conformer, nllb
 from audiozoo.models.conformer import ConformerConfig
 from audiozoo.models.seamless_m4t import SeamlessM4TConfig, SeamlessM4TSpeechEncoder
@@ -273,6 +274,31 @@ def test_gradients_of_the_encoders(frames):
             table,
         )
         assert len(compared) > 60
+
+
+def test_training_normalises_by_all_frames(frames):
+    """In training BatchNorm's statistics are those of all frames of the batch, padding included, as in the original."""
+    cls, config, _, ours = VERSIONS["first"]
+    still = {"adaptor_dropout": 0.0, "speech_encoder_layerdrop": 0.0, "speech_encoder_dropout": 0.0}
+    reference, model, table = speech_encoder(cls, config(**(TINY | still)), dataclasses.replace(ours, **still))
+    x, mask = frames
+
+    def train(model):
+        output = model(jnp.asarray(x), jnp.asarray(mask), key=jax.random.key(0)).last_hidden_state
+        return output, variables(model)
+
+    output, after = jax.jit(train)(model)
+    with torch.no_grad():
+        harness.assert_close(output, reference.train()(torch.tensor(x), torch.tensor(mask)).last_hidden_state)
+    found, before = (
+        dict(table.write({name: np.asarray(v[...]) for name, v in state.items()}))
+        for state in (after, variables(model))
+    )
+    moved = {name: tensor for name, tensor in reference.state_dict().items() if ".running_" in name}
+    assert len(moved) == 2 * TINY["speech_encoder_layers"]
+    for name, tensor in moved.items():
+        harness.assert_close(found[name], tensor, name=name)
+        assert np.abs(found[name] - before[name]).max() > 1e-3
 
 
 def test_mutations_are_noticed(frames):
