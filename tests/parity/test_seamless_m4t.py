@@ -394,6 +394,13 @@ def test_directories_there_and_back(tmp_path):
         for name in TINY:
             assert getattr(back, name) == getattr(reference.config, name), name
         assert form.files["generation_config.json"]["t2u_lang_code_to_id"] == TABLES["t2u_lang_code_to_id"]
+        audiozoo.export(model, tmp_path / "ours")
+        again, info = transformers.SeamlessM4TModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        for name, tensor in state.items():
+            assert torch.equal(tensor, again.state_dict()[name]), name
+        assert again.generation_config.vocoder_lang_code_to_id == TABLES["vocoder_lang_code_to_id"]
         with pytest.raises(CheckpointError, match="no class SeamlessM4TNothing"):
             conversion.open_checkpoint(tmp_path / "theirs", "SeamlessM4TNothing")
 
