@@ -20,6 +20,7 @@ from audiozoo.models import conformer, nllb
 from audiozoo.models.conformer import ConformerConfig
 from audiozoo.models.seamless_m4t import SeamlessM4TConfig, SeamlessM4TSpeechEncoder
 from tests.parity import harness
+from tests.parity.seamless_family import exact_positions
 from weights_conversion.rules import Ignore, Rule, Table
 from weights_conversion.seamless_m4t import SPEECH_ENCODER, TEXT_DECODER, TEXT_ENCODER, UNREAD
 
@@ -65,26 +66,7 @@ class SecondConfig(SeamlessM4TConfig):
 
 @pytest.fixture(scope="module", autouse=True)
 def _exact_positions():
-    """The originals compute angles in float32 even for a float64 model; here they may not."""
-
-    def make(length, width, padding):
-        table = torch.from_numpy(np.asarray(nllb_table(length, width)))
-        table[padding] = 0
-        return table
-
-    def nllb_table(length, width):
-        angles = np.arange(length)[:, None] * np.exp(-np.log(1e4) / (width // 2 - 1) * np.arange(width // 2))
-        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-
-    def relative(self, hidden):
-        apart = torch.arange(hidden.shape[1] - 1, -hidden.shape[1], -1, dtype=torch.float64)[:, None]
-        angles = apart / 10_000.0 ** (torch.arange(0, self.d_model, 2, dtype=torch.float64) / self.d_model)
-        return torch.stack([angles.sin(), angles.cos()], dim=-1).reshape(1, len(apart), -1)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((first, "SeamlessM4T"), (second, "SeamlessM4Tv2")):
-            patch.setattr(getattr(module, name + "SinusoidalPositionalEmbedding"), "get_embedding", staticmethod(make))
-        patch.setattr(first.SeamlessM4TConformerRelPositionalEmbedding, "forward", relative)
+    with exact_positions():
         yield
 
 

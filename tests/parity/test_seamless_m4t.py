@@ -11,78 +11,34 @@ import pytest
 import torch
 import transformers
 from flax import nnx
-from transformers.models.seamless_m4t import modeling_seamless_m4t as theirs_v1
 
 import audiozoo
 from audiozoo.errors import CheckpointError, SourceError, UsageError
 from audiozoo.models import seamless_m4t
 from audiozoo.models.seamless_m4t import SeamlessM4TConfig, finetuning_losses
 from tests.parity import harness
+from tests.parity.seamless_family import (
+    FAIRSEQ_SPEECH,
+    LANGUAGES,
+    W2V,
+    exact_positions,
+    fairseq2_names,
+    jaxed,
+    speech,
+    targets,
+    text,
+    torched,
+)
+from tests.parity.seamless_family import TINY as SHARED
 from weights_conversion import seamless_m4t as conversion
 from weights_conversion.rules import Table
 
-TINY = {
-    "vocab_size": 60,
-    "t2u_vocab_size": 30,
-    "hidden_size": 16,
-    "encoder_layers": 1,
-    "encoder_ffn_dim": 20,
-    "encoder_attention_heads": 2,
-    "decoder_layers": 2,
-    "decoder_ffn_dim": 20,
-    "decoder_attention_heads": 2,
-    "feature_projection_input_dim": 10,
-    "speech_encoder_layers": 1,
-    "speech_encoder_attention_heads": 2,
-    "speech_encoder_intermediate_size": 20,
-    "conv_depthwise_kernel_size": 5,
-    "adaptor_kernel_size": 4,
-    "adaptor_stride": 4,
-    "t2u_encoder_layers": 1,
-    "t2u_encoder_ffn_dim": 20,
-    "t2u_encoder_attention_heads": 2,
-    "t2u_decoder_layers": 1,
-    "t2u_decoder_ffn_dim": 20,
-    "t2u_decoder_attention_heads": 2,
-    "unit_hifi_gan_vocab_size": 26,
-    "unit_embed_dim": 6,
-    "vocoder_num_langs": 3,
-    "lang_embed_dim": 4,
-    "vocoder_num_spkrs": 5,
-    "spkr_embed_dim": 3,
-    "upsample_initial_channel": 8,
-    "upsample_rates": (5, 2),
-    "upsample_kernel_sizes": (11, 4),
-    "resblock_kernel_sizes": (3,),
-    "resblock_dilation_sizes": ((1, 3),),
-    "max_new_tokens": 9,
-    "t2u_max_new_tokens": 11,
-}
-TABLES = {
-    "text_decoder_lang_to_code_id": {"eng": 50, "spa": 51},
-    "t2u_lang_code_to_id": {"eng": 28, "spa": 29},
-    "vocoder_lang_code_to_id": {"eng": 0, "spa": 2},
-}
+TINY = SHARED | {"t2u_decoder_layers": 1, "t2u_max_new_tokens": 11}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _exact_positions():
-    """The original computes angles in float32 even for a float64 model; here it may not."""
-
-    def make(length, width, padding):
-        angles = np.arange(length)[:, None] * np.exp(-np.log(1e4) / (width // 2 - 1) * np.arange(width // 2))
-        table = torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1))
-        table[padding] = 0
-        return table.to(torch.get_default_dtype())
-
-    def relative(self, hidden):
-        apart = torch.arange(hidden.shape[1] - 1, -hidden.shape[1], -1, dtype=torch.float64)[:, None]
-        angles = apart / 10_000.0 ** (torch.arange(0, self.d_model, 2, dtype=torch.float64) / self.d_model)
-        return torch.stack([angles.sin(), angles.cos()], dim=-1).reshape(1, len(apart), -1).to(hidden.dtype)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(theirs_v1.SeamlessM4TSinusoidalPositionalEmbedding, "get_embedding", staticmethod(make))
-        patch.setattr(theirs_v1.SeamlessM4TConformerRelPositionalEmbedding, "forward", relative)
+    with exact_positions():
         yield
 
 
@@ -95,48 +51,20 @@ def build(name: str = "SeamlessM4TModel", seed: int = 0, dtype=None, **changes):
             reference.vocoder.dur_predictor.proj.bias += 0.8
             reference.t2u_model.lm_head.weight *= 2
             reference.t2u_model.lm_head.weight[[0, 1, 3, 4, 5, 28, 29]] = 0
-    for table, values in TABLES.items():
+    for table, values in LANGUAGES.items():
         setattr(reference.generation_config, table, values)
     config = conversion.config_from_hugging_face(reference.config.to_dict())
     table = conversion.hugging_face_table(config, name)
     param = jnp.dtype(str(next(reference.parameters()).dtype).removeprefix("torch."))
     cls = getattr(seamless_m4t, name)
     model = harness.ported(reference, lambda: cls(config, param_dtype=param, rngs=nnx.Rngs(0)), table)
-    model.generation_config = conversion.generation_from_hugging_face(TABLES, {"max_new_tokens": 9}, "")
+    model.generation_config = conversion.generation_from_hugging_face(LANGUAGES, {"max_new_tokens": 9}, "")
     return reference, model, table
 
 
 @pytest.fixture(scope="module")
 def whole():
     return build()
-
-
-def text(seed: int = 0) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    ids, mask = rng.integers(9, 60, (2, 7)), np.ones((2, 7), np.int64)
-    ids[:, 0], ids[:, -1] = 50, 3
-    ids[1, 5:], mask[1, 5:] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def speech(seed: int = 0) -> dict[str, np.ndarray]:
-    mask = np.ones((2, 30), np.int64)
-    mask[1, 17:] = 0
-    return {"input_features": np.random.default_rng(seed).standard_normal((2, 30, 10)), "attention_mask": mask}
-
-
-def targets() -> dict[str, np.ndarray]:
-    ids, mask = np.random.default_rng(9).integers(4, 60, (2, 6)), np.ones((2, 6), np.int64)
-    mask[1, 4:] = 0
-    return {"decoder_input_ids": ids, "decoder_attention_mask": mask}
-
-
-def torched(x):
-    return {name: torch.tensor(array) for name, array in x.items()}
-
-
-def jaxed(x):
-    return {name: jnp.asarray(array) for name, array in x.items()}
 
 
 @pytest.mark.parametrize("source", [text, speech])
@@ -382,7 +310,7 @@ def test_directories_there_and_back(tmp_path):
         for name, array in harness.parameters(model).items():
             np.testing.assert_array_equal(values[name], array, err_msg=name)
         model.generation_config = foreign.attributes["generation_config"]
-        assert dict(model.generation_config.t2u_lang_code_to_id) == TABLES["t2u_lang_code_to_id"]
+        assert dict(model.generation_config.t2u_lang_code_to_id) == LANGUAGES["t2u_lang_code_to_id"]
         form = conversion.hugging_face(model)
         written = dict(form.table.write(harness.parameters(model)))
         state = reference.state_dict()
@@ -393,64 +321,23 @@ def test_directories_there_and_back(tmp_path):
         back = transformers.SeamlessM4TConfig(**form.files["config.json"])
         for name in TINY:
             assert getattr(back, name) == getattr(reference.config, name), name
-        assert form.files["generation_config.json"]["t2u_lang_code_to_id"] == TABLES["t2u_lang_code_to_id"]
+        assert form.files["generation_config.json"]["t2u_lang_code_to_id"] == LANGUAGES["t2u_lang_code_to_id"]
         audiozoo.export(model, tmp_path / "ours")
         again, info = transformers.SeamlessM4TModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
         for name, tensor in state.items():
             assert torch.equal(tensor, again.state_dict()[name]), name
-        assert again.generation_config.vocoder_lang_code_to_id == TABLES["vocoder_lang_code_to_id"]
+        assert again.generation_config.vocoder_lang_code_to_id == LANGUAGES["vocoder_lang_code_to_id"]
         with pytest.raises(CheckpointError, match="no class SeamlessM4TNothing"):
             conversion.open_checkpoint(tmp_path / "theirs", "SeamlessM4TNothing")
 
 
-def fairseq2_names(name: str) -> str | None:
-    """A name of `transformers` as the authors' fairseq2 has it; None for what it does not hold."""
-    fixed = {
-        "shared.weight": "final_proj.weight",
-        "text_encoder.embed_tokens.weight": "text_encoder_frontend.embed.weight",
-        "text_decoder.embed_tokens.weight": "text_decoder_frontend.embed.weight",
-        "t2u_model.lm_head.weight": "t2u_model.final_proj.weight",
-        "t2u_model.model.decoder.embed_tokens.weight": "t2u_model.decoder_frontend.embed.weight",
-    }
-    if name in fixed or name.startswith(("vocoder", "lm_head")):
-        return fixed.get(name)
-    if not name.startswith("speech_encoder"):
-        name = name.replace("t2u_model.model.", "t2u_model.").replace("out_proj", "output_proj")
-        name = name.replace("cross_attention", "encoder_decoder_attn")
-        return name.replace("ffn.fc1", "ffn.inner_proj").replace("ffn.fc2", "ffn.output_proj")
-    for a, b in (
-        ("speech_encoder.feature_projection.layer_norm", "speech_encoder_frontend.post_extract_layer_norm"),
-        ("speech_encoder.feature_projection.projection", "speech_encoder_frontend.model_dim_proj"),
-        ("speech_encoder.inner_layer_norm", "speech_encoder.layer_norm"),
-        ("speech_encoder.encoder.layer_norm", "speech_encoder.inner_layer_norm"),
-        ("speech_encoder.intermediate_ffn.intermediate_dense", "speech_encoder.proj1"),
-        ("speech_encoder.intermediate_ffn.output_dense", "speech_encoder.proj2"),
-    ):
-        if name.startswith(a):
-            return name.replace(a, b)
-    name = name.replace("conv_module.layer_norm", "conv_layer_norm").replace("conv_module", "conv")
-    if "adapter" not in name:
-        name = name.replace("final_layer_norm", "layer_norm")
-    name = name.replace("linear_out", "output_proj").replace("linear_pos", "sdpa.r_proj")
-    name = re.sub(r"pos_bias_([uv])", r"sdpa.\1_bias", re.sub(r"linear_([qkv])", r"\1_proj", name))
-    name = name.replace("intermediate_dense", "inner_proj").replace("output_dense", "output_proj")
-    return name.replace("encoder.layers", "inner.layers").replace("adapter.layers", "adaptor_layers")
-
-
 def fairseq_names(name: str) -> str:
     """A name of fairseq2 as fairseq has it."""
-    front, inside = r"^speech_encoder\.inner\.layers\.(\d+)\.", "encoder.w2v_encoder.w2v_model."
+    front, inside = r"^speech_encoder\.inner\.layers\.(\d+)\.", W2V
     pairs = (
-        (r"^speech_encoder_frontend\.post_extract_layer_norm", inside + "layer_norm"),
-        (r"^speech_encoder_frontend\.model_dim_proj", inside + "post_extract_proj"),
-        (r"^speech_encoder\.inner_layer_norm", inside + "encoder.layer_norm"),
-        (r"^speech_encoder\.proj1", "encoder.adaptor.proj.0"),
-        (r"^speech_encoder\.proj2", "encoder.adaptor.proj.2"),
-        (r"^speech_encoder\.layer_norm", "encoder.adaptor.out_ln"),
-        (r"^speech_encoder\.adaptor_layers\.(\d+)\.residual_conv", r"encoder.adaptor.layers.\1.residual_pool.1"),
-        (r"^speech_encoder\.adaptor_layers\.(\d+)\.self_attn_conv", r"encoder.adaptor.layers.\1.attn_pool.1"),
+        *FAIRSEQ_SPEECH,
         (r"^speech_encoder\.adaptor_layers", "encoder.adaptor.layers"),
         (front + r"conv_layer_norm", inside + r"encoder.layers.\1.conv_module.layer_norm"),
         (front + r"conv\.", inside + r"encoder.layers.\1.conv_module."),

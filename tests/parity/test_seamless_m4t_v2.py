@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,19 @@ from audiozoo.errors import CheckpointError, SourceError, UsageError
 from audiozoo.models import seamless_m4t_v2
 from audiozoo.models.seamless_m4t_v2 import SeamlessM4Tv2Config, characters
 from tests.parity import harness
+from tests.parity.seamless_family import (
+    FAIRSEQ_SPEECH,
+    LANGUAGES,
+    W2V,
+    exact_positions,
+    fairseq2_names,
+    jaxed,
+    speech,
+    targets,
+    text,
+    torched,
+)
+from tests.parity.seamless_family import TINY as SHARED
 from weights_conversion import seamless_m4t_v2 as conversion
 from weights_conversion.seamless_m4t_v2 import (
     config_from_hugging_face,
@@ -26,46 +41,13 @@ from weights_conversion.seamless_m4t_v2 import (
     t2u_table,
 )
 
-TINY = {
-    "vocab_size": 60,
-    "t2u_vocab_size": 30,
+TINY = SHARED | {
     "char_vocab_size": 34,
-    "hidden_size": 16,
-    "encoder_layers": 1,
-    "encoder_ffn_dim": 20,
-    "encoder_attention_heads": 2,
-    "decoder_layers": 2,
-    "decoder_ffn_dim": 20,
-    "decoder_attention_heads": 2,
-    "feature_projection_input_dim": 10,
-    "speech_encoder_layers": 1,
-    "speech_encoder_attention_heads": 2,
-    "speech_encoder_intermediate_size": 20,
-    "conv_depthwise_kernel_size": 5,
     "left_max_position_embeddings": 4,
     "right_max_position_embeddings": 2,
-    "adaptor_kernel_size": 4,
-    "adaptor_stride": 4,
-    "t2u_encoder_layers": 1,
-    "t2u_encoder_ffn_dim": 20,
-    "t2u_encoder_attention_heads": 2,
     "t2u_decoder_layers": 2,
-    "t2u_decoder_ffn_dim": 20,
-    "t2u_decoder_attention_heads": 2,
     "t2u_variance_predictor_embed_dim": 16,
     "t2u_variance_predictor_hidden_dim": 12,
-    "unit_hifi_gan_vocab_size": 26,
-    "unit_embed_dim": 6,
-    "vocoder_num_langs": 3,
-    "lang_embed_dim": 4,
-    "vocoder_num_spkrs": 5,
-    "spkr_embed_dim": 3,
-    "upsample_initial_channel": 8,
-    "upsample_rates": (5, 2),
-    "upsample_kernel_sizes": (11, 4),
-    "resblock_kernel_sizes": (3,),
-    "resblock_dilation_sizes": ((1, 3),),
-    "max_new_tokens": 9,
 }
 LETTERS = "▁abcdefghijklmnopqrstuvwxyzäöü"
 CHARACTERS = {letter: i for i, letter in enumerate(LETTERS, start=4)}
@@ -81,27 +63,12 @@ def _texts() -> dict[str, str]:
     return texts
 
 
-TABLES = {
-    "text_decoder_lang_to_code_id": {"eng": 50, "spa": 51},
-    "t2u_lang_code_to_id": {"eng": 28, "spa": 29},
-    "vocoder_lang_code_to_id": {"eng": 0, "spa": 2},
-    "char_to_id": CHARACTERS,
-    "id_to_text": _texts(),
-}
+TABLES: dict[str, Any] = LANGUAGES | {"char_to_id": CHARACTERS, "id_to_text": _texts()}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _exact_positions():
-    """The original computes angles in float32 even for a float64 model; here it may not."""
-
-    def make(length, width, padding):
-        angles = np.arange(length)[:, None] * np.exp(-np.log(1e4) / (width // 2 - 1) * np.arange(width // 2))
-        table = torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1))
-        table[padding] = 0
-        return table.to(torch.get_default_dtype())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(theirs_v2.SeamlessM4Tv2SinusoidalPositionalEmbedding, "get_embedding", staticmethod(make))
+    with exact_positions():
         yield
 
 
@@ -139,35 +106,6 @@ def build(name: str = "SeamlessM4Tv2Model", seed: int = 0, dtype=None, **changes
 @pytest.fixture(scope="module")
 def whole():
     return build()
-
-
-def text(seed: int = 0) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    ids, mask = rng.integers(9, 60, (2, 7)), np.ones((2, 7), np.int64)
-    ids[:, 0], ids[:, -1] = 50, 3
-    ids[1, 5:], mask[1, 5:] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def speech(seed: int = 0) -> dict[str, np.ndarray]:
-    mask = np.ones((2, 30), np.int64)
-    mask[1, 17:] = 0
-    return {"input_features": np.random.default_rng(seed).standard_normal((2, 30, 10)), "attention_mask": mask}
-
-
-def targets() -> dict[str, np.ndarray]:
-    ids = np.random.default_rng(9).integers(4, 60, (2, 6))
-    mask = np.ones((2, 6), np.int64)
-    mask[1, 4:] = 0
-    return {"decoder_input_ids": ids, "decoder_attention_mask": mask}
-
-
-def torched(x):
-    return {name: torch.tensor(array) for name, array in x.items()}
-
-
-def jaxed(x):
-    return {name: jnp.asarray(array) for name, array in x.items()}
 
 
 # --- the text side ---------------------------------------------------------------------------------------------------
@@ -504,69 +442,10 @@ def test_directories_there_and_back(tmp_path):
             conversion.open_checkpoint(tmp_path / "theirs", "SeamlessM4Tv2Nothing")
 
 
-def fairseq2_names(name: str) -> str | None:
-    """A name of `transformers` as the authors' fairseq2 has it; None for what it does not hold."""
-    import re
-
-    if name == "shared.weight":
-        return "final_proj.weight"
-    fixed = {
-        "text_encoder.embed_tokens.weight": "text_encoder_frontend.embed.weight",
-        "text_decoder.embed_tokens.weight": "text_decoder_frontend.embed.weight",
-        "t2u_model.lm_head.weight": "t2u_model.final_proj.weight",
-        "t2u_model.model.decoder.embed_tokens.weight": "t2u_model.decoder_frontend.embed.weight",
-    }
-    if name in fixed:
-        return fixed[name]
-    if name.startswith(("vocoder", "lm_head")):
-        return None
-    front = "t2u_model.model.decoder."
-    if name.startswith(front + "duration_predictor"):
-        inner = re.sub(r"(conv[12])", r"\1.0", name.removeprefix(front))
-        return f"t2u_model.decoder_frontend.variance_adaptor.{inner}"
-    if name.startswith((front + "embed_char", front + "pos_emb")):
-        return f"t2u_model.decoder_frontend.{name.removeprefix(front)}"
-    if name.startswith("speech_encoder"):
-        for a, b in (
-            ("speech_encoder.feature_projection.layer_norm", "speech_encoder_frontend.post_extract_layer_norm"),
-            ("speech_encoder.feature_projection.projection", "speech_encoder_frontend.model_dim_proj"),
-            ("speech_encoder.inner_layer_norm", "speech_encoder.layer_norm"),
-            ("speech_encoder.encoder.layer_norm", "speech_encoder.inner_layer_norm"),
-            ("speech_encoder.intermediate_ffn.intermediate_dense", "speech_encoder.proj1"),
-            ("speech_encoder.intermediate_ffn.output_dense", "speech_encoder.proj2"),
-        ):
-            if name.startswith(a):
-                return name.replace(a, b)
-        name = name.replace("conv_module.layer_norm", "conv_layer_norm")
-        name = name.replace("conv_module.depthwise_layer_norm", "conv.layer_norm").replace("conv_module", "conv")
-        if "adapter" not in name:
-            name = name.replace("final_layer_norm", "layer_norm")
-        name = name.replace("linear_out", "output_proj").replace("distance_embedding", "sdpa.rel_k_embed")
-        name = re.sub(r"linear_([qkv])", r"\1_proj", name)
-        name = name.replace("intermediate_dense", "inner_proj").replace("output_dense", "output_proj")
-        return name.replace("encoder.layers", "inner.layers").replace("adapter.layers", "adaptor_layers")
-    name = name.replace("t2u_model.model.", "t2u_model.").replace("out_proj", "output_proj")
-    name = name.replace("cross_attention", "encoder_decoder_attn")
-    name = name.replace("ffn.fc1", "ffn.inner_proj").replace("ffn.fc2", "ffn.output_proj")
-    if name.startswith("t2u_model.decoder"):
-        name = re.sub(r"\.(conv[12])\.", r".conv1d.\1.", name).replace("conv_layer_norm", "conv1d_layer_norm")
-    return name
-
-
 def fairseq_names(name: str) -> str:
     """A name of fairseq2 as fairseq has it (the authors' `_fairseq_key_map` read backwards)."""
-    import re
-
-    w2v = "encoder.w2v_encoder.w2v_model."
     pairs = (
-        (r"^speech_encoder_frontend\.post_extract_layer_norm", w2v + "layer_norm"),
-        (r"^speech_encoder_frontend\.model_dim_proj", w2v + "post_extract_proj"),
-        (r"^speech_encoder\.inner_layer_norm", w2v + "encoder.layer_norm"),
-        (r"^speech_encoder\.proj1", "encoder.adaptor.proj.0"),
-        (r"^speech_encoder\.proj2", "encoder.adaptor.proj.2"),
-        (r"^speech_encoder\.layer_norm", "encoder.adaptor.out_ln"),
-        (r"^speech_encoder\.adaptor_layers\.(\d+)\.residual_conv", r"encoder.adaptor.layers.\1.residual_pool.1"),
-        (r"^speech_encoder\.adaptor_layers\.(\d+)\.self_attn_conv", r"encoder.adaptor.layers.\1.attn_pool.1"),
+        *FAIRSEQ_SPEECH,
         (r"^speech_encoder\.adaptor_layers\.(\d+)\.ffn\.inner_proj", r"encoder.adaptor.layers.\1.fc1"),
         (r"^speech_encoder\.adaptor_layers\.(\d+)\.ffn\.output_proj", r"encoder.adaptor.layers.\1.fc2"),
         (r"^speech_encoder\.adaptor_layers\.(\d+)\.ffn_layer_norm", r"encoder.adaptor.layers.\1.final_layer_norm"),
@@ -574,17 +453,17 @@ def fairseq_names(name: str) -> str:
         (r"^speech_encoder\.adaptor_layers\.", "encoder.adaptor.layers."),
         (
             r"^speech_encoder\.inner\.layers\.(\d+)\.conv\.layer_norm",
-            w2v + r"encoder.layers.\1.conv_module.layer_norm2",
+            W2V + r"encoder.layers.\1.conv_module.layer_norm2",
         ),
-        (r"^speech_encoder\.inner\.layers\.(\d+)\.conv_layer_norm", w2v + r"encoder.layers.\1.conv_module.layer_norm"),
-        (r"^speech_encoder\.inner\.layers\.(\d+)\.conv\.", w2v + r"encoder.layers.\1.conv_module."),
-        (r"^speech_encoder\.inner\.layers\.(\d+)\.ffn(\d)_layer_norm", w2v + r"encoder.layers.\1.ffn\2.layer_norm"),
-        (r"^speech_encoder\.inner\.layers\.(\d+)\.ffn(\d)\.inner_proj", w2v + r"encoder.layers.\1.ffn\2.w_1"),
-        (r"^speech_encoder\.inner\.layers\.(\d+)\.ffn(\d)\.output_proj", w2v + r"encoder.layers.\1.ffn\2.w_2"),
-        (r"^speech_encoder\.inner\.layers\.(\d+)\.layer_norm", w2v + r"encoder.layers.\1.final_layer_norm"),
-        (r"^speech_encoder\.inner\.(.*)sdpa\.rel_k_embed", w2v + r"encoder.\1rel_k_embedding"),
-        (r"^speech_encoder\.inner\.(.*)output_proj", w2v + r"encoder.\1out_proj"),
-        (r"^speech_encoder\.inner\.", w2v + "encoder."),
+        (r"^speech_encoder\.inner\.layers\.(\d+)\.conv_layer_norm", W2V + r"encoder.layers.\1.conv_module.layer_norm"),
+        (r"^speech_encoder\.inner\.layers\.(\d+)\.conv\.", W2V + r"encoder.layers.\1.conv_module."),
+        (r"^speech_encoder\.inner\.layers\.(\d+)\.ffn(\d)_layer_norm", W2V + r"encoder.layers.\1.ffn\2.layer_norm"),
+        (r"^speech_encoder\.inner\.layers\.(\d+)\.ffn(\d)\.inner_proj", W2V + r"encoder.layers.\1.ffn\2.w_1"),
+        (r"^speech_encoder\.inner\.layers\.(\d+)\.ffn(\d)\.output_proj", W2V + r"encoder.layers.\1.ffn\2.w_2"),
+        (r"^speech_encoder\.inner\.layers\.(\d+)\.layer_norm", W2V + r"encoder.layers.\1.final_layer_norm"),
+        (r"^speech_encoder\.inner\.(.*)sdpa\.rel_k_embed", W2V + r"encoder.\1rel_k_embedding"),
+        (r"^speech_encoder\.inner\.(.*)output_proj", W2V + r"encoder.\1out_proj"),
+        (r"^speech_encoder\.inner\.", W2V + "encoder."),
         (r"^final_proj", "target_letter_decoder.output_projection"),
         (r"^text_(en|de)coder_frontend\.embed", r"text_\1coder.embed_tokens"),
         (r"^t2u_model\.decoder_frontend\.embed_char", "decoder.embed_tokens_text"),

@@ -1,0 +1,174 @@
+"""What both versions of SeamlessM4T are tested with: sizes, inputs, exact positions, and the authors' names."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers.models.seamless_m4t import modeling_seamless_m4t as first
+from transformers.models.seamless_m4t_v2 import modeling_seamless_m4t_v2 as second
+
+TINY: dict[str, Any] = {
+    "vocab_size": 60,
+    "t2u_vocab_size": 30,
+    "hidden_size": 16,
+    "encoder_layers": 1,
+    "encoder_ffn_dim": 20,
+    "encoder_attention_heads": 2,
+    "decoder_layers": 2,
+    "decoder_ffn_dim": 20,
+    "decoder_attention_heads": 2,
+    "feature_projection_input_dim": 10,
+    "speech_encoder_layers": 1,
+    "speech_encoder_attention_heads": 2,
+    "speech_encoder_intermediate_size": 20,
+    "conv_depthwise_kernel_size": 5,
+    "adaptor_kernel_size": 4,
+    "adaptor_stride": 4,
+    "t2u_encoder_layers": 1,
+    "t2u_encoder_ffn_dim": 20,
+    "t2u_encoder_attention_heads": 2,
+    "t2u_decoder_ffn_dim": 20,
+    "t2u_decoder_attention_heads": 2,
+    "unit_hifi_gan_vocab_size": 26,
+    "unit_embed_dim": 6,
+    "vocoder_num_langs": 3,
+    "lang_embed_dim": 4,
+    "vocoder_num_spkrs": 5,
+    "spkr_embed_dim": 3,
+    "upsample_initial_channel": 8,
+    "upsample_rates": (5, 2),
+    "upsample_kernel_sizes": (11, 4),
+    "resblock_kernel_sizes": (3,),
+    "resblock_dilation_sizes": ((1, 3),),
+    "max_new_tokens": 9,
+}
+LANGUAGES = {
+    "text_decoder_lang_to_code_id": {"eng": 50, "spa": 51},
+    "t2u_lang_code_to_id": {"eng": 28, "spa": 29},
+    "vocoder_lang_code_to_id": {"eng": 0, "spa": 2},
+}
+
+
+@contextlib.contextmanager
+def exact_positions() -> Iterator[None]:
+    """The originals compute angles in float32 even for a float64 model; here they may not."""
+
+    def make(length: int, width: int, padding: int) -> torch.Tensor:
+        angles = np.arange(length)[:, None] * np.exp(-np.log(1e4) / (width // 2 - 1) * np.arange(width // 2))
+        table = torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1))
+        table[padding] = 0
+        return table.to(torch.get_default_dtype())
+
+    def relative(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        apart = torch.arange(hidden.shape[1] - 1, -hidden.shape[1], -1, dtype=torch.float64)[:, None]
+        angles = apart / 10_000.0 ** (torch.arange(0, self.d_model, 2, dtype=torch.float64) / self.d_model)
+        return torch.stack([angles.sin(), angles.cos()], dim=-1).reshape(1, len(apart), -1).to(hidden.dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for sinusoids in (
+            first.SeamlessM4TSinusoidalPositionalEmbedding,
+            second.SeamlessM4Tv2SinusoidalPositionalEmbedding,
+        ):
+            patch.setattr(sinusoids, "get_embedding", staticmethod(make))
+        patch.setattr(first.SeamlessM4TConformerRelPositionalEmbedding, "forward", relative)
+        yield
+
+
+def text(seed: int = 0) -> dict[str, np.ndarray]:
+    """Two texts, the second padded."""
+    rng = np.random.default_rng(seed)
+    ids, mask = rng.integers(9, 60, (2, 7)), np.ones((2, 7), np.int64)
+    ids[:, 0], ids[:, -1] = 50, 3
+    ids[1, 5:], mask[1, 5:] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def speech(seed: int = 0) -> dict[str, np.ndarray]:
+    """Frames of two recordings, the second padded."""
+    mask = np.ones((2, 30), np.int64)
+    mask[1, 17:] = 0
+    return {"input_features": np.random.default_rng(seed).standard_normal((2, 30, 10)), "attention_mask": mask}
+
+
+def targets() -> dict[str, np.ndarray]:
+    """What the text decoder reads."""
+    ids, mask = np.random.default_rng(9).integers(4, 60, (2, 6)), np.ones((2, 6), np.int64)
+    mask[1, 4:] = 0
+    return {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+
+
+def torched(x: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """The same for PyTorch."""
+    return {name: torch.tensor(array) for name, array in x.items()}
+
+
+def jaxed(x: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """The same for JAX."""
+    return {name: jnp.asarray(array) for name, array in x.items()}
+
+
+def fairseq2_names(name: str) -> str | None:
+    """A name of `transformers` as the authors' fairseq2 has it; None for what it does not hold."""
+    fixed = {
+        "shared.weight": "final_proj.weight",
+        "text_encoder.embed_tokens.weight": "text_encoder_frontend.embed.weight",
+        "text_decoder.embed_tokens.weight": "text_decoder_frontend.embed.weight",
+        "t2u_model.lm_head.weight": "t2u_model.final_proj.weight",
+        "t2u_model.model.decoder.embed_tokens.weight": "t2u_model.decoder_frontend.embed.weight",
+    }
+    if name in fixed or name.startswith(("vocoder", "lm_head")):
+        return fixed.get(name)
+    front = "t2u_model.model.decoder."
+    if name.startswith(front + "duration_predictor"):
+        inner = re.sub(r"(conv[12])", r"\1.0", name.removeprefix(front))
+        return f"t2u_model.decoder_frontend.variance_adaptor.{inner}"
+    if name.startswith((front + "embed_char", front + "pos_emb")):
+        return f"t2u_model.decoder_frontend.{name.removeprefix(front)}"
+    if not name.startswith("speech_encoder"):
+        name = name.replace("t2u_model.model.", "t2u_model.").replace("out_proj", "output_proj")
+        name = name.replace("cross_attention", "encoder_decoder_attn")
+        name = name.replace("ffn.fc1", "ffn.inner_proj").replace("ffn.fc2", "ffn.output_proj")
+        if name.startswith("t2u_model.decoder"):
+            name = re.sub(r"\.(conv[12])\.", r".conv1d.\1.", name).replace("conv_layer_norm", "conv1d_layer_norm")
+        return name
+    for a, b in (
+        ("speech_encoder.feature_projection.layer_norm", "speech_encoder_frontend.post_extract_layer_norm"),
+        ("speech_encoder.feature_projection.projection", "speech_encoder_frontend.model_dim_proj"),
+        ("speech_encoder.inner_layer_norm", "speech_encoder.layer_norm"),
+        ("speech_encoder.encoder.layer_norm", "speech_encoder.inner_layer_norm"),
+        ("speech_encoder.intermediate_ffn.intermediate_dense", "speech_encoder.proj1"),
+        ("speech_encoder.intermediate_ffn.output_dense", "speech_encoder.proj2"),
+    ):
+        if name.startswith(a):
+            return name.replace(a, b)
+    name = name.replace("conv_module.layer_norm", "conv_layer_norm")
+    name = name.replace("conv_module.depthwise_layer_norm", "conv.layer_norm").replace("conv_module", "conv")
+    if "adapter" not in name:
+        name = name.replace("final_layer_norm", "layer_norm")
+    name = name.replace("linear_out", "output_proj").replace("linear_pos", "sdpa.r_proj")
+    name = name.replace("distance_embedding", "sdpa.rel_k_embed")
+    name = re.sub(r"pos_bias_([uv])", r"sdpa.\1_bias", re.sub(r"linear_([qkv])", r"\1_proj", name))
+    name = name.replace("intermediate_dense", "inner_proj").replace("output_dense", "output_proj")
+    return name.replace("encoder.layers", "inner.layers").replace("adapter.layers", "adaptor_layers")
+
+
+# How fairseq calls what is alike in both versions, by fairseq2's names.
+W2V = "encoder.w2v_encoder.w2v_model."
+FAIRSEQ_SPEECH = (
+    (r"^speech_encoder_frontend\.post_extract_layer_norm", W2V + "layer_norm"),
+    (r"^speech_encoder_frontend\.model_dim_proj", W2V + "post_extract_proj"),
+    (r"^speech_encoder\.inner_layer_norm", W2V + "encoder.layer_norm"),
+    (r"^speech_encoder\.proj1", "encoder.adaptor.proj.0"),
+    (r"^speech_encoder\.proj2", "encoder.adaptor.proj.2"),
+    (r"^speech_encoder\.layer_norm", "encoder.adaptor.out_ln"),
+    (r"^speech_encoder\.adaptor_layers\.(\d+)\.residual_conv", r"encoder.adaptor.layers.\1.residual_pool.1"),
+    (r"^speech_encoder\.adaptor_layers\.(\d+)\.self_attn_conv", r"encoder.adaptor.layers.\1.attn_pool.1"),
+)
