@@ -60,15 +60,17 @@ def imports(path: Path, *, at_module_level: bool = False) -> set[str]:
 
 # --- imports run one way ---------------------------------------------------------------------------------------------
 
-FRONT_DOOR = r"audiozoo|audiozoo\.(loading|cli|commands(\..*)?|recipes(\..*)?)|weights_conversion(\..*)?"
+FRONT_DOOR = (
+    r"audiozoo|audiozoo\.(loading|cli|commands(\..*)?|recipes(\..*)?|evaluation(\..*)?)|weights_conversion(\..*)?"
+)
 NEVER = {  # importer: what stands above it
     r"audiozoo\.layers(\..*)?": rf"{FRONT_DOOR}|audiozoo\.(?!layers|errors|outputs)\w+(\..*)?",
     r"audiozoo\.(decoding|training|audio|text|processors)(\..*)?": rf"{FRONT_DOOR}|audiozoo\.(models|registry)(\..*)?",
     r"audiozoo\.models(\..*)?": rf"{FRONT_DOOR}|audiozoo\.(registry|sharding|checkpoints)",
     r"audiozoo\.(errors|outputs|sharding|checkpoints|hub)": rf"{FRONT_DOOR}|audiozoo\.(models|registry)(\..*)?",
-    r"weights_conversion(\..*)?": r"audiozoo|audiozoo\.(loading|cli|recipes(\..*)?)",
-    r"audiozoo\.recipes(\..*)?": r"audiozoo\.(cli|commands(\..*)?)",
-    r"audiozoo(\.(loading|registry))?": r"audiozoo\.recipes(\..*)?",
+    r"weights_conversion(\..*)?": r"audiozoo|audiozoo\.(loading|cli|(recipes|evaluation)(\..*)?)",
+    r"audiozoo\.(recipes|evaluation)(\..*)?": r"audiozoo\.(cli|commands(\..*)?)",
+    r"audiozoo(\.(loading|registry))?": r"audiozoo\.(recipes|evaluation)(\..*)?",
     r"audiozoo(\.(?!cli).*)?": r"audiozoo\.cli(\..*)?",
 }
 

@@ -13,8 +13,8 @@ from flax import nnx
 from audiozoo.errors import UsageError
 from audiozoo.layers.stacking import Scanned, scanned, unscanned
 from audiozoo.training.loop import Loss, Options, Phase, Task, Trainer
-from audiozoo.training.metrics import Reporter
 from audiozoo.training.parameters import Lora, Trainable
+from audiozoo.training.reporting import Reporter
 from tests.training.networks import Net, Numbers, arrays, loss, task, without_dropout
 
 
