@@ -135,7 +135,8 @@ def shardings_like(state: Any, mesh: Mesh, rules: sharding.Rules) -> Any:
         for network, values in part.items()
         for name, value in values.items()
     }
-    stacked = {name for name in arrays if ".blocks." in name}  # of `layers.stacking`: a first axis of layers
+    # `Scanned.blocks` is one block with a first axis of layers; a network's own list of blocks counts them.
+    stacked = {name for name in arrays if re.search(r"\.blocks\.(?!\d)", name)}
     inner = {n: jax.ShapeDtypeStruct(a.shape[n in stacked :], a.dtype) for n, a in arrays.items()}
     places = sharding.shardings_for(inner, mesh, rules)
     for name in stacked:
