@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from audiozoo import packaged, registry
-from audiozoo.commands import arranging, codec, hearing, music, recognition, speech, training, translation
+from audiozoo.commands import arranging, codec, evaluation, hearing, music, recognition, speech, training, translation
 from audiozoo.commands.terminal import keep_compiled_programs, megabytes, progress_bar, say, write_whole
 from audiozoo.errors import AudiozooError, SourceError, UsageError
 
@@ -322,6 +322,7 @@ app.command()(music.music)
 
 app.command()(training.recipes)
 app.command()(training.train)
+app.command()(evaluation.evaluate)
 
 
 # --- the demo --------------------------------------------------------------------------------------------------------

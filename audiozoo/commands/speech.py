@@ -104,9 +104,9 @@ def speak(
         else:
             speaking = speak_spectrograms(
                 voice,
-                _load_vocoder(vocoder),
+                load_vocoder(vocoder),
                 sentences,
-                speaker_embedding=_x_vector(speaker_embedding, voice),
+                speaker_embedding=x_vector(speaker_embedding, voice),
                 seed=seed,
                 alignments=subtitles is not None,
             )
@@ -173,7 +173,7 @@ def convert_voice(
         rate = processor.feature_extractor.sampling_rate
         heard: Any = sys.stdin.buffer.read() if recording == "-" else recording
         values = processor(audio.read(heard, rate), sampling_rate=rate)["input_values"]
-        embedding, maker = _x_vector(speaker_embedding, voice)[None], _load_vocoder(vocoder)
+        embedding, maker = x_vector(speaker_embedding, voice)[None], load_vocoder(vocoder)
         said = voice.generate_speech(values, embedding, vocoder=maker, key=jax.random.key(seed))
         write_sound(output, said, maker.config.sampling_rate)
         say(f"{said.size / maker.config.sampling_rate:.1f} s of speech in {output}")
@@ -226,7 +226,7 @@ def _text(text: str | None, file: Path | None) -> str:
         raise SourceError(f"{file or 'Standard input'} is no text in UTF-8.") from None
 
 
-def _x_vector(path: Path | None, voice: Any) -> Any:
+def x_vector(path: Path | None, voice: Any) -> Any:
     """A speaker's embedding out of a file.
 
     Raises:
@@ -247,7 +247,7 @@ def _x_vector(path: Path | None, voice: Any) -> Any:
     return vector.reshape(-1).astype(np.float32)
 
 
-def _load_vocoder(source: str) -> Any:
+def load_vocoder(source: str) -> Any:
     """What makes sound of spectrograms.
 
     Raises:

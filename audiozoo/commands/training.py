@@ -63,8 +63,8 @@ def train(
         size=size,
         evaluation=evaluation,
         held_out=held_out,
-        settings=_values(set_),
-        config=_values(config),
+        settings=values_of(set_),
+        config=values_of(config),
         lora=None if lora is None else Lora(rank=lora, alpha=2 * lora),
         mesh=None if mesh is None else sharding.parse_mesh(mesh),
         options=Options(accumulate, average, remat, stack, seed),
@@ -79,7 +79,8 @@ def train(
     print(out / "model")
 
 
-def _values(texts: list[str] | None) -> dict[str, Any]:
+def values_of(texts: list[str] | None) -> dict[str, Any]:
+    """What lines of NAME=VALUE say."""
     values: dict[str, Any] = {}
     for text in texts or []:
         name, sign, value = text.partition("=")

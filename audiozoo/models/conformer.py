@@ -258,7 +258,11 @@ class ConformerConvolutionModule(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch time channels"], dropout: Dropout, mask: Bool[Array, "batch time"] | None = None
     ) -> Float[Array, "batch time channels"]:
-        """What the convolution adds; frames outside `mask` do not reach it."""
+        """What the convolution adds; frames outside `mask` do not reach it.
+
+        In training, BatchNorm's statistics are those of all frames of the batch, padding included, as in the
+        originals' code.
+        """
         x = self.layer_norm(x)
         if mask is not None:
             x = jnp.where(mask[:, :, None], x, 0)

@@ -573,7 +573,7 @@ class SeamlessM4TPreTrainedModel(nnx.Module):
         logits = self.text_decoder.embed_tokens.attend(decoded.last_hidden_state)
         return written(logits, encoded, decoded, labels, label_smoothing)
 
-    def _write(
+    def write_text(
         self,
         inputs: dict[str, Any],
         tgt_lang: str | None,
@@ -584,7 +584,17 @@ class SeamlessM4TPreTrainedModel(nnx.Module):
         streamer: Streamer | None = None,
         **options: Any,
     ) -> tuple[GenerateOutput, jax.Array, jax.Array | None]:
-        """The translated text, and the states that it was written from."""
+        """§4.3, the first half: the translated text, the states that it was written from, and which of them are real.
+
+        Args:
+            inputs: `input_ids` or `input_features`.
+            tgt_lang: into which language.
+            attention_mask: 1 where the input is real.
+            decoder_input_ids: the text's beginning, in place of `tgt_lang`.
+            key: randomness, for sampling.
+            streamer: called on the host with every token.
+            options: as for `transformers.generate`.
+        """
         config = self.config
         defaults: dict[str, Any] = {"max_new_tokens": config.max_new_tokens}
         defaults |= {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
@@ -614,33 +624,6 @@ class SeamlessM4TPreTrainedModel(nnx.Module):
         )
         return output.trim(), memory, mask
 
-    def _units(
-        self,
-        sequences: Int[np.ndarray, "batch tokens"],
-        memory: Float[Array, "batch frames hidden"],
-        mask: Bool[Array, "batch frames"] | None,
-        tgt_lang: str,
-        key: jax.Array | None,
-        options: dict[str, Any],
-    ) -> tuple[Int[np.ndarray, "rows units"], Int[np.ndarray, "rows time"], Int[np.ndarray, " rows"]]:
-        """Units of a text: as the decoder wrote them, and as the vocoder reads them, with their number."""
-        config = self.config
-        defaults: dict[str, Any] = {"max_new_tokens": config.t2u_max_new_tokens}
-        defaults |= {"eos_token_id": config.t2u_eos_token_id, "pad_token_id": config.t2u_pad_token_id}
-        chosen = GenerationConfig(**(defaults | options))
-        language = self.generation_config.unit_language(tgt_lang)
-        prompt = jnp.broadcast_to(jnp.asarray([config.t2u_eos_token_id, language], jnp.int32), (len(sequences), 2))
-        padded = np.full((len(sequences), bucket(sequences.shape[1])), config.pad_token_id)
-        padded[:, : sequences.shape[1]] = sequences
-        graphdef, state = nnx.split(self)
-        tokens = jnp.asarray(padded, jnp.int32)
-        found = _to_units(graphdef, state, tokens, memory, mask, prompt, key, config=chosen).trim()
-        units, lengths = np.asarray(found.sequences), np.asarray(found.lengths)
-        ended = units[np.arange(len(units)), lengths - 1] == config.t2u_eos_token_id
-        lengths = lengths - 2 - ended
-        spoken = np.arange(units.shape[1] - 2) < lengths[:, None]
-        return units, vocoder_units(units[:, 2:], spoken, config), lengths
-
     def _speak(
         self,
         inputs: dict[str, Any],
@@ -658,7 +641,7 @@ class SeamlessM4TPreTrainedModel(nnx.Module):
         of_units.pop("attention_mask", None)
         of_units.pop("decoder_input_ids", None)
         keys = [None, None] if key is None else list(jax.random.split(key))
-        text, memory, mask = self._write(inputs, tgt_lang, key=keys[0], **of_text)
+        text, memory, mask = self.write_text(inputs, tgt_lang, key=keys[0], **of_text)
         sequences = np.asarray(text.sequences)
         several = len(sequences) // len(memory)
         if several > 1:  # of several texts, the best
@@ -666,7 +649,7 @@ class SeamlessM4TPreTrainedModel(nnx.Module):
                 raise UsageError("Of several sampled texts none is the best: speech takes one, or beams.")
             best = np.argmax(np.asarray(text.sequences_scores).reshape(-1, several), axis=1)
             sequences = sequences[best + several * np.arange(len(memory))]
-        units, spoken, lengths = self._units(sequences, memory, mask, tgt_lang, keys[1], of_units)
+        units, spoken, lengths = write_units(self, sequences, memory, mask, tgt_lang, key=keys[1], **of_units)
         waveform, waveform_lengths = self.vocoder.speak(spoken, speaker_id, language, lengths=lengths)
         if not return_intermediate_token_ids:
             return waveform, waveform_lengths
@@ -696,6 +679,45 @@ def vocoder_units(
     moved = units - config.vocoder_offset
     known = mask & (moved >= 0) & (moved < config.vocoder.unit_hifi_gan_vocab_size)
     return np.where(known, moved, config.t2u_pad_token_id)
+
+
+def write_units(
+    model: Any,
+    sequences: Int[np.ndarray, "batch tokens"],
+    memory: Float[Array, "batch frames hidden"],
+    mask: Bool[Array, "batch frames"] | None,
+    tgt_lang: str,
+    *,
+    key: jax.Array | None = None,
+    **options: Any,
+) -> tuple[Int[np.ndarray, "rows units"], Int[np.ndarray, "rows time"], Int[np.ndarray, " rows"]]:
+    """§4.3, the second half: units of a text, as they were written, and as the vocoder reads them with their number.
+
+    Args:
+        model: a `SeamlessM4TModel`, or one that speaks.
+        sequences: the text's tokens.
+        memory: the states that it was written from.
+        mask: which of them are real.
+        tgt_lang: the text's language.
+        key: randomness, for sampling.
+        options: as for `transformers.generate`.
+    """
+    config = model.config
+    defaults: dict[str, Any] = {"max_new_tokens": config.t2u_max_new_tokens}
+    defaults |= {"eos_token_id": config.t2u_eos_token_id, "pad_token_id": config.t2u_pad_token_id}
+    chosen = GenerationConfig(**(defaults | options))
+    language = model.generation_config.unit_language(tgt_lang)
+    prompt = jnp.broadcast_to(jnp.asarray([config.t2u_eos_token_id, language], jnp.int32), (len(sequences), 2))
+    padded = np.full((len(sequences), bucket(sequences.shape[1])), config.pad_token_id)
+    padded[:, : sequences.shape[1]] = sequences
+    graphdef, state = nnx.split(model)
+    tokens = jnp.asarray(padded, jnp.int32)
+    found = _to_units(graphdef, state, tokens, memory, mask, prompt, key, config=chosen).trim()
+    units, lengths = np.asarray(found.sequences), np.asarray(found.lengths)
+    ended = units[np.arange(len(units)), lengths - 1] == config.t2u_eos_token_id
+    lengths = lengths - 2 - ended
+    spoken = np.arange(units.shape[1] - 2) < lengths[:, None]
+    return units, vocoder_units(units[:, 2:], spoken, config), lengths
 
 
 @partial(jax.jit, static_argnames=("graphdef", "config", "streamer"))
@@ -801,7 +823,7 @@ class SeamlessM4TForTextToText(SeamlessM4TPreTrainedModel):
             Tokens, the end-of-text token and the language in front; with `return_dict_in_generate=True` a
             `GenerateOutput`.
         """
-        output, *_ = self._write({"input_ids": input_ids}, tgt_lang, **options)
+        output, *_ = self.write_text({"input_ids": input_ids}, tgt_lang, **options)
         return output if options.get("return_dict_in_generate") else np.asarray(output.sequences)
 
 
@@ -827,7 +849,7 @@ class SeamlessM4TForSpeechToText(SeamlessM4TPreTrainedModel):
         self, input_features: Float[Array, "batch time bands"], tgt_lang: str | None = None, **options: Any
     ) -> Int[np.ndarray, "rows tokens"] | GenerateOutput:
         """Recognise (into the language spoken) or translate; see `SeamlessM4TForTextToText`."""
-        output, *_ = self._write({"input_features": input_features}, tgt_lang, **options)
+        output, *_ = self.write_text({"input_features": input_features}, tgt_lang, **options)
         return output if options.get("return_dict_in_generate") else np.asarray(output.sequences)
 
 
@@ -921,7 +943,7 @@ class SeamlessM4TModel(SeamlessM4TPreTrainedModel):
         speaker = options.pop("speaker_id", spkr_id)
         inputs = {"input_features": input_features} if input_features is not None else {"input_ids": input_ids}
         if not generate_speech:
-            return self._write(inputs, tgt_lang, key=key, **split_options(options)[0])[0]
+            return self.write_text(inputs, tgt_lang, key=key, **split_options(options)[0])[0]
         return self._speak(inputs, tgt_lang, speaker, return_intermediate_token_ids, key, **options)
 
 

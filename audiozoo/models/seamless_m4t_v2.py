@@ -478,7 +478,7 @@ class SeamlessM4Tv2PreTrainedModel(SeamlessM4TPreTrainedModel):
         sampled = bool(of_units.get("do_sample")) and temperature != 1.0  # as in `transformers`
         if sampled and key is None:
             raise UsageError("Units are drawn at random with do_sample: give a key.")
-        written, memory, mask = self._write(inputs, tgt_lang, key=keys[0], **of_text)
+        written, memory, mask = self.write_text(inputs, tgt_lang, key=keys[0], **of_text)
         sequences = np.asarray(written.sequences)
 
         # The decoder's state at each token says what comes after it; the last token, the end, has no use for one.

@@ -169,3 +169,19 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class FeatureExtractor:
+    """A feature extractor: its attributes are the fields of its `preprocessor_config.json`."""
+
+    def saved_besides(self) -> dict[str, Any]:
+        """What `transformers` also writes into `preprocessor_config.json`."""
+        return {}
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write `preprocessor_config.json` as `transformers` does."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        named = {"padding_side": "right", "feature_extractor_type": type(self).__name__}
+        fields = named | vars(self) | self.saved_besides()
+        write_json(folder / "preprocessor_config.json", dict(sorted(fields.items())))

@@ -14,7 +14,13 @@ from jaxtyping import Array, Float
 
 from audiozoo.audio.features import double_precision_on_cpu, kaldi_fbank
 from audiozoo.errors import CheckpointError, SourceError
-from audiozoo.processors import check_return_tensors, extractor_settings, read_json, waveform_batch, write_json
+from audiozoo.processors import (
+    FeatureExtractor,
+    check_return_tensors,
+    extractor_settings,
+    read_json,
+    waveform_batch,
+)
 
 # Mean and standard deviation of the log-mel values of each training set, and its length in frames.
 AUDIOSET = {"mean": -4.2677393, "std": 4.5689974, "max_length": 1024}
@@ -27,7 +33,7 @@ def _fbank(x: jax.Array, n_mels: int, sampling_rate: int) -> jax.Array:
     return kaldi_fbank(x, n_mels, sampling_rate, window="hanning")
 
 
-class ASTFeatureExtractor:
+class ASTFeatureExtractor(FeatureExtractor):
     r"""Waveforms to spectrograms; the arguments are the fields of `preprocessor_config.json`.
 
     Kaldi's log-mel energies of the waveform as it is, in $[-1, 1]$, with Hann windows of 25 ms every 10 ms; then zeros,
@@ -131,13 +137,6 @@ class ASTFeatureExtractor:
         if kind != cls.__name__:
             raise CheckpointError(f"'{folder}' holds the settings of a {kind}, not of AST's features.")
         return cls(**{name: config[name] for name in vars(cls()) if name in config})
-
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `preprocessor_config.json` as `transformers` does."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        fields = {**vars(self), "padding_side": "right", "feature_extractor_type": "ASTFeatureExtractor"}
-        write_json(folder / "preprocessor_config.json", dict(sorted(fields.items())))
 
     def normalize(self, features: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
         r"""$(x - \text{mean}) / (2\,\text{std})$."""

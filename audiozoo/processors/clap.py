@@ -15,7 +15,13 @@ from jaxtyping import Array, Float
 
 from audiozoo.audio.features import double_precision_on_cpu, mel_filterbank, spectrogram
 from audiozoo.errors import CheckpointError, SourceError, UsageError
-from audiozoo.processors import check_return_tensors, extractor_settings, read_json, waveform_batch, write_json
+from audiozoo.processors import (
+    FeatureExtractor,
+    check_return_tensors,
+    extractor_settings,
+    read_json,
+    waveform_batch,
+)
 from audiozoo.text.roberta_tokenizer import RobertaTokenizer
 
 CHUNK = 1001  # frames that are transformed at once: ten seconds and the frame at their end
@@ -54,7 +60,7 @@ def shrink(mel: Float[np.ndarray, "frames mels"], frames: int) -> Float[np.ndarr
     return mel[low] * (1 - weight) + mel[np.minimum(low + 1, have - 1)] * weight
 
 
-class ClapFeatureExtractor:
+class ClapFeatureExtractor(FeatureExtractor):
     r"""Waveforms to spectrograms; the arguments are the fields of `preprocessor_config.json`.
 
     What is shorter than ten seconds is repeated as often as it fits, then padded with zeros. What is longer is either
@@ -162,19 +168,13 @@ class ClapFeatureExtractor:
             raise CheckpointError(f"'{folder}' holds the settings of a {kind}, not of CLAP's features.")
         return cls(**{name: config[name] for name in vars(cls()) if name in config})
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `preprocessor_config.json` as `transformers` does."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        fields = {
-            **vars(self),
+    def saved_besides(self) -> dict[str, Any]:
+        """What `transformers` also writes into `preprocessor_config.json`."""
+        return {
             "nb_max_samples": self.nb_max_samples,
             "nb_frequency_bins": self.fft_window_size // 2 + 1,
-            "padding_side": "right",
-            "feature_extractor_type": "ClapFeatureExtractor",
             "processor_class": "ClapProcessor",
         }
-        write_json(folder / "preprocessor_config.json", dict(sorted(fields.items())))
 
     def _log_mel(self, waveform: np.ndarray, truncation: str) -> np.ndarray:
         """The whole spectrogram through one compiled chunk, so that no length compiles anew; float32."""

@@ -12,10 +12,10 @@ from jaxtyping import Float
 
 from audiozoo.audio.files import check_waveform
 from audiozoo.errors import AudioError, CheckpointError, UsageError
-from audiozoo.processors import check_return_tensors, extractor_settings, read_json, write_json
+from audiozoo.processors import FeatureExtractor, check_return_tensors, extractor_settings, read_json
 
 
-class EncodecFeatureExtractor:
+class EncodecFeatureExtractor(FeatureExtractor):
     """Waveforms to model inputs; the arguments are the fields of `preprocessor_config.json`.
 
     Args:
@@ -75,16 +75,9 @@ class EncodecFeatureExtractor:
         fields = ("feature_size", "sampling_rate", "padding_value", "chunk_length_s", "overlap", "padding_side")
         return cls(**{name: config[name] for name in fields if name in config})
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `preprocessor_config.json` as `transformers` does."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        fields = {
-            **vars(self),
-            "feature_extractor_type": type(self).__name__,
-            "return_attention_mask": True,
-        }
-        write_json(folder / "preprocessor_config.json", dict(sorted(fields.items())))
+    def saved_besides(self) -> dict[str, Any]:
+        """What `transformers` also writes into `preprocessor_config.json`."""
+        return {"return_attention_mask": True}
 
     def __call__(
         self,

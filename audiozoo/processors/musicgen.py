@@ -15,14 +15,14 @@ from jaxtyping import Float
 from audiozoo.audio.features import double_precision_on_cpu, spectrogram
 from audiozoo.audio.files import check_waveform
 from audiozoo.errors import AudioError, CheckpointError, UsageError
-from audiozoo.processors import check_return_tensors, extractor_settings, pad_batch, write_json
+from audiozoo.processors import FeatureExtractor, check_return_tensors, extractor_settings, pad_batch
 from audiozoo.processors.encodec import EncodecFeatureExtractor
 from audiozoo.text.t5_tokenizer import T5Tokenizer
 
 _power = partial(jax.jit, static_argnames=("n_fft", "hop_length"))(spectrogram)
 
 
-class MusicgenMelodyFeatureExtractor:
+class MusicgenMelodyFeatureExtractor(FeatureExtractor):
     r"""§2.3: a melody as the loudest of twelve pitch classes, every 128 ms; arguments as in `preprocessor_config.json`.
 
     The power spectrogram of windows of half a second is summed over octaves into pitch classes (from C on), of which
@@ -73,12 +73,9 @@ class MusicgenMelodyFeatureExtractor:
         config = extractor_settings(Path(directory)) or {}
         return cls(**{name: config[name] for name in vars(cls()) if name in config})
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `preprocessor_config.json` as `transformers` does."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        kind = {"feature_extractor_type": type(self).__name__, "padding_side": "right", "n_samples": self.n_samples}
-        write_json(folder / "preprocessor_config.json", dict(sorted((vars(self) | kind).items())))
+    def saved_besides(self) -> dict[str, Any]:
+        """What `transformers` also writes into `preprocessor_config.json`."""
+        return {"n_samples": self.n_samples}
 
     def chroma(self, waveforms: Float[np.ndarray, "batch samples"]) -> Float[np.ndarray, "batch frames chroma"]:
         """One-hot pitch classes; silence counts as the first."""

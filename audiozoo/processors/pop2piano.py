@@ -14,7 +14,7 @@ from audiozoo.audio import beats as tracking
 from audiozoo.audio.features import hann_window, mel_filterbank
 from audiozoo.audio.files import check_waveform, resample
 from audiozoo.errors import CheckpointError, UsageError
-from audiozoo.processors import check_return_tensors, extractor_settings, read_json, write_json
+from audiozoo.processors import FeatureExtractor, check_return_tensors, extractor_settings, read_json, write_json
 
 SPECIAL, NOTE, VELOCITY, TIME = "TOKEN_SPECIAL", "TOKEN_NOTE", "TOKEN_VELOCITY", "TOKEN_TIME"
 KINDS = {SPECIAL: 4, NOTE: 128, VELOCITY: 2, TIME: 100}  # how many of each, in the order of their numbers
@@ -27,7 +27,7 @@ def vocabulary() -> dict[str, int]:
     return {name: index for index, name in enumerate(names)}
 
 
-class Pop2PianoFeatureExtractor:
+class Pop2PianoFeatureExtractor(FeatureExtractor):
     r"""Songs to segments of `num_bars` bars; the arguments are the fields of `preprocessor_config.json`.
 
     Beats are tracked, the half-beat times between them interpolated, and the song is cut every eight of those. Each
@@ -81,17 +81,9 @@ class Pop2PianoFeatureExtractor:
             raise CheckpointError(f"'{folder}' holds the settings of a {kind}, not of Pop2Piano's features.")
         return cls(**{name: config[name] for name in vars(cls()) if name in config})
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `preprocessor_config.json` as `transformers` does."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        fields = {
-            **vars(self),
-            "padding_side": "right",
-            "feature_extractor_type": "Pop2PianoFeatureExtractor",
-            "processor_class": "Pop2PianoProcessor",
-        }
-        write_json(folder / "preprocessor_config.json", dict(sorted(fields.items())))
+    def saved_besides(self) -> dict[str, Any]:
+        """What `transformers` also writes into `preprocessor_config.json`."""
+        return {"processor_class": "Pop2PianoProcessor"}
 
     def log_mel(self, waveform: Float[np.ndarray, " time"]) -> Float[np.ndarray, "frames mels"]:
         """The spectrogram of one segment, in double precision; float32."""

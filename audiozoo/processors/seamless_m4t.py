@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from audiozoo.errors import CheckpointError, SourceError, UsageError
 from audiozoo.processors import (
+    FeatureExtractor,
     check_return_tensors,
     extractor_settings,
     pad_batch,
@@ -29,7 +30,7 @@ def normalised(features: Float[np.ndarray, "frames mels"]) -> Float[np.ndarray, 
     return ((x - x.mean(axis=0)) / np.sqrt(variance + 1e-7)).astype(np.float32)
 
 
-class SeamlessM4TFeatureExtractor:
+class SeamlessM4TFeatureExtractor(FeatureExtractor):
     """Waveforms to model inputs; the arguments are the fields of `preprocessor_config.json`.
 
     Args:
@@ -64,14 +65,9 @@ class SeamlessM4TFeatureExtractor:
             raise CheckpointError(f"'{folder}' holds the settings of a {kind}, not of SeamlessM4T's features.")
         return cls(**{name: config[name] for name in vars(cls()) if name in config})
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `preprocessor_config.json` as `transformers` does."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        fields = {**vars(self), "padding_side": "right", "feature_extractor_type": type(self).__name__}
-        write_json(
-            folder / "preprocessor_config.json", dict(sorted((fields | {"return_attention_mask": True}).items()))
-        )
+    def saved_besides(self) -> dict[str, Any]:
+        """What `transformers` also writes into `preprocessor_config.json`."""
+        return {"return_attention_mask": True}
 
     def __call__(
         self,

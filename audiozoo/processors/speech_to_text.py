@@ -17,6 +17,7 @@ from jaxtyping import Float
 from audiozoo.audio.features import double_precision_on_cpu, kaldi_fbank
 from audiozoo.errors import CheckpointError, SourceError, UsageError
 from audiozoo.processors import (
+    FeatureExtractor,
     check_return_tensors,
     extractor_settings,
     pad_batch,
@@ -95,7 +96,7 @@ def utterance_cmvn(
     return x.astype(np.float32)
 
 
-class Speech2TextFeatureExtractor:
+class Speech2TextFeatureExtractor(FeatureExtractor):
     """Waveforms to model inputs; the arguments are the fields of `preprocessor_config.json`.
 
     Args:
@@ -139,14 +140,9 @@ class Speech2TextFeatureExtractor:
             raise CheckpointError(f"'{folder}' holds the settings of a {kind}, not of fairseq S2T's features.")
         return cls(**{name: config[name] for name in vars(cls()) if name in config})
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `preprocessor_config.json` as `transformers` does."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        fields = {**vars(self), "padding_side": "right", "feature_extractor_type": type(self).__name__}
-        write_json(
-            folder / "preprocessor_config.json", dict(sorted((fields | {"return_attention_mask": True}).items()))
-        )
+    def saved_besides(self) -> dict[str, Any]:
+        """What `transformers` also writes into `preprocessor_config.json`."""
+        return {"return_attention_mask": True}
 
     def __call__(
         self,

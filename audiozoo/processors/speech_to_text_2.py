@@ -30,6 +30,13 @@ TIDIED = (
 )
 
 
+def _fairseq_dictionary(folder: Path) -> Path | None:
+    """fairseq's list of pieces, where nothing else says what they are."""
+    found = sorted(folder.glob("dict.*.txt"))
+    others = any((folder / name).is_file() for name in ("vocab.json", "sentencepiece.bpe.model"))
+    return found[0] if len(found) == 1 and not others else None
+
+
 class Speech2Text2Tokenizer:
     """Byte-pair pieces (arXiv 1508.07909) as subword-nmt writes them; without merges, as published, it only decodes.
 
@@ -55,8 +62,11 @@ class Speech2Text2Tokenizer:
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike[str]) -> Speech2Text2Tokenizer:
-        """From `vocab.json` and, if it is there, `merges.txt`."""
+        """From `vocab.json` and, if it is there, `merges.txt`; or from fairseq's `dict.X.txt`, which only decodes."""
         folder = Path(directory)
+        if (dictionary := _fairseq_dictionary(folder)) is not None:
+            pieces = [line.rsplit(" ", 1)[0] for line in dictionary.read_text(encoding="utf-8").splitlines()]
+            return cls({piece: i for i, piece in enumerate(["<s>", "<pad>", "</s>", "<unk>", *pieces])})
         config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
         merges = None
         if (folder / "merges.txt").is_file():
@@ -159,7 +169,7 @@ class Speech2Text2Processor(Wav2Vec2Processor):
         """Does a directory of a translator hold a vocabulary of this kind?"""
         folder = Path(directory)
         if not (folder / "vocab.json").is_file():
-            return False
+            return _fairseq_dictionary(folder) is not None
         said = []
         for name in ("tokenizer_config.json", "config.json"):
             config = read_json(folder / name) if (folder / name).is_file() else {}

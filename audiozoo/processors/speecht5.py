@@ -50,13 +50,10 @@ class SpeechT5FeatureExtractor(Wav2Vec2FeatureExtractor):
         found.num_mel_bins = int((extractor_settings(folder) or {}).get("num_mel_bins", found.num_mel_bins))
         return found
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `preprocessor_config.json` as `transformers` does."""
-        super().save(directory)
-        path = Path(directory) / "preprocessor_config.json"
+    def saved_besides(self) -> dict[str, Any]:
+        """What `transformers` also writes into `preprocessor_config.json`: what the targets are made with."""
         spectrogram = {"fmin": 80, "fmax": 7600, "hop_length": 16, "win_length": 64, "mel_floor": 1e-10}
-        named = {"feature_extractor_type": type(self).__name__, "processor_class": "SpeechT5Processor"}
-        write_json(path, dict(sorted((read_json(path) | spectrogram | named).items())))
+        return super().saved_besides() | spectrogram | {"processor_class": "SpeechT5Processor"}
 
     def spectrograms(self, waveforms: Any, sampling_rate: int | None = None) -> dict[str, np.ndarray]:
         r"""Targets: $\log_{10}\max(M |X|, 10^{-10})$ of 64 ms every 16 ms, zeros behind the end, and their mask.

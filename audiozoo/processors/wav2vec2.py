@@ -14,6 +14,7 @@ import numpy as np
 from audiozoo.decoding.ctc import BeamSearch, NgramModel, Span
 from audiozoo.errors import CheckpointError, SourceError, UsageError
 from audiozoo.processors import (
+    FeatureExtractor,
     check_return_tensors,
     extractor_settings,
     pad_batch,
@@ -26,7 +27,7 @@ from audiozoo.processors import (
 MINIMUM_SAMPLES = 400  # one frame
 
 
-class Wav2Vec2FeatureExtractor:
+class Wav2Vec2FeatureExtractor(FeatureExtractor):
     """Waveforms to model inputs; the arguments are the fields of `preprocessor_config.json`.
 
     Args:
@@ -59,18 +60,9 @@ class Wav2Vec2FeatureExtractor:
         fields = ("sampling_rate", "padding_value", "do_normalize", "return_attention_mask")
         return cls(**{name: config[name] for name in fields if name in config})
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `preprocessor_config.json` as `transformers` does."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        fields = {
-            **vars(self),
-            "feature_size": 1,
-            "padding_side": "right",
-            "feature_extractor_type": "Wav2Vec2FeatureExtractor",
-            "processor_class": "Wav2Vec2Processor",
-        }
-        write_json(folder / "preprocessor_config.json", dict(sorted(fields.items())))
+    def saved_besides(self) -> dict[str, Any]:
+        """What `transformers` also writes into `preprocessor_config.json`."""
+        return {"feature_size": 1, "processor_class": "Wav2Vec2Processor"}
 
     def __call__(
         self,

@@ -11,6 +11,7 @@ import numpy as np
 from audiozoo.audio.features import WHISPER_HOP, WHISPER_N_FFT, WHISPER_SAMPLING_RATE, long_log_mel_spectrogram
 from audiozoo.errors import CheckpointError, UsageError
 from audiozoo.processors import (
+    FeatureExtractor,
     check_return_tensors,
     extractor_settings,
     pad_batch,
@@ -22,7 +23,7 @@ from audiozoo.processors import (
 from audiozoo.text.whisper_tokenizer import WhisperTokenizer
 
 
-class WhisperFeatureExtractor:
+class WhisperFeatureExtractor(FeatureExtractor):
     """Waveforms to log-mel spectrograms; the arguments are the fields of `preprocessor_config.json`.
 
     Args:
@@ -94,19 +95,13 @@ class WhisperFeatureExtractor:
         )
         return cls(**{name: config[name] for name in fields if name in config})
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `preprocessor_config.json` as `transformers` does."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        fields = {
-            **vars(self),
+    def saved_besides(self) -> dict[str, Any]:
+        """What `transformers` also writes into `preprocessor_config.json`."""
+        return {
             "n_samples": self.n_samples,
             "nb_max_frames": self.nb_max_frames,
-            "padding_side": "right",
-            "feature_extractor_type": "WhisperFeatureExtractor",
             "processor_class": "WhisperProcessor",
         }
-        write_json(folder / "preprocessor_config.json", dict(sorted(fields.items())))
 
     def __call__(
         self,

@@ -27,8 +27,8 @@ from audiozoo.recipes.settings import Settings
 from audiozoo.training.checkpointing import Checkpoints
 from audiozoo.training.data import Batches, Item, find_items
 from audiozoo.training.loop import Options, State, Trainer
-from audiozoo.training.metrics import Reporter
 from audiozoo.training.parameters import Lora, Trainable
+from audiozoo.training.reporting import Reporter
 
 
 @dataclass

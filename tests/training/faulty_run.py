@@ -19,7 +19,7 @@ from audiozoo import sharding
 from audiozoo.training.checkpointing import Checkpoints
 from audiozoo.training.data import Batches, find_items
 from audiozoo.training.loop import Options, Trainer
-from audiozoo.training.metrics import Reporter
+from audiozoo.training.reporting import Reporter
 from tests.training.networks import Numbers, loss, task
 
 
