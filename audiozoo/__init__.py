@@ -191,15 +191,22 @@ def jit(model: nnx.Module, method: str = "__call__") -> Callable[..., Any]:
 
     compiled = jax.jit(call, static_argnums=3)
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def arguments(args: tuple, kwargs: dict) -> tuple[Any, ...]:
         kwargs = {k: v.item() if k in names and hasattr(v, "item") else v for k, v in kwargs.items()}
         static_args = tuple((i, a) for i, a in enumerate(args) if is_static(a))
         fixed = {k for k, v in kwargs.items() if k in names or is_static(v)}
         static_kwargs = tuple(sorted((k, kwargs[k]) for k in fixed))
         traced = tuple(a for a in args if not is_static(a))
         named = {k: v for k, v in kwargs.items() if k not in fixed}
-        return compiled(state, traced, named, (static_args, static_kwargs))
+        return state, traced, named, (static_args, static_kwargs)
 
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return compiled(*arguments(args, kwargs))
+
+    def lower(*args: Any, **kwargs: Any) -> Any:
+        return compiled.lower(*arguments(args, kwargs))
+
+    run.lower = lower  # type: ignore[attr-defined]
     run.__doc__ = f"`{type(model).__name__}.{method}`, compiled."
     run.compiled = compiled  # type: ignore[attr-defined]
     return run

@@ -18,7 +18,18 @@ from rich.console import Console
 from rich.table import Table
 
 from audiozoo import packaged, registry
-from audiozoo.commands import arranging, codec, evaluation, hearing, music, recognition, speech, training, translation
+from audiozoo.commands import (
+    arranging,
+    codec,
+    evaluation,
+    hearing,
+    music,
+    planning,
+    recognition,
+    speech,
+    training,
+    translation,
+)
 from audiozoo.commands.terminal import keep_compiled_programs, megabytes, progress_bar, say, write_whole
 from audiozoo.errors import AudiozooError, SourceError, UsageError
 
@@ -322,6 +333,7 @@ app.command()(music.music)
 
 app.command()(training.recipes)
 app.command()(training.train)
+app.command()(planning.plan)
 app.command()(evaluation.evaluate)
 
 

@@ -128,6 +128,12 @@ def batch_sharding(mesh: Mesh, axis: str | Sequence[str] = "data") -> NamedShard
     return NamedSharding(mesh, P(axes[0] if len(axes) == 1 else axes) if axes else P())
 
 
+def shards(place: NamedSharding) -> int:
+    """Into how many parts a sharding divides an array's first axis."""
+    names = _names(place.spec[0]) if len(place.spec) else ()
+    return math.prod(place.mesh.shape[name] for name in names)
+
+
 def put(array: Any, place: NamedSharding) -> jax.Array:
     """An array that every host holds whole, laid out on a mesh that may span hosts."""
     if place.is_fully_addressable:

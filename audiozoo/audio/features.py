@@ -76,6 +76,7 @@ def stft(
         if pad_mode == "reflect" and x.shape[-1] <= half:
             raise AudioError(f"{x.shape[-1]} samples are too few to mirror {half} at the ends; pad the waveform first.")
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(half, half)], mode=pad_mode)
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # there is no Fourier transform of half precision
     return jnp.fft.rfft(frame(x, n_fft, hop_length) * jnp.asarray(weights, x.dtype))
 
 

@@ -6,7 +6,9 @@ the loop over layers becomes `jax.lax.scan`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -20,7 +22,13 @@ from audiozoo.layers.basic import Dropout
 
 def stack_layers(layers: Sequence[nnx.Module]) -> nnx.Module:
     """A module whose every array is the layers' arrays along a new first axis; the layers must be alike."""
-    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
+
+    def stack(*arrays: Any) -> Any:
+        if isinstance(arrays[0], jax.ShapeDtypeStruct):  # a model of shapes
+            return jax.ShapeDtypeStruct((len(arrays), *arrays[0].shape), arrays[0].dtype)
+        return jnp.stack(arrays)
+
+    return jax.tree.map(stack, *layers)
 
 
 def unstack_layers(stacked: nnx.Module) -> nnx.List:
@@ -34,53 +42,96 @@ def scan_layers(stacked: nnx.Module, call: Callable[[nnx.Module, Any], Any], x: 
     return jax.lax.scan(lambda carry, layer: (call(layer, carry), None), x, stacked)[0]
 
 
+@dataclass(frozen=True)
+class _Later:
+    """A call of a part of every block, made when the block's turn comes."""
+
+    part: str
+    method: str
+    args: tuple[Any, ...]
+
+    def of(self, block: Any) -> Any:
+        return getattr(getattr(block, self.part), self.method)(*self.args)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of every block: `layer.encoder_attn`, of which a decoder asks the keys and values of what it reads."""
+
+    name: str
+
+    def __getattr__(self, method: str) -> Callable[..., _Later]:
+        if method.startswith("_"):
+            raise AttributeError(method)
+        return lambda *args: _Later(self.name, method, args)
+
+
 class Scanned(nnx.Module):
     """A stack of equal blocks that is called like one of them: `lax.scan` over the stack.
 
     In a model's list of layers it stands alone for all of them, and so the loop `for layer in layers: x, … = layer(x,
-    …)` stays as it is. What else a block is given must be the same for all blocks, and what else it returns (attention
-    weights, caches) must be None.
+    …)` stays as it is. What else a block is given must be the same for all blocks, or what a part of the block makes of
+    it (`layer.encoder_attn.key_values(states)`, computed when the block's turn comes). What else it returns is None: a
+    stack has no attention weights, no states between its blocks and no cache. Statistics that blocks move are kept.
     """
 
     def __init__(self, blocks: nnx.Module, count: int, remat: bool = False):
-        self.blocks = blocks
+        self.stacked = blocks
         self.count, self.remat = count, remat
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "stacked":
+            raise AttributeError(name)
+        part = getattr(self.stacked, name)
+        return _Part(name) if isinstance(part, nnx.Module) else part
+
     def __call__(self, x: jax.Array, *args: Any, drop_rate: float = 0.0, **kwargs: Any) -> tuple[Any, ...] | jax.Array:
-        """`x` through all blocks; each has dropout keys of its own, and may be left out (`layer_drop`)."""
+        """`x` through all blocks; each has dropout keys of its own, and may be left out (`layer_drop`).
+
+        Raises:
+            UsageError: if attention weights are asked for, or a cache is given.
+        """
+        given = inspect.signature(type(self.stacked).__call__).bind(self.stacked, x, *args, **kwargs).arguments
+        if given.get("need_weights") is True or given.get("past") is not None:
+            raise UsageError("Stacked layers have no attention weights and no cache: load the model unstacked.")
         dropout = next((a for a in (*args, *kwargs.values()) if isinstance(a, Dropout)), None)
         key = None if dropout is None else dropout.next_key()
-        others: tuple[Any, ...] | None = ()
+        more, moved = 0, False
 
-        def block(x: jax.Array, inputs: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
-            nonlocal others
+        def call(layer: Any, x: jax.Array, own: Dropout) -> Any:
+            def resolved(value: Any) -> Any:
+                if isinstance(value, _Later):
+                    return value.of(layer)
+                return own if isinstance(value, Dropout) else value
+
+            return layer(x, *map(resolved, args), **{name: resolved(value) for name, value in kwargs.items()})
+
+        def block(x: jax.Array, inputs: tuple[Any, jax.Array]) -> tuple[jax.Array, Any]:
+            nonlocal more, moved
             layer, index = inputs
             own = Dropout(None if key is None else jax.random.fold_in(key, index))
-
-            def given(value: Any) -> Any:
-                return own if value is dropout and dropout is not None else value
-
-            out = layer(x, *map(given, args), **{name: given(value) for name, value in kwargs.items()})
-            out, others = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
-            if jax.tree.leaves(others):
-                raise UsageError("Blocks under a scan return nothing but their output: ask for no weights, no cache.")
+            before = jax.tree.leaves(nnx.state(layer, nnx.Not(nnx.Param)))
+            out = call(layer, x, own)
+            out, more = (out[0], len(out) - 1) if isinstance(out, tuple) else (out, 0)
+            statistics = nnx.state(layer, nnx.Not(nnx.Param))
+            moved = any(a is not b for a, b in zip(before, jax.tree.leaves(statistics), strict=True))
             if drop_rate and (drop_key := own.next_key()) is not None:
                 out = jnp.where(jax.random.uniform(drop_key) < drop_rate, x, out)
-            return out.astype(x.dtype), None
+            return out.astype(x.dtype), statistics if moved else None
 
-        if self.remat:
-            block = jax.checkpoint(block, prevent_cse=False)
         # The first block's output tells the dtype that the carry has: bfloat16 in, float32 through, for instance.
-        first = jax.tree.map(lambda leaf: leaf[0], self.blocks)
-        silent = [Dropout(None) if a is dropout and dropout is not None else a for a in args]
-        probe = jax.eval_shape(lambda x, layer: layer(x, *silent, **kwargs), x, first)
+        first = jax.tree.map(lambda leaf: leaf[0], self.stacked)
+        probe = jax.eval_shape(lambda x, layer: call(layer, x, Dropout(None)), x, first)
         wide = (probe[0] if isinstance(probe, tuple) else probe).dtype
-        x, _ = jax.lax.scan(block, x.astype(wide), (self.blocks, jnp.arange(self.count)))
-        return x if others is None else (x, *others)
+        turn = jax.checkpoint(block, prevent_cse=False) if self.remat else block
+        x, statistics = jax.lax.scan(turn, x.astype(wide), (self.stacked, jnp.arange(self.count)))
+        if moved:
+            nnx.update(self.stacked, statistics)
+        return (x, *(None,) * more) if more else x
 
 
 def stacks(network: nnx.Module) -> Iterator[tuple[Any, str, Any]]:
-    """Every list of at least two equal blocks in a network, or of one `Scanned`: its owner, its name, itself."""
+    """Every list of modules in a network: its owner, its name, itself."""
     for _, owner in nnx.iter_modules(network):
         if isinstance(owner, nnx.List):
             continue
@@ -89,24 +140,34 @@ def stacks(network: nnx.Module) -> Iterator[tuple[Any, str, Any]]:
                 yield owner, name, value
 
 
-def _alike(layers: Sequence[Any]) -> bool:
-    def form(layer: Any) -> Any:
-        leaves, structure = jax.tree.flatten(layer)
-        return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+def _is_block(layer: Any) -> bool:
+    """Whether it is called `layer(x, …, dropout, …)`, as the blocks of a Transformer are: one after the other."""
+    if isinstance(layer, Scanned) or not callable(layer):
+        return False
+    parameter = inspect.signature(type(layer).__call__).parameters.get("dropout")
+    return parameter is not None and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
 
-    return all(type(layer) is type(layers[0]) and form(layer) == form(layers[0]) for layer in layers[1:])
+
+def _form(layer: Any) -> Any:
+    leaves, structure = jax.tree.flatten(layer)
+    return type(layer), structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
 def scanned(network: nnx.Module, *, remat: bool = False, least: int = 2) -> Any:
-    """The same network with each list of at least `least` equal blocks as one `Scanned`; `network` stays as it is.
-
-    Lists whose blocks hold statistics (batch normalisation) are left alone.
-    """
+    """The same network with at least `least` equal blocks in a row as one `Scanned`; `network` stays as it is."""
     network = nnx.merge(*nnx.split(network))
     for owner, name, layers in list(stacks(network)):
-        plain = not jax.tree.leaves(nnx.state(layers, nnx.Not(nnx.Param)))
-        if len(layers) >= least and plain and _alike(list(layers)):
-            setattr(owner, name, nnx.List([Scanned(stack_layers(list(layers)), len(layers), remat)]))
+        if not all(map(_is_block, layers)):
+            continue
+        runs: list[list[Any]] = []
+        for layer in layers:
+            if runs and _form(runs[-1][0]) == _form(layer):
+                runs[-1].append(layer)
+            else:
+                runs.append([layer])
+        short = [run if len(run) < least else [Scanned(stack_layers(run), len(run), remat)] for run in runs]
+        if any(len(run) >= least for run in runs):
+            setattr(owner, name, nnx.List([layer for run in short for layer in run]))
     return network
 
 
@@ -114,8 +175,9 @@ def unscanned(network: nnx.Module) -> Any:
     """What `scanned` was given, with the parameters that `network` has now."""
     network = nnx.merge(*nnx.split(network))
     for owner, name, layers in list(stacks(network)):
-        if isinstance(layers[0], Scanned):
-            setattr(owner, name, unstack_layers(layers[0].blocks))
+        if any(isinstance(layer, Scanned) for layer in layers):
+            apart = [unstack_layers(layer.stacked) if isinstance(layer, Scanned) else [layer] for layer in layers]
+            setattr(owner, name, nnx.List([layer for run in apart for layer in run]))
     return network
 
 

@@ -624,7 +624,7 @@ class EncodecResidualVectorQuantizer(nnx.Module):
             if key is None:
                 raise UsageError("Training the quantiser draws rows of the batch: give it a key, or the rows.")
             rows = _draw_rows(key, (2, total, size), batch * frames)
-        x = z.reshape(-1, channels)
+        x = z.reshape(-1, channels).astype(jnp.promote_types(z.dtype, self.embed.dtype))
         fixed = jax.lax.stop_gradient(x)
 
         def step(carry: tuple[jax.Array, jax.Array], layer: tuple[jax.Array, ...]) -> tuple[Any, Any]:
@@ -666,7 +666,7 @@ class EncodecResidualVectorQuantizer(nnx.Module):
         (quantized, loss), (codes, after) = jax.lax.scan(step, (jnp.zeros_like(fixed), jnp.zeros((), x.dtype)), layers)
         quantized = x + jax.lax.stop_gradient(quantized - x)
         return Quantized(
-            quantized.reshape(z.shape),
+            quantized.reshape(z.shape).astype(z.dtype),
             codes.reshape(total, batch, frames).swapaxes(0, 1),
             loss / used,
             Codebooks(*after),
@@ -1349,11 +1349,11 @@ def codec_gradients(
             return generator_loss(scores), feature_loss(real, fake)
 
         (losses["adversarial"], losses["feature"]), back = jax.vjp(adversarial, values)
-        one, zero = jnp.ones((), values.dtype), jnp.zeros((), values.dtype)
-        (gradients["adversarial"],) = back((one, zero))
-        (gradients["feature"],) = back((zero, one))
+        for name, other in (("adversarial", "feature"), ("feature", "adversarial")):
+            wanted = {name: jnp.ones_like(losses[name]), other: jnp.zeros_like(losses[other])}
+            (gradients[name],) = back((wanted["adversarial"], wanted["feature"]))
     combined, state = balancer(gradients, state)
-    (gradient,) = pull_back((combined, jnp.asarray(commitment_weight, commitment.dtype)))
+    (gradient,) = pull_back((combined.astype(values.dtype), jnp.asarray(commitment_weight, commitment.dtype)))
     return gradient, state, losses, output
 
 

@@ -127,6 +127,16 @@ class Trainable:
         return values
 
 
+def places(arrays: Mapping[str, Any], mesh: Mesh, rules: sharding.Rules) -> dict[str, NamedSharding]:
+    """Where parameters lie, by dotted name; those of a stack of blocks as one of its blocks alone would."""
+    stacked = {name for name in arrays if ".stacked." in name}  # of `layers.stacking`: a first axis of layers
+    inner = {n: jax.ShapeDtypeStruct(a.shape[n in stacked :], a.dtype) for n, a in arrays.items()}
+    found = sharding.shardings_for(inner, mesh, rules)
+    for name in stacked:
+        found[name] = NamedSharding(mesh, P(None, *found[name].spec))
+    return found
+
+
 def shardings_like(state: Any, mesh: Mesh, rules: sharding.Rules) -> Any:
     """Where every array of a training state lies: an optimiser's moments with the parameter of their name."""
     arrays = {
@@ -135,12 +145,7 @@ def shardings_like(state: Any, mesh: Mesh, rules: sharding.Rules) -> Any:
         for network, values in part.items()
         for name, value in values.items()
     }
-    # `Scanned.blocks` is one block with a first axis of layers; a network's own list of blocks counts them.
-    stacked = {name for name in arrays if re.search(r"\.blocks\.(?!\d)", name)}
-    inner = {n: jax.ShapeDtypeStruct(a.shape[n in stacked :], a.dtype) for n, a in arrays.items()}
-    places = sharding.shardings_for(inner, mesh, rules)
-    for name in stacked:
-        places[name] = NamedSharding(mesh, P(None, *places[name].spec))
+    found = places(arrays, mesh, rules)
     everywhere = NamedSharding(mesh, P())
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -148,7 +153,7 @@ def shardings_like(state: Any, mesh: Mesh, rules: sharding.Rules) -> Any:
         for name in keys[1:]:
             known = arrays.get(f"{keys[0]}.{name}")
             if known is not None and known.shape == leaf.shape:
-                return places[f"{keys[0]}.{name}"]
+                return found[f"{keys[0]}.{name}"]
         return everywhere
 
     return jax.tree.map_with_path(place, state)
