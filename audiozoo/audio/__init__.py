@@ -14,9 +14,11 @@ from audiozoo.audio.features import (
     stft,
 )
 from audiozoo.audio.files import AudioInfo, blocks, check_waveform, info, read, resample, write
+from audiozoo.audio.streams import SampleFormat, read_stream, to_pcm, wav_header
 
 __all__ = [
     "AudioInfo",
+    "SampleFormat",
     "blocks",
     "check_waveform",
     "frame",
@@ -30,8 +32,11 @@ __all__ = [
     "mel_filterbank",
     "mel_to_hertz",
     "read",
+    "read_stream",
     "resample",
     "spectrogram",
     "stft",
+    "to_pcm",
+    "wav_header",
     "write",
 ]

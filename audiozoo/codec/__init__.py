@@ -2,6 +2,7 @@
 
 from audiozoo.codec.ecdc import Compiled, Header, compress, decompress, model_name, read_header
 from audiozoo.codec.range_coder import BitReader, RangeDecoder, RangeEncoder, pack_bits, quantized_cdf
+from audiozoo.codec.streams import StreamReader, compress_stream, decompress_stream
 
 __all__ = [
     "BitReader",
@@ -9,8 +10,11 @@ __all__ = [
     "Header",
     "RangeDecoder",
     "RangeEncoder",
+    "StreamReader",
     "compress",
+    "compress_stream",
     "decompress",
+    "decompress_stream",
     "model_name",
     "pack_bits",
     "quantized_cdf",

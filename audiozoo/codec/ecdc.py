@@ -46,7 +46,7 @@ class Header:
 
     Attributes:
         model: name of the model, "encodec_24khz" or "encodec_48khz" in files of the original package.
-        samples: of each channel.
+        samples: of each channel; 0 for a stream (`audiozoo.codec.streams`), which goes on to the end of the file.
         codebooks: used.
         language_model: whether the codes went through the range coder.
     """
@@ -86,7 +86,7 @@ def read_header(reader: BitReader) -> Header:
     for name, kind in kinds.items():
         if not isinstance(fields, dict) or type(fields.get(name)) is not kind:
             raise CheckpointError(f"This .ecdc file is damaged: its header has no {kind.__name__} '{name}'.")
-    if not 1 <= fields["al"] <= _MOST_SAMPLES or fields["nc"] < 1:
+    if not 0 <= fields["al"] <= _MOST_SAMPLES or fields["nc"] < 1 or (fields["lm"] and not fields["al"]):
         raise CheckpointError(f"This .ecdc file is damaged: {fields['al']} samples in {fields['nc']} codebooks.")
     return Header(fields["m"], fields["al"], fields["nc"], fields["lm"])
 
@@ -104,6 +104,7 @@ class Compiled:
 
     def __init__(self, model: Any, language_model: Any = None):
         self.config = model.config
+        self.shortest_start = model.shortest_start() if model.config.can_stream else 0
         self._model = nnx.split(fold_weight_norm(model))
         self._programs: dict[tuple[str, float | None], Any] = {}
         self.language_model = language_model
@@ -129,6 +130,24 @@ class Compiled:
     def predictions(self, codebooks: int) -> _Predictions:
         """The language model's probabilities, frame by frame, from the beginning."""
         return _Predictions(self, codebooks)
+
+
+def checked_header(header: Header, compiled: Compiled) -> None:
+    """Whether a model can read what has this header.
+
+    Raises:
+        CheckpointError: if another model wrote it.
+        UsageError: if a language model is needed.
+    """
+    config = compiled.config
+    if header.model != (ours := model_name(config)):
+        raise CheckpointError(f"This .ecdc file was made with {header.model}; the model given is {ours}.")
+    if header.codebooks > config.num_quantizers:
+        raise CheckpointError(f"This .ecdc file has {header.codebooks} codebooks; {ours} has {config.num_quantizers}.")
+    if header.language_model and compiled.language_model is None:
+        raise UsageError("This .ecdc file was written with a language model; give the same one to read it.")
+    if not header.samples and not config.can_stream:
+        raise CheckpointError(f"This .ecdc file is damaged: it says that it is a stream, which {ours} cannot code.")
 
 
 class _Predictions:
@@ -267,12 +286,14 @@ def decompress(
     compiled = model if isinstance(model, Compiled) else Compiled(model, language_model)
     config, reader = compiled.config, BitReader(data)
     header = read_header(reader)
-    if header.model != (ours := model_name(config)):
-        raise CheckpointError(f"This .ecdc file was made with {header.model}; the model given is {ours}.")
-    if header.codebooks > config.num_quantizers:
-        raise CheckpointError(f"This .ecdc file has {header.codebooks} codebooks; {ours} has {config.num_quantizers}.")
-    if header.language_model and compiled.language_model is None:
-        raise UsageError("This .ecdc file was written with a language model; give the same one to read it.")
+    checked_header(header, compiled)
+    if not header.samples:
+        # A stream: all whole frames that follow.
+        bits = 8 * (len(data) - reader.position)
+        frames = bits // (header.codebooks * config.bits_per_codebook)
+        if not frames or bits - frames * header.codebooks * config.bits_per_codebook >= 8:
+            raise CheckpointError(f"This .ecdc stream is cut short after {frames} frames.")
+        header = dataclasses.replace(header, samples=frames * config.hop_length)
     chunks = _chunks(header.samples, config)
     total = sum(-(-size // config.hop_length) for _, size in chunks)
     # The least that so many frames take; a header that promises hours must not make us wait for them.
@@ -340,4 +361,4 @@ def _decoded(compiled: Compiled, frames: list[tuple[np.ndarray, float | None]]) 
     return np.asarray(overlap_add([jnp.asarray(d) for d in decoded], config.chunk_stride or 1)[0])
 
 
-__all__ = ["Compiled", "Header", "compress", "decompress", "model_name", "read_header"]
+__all__ = ["Compiled", "Header", "checked_header", "compress", "decompress", "model_name", "read_header"]

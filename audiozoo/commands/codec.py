@@ -1,11 +1,13 @@
-"""`audiozoo codec encode | decode | info`: sound to `.ecdc` files and back."""
+"""`audiozoo codec encode | decode | info`: sound to `.ecdc` files and back, also through pipes while it goes on."""
 
 from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 import typer
 
@@ -18,25 +20,38 @@ Model = Annotated[str | None, typer.Option(help="hub id, directory or file of th
 LanguageModel = Annotated[str | None, typer.Option("--lm", help="file or directory of the codec's language model")]
 
 
-def _read(source: str) -> bytes:
+@contextmanager
+def _opened(source: str) -> Iterator[BinaryIO]:
+    """Standard input, or a file."""
     if source == "-":
-        return sys.stdin.buffer.read()
+        yield sys.stdin.buffer
+        return
     try:
-        return Path(source).read_bytes()
+        with open(source, "rb") as file:
+            yield file
     except FileNotFoundError:
         raise SourceError(f"{source} does not exist.") from None
     except OSError as error:
         raise SourceError(f"{source} cannot be read ({error.strerror}).") from None
 
 
-def _write(out: str, content: bytes) -> None:
-    """To standard output, or to a file under a temporary name that is then renamed."""
+def _read(source: str) -> bytes:
+    with _opened(source) as file:
+        return file.read()
+
+
+def _write_on(out: str, parts: Iterable[bytes]) -> int:
+    """Parts as they come, to standard output, or to a file that is renamed at the end; returns how many bytes."""
+    written = 0
     if out == "-":
-        sys.stdout.buffer.write(content)
-        sys.stdout.buffer.flush()
-        return
-    with written_whole(Path(out)) as temporary:
-        temporary.write_bytes(content)
+        for part in parts:
+            written += sys.stdout.buffer.write(part)
+            sys.stdout.buffer.flush()
+        return written
+    with written_whole(Path(out)) as temporary, open(temporary, "wb") as file:
+        for part in parts:
+            written += file.write(part)
+    return written
 
 
 def _open(model: str, language_model: str | None) -> Any:
@@ -62,22 +77,43 @@ def encode(
     model: Model = "facebook/encodec_24khz",
     bandwidth: Annotated[float | None, typer.Option(help="kbit/s, one of the model's; by default its smallest")] = None,
     language_model: LanguageModel = None,
+    stream: Annotated[bool, typer.Option("--stream", help="write while sound still comes; causal models")] = False,
+    raw: Annotated[int | None, typer.Option(help="the source is bare 16-bit samples at this rate (Hz)")] = None,
 ) -> None:
-    """Compress a sound file. It is brought to the model's rate and channels first."""
+    """Compress a sound file. It is brought to the model's rate and channels first.
+
+    With --stream, WAV or bare samples are coded as they arrive. Such a file does not say how long it is, and other
+    programs cannot read it.
+    """
     keep_compiled_programs()
-    from audiozoo.audio import read
-    from audiozoo.codec import compress
+    import numpy as np
+
+    from audiozoo.audio import SampleFormat, read, read_stream
+    from audiozoo.codec import compress, compress_stream
 
     compiled = _open(model or "facebook/encodec_24khz", language_model)
     config = compiled.config
     config.quantizers_for(bandwidth)  # refused before the sound is read
-    samples = read(source, config.sampling_rate, mono=config.audio_channels == 1)
+    mono = config.audio_channels == 1
+    layout = None if raw is None else SampleFormat(raw, config.audio_channels)
+    if stream:
+        with _opened(source) as file:
+            pieces = read_stream(file, config.sampling_rate, mono=mono, raw=layout)
+            size = _write_on(out, compress_stream(compiled, pieces, bandwidth))
+        say(f"{size} bytes")
+        return
+    if layout is not None:
+        with _opened(source) as file:
+            samples = np.concatenate(list(read_stream(file, config.sampling_rate, mono=mono, raw=layout)), axis=1)
+        samples = samples[0] if mono else samples
+    else:
+        samples = read(source, config.sampling_rate, mono=mono)
     samples = samples[None] if samples.ndim == 1 else samples[: config.audio_channels]
     if len(samples) < config.audio_channels:
         samples = samples.repeat(config.audio_channels, axis=0)
     with progress_bar("encoding", None, "frames") as update:
         content = compress(compiled, samples, bandwidth, progress=update)
-    _write(out, content)
+    _write_on(out, [content])
     seconds = samples.shape[1] / config.sampling_rate
     say(f"{seconds:.2f} s in {len(content)} bytes, {len(content) * 8 / seconds / 1000:.2f} kbit/s")
 
@@ -88,32 +124,46 @@ def decode(
     out: Annotated[str, typer.Argument(help="sound file to write; - is standard output, as WAV")],
     model: Model = None,
     language_model: LanguageModel = None,
+    raw: Annotated[bool, typer.Option("--raw", help="write bare 16-bit samples")] = False,
 ) -> None:
-    """Decompress an .ecdc file."""
+    """Decompress an .ecdc file. To standard output, sound is written as soon as it is decoded, if the model allows."""
     keep_compiled_programs()
     import soundfile
 
-    from audiozoo.audio import write
-    from audiozoo.codec import BitReader, decompress, read_header
+    from audiozoo.audio import to_pcm, wav_header, write
+    from audiozoo.codec import StreamReader, decompress, decompress_stream, read_header
 
-    data = _read(source)
-    header = read_header(BitReader(data))
-    if model is None:
-        if not header.model.startswith("encodec_"):
-            raise UsageError(f"{source} was made with a model that has no name; say which with --model.")
-        model = f"facebook/{header.model}"
-    if header.language_model and language_model is None:
-        raise UsageError(f"{source} was written with a language model; give the same one with --lm.")
-    compiled = _open(model, language_model)
+    with _opened(source) as file:
+        reader = StreamReader(file)
+        header = read_header(reader)
+        if model is None:
+            if not header.model.startswith("encodec_"):
+                raise UsageError(f"{source} was made with a model that has no name; say which with --model.")
+            model = f"facebook/{header.model}"
+        if header.language_model and language_model is None:
+            raise UsageError(f"{source} was written with a language model; give the same one with --lm.")
+        compiled = _open(model, language_model)
+        rate, channels = compiled.config.sampling_rate, compiled.config.audio_channels
+        begin = b"" if raw else wav_header(rate, channels, header.samples or None)
+        if out == "-" and compiled.config.can_stream:
+
+            def parts() -> Iterator[bytes]:
+                for number, values in enumerate(decompress_stream(header, reader, compiled)):
+                    yield (b"" if number else begin) + to_pcm(values)
+
+            _write_on(out, parts())
+            return
+        data = header.to_bytes() + file.read()
     with progress_bar("decoding", None, "frames") as update:
         samples = decompress(data, compiled, progress=update)
-    rate = compiled.config.sampling_rate
-    if out != "-":
+    if raw:
+        _write_on(out, [to_pcm(samples)])
+    elif out != "-":
         write(out, samples, rate)
-        return
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples.T, rate, format="WAV", subtype="PCM_16")
-    _write(out, buffer.getvalue())
+    else:
+        buffer = io.BytesIO()
+        soundfile.write(buffer, samples.T, rate, format="WAV", subtype="PCM_16")
+        _write_on(out, [buffer.getvalue()])
 
 
 @app.command()
@@ -131,7 +181,7 @@ def info(
     data = _read(source)
     header = read_header(BitReader(data))
     fields: dict[str, Any] = {**dataclasses.asdict(header), "bytes": len(data)}
-    if callable(size := getattr(EncodecConfig, header.model, None)):
+    if header.samples and callable(size := getattr(EncodecConfig, header.model, None)):
         config = size()
         fields["seconds"] = header.samples / config.sampling_rate
         fields["kbps"] = len(data) * 8 / fields["seconds"] / 1000

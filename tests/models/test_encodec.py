@@ -9,7 +9,10 @@ import functools
 import io
 import itertools
 import json
+import os
 import struct
+import subprocess
+import sys
 
 import hypothesis.strategies as st
 import jax
@@ -24,6 +27,7 @@ from typer.testing import CliRunner
 
 import audiozoo
 from audiozoo import cli, codec
+from audiozoo.audio import to_pcm, wav_header
 from audiozoo.codec import ecdc
 from audiozoo.commands import codec as commands
 from audiozoo.errors import AudioError, AudiozooError, CheckpointError, UsageError
@@ -257,6 +261,96 @@ def test_waveforms_that_have_no_file():
         ecdc.Compiled(tiny(), other)
 
 
+def pieces_of(x: np.ndarray, *sizes: int):
+    return np.split(x, np.cumsum(sizes), axis=1)
+
+
+@pytest.mark.parametrize("samples", [9, 35, 200], ids=lambda n: f"{n} samples")
+def test_a_stream_is_written_and_read_as_it_comes(samples):
+    """In pieces of any size the codes are those of the whole; nothing is read before it is needed."""
+    program, x = compiled(), sound(1, samples)
+    whole = codec.compress(program, x, 2.4)
+    parts = list(codec.compress_stream(program, pieces_of(x, 1, 3, 30, 7), 2.4))
+    content = b"".join(parts)
+    assert content[-len(whole) + len(header(al=samples)) :] == whole[len(header(al=samples)) :]
+    assert codec.read_header(codec.BitReader(content)).samples == 0
+    assert len(parts) > samples // 64 + 1
+    values = codec.decompress(whole, program)
+    np.testing.assert_allclose(codec.decompress(content, program)[:, :samples], values, atol=1e-5)
+    for data in (content, whole):
+        source = io.BytesIO(data)
+        reader = codec.StreamReader(source)
+        came = codec.decompress_stream(codec.read_header(reader), reader, program)
+        streamed = [next(came)]
+        first = source.tell()
+        streamed += came
+        assert samples < 200 or first < 0.7 * len(data)
+        assert np.concatenate(streamed, axis=1).shape[1] == (samples + samples % 2 if data is content else samples)
+        np.testing.assert_allclose(np.concatenate(streamed, axis=1)[:, :samples], values, atol=1e-5)
+
+
+def test_a_stream_with_a_language_model_can_be_read_as_it_comes():
+    program = compiled(lm=True)
+    reader = codec.StreamReader(io.BytesIO(a_file(lm=True)))
+    streamed = np.concatenate(list(codec.decompress_stream(codec.read_header(reader), reader, program)), axis=1)
+    np.testing.assert_allclose(streamed, codec.decompress(a_file(lm=True), program), atol=1e-5)
+
+
+def test_streams_that_are_cut_or_cannot_be():
+    content = b"".join(codec.compress_stream(compiled(), [sound(1, 36)], 2.4))
+    start = content[: -(18 * 6 // 8 + 1)]
+    for data, message in (
+        (start, "cut short after 0 frames"),
+        (a_file()[:-1], "cut short after 14 of 15"),
+        (a_file() + b"x", "more than its header says"),
+    ):
+        reader = codec.StreamReader(io.BytesIO(data))
+        with pytest.raises(CheckpointError, match=message):
+            list(codec.decompress_stream(codec.read_header(reader), reader, compiled()))
+    with pytest.raises(CheckpointError, match="cut short after 0 frames"):
+        codec.decompress(start, compiled())
+    for program, pieces, message in (
+        (compiled(lm=True), [sound(1, 30)], "without a language model"),
+        (compiled(STEREO), [sound(2, 30)], "looks ahead"),
+        (compiled(), [sound(2, 30)], "2 channels"),
+        (compiled(), [], "empty"),
+    ):
+        with pytest.raises(AudiozooError, match=message):
+            list(codec.compress_stream(program, pieces))
+    with pytest.raises(CheckpointError, match="which encodec cannot code"):
+        codec.decompress(content, compiled(STEREO))
+
+
+@pytest.mark.slow
+def test_through_a_pipe_sound_comes_out_before_it_ends(tmp_path):
+    """`audiozoo codec encode … | audiozoo codec decode …`: half of the input, its end open, and there is output."""
+    audiozoo.save(tiny(), tmp_path / "model")
+    command = [sys.executable, "-m", "audiozoo.cli", "codec"]
+    pipe, model = {"stdout": subprocess.PIPE, "bufsize": 0}, ["-", "-", "--model", str(tmp_path / "model")]
+    environment = os.environ | {"AUDIOZOO_CACHE": str(tmp_path / "cache")}
+    encode = [*command, "encode", *model, "--stream", "--raw", "800", "--bandwidth", "2.4"]
+    with (
+        subprocess.Popen(encode, stdin=subprocess.PIPE, env=environment, **pipe) as first,
+        subprocess.Popen([*command, "decode", *model], stdin=first.stdout, env=environment, **pipe) as second,
+    ):
+        samples = to_pcm(sound(1, 800))
+        first.stdin.write(samples[:800])
+        begin = second.stdout.read(44)
+        assert begin == wav_header(800, 1)
+        early = b""
+        while len(early) < 600:  # of 800 bytes that went in
+            early += second.stdout.read(600 - len(early))
+        assert first.poll() is second.poll() is None
+        first.stdin.write(samples[800:])
+        first.stdin.close()
+        rest = b"".join(iter(lambda: second.stdout.read(1 << 16), b""))
+        assert (first.wait(), second.wait()) == (0, 0)
+    x = np.frombuffer(samples, "<i2")[None] / np.float32(32768)
+    whole = codec.decompress(codec.compress(compiled(), x, 2.4), compiled())
+    got = np.frombuffer(early + rest, "<i2")
+    assert np.abs(got - np.frombuffer(to_pcm(whole), "<i2")).max() <= 1
+
+
 # --- quantiser and training ------------------------------------------------------------------------------------------
 
 
@@ -411,6 +505,10 @@ def test_codec_on_the_command_line(tmp_path, monkeypatch):
     told = json.loads(run("info", small, "--json").stdout)
     assert told == {"model": "encodec", "samples": 200, "codebooks": 2, "language_model": False, "bytes": len(content)}
     assert "codebooks       2" in run("info", small).stdout
+    streamed = run("encode", sound_file, "-", "--model", where["model"], "--bandwidth", "2.4", "--stream").stdout_bytes
+    assert streamed[-len(content) + len(header(al=200)) :] == content[len(header(al=200)) :]
+    piped = run("decode", "-", "-", "--model", where["model"], "--raw", stdin=streamed)
+    assert len(piped.stdout_bytes) == 2 * 200
     assert run("decode", small, back, "--model", where["model"]).exit_code == 0
     samples, rate = soundfile.read(back)
     assert (samples.shape, rate) == ((200,), 800)

@@ -1,0 +1,79 @@
+"""Sound through pipes: WAV of every kind front to back, bare samples, headers without a length."""
+
+import io
+
+import numpy as np
+import pytest
+import soundfile
+
+from audiozoo.audio import SampleFormat, read, read_stream, to_pcm, wav_header
+from audiozoo.errors import AudioError
+
+SOUND = (0.5 * np.sin(np.arange(4000)[:, None] * [[0.05, 0.11]])).astype(np.float32)
+
+
+class Pipe(io.RawIOBase):
+    """It cannot be gone back in."""
+
+    def __init__(self, content):
+        self.content = io.BytesIO(content)
+
+    def read(self, size=-1):
+        return self.content.read(size)
+
+
+def wav(subtype, form="WAV"):
+    file = io.BytesIO()
+    soundfile.write(file, SOUND, 8000, subtype=subtype, format=form)
+    return file.getvalue()
+
+
+KINDS = {"PCM_16": 3.1e-5, "PCM_24": 2e-7, "PCM_32": 1e-7, "FLOAT": 0, "DOUBLE": 0}  # libsndfile cuts off
+
+
+@pytest.mark.parametrize("form", ["WAV", "WAVEX"])
+@pytest.mark.parametrize(("subtype", "error"), KINDS.items())
+def test_wav_is_read_front_to_back(subtype, error, form):
+    pieces = list(read_stream(Pipe(wav(subtype, form)), 8000, mono=False, seconds=0.05))
+    assert [p.shape for p in pieces] == [(2, 400)] * 10
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1), SOUND.T, atol=error)
+
+
+def test_rates_and_channels_are_brought_to_the_models():
+    found = np.concatenate(list(read_stream(Pipe(wav("FLOAT")), 16_000)), axis=1)[0]
+    np.testing.assert_allclose(found, read(wav("FLOAT"), 16_000), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [None, 500])
+def test_what_is_written_is_read(size):
+    content = wav_header(8000, 2, size) + to_pcm(SOUND[:500].T) + (b"" if size is None else b"LIST....")
+    found = np.concatenate(list(read_stream(Pipe(content), 8000, mono=False)), axis=1)
+    np.testing.assert_allclose(found, SOUND[:500].T, atol=2e-5)
+    if size:
+        samples, rate = soundfile.read(io.BytesIO(content))
+        assert (samples.shape, rate) == ((500, 2), 8000)
+    raw = SampleFormat(8000, 2)
+    bare = np.concatenate(list(read_stream(Pipe(content[44:2044]), 8000, mono=False, raw=raw)), axis=1)
+    np.testing.assert_array_equal(bare, found)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"fLaC" + bytes(40), "not WAV"),
+        (b"", "not WAV"),
+        (wav("PCM_16")[:30], "within its header"),
+        (wav("PCM_U8"), "kind 1 with 8 bits"),
+        (wav("PCM_16")[:44], "no samples"),
+        (b"RIFF....WAVEdata....", "how its samples lie"),
+        (wav_header(8000, 0), "0 channels"),
+    ],
+)
+def test_what_cannot_be_read_gets_a_sentence(content, message):
+    with pytest.raises(AudioError, match=message):
+        list(read_stream(Pipe(content), 8000))
+
+
+def test_no_number():
+    with pytest.raises(AudioError, match="NaN"):
+        list(read_stream(Pipe(np.full(9, np.nan, "<f4").tobytes()), 8000, raw=SampleFormat(8000, 1, 32, floats=True)))
