@@ -132,8 +132,10 @@ def export(
 def _convert(
     source: str, out: Path, model_class: str | None, param_dtype: str, overwrite: bool, *, to_hugging_face: bool
 ) -> None:
+    import tempfile
+
     import audiozoo
-    from audiozoo import hub
+    from audiozoo import hub, loading
 
     if param_dtype not in ("float32", "bfloat16", "float16", "float64"):
         raise UsageError(f"{param_dtype!r} is no dtype for parameters; take float32, bfloat16, float16 or float64.")
@@ -147,11 +149,22 @@ def _convert(
     with progress_bar("reading", None, "MB") as update:
         model = audiozoo.load(path, model_class=model_class, param_dtype=param_dtype, progress=megabytes(update))
     directory = path if path.is_dir() else path.parent
-    if to_hugging_face:
-        with progress_bar("writing", None, "MB") as update:
-            audiozoo.export(model, out, processor_from=directory, overwrite=overwrite, progress=megabytes(update))
-    else:
-        audiozoo.save(model, out, processor_from=directory, overwrite=overwrite)
+    with tempfile.TemporaryDirectory() as made:
+        # Some authors' files hold no processor: what it is can be told from the model, and from what lies beside them.
+        make = getattr(loading.paper_of_class(type(model).__name__).conversion, "processor_for", None)
+        try:
+            processor = make and make(model, path)
+        except SourceError as problem:
+            processor = None
+            say(f"{out} will have no tokenizer, and reads no texts until one is put there: {problem}", style="yellow")
+        if processor is not None:
+            processor.save(made)
+            directory = Path(made)
+        if to_hugging_face:
+            with progress_bar("writing", None, "MB") as update:
+                audiozoo.export(model, out, processor_from=directory, overwrite=overwrite, progress=megabytes(update))
+        else:
+            audiozoo.save(model, out, processor_from=directory, overwrite=overwrite)
     say(f"wrote {type(model).__name__} to {out}")
 
 

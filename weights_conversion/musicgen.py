@@ -20,6 +20,9 @@ from audiozoo.errors import CheckpointError, SourceError, UsageError
 from audiozoo.models.encodec import EncodecConfig
 from audiozoo.models.musicgen import MusicgenConfig, MusicgenGenerationConfig
 from audiozoo.models.t5 import T5Config
+from audiozoo.processors.encodec import EncodecFeatureExtractor
+from audiozoo.processors.musicgen import MusicgenMelodyFeatureExtractor, MusicgenMelodyProcessor, MusicgenProcessor
+from audiozoo.text.t5_tokenizer import T5Tokenizer
 from weights_conversion import ForeignCheckpoint, HuggingFaceForm, encodec, read_json, take
 from weights_conversion.hifigan import WEIGHT_NORM_RENAMES
 from weights_conversion.readers import TensorSource, open_tensors
@@ -419,6 +422,29 @@ def _open_original(path: Path, model_class: str | None) -> ForeignCheckpoint:
     joined = Joined({"": language_model, "audio_encoder.": codec, "text_encoder.": t5})
     table = original_table(config, name, codec_table)
     return ForeignCheckpoint(name, config, joined, table, path, {"generation_config": generation})
+
+
+def processor_for(model: Any, path: Path) -> MusicgenProcessor | None:
+    """What belongs beside a model that was read from the authors' files, none of which says how texts become tokens.
+
+    Returns:
+        The processor, with the tokenizer that lies with T5; None for a directory that has its own.
+
+    Raises:
+        SourceError: if there is no tokenizer with T5.
+    """
+    if not hasattr(model, "text_encoder") or (path.is_dir() and (path / "config.json").is_file()):
+        return None
+    folder, name = _file(path).parent, _T5_NAMES.get(model.config.text_encoder.d_model, "t5-base")
+    tokenizer = T5Tokenizer.from_directory(folder / name if (folder / name).is_dir() else hub.resolve(name))
+    codec = model.config.audio_encoder
+    if type(model).__name__ == MELODY:
+        chroma = {"feature_size": model.config.num_chroma, "num_chroma": model.config.num_chroma}
+        return MusicgenMelodyProcessor(
+            MusicgenMelodyFeatureExtractor(sampling_rate=codec.sampling_rate, **chroma), tokenizer
+        )
+    extractor = EncodecFeatureExtractor(model.config.audio_channels, codec.sampling_rate, padding_side="left")
+    return MusicgenProcessor(extractor, tokenizer)
 
 
 # --- the ways in -----------------------------------------------------------------------------------------------------

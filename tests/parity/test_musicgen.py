@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import io
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,14 @@ from flax import nnx
 from transformers.models.musicgen import modeling_musicgen
 from transformers.models.musicgen_melody import modeling_musicgen_melody
 from transformers.models.t5 import modeling_t5
+from typer.testing import CliRunner
 
 import audiozoo
+from audiozoo import cli
 from audiozoo.layers import abstract
 from audiozoo.models import musicgen
 from audiozoo.processors.musicgen import MusicgenMelodyFeatureExtractor, MusicgenProcessor
+from audiozoo.text.t5_tokenizer import T5Tokenizer
 from tests.parity import harness
 from weights_conversion import encodec as codec_conversion
 from weights_conversion.musicgen import MELODY, WHOLE, config_from_hugging_face, hugging_face, hugging_face_table
@@ -557,7 +561,7 @@ fuser: {cross_attention_pos_emb: false, sum: [], prepend: [], cross: [descriptio
 
 
 @pytest.mark.parametrize("melody", [False, True], ids=["text", "melody"])
-def test_the_authors_files(tmp_path, melody):
+def test_the_authors_files(tmp_path, melody, tokenizer_directory):
     reference, model, _ = make(melody)
     state = authors_names(reference.state_dict(), melody)
     text = XP
@@ -599,6 +603,19 @@ def test_the_authors_files(tmp_path, melody):
     ours = audiozoo.jit(loaded)(**jaxed(x)).logits
     theirs = audiozoo.jit(model)(**jaxed(x), **({} if melody else {"mask_text": False})).logits
     np.testing.assert_array_equal(ours, theirs)
+    # What is converted brings the tokenizer that lies with T5, and says so if there is none.
+    convert = ["convert", str(tmp_path / "state_dict.bin"), str(tmp_path / "out"), "--overwrite"]
+    done = CliRunner().invoke(cli.app, convert)
+    assert (done.exit_code, "reads no texts until one is put there" in " ".join(done.stderr.split())) == (0, True)
+    for file in tokenizer_directory.iterdir():
+        shutil.copy(file, tmp_path / "t5-base")
+    done = CliRunner().invoke(cli.app, convert)
+    assert (done.exit_code, "no tokenizer" in done.stderr) == (0, False), done.stderr
+    processor = audiozoo.load_processor(tmp_path / "out")
+    assert processor.feature_extractor.sampling_rate == 800
+    assert type(processor).__name__ == ("MusicgenMelodyProcessor" if melody else "MusicgenProcessor")
+    expected = T5Tokenizer.from_directory(tokenizer_directory)("a slow song")["input_ids"]
+    np.testing.assert_array_equal(processor.tokenizer("a slow song")["input_ids"], expected)
 
 
 SIZES = [
