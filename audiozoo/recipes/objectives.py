@@ -5,6 +5,7 @@ An objective knows the papers' models and losses; everything about steps, device
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -557,14 +558,14 @@ class Codec(Objective):
 
     Attributes:
         segment: seconds (§4.3: 1).
-        judge: arguments of `MultiScaleSTFTDiscriminator`.
+        judge: arguments of `MultiScaleSTFTDiscriminator`; None leaves it, and the adversarial losses, out.
         judge_updates: share of the steps in which the judge learns (§3.4: 2/3 at 24 kHz).
         weights: of the balancer; those of the paper for the model's rate by default.
         options: of `codec_gradients`.
     """
 
     segment: float = 1.0
-    judge: Mapping[str, Any] = field(default_factory=dict)
+    judge: Mapping[str, Any] | None = field(default_factory=dict)
     judge_updates: float = 2 / 3
     weights: Mapping[str, float] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -588,6 +589,9 @@ class Codec(Objective):
         balancer = encodec.Balancer.encodec_48khz() if wide else encodec.Balancer.encodec_24khz()
         if self.weights is not None:
             balancer = encodec.Balancer(self.weights)
+        if self.judge is None:
+            kept = {name: w for name, w in balancer.weights.items() if name not in ("adversarial", "feature")}
+            balancer = dataclasses.replace(balancer, weights=kept)
 
         def compress(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
             codec, averages = networks["codec"], networks["balancer"]
@@ -600,7 +604,7 @@ class Codec(Objective):
                 batch["input_values"],
                 balancer,
                 averages.state(),
-                discriminator=networks["judge"],
+                discriminator=networks.get("judge"),
                 num_quantizers=count,
                 key=key,
                 **self.options,
@@ -627,13 +631,10 @@ class Codec(Objective):
             return jax.random.uniform(jax.random.fold_in(jax.random.key(2), step)) < self.judge_updates
 
         dtype = jax.tree.leaves(nnx.state(model, nnx.Param))[0].dtype
-        discriminator = encodec.MultiScaleSTFTDiscriminator(
-            **({"channels": model.config.audio_channels} | dict(self.judge)), param_dtype=dtype, rngs=nnx.Rngs(1)
-        )
-        networks = {"codec": model, "judge": discriminator, "balancer": Averages(tuple(balancer.weights), dtype)}
-        sometimes = optax.conditionally_mask(settings.transformation(), learns)
-        return Task(
-            networks,
-            [Phase("codec", compress, settings.transformation(), trainable), Phase("judge", judge, sometimes)],
-            evaluation_key=True,
-        )
+        networks: dict[str, Any] = {"codec": model, "balancer": Averages(tuple(balancer.weights), dtype)}
+        phases = [Phase("codec", compress, settings.transformation(), trainable)]
+        if self.judge is not None:
+            arguments = {"channels": model.config.audio_channels} | dict(self.judge)
+            networks["judge"] = encodec.MultiScaleSTFTDiscriminator(**arguments, param_dtype=dtype, rngs=nnx.Rngs(1))
+            phases.append(Phase("judge", judge, optax.conditionally_mask(settings.transformation(), learns)))
+        return Task(networks, phases, evaluation_key=True)
