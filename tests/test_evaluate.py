@@ -29,7 +29,6 @@ from audiozoo.training.data import find_items
 from tests.models.random_model import random_model
 from tests.training import tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SPEAKERS = ("ann", "ann", "ben", "ben")
 
 
