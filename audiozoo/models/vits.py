@@ -30,7 +30,7 @@ alignment that makes $z$ most likely; a flow-based predictor learns to sample th
 | §2.5.5, stochastic duration predictor; Figure 5 | `VitsConvFlow`, `layers.splines.rational_quadratic_spline` |
 | §3.2, multi-speaker; §4.3, voice conversion | `speaker_id`, `VitsModel.voice_conversion` |
 | §3.3 and §4.4, deterministic predictor, the ablation | `VitsDurationPredictor` |
-| §3.1, training | `training.adversarial.AdversarialTrainer` |
+| §3.1, training | `training.loop.Trainer`, with the phases of `recipes.objectives.Voice` |
 | not in the paper: compiled and streamed synthesis | `decoding.synthesis.Synthesizer` |
 
 Where the original is wrong, the paper is followed. `transformers` runs the duration predictor's flows in the training

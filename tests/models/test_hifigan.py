@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import audiozoo
@@ -18,7 +16,10 @@ from audiozoo.layers.weight_norm import fold_weight_norm
 from audiozoo.models import hifigan
 from audiozoo.models.hifigan import HifiGanConfig, HifiGanGenerator, SpeechT5HifiGan
 from audiozoo.processors.hifigan import HifiGanProcessor
-from audiozoo.training.adversarial import AdversarialTrainer
+from audiozoo.recipes.objectives import Vocoder
+from audiozoo.recipes.settings import Settings
+from audiozoo.training.loop import Trainer
+from audiozoo.training.parameters import Trainable
 from tests.models.random_model import random_model
 from tests.shapes import enforce
 
@@ -113,30 +114,18 @@ def test_a_few_steps_of_all_networks_lower_the_mel_loss():
     """Power iterations included; what is not a parameter is not changed by the optimisers."""
     time = np.arange(64 * 32) / 8000
     waveform = jnp.asarray(np.stack([0.5 * np.sin(2 * np.pi * f * time) for f in (440, 900)]), jnp.float32)
-    spectrogram = hifigan.log_mel(waveform, 8000, n_fft=128, hop_length=32, num_mels=20)
-    batch = hifigan.HifiGanBatch(spectrogram=spectrogram, waveform=waveform)
-    judge = random_model(
-        lambda rngs: hifigan.HifiGanDiscriminator(
-            periods=(3,), period_channels=(4,), scale_layers=((4, 15, 1, 1),), rngs=rngs
-        )
-    )
+    judge = {"periods": (3,), "period_channels": (4,), "scale_layers": ((4, 15, 1, 1),)}
     config = dataclasses.replace(SMALL, resblock_kernel_sizes=(3,), resblock_dilation_sizes=((1, 2),))
-    trainer = AdversarialTrainer(
-        random_model(lambda rngs: HifiGanGenerator(config, rngs=rngs)),
-        judge,
-        functools.partial(hifigan.generator_losses, n_fft=128, num_mels=20),
-        hifigan.discriminator_losses,
-        generator_optimizer=optax.adam(2e-3, b1=0.8, b2=0.99),
-        discriminator_optimizer=optax.adam(2e-4),
-        before_judging=hifigan.power_iteration,
-    )
+    model = random_model(lambda rngs: HifiGanGenerator(config, rngs=rngs))
+    settings = Settings("a test", 40, 2, 2e-3, beta1=0.8, beta2=0.99)
+    trainer = Trainer(Vocoder(n_fft=128, judge=judge).task(model, None, settings, Trainable()))
     state, history = trainer.init(), []
-    for step in range(40):
-        state, losses = trainer.step(state, batch, jax.random.key(step))
+    for _ in range(40):
+        state, losses = trainer.step(state, {"waveform": waveform})
         assert all(np.isfinite(value) for value in losses.values()), losses
-        history.append(float(losses["mel"]))
+        history.append(float(losses["generator/mel"]))
     assert np.mean(history[-5:]) < 0.7 * np.mean(history[:5]), history
-    layer = trainer.discriminator(state).msd.discriminators[0].convs[0]
+    layer = trainer.network(state, "judge").msd.discriminators[0].convs[0]
     for vector in (layer.u, layer.v):
         assert np.linalg.norm(vector[...]) == pytest.approx(1, abs=1e-5)
     # u and v have come to the largest singular value.

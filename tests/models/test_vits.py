@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,7 +23,10 @@ from audiozoo.layers.alignment import monotonic_alignment
 from audiozoo.layers.splines import rational_quadratic_spline
 from audiozoo.models import hifigan, vits
 from audiozoo.models.vits import VitsConfig, VitsModel
-from audiozoo.training.adversarial import AdversarialTrainer
+from audiozoo.recipes.objectives import Voice
+from audiozoo.recipes.settings import Settings
+from audiozoo.training.loop import Trainer
+from audiozoo.training.parameters import Trainable
 from tests.models.alignment_search import brute_force_alignment, exhaustive_alignment
 from tests.models.random_model import random_model
 from tests.models.tiny_vits import CONFIG, PLAIN, build
@@ -269,39 +271,27 @@ def test_eight_devices_say_what_one_says():
 
 @pytest.mark.slow
 def test_a_few_steps_of_both_networks_lower_the_mel_loss():
-    import optax
-
-    discriminator = random_model(
-        lambda rngs: vits.VitsDiscriminator(
-            periods=(2,), period_channels=(4,), scale_layers=((4, 15, 1, 1),), rngs=rngs
-        )
-    )
     # The stochastic predictor's loss and its gradients are compared with the authors'; it takes long to compile.
     config = dataclasses.replace(PLAIN, posterior_encoder_num_wavenet_layers=1)
-    trainer = AdversarialTrainer(
-        build(config),
-        discriminator,
-        functools.partial(vits.generator_losses, segment_frames=16),
-        vits.discriminator_losses,
-        generator_optimizer=optax.adam(2e-3, b1=0.8, b2=0.99),
-        discriminator_optimizer=optax.adam(2e-4),
-    )
+    judge = {"periods": (2,), "period_channels": (4,), "scale_layers": ((4, 15, 1, 1),)}
+    settings = Settings("a test", 60, 2, 2e-3, beta1=0.8, beta2=0.99)
+    trainer = Trainer(Voice(segment_frames=16, judge=judge).task(build(config), None, settings, Trainable()))
     time = np.arange(64 * 8) / 16_000
     tones = [0.5 * np.sin(2 * np.pi * f * time) for f in (440, 900)]
-    batch = vits.VitsBatch(
-        input_ids=jnp.asarray([[1, 2, 3, 4], [5, 6, 7, 0]]),
-        attention_mask=jnp.asarray([[1, 1, 1, 1], [1, 1, 1, 0]]),
-        waveform=jnp.asarray(np.stack(tones), jnp.float32),
-        waveform_lengths=jnp.asarray([512, 400]),
-        speaker_id=jnp.asarray([0, 2]),
-    )
+    batch = {
+        "input_ids": jnp.asarray([[1, 2, 3, 4], [5, 6, 7, 0]]),
+        "attention_mask": jnp.asarray([[1, 1, 1, 1], [1, 1, 1, 0]]),
+        "waveform": jnp.asarray(np.stack(tones), jnp.float32),
+        "waveform_lengths": jnp.asarray([512, 400]),
+        "speaker_id": jnp.asarray([0, 2]),
+    }
     state, history = trainer.init(), []
-    for step in range(60):
-        state, losses = trainer.step(state, batch, jax.random.key(step))
+    before = jax.tree.map(np.asarray, state.params["judge"])
+    for _ in range(60):
+        state, losses = trainer.step(state, batch)
         assert all(np.isfinite(value) for value in losses.values()), losses
-        history.append(float(losses["mel"]))
+        history.append(float(losses["generator/mel"]))
     assert np.mean(history[-5:]) < 0.7 * np.mean(history[:5]), history
-    trained = trainer.generator(state)
-    assert trained.config == config
-    before, after = nnx.state(discriminator), state.discriminator
+    assert trainer.network(state, "generator").config == config
+    after = state.params["judge"]
     assert all(np.any(a != b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
