@@ -200,6 +200,9 @@ def _xls_r_checkpoints() -> tuple[Checkpoint, ...]:
         Checkpoint("xlsr2_300m.pt", "xls_r_300m", "MIT"),
         Checkpoint("xlsr2_960m_1000k.pt", "xls_r_1b", "MIT"),
         Checkpoint("xlsr2_2B_1000k.pt", "xls_r_2b", "MIT"),
+        *(Checkpoint(f"xls_r_{s}_{pair}.pt", f"xls_r_{s}", "MIT") for s in sizes for pair in ("21_en", "en_15")),
+        Checkpoint("xls_r_2b_22_16.pt", "xls_r_2b", "MIT"),
+        Checkpoint("xlsr_300m_voxlingua107_ft.pt", "xls_r_300m", "MIT"),
     )
 
 
@@ -227,6 +230,7 @@ def _wavlm_checkpoints() -> tuple[Checkpoint, ...]:
     sizes = {"base": "base", "base-plus": "base_plus"}
     heads = [(f"{name}{head}", size) for name, size in sizes.items() for head in ("", "-sd", "-sv")]
     files = {"WavLM-Base.pt": "base", "WavLM-Base+.pt": "base_plus", "WavLM-Large.pt": "large"}
+    files |= {"wavlm_large_finetune.pth": "large"}
     return (
         *(Checkpoint(f"microsoft/wavlm-{name}", size, _UNISPEECHS) for name, size in (*heads, ("large", "large"))),
         *(Checkpoint(name, size, _UNISPEECHS) for name, size in files.items()),
@@ -485,6 +489,7 @@ PAPERS: tuple[Paper, ...] = (
             "Wav2Vec2ForSequenceClassification",
             "Wav2Vec2ForAudioFrameClassification",
             "Wav2Vec2ForXVector",
+            "Wav2Vec2ForSpeakerVerification",
             "Wav2Vec2Model",
         ),
         config="Wav2Vec2Config",
@@ -505,6 +510,7 @@ PAPERS: tuple[Paper, ...] = (
             "HubertForSequenceClassification",
             "HubertForAudioFrameClassification",
             "HubertForXVector",
+            "HubertForSpeakerVerification",
             "HubertModel",
         ),
         config="HubertConfig",
@@ -532,6 +538,7 @@ PAPERS: tuple[Paper, ...] = (
         arxiv="2110.13900",
         classes=(
             "WavLMForXVector",
+            "WavLMForSpeakerVerification",
             "WavLMForPreTraining",
             "WavLMForCTC",
             "WavLMForSequenceClassification",
@@ -607,6 +614,7 @@ PAPERS: tuple[Paper, ...] = (
         arxiv="2110.05752",
         classes=(
             "UniSpeechSatForXVector",
+            "UniSpeechSatForSpeakerVerification",
             "UniSpeechSatForPreTraining",
             "UniSpeechSatForCTC",
             "UniSpeechSatForSequenceClassification",

@@ -13,6 +13,7 @@ import numpy as np
 from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.models.hubert import HubertConfig
 from weights_conversion import ForeignCheckpoint, HuggingFaceForm, labels_from_hugging_face, take
+from weights_conversion import ecapa_tdnn_names as ecapa
 from weights_conversion.readers import TensorSource, open_tensors
 from weights_conversion.rules import Ignore, Rule, Table
 from weights_conversion.wav2vec2 import (
@@ -150,6 +151,8 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
     if not _is_fairseqs(tensors):
         raise SourceError(f"{path} is no HuBERT of fairseq's, and has no config.json beside it.")
     names = tensors.names()
+    if ecapa.is_verification(tensors):
+        return ecapa.open_verification(path, tensors, FAMILY, PREFIX, config_from_fairseq, hubert_fairseq_table)
     if model_class is None:
         model_class = "HubertModel"
         if any(name.endswith("label_embs_concat") for name in names):

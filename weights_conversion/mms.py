@@ -1,13 +1,19 @@
-"""MMS's foreign forms: a directory with the adapters of several languages. The network is wav2vec 2.0's."""
+"""MMS's foreign forms: a directory with the adapters of several languages, and fairseq's file of all languages.
+
+The network is wav2vec 2.0's. fairseq's `mms1b_all.pt` holds beside the network each language's adapters, head and
+alphabet: `{"model": …, "adapter": {"eng": {"model": …, "task_state": {"target_dictionary": …}}, …}}`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
 from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.models.mms import MMSConfig
@@ -30,24 +36,48 @@ STACKED_ADAPTERS = (
 STACKED_HEADS = (Rule("lm_head.weight", "lm_head.kernel", _TURNED), Rule("lm_head.bias", "lm_head.bias"))
 
 
+# fairseq's adapters have a leading axis already, of length one.
+FAIRSEQ_HEADS = (Rule("proj.weight", "lm_head.kernel", _TURNED), Rule("proj.bias", "lm_head.bias"))
+FAIRSEQ_ADAPTERS = (
+    *(Rule(f"{_BLOCK}W_{x}", f"{_BLOCK}linear_{i}.kernel", _TURNED) for i, x in enumerate("ab", 1)),
+    *(Rule(f"{_BLOCK}b_{x}", f"{_BLOCK}linear_{i}.bias") for i, x in enumerate("ab", 1)),
+    Rule(f"{_BLOCK}ln_W", f"{_BLOCK}norm.scale"),
+    Rule(f"{_BLOCK}ln_b", f"{_BLOCK}norm.bias"),
+)
+_FRONT = "w2v_encoder.w2v_model."
+
+
 def is_of_a_language(name: str) -> bool:
     """Whether a tensor belongs to one language: its adapters and its head."""
-    return ".adapter_layer." in name or name.startswith("lm_head.")
+    return ".adapter_layer." in name or _is_head(name)
+
+
+def _is_head(name: str) -> bool:
+    return name.startswith(("lm_head.", "w2v_encoder.proj."))
 
 
 class SeveralLanguages:
     """A checkpoint's tensors, those of the languages side by side: a source for the engine of `rules`.
 
     Heads are padded with zeros to the largest alphabet.
+
+    Args:
+        common: the network, with the adapters and head of one language.
+        languages: adapters and head of each.
+        leading: whether adapters have a leading axis of length one, which becomes that of the languages.
+
+    Raises:
+        CheckpointError: if a language lacks a tensor, or has one too many.
     """
 
-    def __init__(self, common: Tensors, languages: Mapping[str, TensorSource]):
-        self.common, self.languages = common, languages
+    def __init__(self, common: Tensors, languages: Mapping[str, TensorSource], leading: bool = False):
+        self.common, self.languages, self.leading = common, languages, leading
+        wanted = {name for name in common.names() if is_of_a_language(name)}
+        (bias,) = (name for name in wanted if _is_head(name) and name.endswith("bias"))
         for language, tensors in languages.items():
-            wanted = {name for name in common.names() if is_of_a_language(name)}
             if wrong := sorted(wanted ^ set(tensors.names())):
                 raise CheckpointError(f"The adapter for {language!r} does not fit the model: {', '.join(wrong[:5])}.")
-        self.sizes = tuple(tensors.shape("lm_head.bias")[0] for tensors in languages.values())
+        self.sizes = tuple(tensors.shape(bias)[0] for tensors in languages.values())
 
     def names(self) -> list[str]:
         """Every tensor's name, those of the languages once."""
@@ -58,8 +88,10 @@ class SeveralLanguages:
         if not is_of_a_language(name):
             return self.common.shape(name)
         shape = next(iter(self.languages.values())).shape(name)
-        if name.startswith("lm_head."):
+        if _is_head(name):
             shape = (max(self.sizes), *shape[1:])
+        elif self.leading:
+            shape = shape[1:]
         return (len(self.languages), *shape)
 
     def dtype(self, name: str) -> np.dtype:
@@ -73,7 +105,10 @@ class SeveralLanguages:
         result = np.zeros(self.shape(name), self.dtype(name))
         for row, (language, tensors) in enumerate(self.languages.items()):
             value = tensors.read(name)
-            if value.shape[1:] != result.shape[2:] or len(value) > result.shape[1]:
+            if self.leading and not _is_head(name):
+                value = value[0] if len(value) == 1 else value
+            fits = value.shape[1:] == result.shape[2:] and len(value) <= result.shape[1]
+            if not fits or (len(value) < result.shape[1] and not _is_head(name)):
                 raise CheckpointError(f"{name} of the adapter for {language!r} is {value.shape}, unlike the others.")
             result[row, : len(value)] = value
         return result
@@ -87,13 +122,76 @@ def hugging_face_table(config: MMSConfig, model_class: str) -> Table:
     return family_table(config, "MMSForCTC", family="MMS", backbone=backbone, heads={"ForCTC": STACKED_HEADS})
 
 
+def fairseq_table(config: MMSConfig, model_class: str = "MMSForCTC") -> Table:
+    """The correspondence with fairseq's names, languages in front."""
+    if model_class != "MMSForCTC":
+        return wav2vec2.fairseq_table(config, model_class)
+    alone = wav2vec2.fairseq_table(config, "Wav2Vec2ForCTC")
+    network = [rule for rule in alone.rules if not re.search(r"adapter_layer|lm_head", str(rule.ours))]
+    adapters = [rule.prefixed("", "wav2vec2.") for rule in FAIRSEQ_ADAPTERS]
+    return dataclasses.replace(alone, rules=(*network, *adapters, *FAIRSEQ_HEADS))
+
+
 def hugging_face(model: Any) -> HuggingFaceForm:
-    """There is no directory of several languages in one model.
+    """There is no Hugging Face directory of several languages in one model.
 
     Raises:
         CheckpointError: always, with what to do.
     """
     raise CheckpointError(f"A {type(model).__name__} has no such form; export model.speaking(language), one at a time.")
+
+
+def languages_of(tensors: TensorSource) -> dict[str, TensorSource]:
+    """The adapters and head of every language in one of fairseq's files; none if it holds no languages."""
+    found = tensors.metadata.get("adapter")
+    if not isinstance(found, Mapping):
+        return {}
+    own = {str(language): part.get("model") for language, part in found.items() if isinstance(part, Mapping)}
+    return {
+        language: TensorSource(tensors.path, tensors.format, dict(part), {}, f"adapter.{language}.model")
+        for language, part in own.items()
+        if isinstance(part, Mapping)
+    }
+
+
+def vocabularies(path: Path) -> dict[str, dict[str, int]]:
+    """The alphabet of every language in one of fairseq's files, as a nested `vocab.json` has it.
+
+    CTC's blank, fairseq's `<s>`, is called `<pad>` here.
+
+    Raises:
+        CheckpointError: if a language has none.
+    """
+    found = {}
+    for language, part in (open_tensors(path).metadata.get("adapter") or {}).items():
+        dictionary = (part.get("task_state") or {}).get("target_dictionary")
+        symbols = (getattr(dictionary, "state", None) or {}).get("symbols")
+        if not symbols:
+            raise CheckpointError(f"{path} holds no dictionary of {language!r}.")
+        found[str(language)] = {
+            token: index for index, token in enumerate(["<pad>", "<s>", *(str(s) for s in symbols[2:])])
+        }
+    return found
+
+
+def fairseq_checkpoint(model: Any) -> dict[str, Any]:
+    """A `MMSForCTC` as fairseq's file holds it, in NumPy arrays: the network with its first language, and "adapter".
+
+    `torch.save` of it with arrays made tensors, and with fairseq's "cfg" beside them, is such a file.
+    """
+    config = model.config
+    values = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    network: dict[str, np.ndarray] = {}
+    own: dict[str, dict[str, np.ndarray]] = {language: {} for language in config.languages}
+    for name, value in fairseq_table(config).write(values):
+        front = "w2v_encoder." if name.startswith("proj.") else _FRONT
+        if not is_of_a_language(full := front + name):
+            network[full] = value
+            continue
+        for row, (language, size) in enumerate(zip(config.languages, config.vocab_sizes, strict=True)):
+            own[language][full] = value[row, :size] if _is_head(full) else value[row : row + 1]
+    network |= own[config.languages[0]]
+    return {"model": network, "adapter": {language: {"model": part} for language, part in own.items()}}
 
 
 def recognise(path: Path) -> bool:
@@ -107,20 +205,40 @@ def adapters_of(directory: Path) -> dict[str, Path]:
     return {file.name.removeprefix("adapter.").removesuffix(file.suffix): file for file in files}
 
 
-def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckpoint:
-    """Open a directory as a recogniser of all languages whose `adapter.<language>.safetensors` it holds.
+def open_checkpoint(
+    path: Path, model_class: str | None = None, languages: Sequence[str] | None = None
+) -> ForeignCheckpoint:
+    """Open a directory as a recogniser of the languages whose `adapter.<language>.safetensors` it holds, or a file.
+
+    Args:
+        path: the directory, or fairseq's `mms1b_….pt`.
+        model_class: "MMSForCTC" by default.
+        languages: those that are wanted; all by default, each of which takes two million parameters.
 
     Raises:
-        SourceError: if there are no adapters.
+        SourceError: if there are no adapters, or a language has none.
         CheckpointError: if they do not fit the model.
     """
     if model_class not in (None, "MMSForCTC"):
         return wav2vec2.open_checkpoint(path, model_class)
-    files = adapters_of(path) if path.is_dir() else {}
-    if not files:
-        raise SourceError(f"{path} holds no adapter.<language>.safetensors.")
-    foreign = wav2vec2.open_checkpoint(path, "Wav2Vec2ForCTC")
-    tensors = SeveralLanguages(foreign.tensors, {language: open_tensors(file) for language, file in files.items()})
+    foreign = None
+    found: Mapping[str, Any]
+    if path.is_dir():
+        found = adapters_of(path)
+    else:
+        foreign = wav2vec2.open_checkpoint(path, "Wav2Vec2ForCTC")
+        found = languages_of(foreign.tensors)  # type: ignore[arg-type]
+    if not found:
+        raise SourceError(f"{path} holds no adapter.<language>.safetensors, nor fairseq's languages.")
+    if missing := sorted(set(languages or ()) - set(found)):
+        raise SourceError(f"{path} has no adapter for {', '.join(missing)}; it has {', '.join(list(found)[:12])} …")
+    found = {language: found[language] for language in languages or found}
+    if foreign is None:
+        foreign = wav2vec2.open_checkpoint(path, "Wav2Vec2ForCTC")
+        found = {language: open_tensors(file) for language, file in found.items()}
+    tensors = SeveralLanguages(foreign.tensors, found, leading=path.is_file())
+    files = list(found)
+    make_table = fairseq_table if path.is_file() else hugging_face_table
     fields = {f.name: getattr(foreign.config, f.name) for f in dataclasses.fields(Wav2Vec2Config)}
     fields |= {"languages": tuple(files), "vocab_sizes": tensors.sizes, "vocab_size": max(tensors.sizes)}
     config = MMSConfig(**fields)
@@ -129,5 +247,5 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
         model_class="MMSForCTC",
         config=config,
         tensors=tensors,
-        table=hugging_face_table(config, "MMSForCTC"),
+        table=make_table(config, "MMSForCTC"),
     )

@@ -301,6 +301,12 @@ class _NoSuchTensor(CheckpointError, KeyError):
     __str__ = Exception.__str__
 
 
+def below(tensors: TensorSource, start: str) -> TensorSource:
+    """Those tensors of a checkpoint whose names begin with `start`, without it; the metadata is that of the whole."""
+    inside = {name.removeprefix(start): tensors[name] for name in tensors if name.startswith(start)}
+    return TensorSource(tensors.path, tensors.format, inside, tensors.metadata, tensors.root)
+
+
 def open_tensors(path: str | os.PathLike[str], root: str | None = None) -> TensorSource:
     """Open a checkpoint of any known format; the content decides, not the suffix.
 

@@ -367,7 +367,7 @@ class WithVoice:
         return owner.read(inner)
 
 
-FAIRSEQ_MARK = "encoder.w2v_encoder.w2v_model.encoder.layers.0.self_attn_layer_norm.weight"
+FAIRSEQ_MARK = "encoder.w2v_encoder.w2v_model.encoder.layers.0.ffn1.layer_norm.weight"  # XLS-R has no Conformer
 FAIRSEQ2_MARK = "speech_encoder.inner.layers.0.self_attn_layer_norm.weight"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.models.unispeech_sat import UniSpeechSatConfig
 from weights_conversion import ForeignCheckpoint, HuggingFaceForm, labels_from_hugging_face, take, wavlm
+from weights_conversion import ecapa_tdnn_names as ecapa
 from weights_conversion.readers import TensorSource, open_tensors
 from weights_conversion.rules import Ignore, Rule, Table
 from weights_conversion.wav2vec2 import QUANTIZER, config_to_hugging_face, family_table, linear, norm, open_hugging_face
@@ -99,7 +100,7 @@ def _is_microsofts(tensors: TensorSource) -> bool:
     if any("grep_linear" in name for name in names):
         return False  # WavLM
     settings = wavlm.settings_of(tensors)
-    return "relative_position_embedding" in settings or "spk_proj.weight" in names
+    return "relative_position_embedding" in settings or any(name.endswith("spk_proj.weight") for name in names)
 
 
 def recognise(path: Path) -> bool:
@@ -120,6 +121,8 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
     if not _is_microsofts(tensors):
         raise SourceError(f"{path} is no UniSpeech-SAT of Microsoft's, and has no config.json beside it.")
     names = tensors.names()
+    if ecapa.is_verification(tensors):
+        return ecapa.open_verification(path, tensors, FAMILY, PREFIX, config_from_microsoft, microsoft_table)
     if model_class is None:
         model_class = "UniSpeechSatModel"
         if "label_embs_concat" in names:

@@ -126,7 +126,7 @@ def head_rules(config: Any, suffix: str) -> tuple[Rule, ...]:
     if suffix == "ForXVector":
         return _x_vector(config)
     if suffix not in heads:
-        raise CheckpointError(f"There is no class …{suffix} in this family.")
+        raise CheckpointError(f"There is no class …{suffix} of this family in `transformers`.")
     return heads[suffix]
 
 
@@ -309,7 +309,7 @@ def fairseq_settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
     inner = _mapping(inner.get("model")) or inner
     own = {k: v for k, v in outer.items() if v is not None and k != "w2v_args"}
     # A fine-tuned file names its dropouts and masks anew; the network's shape is that of the pre-trained one.
-    return {**own, **{k: v for k, v in inner.items() if k not in own or k in _SHAPE}, "_inner": inner}
+    return {**own, **{k: v for k, v in inner.items() if k not in own or k in _SHAPE}, "_inner": inner, "_own": own}
 
 
 _SHAPE = (
@@ -535,7 +535,7 @@ def _kind(tensors: TensorSource) -> str | None:
     others = ("hubert", "wavlm", "unispeech", "ils", "sew", "data2vec")
     if any(str(name).startswith(others) for name in said if name):
         return None
-    foreign = ("label_embs_concat", "relative_attention_bias", "grep_linear", "encoder.upsample.")
+    foreign = ("label_embs_concat", "spk_proj", "relative_attention_bias", "grep_linear", "encoder.upsample.")
     if any(word in name for name in names for word in foreign) or any("decoder." in name for name in names):
         return None
     return "fairseq"
@@ -562,6 +562,10 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
         table = torchaudio_table(model_class)
         return ForeignCheckpoint(model_class, config_from_torchaudio(tensors), tensors, table, path)
     if kind == "fairseq":
+        from weights_conversion import ecapa_tdnn_names as ecapa  # which needs the rules of this file
+
+        if ecapa.is_verification(tensors):
+            return ecapa.open_verification(path, tensors, "Wav2Vec2", "wav2vec2", config_from_fairseq, fairseq_table)
         model_class = model_class or _fairseq_class(tensors)
         config = config_from_fairseq(tensors)
         return ForeignCheckpoint(model_class, config, tensors, fairseq_table(config, model_class), path)

@@ -13,6 +13,7 @@ from typing import Any
 from audiozoo.errors import SourceError
 from audiozoo.models.wavlm import WavLMConfig
 from weights_conversion import ForeignCheckpoint, HuggingFaceForm, labels_from_hugging_face, take
+from weights_conversion import ecapa_tdnn_names as ecapa
 from weights_conversion.readers import TensorSource, open_tensors
 from weights_conversion.rules import Ignore, Rule, Table
 from weights_conversion.wav2vec2 import (
@@ -162,6 +163,8 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
     if not _is_microsofts(tensors):
         raise SourceError(f"{path} is no WavLM of Microsoft's, and has no config.json beside it.")
     names = tensors.names()
+    if ecapa.is_verification(tensors):
+        return ecapa.open_verification(path, tensors, "WavLM", "wavlm", config_from_microsoft, microsoft_table)
     if model_class is None:
         model_class = "WavLMModel"
         if any(name.endswith("label_embs_concat") for name in names):

@@ -1,6 +1,7 @@
 """XLS-R's foreign forms: Hugging Face directories of speech translation. Its encoders alone are wav2vec 2.0's.
 
-Also fairseq's `wav2vec_seq2seq`: wav2vec 2.0 and Speech2Text2's decoder (arXiv 2104.06678) in one `.pt` file.
+Also fairseq's `wav2vec_seq2seq`, wav2vec 2.0 and Speech2Text2's decoder (arXiv 2104.06678) in one `.pt` file, and its
+`xm_transformer`, XLS-R and mBART's.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from weights_conversion import (
     wav2vec2,
     wavlm,
 )
+from weights_conversion import xm_transformer_names as xm
 from weights_conversion.readers import TensorSource, open_tensors
 from weights_conversion.rules import Ignore, Rule, Table, Tied, transpose
-from weights_conversion.wav2vec2 import OLD_WEIGHT_NORM, linear, norm
+from weights_conversion.wav2vec2 import OLD_WEIGHT_NORM, linear
+from weights_conversion.xm_transformer_names import MBART
 
 MODEL_TYPE = "speech-encoder-decoder"
 
@@ -46,11 +49,6 @@ ENCODERS: dict[str, tuple[Any, str]] = {
 }
 
 _HEAD = "lm_head.weight"
-MBART = (
-    Rule("model.decoder.{e:embed_tokens|embed_positions}.weight", "model.decoder.{e}.embedding"),
-    *norm("model.decoder.{n:layer_norm|layernorm_embedding}"),
-    *(rule.prefixed("model.", "model.") for rule in speech_to_text.BLOCKS),
-)
 
 
 def _mbart_table(config: MBartConfig) -> Table:
@@ -204,9 +202,12 @@ _MARKS = {_ENCODER + "feature_extractor.conv_layers.0.0.weight", "decoder.layers
 
 
 def recognise(path: Path) -> bool:
-    """Is this a directory of a translator, or a `.pt` file of fairseq's `wav2vec_seq2seq`?"""
+    """Is this a directory of a translator, or a `.pt` file of fairseq's `wav2vec_seq2seq` or `xm_transformer`?"""
     if path.is_file():
-        return path.suffix in {".pt", ".pth"} and set(open_tensors(path).names()) >= _MARKS
+        if path.suffix not in {".pt", ".pth"}:
+            return False
+        tensors = open_tensors(path)
+        return set(tensors.names()) >= _MARKS or xm.is_xm_transformer(tensors)
     return (path / "config.json").is_file() and read_json(path / "config.json").get("model_type") == MODEL_TYPE
 
 
@@ -218,10 +219,13 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
         CheckpointError: if they are damaged or hold something else.
     """
     if path.is_file():
-        tensors = open_tensors(path)
+        tensors, model_class = open_tensors(path), model_class or "SpeechEncoderDecoderModel"
+        if xm.is_xm_transformer(tensors):
+            config = xm.config_from_fairseq(tensors)
+            return ForeignCheckpoint(model_class, config, tensors, xm.fairseq_table(config, model_class), path)
         if not set(tensors.names()) >= _MARKS:
-            raise SourceError(f"{path} is no wav2vec_seq2seq of fairseq, and no directory with a config.json.")
-        model_class, config = model_class or "SpeechEncoderDecoderModel", config_from_fairseq(tensors)
+            raise SourceError(f"{path} is no translator of fairseq's, and no directory with a config.json.")
+        config = config_from_fairseq(tensors)
         return ForeignCheckpoint(model_class, config, tensors, fairseq_table(config, model_class), path)
     if not (path.is_dir() and (path / "config.json").is_file()):
         raise SourceError(f"{path} is no directory with a config.json.")

@@ -23,6 +23,7 @@ only the same for the same sound.
 | §3.5, fine-tuning | `HubertForCTC` |
 | not in the paper; in the released checkpoints | `HubertForSequenceClassification`, `conv_pos_batch_norm` |
 | not in the paper; wav2vec 2.0's heads over this network | `HubertForAudioFrameClassification`, `HubertForXVector` |
+| not in the paper; in checkpoints released with WavLM | `HubertForSpeakerVerification` |
 
 What differs from wav2vec 2.0: the objective; the first LayerNorm may be left out and the positional convolution may be
 batch-normalised (checkpoints trained in bfloat16). `transformers` has no pre-training class for it; here it is, as in
@@ -63,6 +64,7 @@ from audiozoo.models.wav2vec2 import (
     Wav2Vec2ForAudioFrameClassification,
     Wav2Vec2ForCTC,
     Wav2Vec2ForSequenceClassification,
+    Wav2Vec2ForSpeakerVerification,
     Wav2Vec2ForXVector,
     Wav2Vec2Model,
     Wav2Vec2PositionalConvEmbedding,
@@ -141,7 +143,8 @@ class HubertFeatureProjection(Wav2Vec2FeatureProjection):
 class HubertPositionalConvEmbedding(Wav2Vec2PositionalConvEmbedding):
     """§3.5, the positional convolution; in released checkpoints trained in bfloat16 behind a BatchNorm.
 
-    The BatchNorm uses its running statistics in training too: fine-tuning keeps those of pre-training.
+    In training (with a `key`) it normalises by the batch, padding included, and its running statistics move a step;
+    they are `nnx.BatchStat`s.
     """
 
     def __init__(self, config: Any, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
@@ -153,12 +156,18 @@ class HubertPositionalConvEmbedding(Wav2Vec2PositionalConvEmbedding):
                 config.hidden_size, config.hidden_size, taps, padding=taps // 2, groups=groups, **kwargs
             )
             self.batch_norm = BatchNorm(config.hidden_size, **kwargs)
-            # Of no use here; PyTorch keeps it with the statistics, so it goes along.
+            # PyTorch counts along; of no use otherwise.
             self.num_batches_tracked = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
-    def __call__(self, x: Float[Array, "batch frames hidden"]) -> Float[Array, "batch frames hidden"]:
+    def __call__(
+        self, x: Float[Array, "batch frames hidden"], training: bool = False
+    ) -> Float[Array, "batch frames hidden"]:
         """What is added to the frames."""
-        return super().__call__(self.batch_norm(x) if hasattr(self, "batch_norm") else x)
+        if hasattr(self, "batch_norm"):
+            x = self.batch_norm(x, training)
+            if training:
+                self.num_batches_tracked[...] += 1
+        return super().__call__(x)
 
 
 class HubertEncoder(Wav2Vec2Encoder):
@@ -397,6 +406,13 @@ class HubertForAudioFrameClassification(Wav2Vec2ForAudioFrameClassification):
 
 class HubertForXVector(Wav2Vec2ForXVector):
     """Not in the paper, nor in `transformers`: an x-vector for a speaker."""
+
+    base_model_prefix = "hubert"
+    base_class = HubertModel
+
+
+class HubertForSpeakerVerification(Wav2Vec2ForSpeakerVerification):
+    """Not in the paper; in checkpoints released with WavLM: speakers, by ECAPA-TDNN over all layers."""
 
     base_model_prefix = "hubert"
     base_class = HubertModel

@@ -32,7 +32,7 @@ wav2vec 2.0's file. Of a padded batch, `frame_rule="samples"` counts frames as t
 
 Checkpoints: `microsoft/unispeech-sat-base`, `-base-plus`, `-large`, `-base-100h-libri-ft`, `-base-sd`, `-base-sv`,
 `-base-plus-sd`, `-base-plus-sv`, `-large-sd`, `-large-sv`, and Microsoft's own `UniSpeech-SAT-Base.pt`, `-Base+.pt`,
-`-Large.pt`.
+`-Large.pt`, and Large with ECAPA-TDNN for speakers.
 
     import audiozoo
     model = audiozoo.load("microsoft/unispeech-sat-base-plus-sv")
@@ -59,6 +59,7 @@ from audiozoo.models.wav2vec2 import (
     Wav2Vec2ForAudioFrameClassification,
     Wav2Vec2ForCTC,
     Wav2Vec2ForSequenceClassification,
+    Wav2Vec2ForSpeakerVerification,
     Wav2Vec2ForXVector,
     Wav2Vec2GumbelVectorQuantizer,
     Wav2Vec2Model,
@@ -350,6 +351,13 @@ class UniSpeechSatForAudioFrameClassification(Wav2Vec2ForAudioFrameClassificatio
 
 class UniSpeechSatForXVector(Wav2Vec2ForXVector):
     """§ "Experiments": a vector for a speaker (`microsoft/unispeech-sat-base-plus-sv`)."""
+
+    base_model_prefix = "unispeech_sat"
+    base_class = UniSpeechSatModel
+
+
+class UniSpeechSatForSpeakerVerification(Wav2Vec2ForSpeakerVerification):
+    """Not in the paper; in the released checkpoints: speakers, by ECAPA-TDNN over all layers."""
 
     base_model_prefix = "unispeech_sat"
     base_class = UniSpeechSatModel

@@ -64,6 +64,7 @@ from audiozoo.layers import Conv1d, Dropout, LayerNorm, Linear, MultiHeadAttenti
 from audiozoo.layers.losses import cross_entropy, ctc_loss
 from audiozoo.layers.masking import span_mask
 from audiozoo.layers.weight_norm import WeightNormConv1d
+from audiozoo.models.ecapa_tdnn import EcapaTdnn, EcapaTdnnConfig
 from audiozoo.outputs import (
     BaseModelOutput,
     CausalLMOutput,
@@ -405,8 +406,15 @@ class Wav2Vec2PositionalConvEmbedding(nnx.Module):
         self.conv.bias[...] = jnp.zeros((width,), param_dtype)
         self.activation = config.feat_extract_activation
 
-    def __call__(self, x: Float[Array, "batch frames hidden"]) -> Float[Array, "batch frames hidden"]:
-        """What is added to the frames. An even number of taps would give a frame too many; the last one goes."""
+    def __call__(
+        self, x: Float[Array, "batch frames hidden"], training: bool = False
+    ) -> Float[Array, "batch frames hidden"]:
+        """What is added to the frames. An even number of taps would give a frame too many; the last one goes.
+
+        Args:
+            x: frames.
+            training: of no effect here; a follow-up normalises by the batch in training.
+        """
         return activation(self.activation)(self.conv(x)[:, : x.shape[1]])
 
 
@@ -508,6 +516,7 @@ class Wav2Vec2Encoder(nnx.Module):
     layer_class: ClassVar[type] = Wav2Vec2EncoderLayer
     positional_class: ClassVar[type] = Wav2Vec2PositionalConvEmbedding
     norm_first: ClassVar[bool] = False  # whether the blocks normalise before, and the last LayerNorm stands at the end
+    never_dropped: ClassVar[int] = 0  # blocks from the first on that layer drop leaves in
 
     def __init__(self, config: Any, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -515,6 +524,10 @@ class Wav2Vec2Encoder(nnx.Module):
         self.layer_norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, **kwargs)
         self.layers = nnx.List([self.layer_class(config, **kwargs) for _ in range(config.num_hidden_layers)])
         self.config = config
+
+    def for_every_block(self, frames: int) -> tuple[Any, ...]:
+        """What every block is told between its dropout and the mask: nothing here, positions in follow-ups."""
+        return ()
 
     def __call__(
         self,
@@ -541,14 +554,16 @@ class Wav2Vec2Encoder(nnx.Module):
         if mask is not None:
             x = jnp.where(mask[..., None], x, 0)
             keys = mask[:, None, None, :]
-        x = x + self.pos_conv_embed(x)
+        x = x + self.pos_conv_embed(x, dropout.key is not None)
         if not self.norm_first:
             x = self.layer_norm(x)
         x = dropout(x, self.config.hidden_dropout)
+        told = self.for_every_block(x.shape[1])
         hidden_states, attentions = [x], []
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             block = partial(layer, need_weights=output_attentions)
-            x, weights = layer_drop(block, x, self.config.layerdrop, dropout, keys)
+            rate = 0.0 if index < self.never_dropped else self.config.layerdrop
+            x, weights = layer_drop(block, x, rate, dropout, *told, keys)
             hidden_states.append(x)
             attentions.append(weights)
         if self.norm_first:
@@ -1317,5 +1332,43 @@ class Wav2Vec2ForXVector(_WithLayerSum):
             logits=logits,
             embeddings=embeddings,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class Wav2Vec2ForSpeakerVerification(_WithBackbone):
+    """Not in the paper; in checkpoints released with WavLM: ECAPA-TDNN (arXiv 2005.07143) over a mix of all layers."""
+
+    ecapa_config: ClassVar[EcapaTdnnConfig] = EcapaTdnnConfig.microsoft()
+
+    def __init__(self, config: Any, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        super().__init__(config, **kwargs)
+        self.feature_weight = nnx.Param(jnp.zeros((config.num_hidden_layers + 1,), param_dtype))
+        self.ecapa = EcapaTdnn(config.hidden_size, self.ecapa_config, **kwargs)
+
+    def __call__(
+        self,
+        input_values: Float[Array, "batch samples"],
+        attention_mask: Int[Array, "batch samples"] | None = None,
+        *,
+        key: jax.Array | None = None,
+        **options: Any,
+    ) -> XVectorOutput:
+        """Speaker embeddings, by whose cosine voices are compared.
+
+        Args:
+            input_values: waveforms at 16 kHz.
+            attention_mask: 1 for a sample of the recording, 0 for padding behind it.
+            key: switches dropout, layer drop and masking on, and the batch's statistics in the head.
+            options: see `Wav2Vec2Model`.
+        """
+        outputs = self.backbone(input_values, attention_mask, key=key, **(options | {"output_hidden_states": True}))
+        weights = jax.nn.softmax(self.feature_weight[...])
+        x = sum(w * h for w, h in zip(weights, outputs.hidden_states, strict=True))
+        mask = None if attention_mask is None else self.backbone.frame_mask(attention_mask, x.shape[1])
+        return XVectorOutput(
+            embeddings=self.ecapa(x + 1e-6, mask, key is not None),
+            hidden_states=outputs.hidden_states if options.get("output_hidden_states") else None,
             attentions=outputs.attentions,
         )

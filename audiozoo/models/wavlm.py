@@ -25,6 +25,7 @@ blocks, which each frame opens or closes by a gate of its own.
 | the same, loss (HuBERT's, arXiv 2106.07447, Eq. 3) | `WavLMForPreTraining` |
 | Table I, sizes | `WavLMConfig.base()`, `.base_plus()`, `.large()` |
 | not in the paper; in the released checkpoints | `WavLMFor…` heads, `WavLMEncoderStableLayerNorm` |
+| § "Universal representation evaluation", speaker verification | `WavLMForSpeakerVerification` |
 
 The convolutions, masking and heads are wav2vec 2.0's, the masked prediction is HuBERT's, imported from their files. The
 paper gates by the projected query; the released models, and this one, by what the attention layer reads, cut into
@@ -37,7 +38,8 @@ leaves out, is here. Of a padded batch, `frame_rule="samples"` counts frames as 
 `transformers` does: usually one frame fewer.
 
 Checkpoints: `microsoft/wavlm-base`, `-base-plus`, `-large`, `-base-sd`, `-base-sv`, `-base-plus-sd`, `-base-plus-sv`,
-and Microsoft's own `WavLM-Base.pt`, `WavLM-Base+.pt`, `WavLM-Large.pt`.
+and Microsoft's own `WavLM-Base.pt`, `WavLM-Base+.pt`, `WavLM-Large.pt`, and with ECAPA-TDNN for speakers
+`wavlm_large_finetune.pth` and its likes.
 
     import audiozoo
     model = audiozoo.load("microsoft/wavlm-base-plus-sv")
@@ -49,7 +51,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -66,7 +67,6 @@ from audiozoo.layers import (
     Linear,
     MultiHeadAttention,
     attend,
-    layer_drop,
     merge_heads,
     split_heads,
 )
@@ -79,11 +79,12 @@ from audiozoo.models.wav2vec2 import (
     Wav2Vec2ForAudioFrameClassification,
     Wav2Vec2ForCTC,
     Wav2Vec2ForSequenceClassification,
+    Wav2Vec2ForSpeakerVerification,
     Wav2Vec2ForXVector,
     Wav2Vec2Model,
     _WithBackbone,
 )
-from audiozoo.outputs import BaseModelOutput, ModelOutput
+from audiozoo.outputs import ModelOutput
 
 
 @dataclass(frozen=True)
@@ -302,6 +303,7 @@ class WavLMEncoder(Wav2Vec2Encoder):
     r"""§ "Model structure", the Transformer; its first block owns the table $d$, and all blocks use it."""
 
     layer_class: ClassVar[type] = WavLMEncoderLayer
+    never_dropped: ClassVar[int] = 1
 
     def __init__(self, config: Any, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         super().__init__(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -315,42 +317,9 @@ class WavLMEncoder(Wav2Vec2Encoder):
         buckets = relative_position_buckets(offsets, config.num_buckets, config.max_bucket_distance)
         return toeplitz(self.layers[0].attention.rel_attn_embed(jnp.asarray(buckets)).T)
 
-    def __call__(
-        self,
-        x: Float[Array, "batch frames hidden"],
-        mask: Bool[Array, "batch frames"] | None = None,
-        *,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
-        hidden_states_before_norm: bool = False,
-        dropout: Dropout | None = None,
-    ) -> BaseModelOutput:
-        """Contextualized representations; for the arguments see `Wav2Vec2Encoder`. The first block is never dropped."""
-        dropout = dropout or Dropout(None)
-        keys = None
-        if mask is not None:
-            x = jnp.where(mask[..., None], x, 0)
-            keys = mask[:, None, None, :]
-        x = x + self.pos_conv_embed(x)
-        if not self.norm_first:
-            x = self.layer_norm(x)
-        x = dropout(x, self.config.hidden_dropout)
-        bias = self.position_bias(x.shape[1])
-        hidden_states, attentions = [x], []
-        for index, layer in enumerate(self.layers):
-            block = partial(layer, need_weights=output_attentions)
-            x, weights = layer_drop(block, x, self.config.layerdrop if index else 0.0, dropout, bias, keys)
-            hidden_states.append(x)
-            attentions.append(weights)
-        if self.norm_first:
-            x = self.layer_norm(x)
-            if not hidden_states_before_norm:
-                hidden_states[-1] = x
-        return BaseModelOutput(
-            last_hidden_state=x,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
-        )
+    def for_every_block(self, frames: int) -> tuple[Float[Array, "heads frames frames"]]:
+        """The laid-out table."""
+        return (self.position_bias(frames),)
 
 
 class WavLMEncoderStableLayerNorm(WavLMEncoder):
@@ -620,6 +589,13 @@ class WavLMForAudioFrameClassification(Wav2Vec2ForAudioFrameClassification):
 
 class WavLMForXVector(Wav2Vec2ForXVector):
     """§ "Universal representation evaluation": a vector for a speaker (`microsoft/wavlm-base-plus-sv`)."""
+
+    base_model_prefix = "wavlm"
+    base_class = WavLMModel
+
+
+class WavLMForSpeakerVerification(Wav2Vec2ForSpeakerVerification):
+    """§ "Universal representation evaluation": speakers, by ECAPA-TDNN (`wavlm_large_finetune.pth`)."""
 
     base_model_prefix = "wavlm"
     base_class = WavLMModel

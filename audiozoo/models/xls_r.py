@@ -24,9 +24,10 @@ drawn more often than their hours say), and what is built on it: with mBART's de
 What differs from wav2vec 2.0's LARGE: nothing but width, depth and the width of the codebooks. Heads of attention have
 64, 80 and 120 channels.
 
-Checkpoints: `facebook/wav2vec2-xls-r-{300m,1b,2b}-{21-to-en,en-to-15}` and `-2b-22-to-16`, which translate. The
-pre-trained `facebook/wav2vec2-xls-r-{300m,1b,2b}`, fairseq's `xlsr2_300m.pt`, `xlsr2_960m_1000k.pt`,
-`xlsr2_2B_1000k.pt`, and everything fine-tuned from them with CTC load as wav2vec 2.0.
+Checkpoints: `facebook/wav2vec2-xls-r-{300m,1b,2b}-{21-to-en,en-to-15}` and `-2b-22-to-16`, which translate, and
+fairseq's files of the same, `xls_r_{300m,1b,2b}_{21_en,en_15}.pt` and `xls_r_2b_22_16.pt`. The pre-trained
+`facebook/wav2vec2-xls-r-{300m,1b,2b}`, fairseq's `xlsr2_300m.pt`, `xlsr2_960m_1000k.pt`, `xlsr2_2B_1000k.pt`, and
+everything fine-tuned from them with CTC, or to name the language (`xlsr_300m_voxlingua107_ft.pt`), load as wav2vec 2.0.
 
     import audiozoo
     model = audiozoo.load("facebook/wav2vec2-xls-r-300m-en-to-15")

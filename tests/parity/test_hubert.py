@@ -17,6 +17,7 @@ from flax import nnx
 
 from audiozoo.decoding.units import KMeans, cepstra, deltas
 from audiozoo.layers import activations
+from audiozoo.layers.batch_norm import writable
 from audiozoo.models import hubert
 from tests.parity import harness, speech_family
 from tests.parity.speech_family import EVERYTHING, FRAMES, LAYER, NO_DROPOUT, TINY, blank, jitted, padded, waves
@@ -73,6 +74,46 @@ def test_ctc_gradients():
             table,
         )
     assert "hubert.masked_spec_embed" in compared
+
+
+def test_batch_norm_in_training():
+    """By the batch's statistics, padding included, as in PyTorch: loss, every gradient, and the running statistics."""
+    changes = NO_DROPOUT | BATCH_NORM | {"num_hidden_layers": 1, "mask_time_prob": 0.0}
+    reference, model, table = pair("ForCTC", seed=4, **changes)
+    reference.train()
+    arrays = (*padded(), np.array([[3, 4, 4, 7, -100], [1, 2, 5, -100, -100]]))
+    x, mask, labels = map(jnp.asarray, arrays)
+    theirs = dict(zip(("input_values", "attention_mask", "labels"), map(torch.tensor, arrays), strict=True))
+    key = jax.random.key(0)
+
+    @jax.jit
+    def loss(m):
+        graphdef, params, rest = nnx.split(m, nnx.Param, ...)
+        return nnx.merge(graphdef, params, writable(rest))(x, mask, labels, key=key).loss
+
+    with speech_family.reference_in_double():
+        compared = harness.compare_gradients(
+            reference,
+            lambda: reference(**theirs).loss,
+            model,
+            loss,
+            table,
+        )
+    assert "hubert.encoder.pos_conv_embed.batch_norm.scale" in compared
+
+    @jax.jit
+    def moved(m):
+        m = nnx.merge(*nnx.split(m))
+        m(x, mask, key=key)
+        return m
+
+    after = moved(model).hubert.encoder.pos_conv_embed
+    wanted = reference.hubert.encoder.pos_conv_embed.batch_norm
+    harness.assert_close(after.batch_norm.mean, wanted.running_mean, name="running mean")
+    harness.assert_close(after.batch_norm.var, wanted.running_var, name="running variance")
+    before = model.hubert.encoder.pos_conv_embed
+    assert np.any(np.asarray(before.batch_norm.mean[...]) != np.asarray(after.batch_norm.mean[...]))
+    assert int(after.num_batches_tracked[...]) == int(before.num_batches_tracked[...]) + 1
 
 
 def test_mutations_are_noticed():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from audiozoo.models.mms import MMSConfig, MMSForCTC
 from audiozoo.processors.mms import romanised
 from tests.parity import harness
 from tests.parity.speech_family import LAYER, NO_DROPOUT, TINY, padded
+from tests.parity.test_wav2vec2 import fairseq_names
 from weights_conversion import mms as conversion
 from weights_conversion import wav2vec2 as alone
 
@@ -133,6 +136,92 @@ def test_one_language_alone_exports(directory, model, tmp_path):
         model.language_index(["ita"], 1)
     with pytest.raises(FileNotFoundError, match=r"holds no adapter"):
         audiozoo.load(tmp_path / "fra", model_class="MMSForCTC")
+
+
+def in_fairseq(state: dict) -> dict:
+    """A state dict by the names of fairseq's MMS: one adapter a block, along an axis of length one."""
+    own = {"norm.weight": "ln_W", "norm.bias": "ln_b"}
+    own |= {f"linear_{i}.{kind}": f"{short}_{x}" for i, x in ((1, "a"), (2, "b")) for kind, short in MAPS}
+    result = {}
+    for key, tensor in state.items():
+        front, adapter, part = key.partition("adapter_layer.")
+        if key.startswith("lm_head."):
+            result[f"w2v_encoder.proj.{key.removeprefix('lm_head.')}"] = tensor
+        elif adapter:
+            result[f"w2v_encoder.w2v_model.{front.removeprefix('wav2vec2.')}adapter_layer.{own[part]}"] = tensor[None]
+        else:
+            ((name, _),) = fairseq_names({key: tensor}, layered=True).items()
+            result[f"w2v_encoder.w2v_model.{name}"] = tensor
+    return result
+
+
+MAPS = (("weight", "W"), ("bias", "b"))
+
+
+class Dictionary:
+    """Stands for fairseq's, which a file holds as an object."""
+
+    def __init__(self, symbols):
+        self.symbols, self.indices = symbols, {symbol: index for index, symbol in enumerate(symbols)}
+
+
+def test_fairseqs_file_of_all_languages(directory, tmp_path, monkeypatch):
+    """`mms1b_all.pt`: the network, and every language's adapters, head and alphabet; both ways."""
+    from audiozoo.loading import convert, variables
+
+    for name in ("fairseq", "fairseq.data", "fairseq.data.dictionary"):  # what the file's pickle calls it
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setattr(Dictionary, "__module__", name)
+    sys.modules[name].Dictionary = Dictionary
+    with harness.precision("float32"):
+        reference = transformers.Wav2Vec2ForCTC.from_pretrained(directory)
+        own = {}
+        for language in LETTERS:
+            reference.load_adapter(language)
+            adapters = {k: v.clone() for k, v in reference._get_adapters().items()}
+            symbols = ["<s>", "<pad>", "</s>", "<unk>", "a", "b"]
+            own[language] = {"model": in_fairseq(adapters), "task_state": {"target_dictionary": Dictionary(symbols)}}
+        reference.load_adapter("eng")
+        settings = {"_name": "wav2vec_ctc", "w2v_args": {"model": {"encoder_attention_heads": 3}}}
+        settings["w2v_args"]["model"]["conv_feature_layers"] = "[(16, 10, 5), (12, 3, 2), (18, 2, 2)]"
+        file = {"cfg": {"model": settings}, "model": in_fairseq(reference.state_dict()), "adapter": own}
+        path = tmp_path / "mms1b_all.pt"
+        torch.save(file, path)
+        loaded = audiozoo.load(path, model_class="MMSForCTC")
+        assert loaded.config.languages == tuple(LETTERS)
+        assert loaded.config.vocab_sizes == tuple(LETTERS.values())
+        wanted = variables(audiozoo.load(directory, model_class="MMSForCTC"))
+        for name, leaf in variables(loaded).items():
+            np.testing.assert_array_equal(leaf[...], wanted[name][...], err_msg=name)
+        # One language alone, and the whole file again.
+        french = convert(conversion.open_checkpoint(path, languages=["fra"]), MMSForCTC).speaking("fra")
+        ours = variables(loaded.speaking("fra"))
+        for name, leaf in variables(french).items():
+            np.testing.assert_array_equal(leaf[...], ours[name][...], err_msg=name)
+        assert type(audiozoo.load(path)) is wav2vec2.Wav2Vec2ForCTC  # speaks English
+        back = conversion.fairseq_checkpoint(loaded)
+        assert set(back["adapter"]) == set(LETTERS)
+        today = alone.fairseq_table(loaded.config, "Wav2Vec2ForCTC").today
+        pairs = [(back["model"], in_fairseq(loaded_first(reference, "deu")))]
+        pairs += [(back["adapter"][language]["model"], own[language]["model"]) for language in LETTERS]
+        for mine, theirs in pairs:
+            theirs = {today(name): value for name, value in theirs.items()}
+            assert {today(name) for name in mine} == set(theirs)
+            for name, value in mine.items():
+                np.testing.assert_array_equal(value, theirs[today(name)].detach(), err_msg=name)
+        assert conversion.vocabularies(path)["deu"] == {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "a": 4, "b": 5}
+        with pytest.raises(FileNotFoundError, match="no adapter for ita"):
+            conversion.open_checkpoint(path, languages=["ita"])
+        own["deu"]["model"].popitem()
+        torch.save(file, path)
+        with pytest.raises(ValueError, match="adapter for 'deu' does not fit"):
+            conversion.open_checkpoint(path)
+
+
+def loaded_first(reference, language):
+    """The state dict of the network when it speaks a language."""
+    reference.load_adapter(language)
+    return reference.state_dict()
 
 
 BILLION = LAYER | {

@@ -13,11 +13,13 @@ import torch
 import transformers
 from flax import nnx
 
+from audiozoo.errors import CheckpointError
 from audiozoo.models import wav2vec2, xls_r
 from audiozoo.models.xls_r import SpeechEncoderDecoderConfig, SpeechEncoderDecoderModel, XLSRConfig
 from audiozoo.processors.xls_r import LANGUAGES, MBart50Tokenizer, XLSRProcessor
 from tests.parity import harness
 from tests.parity.speech_family import LAYER, NO_DROPOUT, TINY, blank, padded, reference_in_double
+from tests.parity.test_wav2vec2 import fairseq_names
 from weights_conversion import wav2vec2 as encoders
 from weights_conversion import xls_r as conversion
 
@@ -183,6 +185,80 @@ def test_hugging_face_directories(untied, tmp_path):
             np.testing.assert_array_equal(back.state_dict()[key], tensor, err_msg=key)
         again = conversion.config_from_hugging_face(json.loads((tmp_path / "ours" / "config.json").read_text()))
         assert again == model.config == SpeechEncoderDecoderConfig(**dataclasses.asdict(model.config))
+
+
+def xm_transformer(reference):
+    """The reference's weights by the names that fairseq's `xm_transformer` gives them, written out by hand."""
+    encoder = {k.removeprefix("encoder."): v for k, v in reference.state_dict().items() if k.startswith("encoder.")}
+    adapter = {k: encoder.pop(k) for k in list(encoder) if k.startswith("adapter.")}
+    names = {f"encoder.w2v_encoder.w2v_model.{k}": v for k, v in fairseq_names(encoder, True).items()}
+    for key, value in adapter.items():
+        name = key.replace("adapter.layers", "encoder.adaptor.layers").replace(".conv.", ".")
+        name = name.replace("adapter.proj_layer_norm", "encoder.w2v_proj_ln")
+        names[name.replace("adapter.proj", "encoder.w2v_encoder.proj")] = value
+    names |= {
+        key.removeprefix("decoder.model."): value
+        for key, value in reference.state_dict().items()
+        if key.startswith("decoder.model.")
+    }
+    return names | {
+        "decoder.output_projection.weight": reference.decoder.lm_head.weight,
+        "decoder.version": torch.tensor([3.0]),
+    }
+
+
+@pytest.mark.parametrize("projected", [True, False], ids=["projected, args", "cfg"])
+def test_fairseq_files(projected, tmp_path):
+    """`xls_r_…_21_en.pt`: recognised as it is, not as SeamlessM4T or wav2vec 2.0; read strictly; written back."""
+    from argparse import Namespace
+
+    import audiozoo
+    from audiozoo.loading import variables
+    from weights_conversion import seamless_m4t, seamless_m4t_v2, xm_transformer_names
+    from weights_conversion.readers import open_tensors
+
+    sizes = {"hidden_size": 32, "num_attention_heads": 16, "intermediate_size": 24}
+    sizes |= {"conv_dim": (8,) * 7, "num_conv_pos_embedding_groups": 4, "mask_time_prob": 0.1}
+    sizes |= {k: transformers.Wav2Vec2Config().to_dict()[k] for k in ("conv_kernel", "conv_stride")}
+    width = 24 if projected else 32
+    changes = sizes | {"output_hidden_size": width, "num_adapter_layers": 3, "decoder": {"d_model": width}}
+    if not projected:
+        changes["decoder"] |= {"decoder_attention_heads": 4}
+    with harness.precision("float32"):
+        reference, _, _ = translators(**changes)
+        settings = {"_name": "xm_transformer", "arch": "xm_transformer", "activation_fn": "relu", "mask_prob": 0.1}
+        settings |= {"decoder_attention_heads": 3 if projected else 4, "adaptor_stride": 2, "decoder_dropout": 0.3}
+        inner = {"_name": "wav2vec2", "encoder_attention_heads": 16, "layer_norm_first": True, "activation_fn": "gelu"}
+        file = {"model": xm_transformer(reference)}
+        if projected:
+            file["args"] = Namespace(**settings, w2v_args=Namespace(**inner))
+        else:
+            file["cfg"] = {"model": settings | {"w2v_args": {"model": inner}}}
+        path = tmp_path / "xls_r_21_en.pt"
+        torch.save(file, path)
+        assert not any(other.recognise(path) for other in (encoders, seamless_m4t, seamless_m4t_v2))
+        model = audiozoo.load(path)
+        assert isinstance(model, SpeechEncoderDecoderModel)
+        assert model.config.decoder.dropout == 0.3
+        assert (model.config.encoder.hidden_act, model.config.decoder.activation_function) == ("gelu", "relu")
+        x, tokens = padded()[0][:1].astype(np.float32), np.array([[2, 7, 5, 9]])
+        with torch.no_grad():
+            theirs = reference(torch.tensor(x), decoder_input_ids=torch.tensor(tokens)).logits
+        harness.assert_close(jax.jit(lambda m: m(x, decoder_input_ids=tokens).logits)(model), theirs)
+        table = xm_transformer_names.fairseq_table(model.config)
+        back = dict(table.write({n: v[...] for n, v in variables(model).items()}))
+        wanted = {table.today(n): v for n, v in file["model"].items()}
+        assert set(wanted) - set(back) == {"decoder.version", "decoder.output_projection.weight"}
+        for name, value in back.items():
+            np.testing.assert_array_equal(value, wanted[name].detach(), err_msg=name)
+        # Another architecture's tensors are listed, and another size's are refused.
+        torch.save(file | {"model": file["model"] | {"encoder.adaptor.proj.0.bias": torch.zeros(3)}}, path)
+        with pytest.raises(CheckpointError, match=r"encoder\.adaptor\.proj\.0\.bias"):
+            audiozoo.load(path)
+        file["model"]["encoder.adaptor.layers.0.weight"] = torch.zeros(2 * width, width, 5)
+        torch.save(file, path)
+        with pytest.raises(CheckpointError, match="5 taps"):
+            xm_transformer_names.config_from_fairseq(open_tensors(path))
 
 
 def test_pieces_of_words(tmp_path):
