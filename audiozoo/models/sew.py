@@ -204,7 +204,9 @@ class SEWPositionalConvEmbedding(Wav2Vec2PositionalConvEmbedding):
         self.conv.stride = config.squeeze_factor
         self.surplus = 1 if config.num_conv_pos_embeddings % 2 == 0 else 0
 
-    def __call__(self, x: Float[Array, "batch frames hidden"]) -> Float[Array, "batch squeezed hidden"]:
+    def __call__(
+        self, x: Float[Array, "batch frames hidden"], training: bool = False
+    ) -> Float[Array, "batch squeezed hidden"]:
         """What is added to the squeezed frames. An even number of taps gives a frame too many; the last one goes."""
         y = self.conv(x)
         return activation(self.activation)(y[:, : y.shape[1] - self.surplus])
