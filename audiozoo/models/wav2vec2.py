@@ -616,12 +616,23 @@ class Wav2Vec2Adapter(nnx.Module):
             self.proj = Linear(config.hidden_size, config.adapter_size, kernel_init=init, **kwargs)
             self.proj_layer_norm = LayerNorm(config.adapter_size, **kwargs)
         self.layers = nnx.List([Wav2Vec2AdapterLayer(config, **kwargs) for _ in range(config.num_adapter_layers)])
+        self.stride = config.adapter_stride
 
-    def __call__(self, x: Float[Array, "batch frames hidden"]) -> Float[Array, "batch shorter width"]:
-        """Shorten the sequence. (Layer drop, which would change the length at random, is not applied here.)"""
+    def __call__(
+        self, x: Float[Array, "batch frames hidden"], lengths: Int[Array, " batch"] | None = None
+    ) -> Float[Array, "batch shorter width"]:
+        """Shorten the sequence. (Layer drop, which would change the length at random, is not applied here.)
+
+        Args:
+            x: frames.
+            lengths: how many of each item are speech; the others are zeros to every convolution then.
+        """
         if hasattr(self, "proj"):
             x = self.proj_layer_norm(self.proj(x))
         for layer in self.layers:
+            if lengths is not None:
+                x = jnp.where((jnp.arange(x.shape[1]) < lengths[:, None])[..., None], x, 0)
+                lengths = (lengths - 1) // self.stride + 1
             x = layer(x)
         return x
 
@@ -720,6 +731,7 @@ class Wav2Vec2Model(nnx.Module):
         output_hidden_states: bool = False,
         hidden_states_before_norm: bool = False,
         masked_group_norm: bool = False,
+        masked_adapter: bool = False,
         feature_grad_mult: float | Float[Array, ""] = 1.0,
         key: jax.Array | None = None,
     ) -> Wav2Vec2BaseModelOutput:
@@ -737,6 +749,8 @@ class Wav2Vec2Model(nnx.Module):
                 `transformers` returns it from version 5 on.
             masked_group_norm: normalise the first convolution's output over the recording only and not over the
                 padding, so that a padded batch gives what its items give one by one. Needs an `attention_mask`.
+            masked_adapter: let the strided convolutions behind the Transformer see zeros in place of the padding, to
+                the same end. (fairseq does so for the first of them, `transformers` for none.)
             feature_grad_mult: factor on the gradient that reaches the feature encoder (§4.2: 0.1 for BASE); 0 freezes
                 it.
             key: switches dropout, layer drop and masking on.
@@ -771,8 +785,10 @@ class Wav2Vec2Model(nnx.Module):
             dropout=dropout,
         )
         x = encoded.last_hidden_state
+        if hasattr(self, "adapter"):
+            x = self.adapter(x, mask.sum(axis=1) if masked_adapter and mask is not None else None)
         return Wav2Vec2BaseModelOutput(
-            last_hidden_state=self.adapter(x) if hasattr(self, "adapter") else x,
+            last_hidden_state=x,
             extract_features=extract_features,
             conv_features=features,
             hidden_states=encoded.hidden_states,

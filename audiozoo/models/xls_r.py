@@ -22,7 +22,8 @@ drawn more often than their hours say), and what is built on it: with mBART's de
 | §4, language identification, averaged over crops | `Wav2Vec2ForSequenceClassification`, `decoding.encoders.identify` |
 
 What differs from wav2vec 2.0's LARGE: nothing but width, depth and the width of the codebooks. Heads of attention have
-64, 80 and 120 channels.
+64, 80 and 120 channels. Of a padded batch the strided convolutions see the padding too, as in `transformers`;
+`masked_adapter=True` translates each item as if it were alone.
 
 Checkpoints: `facebook/wav2vec2-xls-r-{300m,1b,2b}-{21-to-en,en-to-15}` and `-2b-22-to-16`, which translate, and
 fairseq's files of the same, `xls_r_{300m,1b,2b}_{21_en,en_15}.pt` and `xls_r_2b_22_16.pt`. The pre-trained
@@ -293,6 +294,7 @@ class SpeechEncoderDecoderModel(nnx.Module):
         attention_mask: Int[Array, "batch samples"] | None = None,
         *,
         decoder_input_ids: Any = None,
+        masked_adapter: bool = False,
         key: jax.Array | None = None,
         streamer: Streamer | None = None,
         **options: Any,
@@ -303,6 +305,7 @@ class SpeechEncoderDecoderModel(nnx.Module):
             input_values: waveforms at 16 kHz.
             attention_mask: 1 for a sample of the recording, 0 for padding behind it.
             decoder_input_ids: the text's beginning; by default `decoder_start_token_id`.
+            masked_adapter: translate a padded batch as its items one by one; see `Wav2Vec2Model`.
             key: randomness for `do_sample=True`.
             streamer: called on the host with every token.
             options: as for `transformers.generate`; `forced_bos_token_id` is the language to translate into.
@@ -326,11 +329,12 @@ class SpeechEncoderDecoderModel(nnx.Module):
             key,
             config=chosen,
             streamer=streamer,
+            masked_adapter=masked_adapter,
         ).trim()
         return output if chosen.return_dict_in_generate else np.asarray(output.sequences)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "config", "streamer"))
+@partial(jax.jit, static_argnames=("graphdef", "config", "streamer", "masked_adapter"))
 def _generate(
     graphdef: Any,
     state: Any,
@@ -341,9 +345,11 @@ def _generate(
     *,
     config: GenerationConfig,
     streamer: Streamer | None,
+    masked_adapter: bool,
 ) -> GenerateOutput:
     model = nnx.merge(graphdef, state)
-    encoded, mask = model.encode(input_values, attention_mask)
+    options = {"masked_adapter": True} if masked_adapter else {}
+    encoded, mask = model.encode(input_values, attention_mask, **options)
     decoder = model.decoder.model.decoder
     cache = decoder.start(encoded.last_hidden_state, prompt.shape[1] + config.new_tokens(prompt.shape[1]))
 

@@ -159,6 +159,19 @@ def test_generated_tokens(translator, beams):
     assert (ours[:, 1] == 6).all()
 
 
+def test_a_padded_batch_equals_its_items():
+    """With `masked_adapter`, and without it not."""
+    reference, model, _ = translators(num_adapter_layers=2, output_hidden_size=24)
+    x, mask = padded()
+    length = int(mask[1].sum())
+    with torch.no_grad():
+        alone = reference.encoder(torch.tensor(x[1:, :length])).last_hidden_state[0].numpy()
+    run = jax.jit(lambda m, masked: m.encode(x, mask, masked_adapter=masked)[0].last_hidden_state, static_argnums=1)
+    found = run(model, True)[1, : len(alone)]
+    harness.assert_close(found, alone, name="the shorter item")
+    assert np.abs(np.asarray(run(model, False))[1, : len(alone)] - alone).max() > 1e-3
+
+
 @pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied, projected"])
 def test_hugging_face_directories(untied, tmp_path):
     from audiozoo import checkpoints
