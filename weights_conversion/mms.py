@@ -7,6 +7,7 @@ alphabet: `{"model": …, "adapter": {"eng": {"model": …, "task_state": {"targ
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
+from safetensors.numpy import save_file
 
 from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.models.mms import MMSConfig
@@ -21,7 +23,7 @@ from audiozoo.models.wav2vec2 import Wav2Vec2Config
 from weights_conversion import ForeignCheckpoint, HuggingFaceForm, wav2vec2
 from weights_conversion.readers import TensorSource, open_tensors
 from weights_conversion.rules import Rule, Table, Tensors, permute
-from weights_conversion.wav2vec2 import ATTENTION_ADAPTERS, BACKBONE, family_table
+from weights_conversion.wav2vec2 import ATTENTION_ADAPTERS, BACKBONE, family_table, languages_of
 
 MODEL_TYPE = "mms"  # of no published directory: those say wav2vec2, and load as one language
 
@@ -141,19 +143,6 @@ def hugging_face(model: Any) -> HuggingFaceForm:
     raise CheckpointError(f"A {type(model).__name__} has no such form; export model.speaking(language), one at a time.")
 
 
-def languages_of(tensors: TensorSource) -> dict[str, TensorSource]:
-    """The adapters and head of every language in one of fairseq's files; none if it holds no languages."""
-    found = tensors.metadata.get("adapter")
-    if not isinstance(found, Mapping):
-        return {}
-    own = {str(language): part.get("model") for language, part in found.items() if isinstance(part, Mapping)}
-    return {
-        language: TensorSource(tensors.path, tensors.format, dict(part), {}, f"adapter.{language}.model")
-        for language, part in own.items()
-        if isinstance(part, Mapping)
-    }
-
-
 def vocabularies(path: Path) -> dict[str, dict[str, int]]:
     """The alphabet of every language in one of fairseq's files, as a nested `vocab.json` has it.
 
@@ -172,6 +161,53 @@ def vocabularies(path: Path) -> dict[str, dict[str, int]]:
             token: index for index, token in enumerate(["<pad>", "<s>", *(str(s) for s in symbols[2:])])
         }
     return found
+
+
+def unpack_languages(path: Path, directory: Path, languages: Sequence[str] | None = None) -> list[str]:
+    """Write fairseq's languages as a Hugging Face directory has them: adapters, a nested `vocab.json`, `target_lang`.
+
+    With what `audiozoo export mms1b_all.pt DIRECTORY` writes, the directory is whole.
+
+    Args:
+        path: fairseq's file.
+        directory: where to.
+        languages: those that are wanted; all by default.
+
+    Returns:
+        The languages.
+
+    Raises:
+        SourceError: if the file lacks one of them.
+    """
+    found, alphabets = languages_of(open_tensors(path)), vocabularies(path)
+    chosen = list(languages or found)
+    if missing := sorted(set(chosen) - set(found)):
+        raise SourceError(f"{path} has no adapter for {', '.join(missing)}.")
+    fairseq, hub = wav2vec2.fairseq_table(Wav2Vec2Config(), "Wav2Vec2ForCTC"), wav2vec2.adapter_table()
+    directory.mkdir(parents=True, exist_ok=True)
+    for language in chosen:
+        values = wav2vec2.parameters_of(found[language], fairseq, f"{path}, {language}")
+        file = directory / f"adapter.{language}.safetensors"
+        save_file(dict(hub.write(values)), directory / f".{file.name}", metadata={"format": "pt"})
+        (directory / f".{file.name}").replace(file)
+    letters = {language: alphabets[language] for language in chosen}
+    (directory / "vocab.json").write_text(json.dumps(letters, ensure_ascii=False), encoding="utf-8")
+    settings = {"target_lang": chosen[0], "tokenizer_class": "Wav2Vec2CTCTokenizer"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (directory / "preprocessor_config.json").write_text(json.dumps(_EXTRACTOR), encoding="utf-8")
+    return chosen
+
+
+# Recordings of mean 0 and variance 1, as MMS reads them.
+_EXTRACTOR = {
+    "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+    "do_normalize": True,
+    "return_attention_mask": True,
+    "feature_size": 1,
+    "sampling_rate": 16_000,
+    "padding_side": "right",
+    "padding_value": 0.0,
+}
 
 
 def fairseq_checkpoint(model: Any) -> dict[str, Any]:

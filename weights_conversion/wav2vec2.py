@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -619,12 +620,33 @@ def adapter_table(prefix: str = "wav2vec2") -> Table:
     return Table((*deeper, *linear("lm_head")))
 
 
+def languages_of(tensors: TensorSource) -> dict[str, TensorSource]:
+    """The adapters and head of every language in fairseq's file of MMS; none if it holds no languages."""
+    found = tensors.metadata.get("adapter")
+    own = {str(k): v.get("model") for k, v in found.items()} if isinstance(found, Mapping) else {}
+    return {
+        language: TensorSource(tensors.path, tensors.format, dict(part), {}, f"adapter.{language}.model")
+        for language, part in own.items()
+        if isinstance(part, Mapping)
+    }
+
+
 def read_adapter(directory: Path, language: str) -> dict[str, Any]:
     """Our parameters of one language's adapter, from `adapter.<language>.safetensors` or `.bin` in a directory.
 
+    Args:
+        directory: or fairseq's file of all languages.
+        language: ISO 639-3 code.
+
     Raises:
-        SourceError: if the directory has no such file, with the languages that it has.
+        SourceError: if there is no such language, with those that there are.
     """
+    if directory.is_file():
+        found = languages_of(open_tensors(directory))
+        if language not in found:
+            shown = ", ".join(list(found)[:12]) + (" …" if len(found) > 12 else "")
+            raise SourceError(f"{directory} has no adapter for {language!r}; it has {shown or 'none'}.")
+        return parameters_of(found[language], fairseq_table(Wav2Vec2Config(), "Wav2Vec2ForCTC"), str(directory))
     for suffix in ("safetensors", "bin"):
         file = directory / f"adapter.{language}.{suffix}"
         if file.is_file():
@@ -634,15 +656,21 @@ def read_adapter(directory: Path, language: str) -> dict[str, Any]:
         shown = ", ".join(known[:12]) + (" …" if len(known) > 12 else "")
         raise SourceError(f"{directory} has no adapter for {language!r}; it has {shown or 'none'}.")
     with open_tensors(file) as tensors:
-        table = adapter_table()
-        expected: dict[str, Any] = {}
-        for name in tensors.names():
-            rule_and_values = [(r, v) for r in table.rules if (v := r.match_foreign(name)) is not None]
-            for rule, values in rule_and_values:
+        return parameters_of(tensors, adapter_table(), str(file))
+
+
+def parameters_of(tensors: TensorSource, table: Table, where: str) -> dict[str, Any]:
+    """Our parameters of one language, read strictly: every tensor must be an adapter's or the head's."""
+    expected: dict[str, Any] = {}
+    for name in tensors.names():
+        for rule in table.rules:
+            if (values := rule.match_foreign(table.today(name))) is not None:
                 shape = tensors.shape(name)
-                expected[rule.our_paths(values)[0]] = _Shape(shape[::-1] if name.endswith("weight") else shape)
-        steps = table.plan(tensors, expected, where=str(file), model="an adapter")
-        return dict(table.read(tensors, steps))
+                if re.search(r"adapter_layer\.(W_|b_|ln_)", name):  # fairseq's, along an axis of length one
+                    shape = shape[1:]
+                expected[rule.our_paths(values)[0]] = _Shape(shape[::-1])
+    steps = table.plan(tensors, expected, where=where, model="an adapter")
+    return dict(table.read(tensors, steps))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -655,7 +683,7 @@ def load_adapter(model: Any, directory: str | Path, target_lang: str) -> Any:
 
     Args:
         model: with `adapter_attn_dim`.
-        directory: holds `adapter.<target_lang>.safetensors` or `.bin`.
+        directory: holds `adapter.<target_lang>.safetensors` or `.bin`; or fairseq's file of all languages.
         target_lang: ISO 639-3 code, as in the file's name.
 
     Raises:

@@ -28,7 +28,8 @@ names its own, where `transformers` has one language at a time in the whole mode
 Checkpoints: `facebook/mms-300m`, `mms-1b`, `mms-1b-{fl102,l1107,all}` and `mms-lid-{126,256,512,1024,2048,4017}`, which
 load as wav2vec 2.0, with one language; the aligner's `model.pt` with its `dictionary.txt`; and, as `MMSForCTC`, a
 directory with a file `adapter.<language>.safetensors` for each language that is wanted, or fairseq's
-`mms1b_{fl102,l1107,all}.pt`, which holds all of them (`weights_conversion.mms.open_checkpoint` picks some).
+`mms1b_{fl102,l1107,all}.pt`, which holds all of them (`weights_conversion.mms.open_checkpoint` picks some, and
+`unpack_languages` there writes such a directory).
 
     import audiozoo
     model = audiozoo.load("mms-1b-all", model_class="MMSForCTC")

@@ -210,6 +210,16 @@ def test_fairseqs_file_of_all_languages(directory, tmp_path, monkeypatch):
             for name, value in mine.items():
                 np.testing.assert_array_equal(value, theirs[today(name)].detach(), err_msg=name)
         assert conversion.vocabularies(path)["deu"] == {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "a": 4, "b": 5}
+        # Unpacked, it is a directory of which `transformers` loads a language.
+        audiozoo.export(audiozoo.load(path), tmp_path / "hub")
+        assert conversion.unpack_languages(path, tmp_path / "hub", ["deu", "fra"]) == ["deu", "fra"]
+        unpacked = transformers.Wav2Vec2ForCTC.from_pretrained(tmp_path / "hub")
+        unpacked.load_adapter("fra")
+        switched = alone.load_adapter(audiozoo.load(path), path, "fra")
+        for key, tensor in unpacked.state_dict().items():
+            np.testing.assert_array_equal(loaded_first(reference, "fra")[key], tensor, err_msg=key)
+        np.testing.assert_array_equal(switched.lm_head.kernel[...], unpacked.lm_head.weight.detach().T)
+        assert audiozoo.load_processor(tmp_path / "hub").tokenizer.tokens()[4:] == ["a", "b"]
         with pytest.raises(FileNotFoundError, match="no adapter for ita"):
             conversion.open_checkpoint(path, languages=["ita"])
         own["deu"]["model"].popitem()
