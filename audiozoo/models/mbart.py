@@ -26,7 +26,7 @@ Checkpoints: the decoder inside `facebook/wav2vec2-xls-r-*-21-to-en` and `-en-to
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,11 @@ class MBartCache:
 
     self_attention: tuple[KeyValues, ...]
     cross_attention: tuple[KeyValues, ...]
+
+    @property
+    def length(self) -> int:
+        """The tokens that there is room for."""
+        return self.self_attention[0].key.shape[2]
 
 
 class MBartScaledWordEmbedding(Embed):
@@ -140,32 +145,103 @@ class MBartDecoderLayer(nnx.Module):
         return x + dropout(hidden, config.dropout), key_values, weights, cross_weights
 
 
+def empty_cache(
+    layers: Sequence[Any], encoder_hidden_states: Float[Array, "batch frames d_model"], heads: int, length: int
+) -> MBartCache:
+    """§2.2: room for the keys and values of `length` tokens in every block, and those of the encoder's states."""
+    batch, _, width = encoder_hidden_states.shape
+    cross = tuple(layer.encoder_attn.key_values(encoder_hidden_states) for layer in layers)
+    empty = KeyValues.empty(batch, heads, length, width // heads, cross[0].key.dtype)
+    return MBartCache(tuple(empty for _ in layers), cross)
+
+
+def decode_blocks(
+    layers: Sequence[Any],
+    x: Float[Array, "batch time d_model"],
+    attention_mask: Int[Array, "batch keys"] | Bool[Array, "batch keys"] | None,
+    encoder_hidden_states: Float[Array, "batch frames d_model"] | None,
+    encoder_attention_mask: Bool[Array, "batch *queries frames"] | Int[Array, "batch *queries frames"] | None,
+    *,
+    past_key_values: MBartCache | None,
+    cache_position: int | Int[Array, ""],
+    output_attentions: bool,
+    output_hidden_states: bool,
+    drop_rate: float,
+    dropout: Dropout,
+    norm: LayerNorm | None,
+) -> DecoderOutput:
+    """§2.2: embedded tokens through the blocks of a decoder; for the arguments see `MBartDecoder`.
+
+    Args:
+        layers: blocks, called as `MBartDecoderLayer` is.
+        x: embedded tokens; with a cache, those that are new.
+        attention_mask: 1 where a token (of the cache's length, if there is a cache) is real.
+        encoder_hidden_states: the encoder's output; not needed with a cache.
+        encoder_attention_mask: which of its frames are real, or which each token may see.
+        past_key_values: cache so far.
+        cache_position: where in it the first of these tokens stands.
+        output_attentions: return attention weights.
+        output_hidden_states: return the input of every block, and the output.
+        drop_rate: chance that training skips a block.
+        dropout: source of keys.
+        norm: behind the last block, if there is one.
+    """
+    time = x.shape[1]
+    keys, first = (time, 0) if past_key_values is None else (past_key_values.length, cache_position)
+    mask = causal_mask(time, keys, first)
+    if attention_mask is not None:
+        mask = mask & (attention_mask[:, None, None, :] != 0)
+    source_mask = None
+    if encoder_attention_mask is not None:
+        frames = encoder_attention_mask.shape[-1]
+        source_mask = (encoder_attention_mask != 0).reshape(len(encoder_attention_mask), 1, -1, frames)
+    hidden_states, attentions, cross_attentions = [], [], []
+    key_values: list[KeyValues] = []
+    for i, layer in enumerate(layers):
+        past = source = None
+        if past_key_values is not None:
+            past, source = past_key_values.self_attention[i], past_key_values.cross_attention[i]
+        elif encoder_hidden_states is not None:
+            source = layer.encoder_attn.key_values(encoder_hidden_states)
+        hidden_states.append(x)
+        arguments = (past, cache_position, mask, source, source_mask, output_attentions)
+        x, new, weights, cross_weights = layer_drop(layer, x, drop_rate, dropout, *arguments)
+        key_values.append(new)
+        attentions.append(weights)
+        cross_attentions.append(cross_weights)
+    x = x if norm is None else norm(x)
+    cache = None if past_key_values is None else MBartCache(tuple(key_values), past_key_values.cross_attention)
+    return DecoderOutput(
+        last_hidden_state=x,
+        past_key_values=cache,
+        hidden_states=(*hidden_states, x) if output_hidden_states else None,
+        attentions=tuple(attentions) if output_attentions else None,
+        cross_attentions=tuple(cross_attentions) if output_attentions else None,
+    )
+
+
 class MBartDecoder(nnx.Module):
     """§2.2: scaled token and learned position embeddings, pre-norm blocks and a last LayerNorm."""
 
     def __init__(self, config: MBartConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         init = nnx.initializers.normal(config.init_std)
-        self.embed_tokens = MBartScaledWordEmbedding(config, embedding_init=init, **kwargs)
+        self.embed_tokens: Embed = MBartScaledWordEmbedding(config, embedding_init=init, **kwargs)
         # The first two rows belong to no position.
         self.embed_positions = Embed(config.max_position_embeddings + 2, config.d_model, embedding_init=init, **kwargs)
         self.layers = nnx.List([MBartDecoderLayer(config, **kwargs) for _ in range(config.decoder_layers)])
         self.layernorm_embedding = LayerNorm(config.d_model, **kwargs)
-        self.layer_norm = LayerNorm(config.d_model, **kwargs)
+        self.layer_norm: LayerNorm | None = LayerNorm(config.d_model, **kwargs)
         self.config = config
 
     def start(self, encoder_hidden_states: Float[Array, "batch frames d_model"], length: int) -> MBartCache:
         """An empty cache for `length` tokens, and the encoder's keys and values."""
-        batch, _, width = encoder_hidden_states.shape
-        heads = self.config.decoder_attention_heads
-        cross = tuple(layer.encoder_attn.key_values(encoder_hidden_states) for layer in self.layers)
-        empty = KeyValues.empty(batch, heads, length, width // heads, encoder_hidden_states.dtype)
-        return MBartCache(tuple(empty for _ in self.layers), cross)
+        return empty_cache(self.layers, encoder_hidden_states, self.config.decoder_attention_heads, length)
 
     def embed(
-        self, input_ids: Int[Array, "batch time"], position: int | Int[Array, ""], dropout: Dropout
+        self, input_ids: Int[Array, "batch time"], position: int | Int[Array, ""], limit: int, dropout: Dropout
     ) -> Float[Array, "batch time d_model"]:
-        """Tokens with their positions, the first one at `position`.
+        """Tokens with their positions, the first one at `position`, all of them before `limit`.
 
         Raises:
             UsageError: for too many tokens.
@@ -181,7 +257,9 @@ class MBartDecoder(nnx.Module):
         input_ids: Int[Array, "batch time"],
         attention_mask: Int[Array, "batch keys"] | None = None,
         encoder_hidden_states: Float[Array, "batch frames d_model"] | None = None,
-        encoder_attention_mask: Bool[Array, "batch frames"] | None = None,
+        encoder_attention_mask: Bool[Array, "batch *queries frames"]
+        | Int[Array, "batch *queries frames"]
+        | None = None,
         *,
         past_key_values: MBartCache | None = None,
         cache_position: int | Int[Array, ""] = 0,
@@ -195,7 +273,8 @@ class MBartDecoder(nnx.Module):
             input_ids: tokens.
             attention_mask: 1 where a token (of the cache's length, if there is a cache) is real, 0 where it is padding.
             encoder_hidden_states: the encoder's output; not needed with a cache, which holds its keys and values.
-            encoder_attention_mask: which of its frames are real.
+            encoder_attention_mask: which of its frames are real; or which of them each token may see,
+                `(batch, time, frames)`.
             past_key_values: cache from `start` or from the last call; returned with these tokens added.
             cache_position: where in the cache the first of these tokens stands.
             output_attentions: return attention weights.
@@ -205,35 +284,21 @@ class MBartDecoder(nnx.Module):
         Raises:
             UsageError: for too many tokens.
         """
-        config, time, dropout = self.config, input_ids.shape[1], Dropout(key)
-        x = self.embed(input_ids, cache_position, dropout)
-        keys = time if past_key_values is None else past_key_values.self_attention[0].key.shape[2]
-        mask = causal_mask(time, keys, 0 if past_key_values is None else cache_position)
-        if attention_mask is not None:
-            mask = mask & (attention_mask[:, None, None, :] != 0)
-        source_mask = None if encoder_attention_mask is None else (encoder_attention_mask != 0)[:, None, None, :]
-        hidden_states, attentions, cross_attentions = [], [], []
-        key_values: list[KeyValues] = []
-        for i, layer in enumerate(self.layers):
-            past = source = None
-            if past_key_values is not None:
-                past, source = past_key_values.self_attention[i], past_key_values.cross_attention[i]
-            elif encoder_hidden_states is not None:
-                source = layer.encoder_attn.key_values(encoder_hidden_states)
-            hidden_states.append(x)
-            arguments = (past, cache_position, mask, source, source_mask, output_attentions)
-            x, new, weights, cross_weights = layer_drop(layer, x, config.decoder_layerdrop, dropout, *arguments)
-            key_values.append(new)
-            attentions.append(weights)
-            cross_attentions.append(cross_weights)
-        x = self.layer_norm(x)
-        cache = None if past_key_values is None else MBartCache(tuple(key_values), past_key_values.cross_attention)
-        return DecoderOutput(
-            last_hidden_state=x,
-            past_key_values=cache,
-            hidden_states=(*hidden_states, x) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
-            cross_attentions=tuple(cross_attentions) if output_attentions else None,
+        dropout = Dropout(key)
+        limit = input_ids.shape[1] if past_key_values is None else past_key_values.length
+        return decode_blocks(
+            self.layers,
+            self.embed(input_ids, cache_position, limit, dropout),
+            attention_mask,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            past_key_values=past_key_values,
+            cache_position=cache_position,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            drop_rate=self.config.decoder_layerdrop,
+            dropout=dropout,
+            norm=self.layer_norm,
         )
 
 

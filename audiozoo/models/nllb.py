@@ -167,7 +167,7 @@ class NllbDecoder(MBartDecoder):
         self.config = config
 
     def embed(
-        self, input_ids: Int[Array, "batch time"], position: int | Int[Array, ""], dropout: Dropout
+        self, input_ids: Int[Array, "batch time"], position: int | Int[Array, ""], limit: int, dropout: Dropout
     ) -> Float[Array, "batch time d_model"]:
         """Tokens with their positions; `position` tokens came before. Sinusoids have no end, so no text is too long."""
         x = self.embed_tokens(input_ids)

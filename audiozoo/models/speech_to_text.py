@@ -62,7 +62,6 @@ from audiozoo.layers import (
     Conv1d,
     Dropout,
     Embed,
-    KeyValues,
     LayerNorm,
     Linear,
     MultiHeadAttention,
@@ -70,10 +69,15 @@ from audiozoo.layers import (
     fairseq_sinusoids,
     layer_drop,
 )
-from audiozoo.layers.attention import causal_mask
 from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy
-from audiozoo.models.mbart import MBartCache, MBartConfig, MBartDecoderLayer, continue_text
-from audiozoo.outputs import BaseModelOutput, DecoderOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
+from audiozoo.models.mbart import (
+    MBartCache,
+    MBartConfig,
+    MBartDecoder,
+    MBartDecoderLayer,
+    continue_text,
+)
+from audiozoo.outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
 
 
 @dataclass(frozen=True)
@@ -406,8 +410,11 @@ class Speech2TextEncoder(nnx.Module):
         )
 
 
-class Speech2TextDecoder(nnx.Module):
-    """§2 (arXiv 1706.03762, §3.1): scaled token embeddings with positions, pre-norm blocks and a last LayerNorm."""
+class Speech2TextDecoder(MBartDecoder):
+    """§2 (arXiv 1706.03762, §3.1): scaled token embeddings with positions, pre-norm blocks and a last LayerNorm.
+
+    It is called as `MBartDecoder` is; with `wait_k_mask` for `encoder_attention_mask` each token sees its own frames.
+    """
 
     layer_class: ClassVar[Any] = MBartDecoderLayer
     last_norm: ClassVar[bool] = True
@@ -420,88 +427,17 @@ class Speech2TextDecoder(nnx.Module):
         self.layer_norm = LayerNorm(config.d_model, **kwargs) if self.last_norm else None
         self.config = config
 
-    def start(self, encoder_hidden_states: Float[Array, "batch frames d_model"], length: int) -> MBartCache:
-        """An empty cache for `length` tokens, and the encoder's keys and values."""
-        batch, _, width = encoder_hidden_states.shape
-        heads = self.config.decoder_attention_heads
-        cross = tuple(layer.encoder_attn.key_values(encoder_hidden_states) for layer in self.layers)
-        empty = KeyValues.empty(batch, heads, length, width // heads, encoder_hidden_states.dtype)
-        return MBartCache(tuple(empty for _ in self.layers), cross)
-
-    def positions(
-        self, input_ids: Int[Array, "batch time"], position: int | Int[Array, ""], keys: int, dtype: Any
+    def embed(
+        self, input_ids: Int[Array, "batch time"], position: int | Int[Array, ""], limit: int, dropout: Dropout
     ) -> Float[Array, "batch time d_model"]:
-        """The sinusoids of every token; padding has none, and does not count."""
-        table = jnp.asarray(fairseq_sinusoids(keys + 2, self.config.d_model), dtype)
-        real = input_ids != self.config.pad_token_id
-        rows = jnp.where(real, 1 + position + jnp.cumsum(real, axis=1), 1)
-        return table[rows]
-
-    def __call__(
-        self,
-        input_ids: Int[Array, "batch time"],
-        attention_mask: Int[Array, "batch keys"] | None = None,
-        encoder_hidden_states: Float[Array, "batch frames d_model"] | None = None,
-        encoder_attention_mask: Bool[Array, "batch *queries frames"]
-        | Int[Array, "batch *queries frames"]
-        | None = None,
-        *,
-        past_key_values: MBartCache | None = None,
-        cache_position: int | Int[Array, ""] = 0,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
-        key: jax.Array | None = None,
-    ) -> DecoderOutput:
-        """Decode tokens against an encoder's output.
-
-        Args:
-            input_ids: tokens.
-            attention_mask: 1 where a token (of the cache's length, if there is a cache) is real, 0 where it is padding.
-            encoder_hidden_states: the encoder's output; not needed with a cache, which holds its keys and values.
-            encoder_attention_mask: which of its frames are real; or which of them each token may see (see
-                `wait_k_mask`), `(batch, time, frames)`.
-            past_key_values: cache from `start` or from the last call; returned with these tokens added.
-            cache_position: where in the cache the first of these tokens stands.
-            output_attentions: return attention weights.
-            output_hidden_states: return the input of every block, and the output.
-            key: switches dropout and layer drop on.
-        """
-        config, dropout, time = self.config, Dropout(key), input_ids.shape[1]
-        keys = time if past_key_values is None else past_key_values.self_attention[0].key.shape[2]
-        x = self.embed_tokens(input_ids)
+        """Tokens with their positions; padding has none, and does not count."""
+        x, config = self.embed_tokens(input_ids), self.config
         if config.scale_embedding:
             x = x * jnp.asarray(config.d_model**0.5, x.dtype)
-        x = dropout(x + self.positions(input_ids, cache_position, keys, x.dtype), config.dropout)
-        mask = causal_mask(time, keys, 0 if past_key_values is None else cache_position)
-        if attention_mask is not None:
-            mask = mask & (attention_mask[:, None, None, :] != 0)
-        source_mask = None
-        if encoder_attention_mask is not None:
-            frames = encoder_attention_mask.shape[-1]
-            source_mask = (encoder_attention_mask != 0).reshape(len(encoder_attention_mask), 1, -1, frames)
-        hidden_states, attentions, cross_attentions = [], [], []
-        key_values: list[KeyValues] = []
-        for i, layer in enumerate(self.layers):
-            past = source = None
-            if past_key_values is not None:
-                past, source = past_key_values.self_attention[i], past_key_values.cross_attention[i]
-            elif encoder_hidden_states is not None:
-                source = layer.encoder_attn.key_values(encoder_hidden_states)
-            hidden_states.append(x)
-            arguments = (past, cache_position, mask, source, source_mask, output_attentions)
-            x, new, weights, cross_weights = layer_drop(layer, x, config.decoder_layerdrop, dropout, *arguments)
-            key_values.append(new)
-            attentions.append(weights)
-            cross_attentions.append(cross_weights)
-        x = x if self.layer_norm is None else self.layer_norm(x)
-        cache = None if past_key_values is None else MBartCache(tuple(key_values), past_key_values.cross_attention)
-        return DecoderOutput(
-            last_hidden_state=x,
-            past_key_values=cache,
-            hidden_states=(*hidden_states, x) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
-            cross_attentions=tuple(cross_attentions) if output_attentions else None,
-        )
+        table = jnp.asarray(fairseq_sinusoids(limit + 2, config.d_model), x.dtype)
+        real = input_ids != config.pad_token_id
+        rows = jnp.where(real, 1 + position + jnp.cumsum(real, axis=1), 1)
+        return dropout(x + table[rows], config.dropout)
 
 
 class Speech2TextModel(nnx.Module):

@@ -63,7 +63,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from audiozoo.decoding import GenerateOutput, GenerationConfig, Growing, Shared, generate
+from audiozoo.decoding import GenerateOutput, GenerationConfig
 from audiozoo.decoding.ctc_prefix import PrefixScorer
 from audiozoo.decoding.generate import Streamer
 from audiozoo.decoding.synthesis import bucket
@@ -77,7 +77,6 @@ from audiozoo.layers import (
     Linear,
     MultiHeadAttention,
     attend,
-    causal_mask,
     layer_drop,
     merge_heads,
     relative_to_absolute,
@@ -87,6 +86,7 @@ from audiozoo.layers import (
 from audiozoo.layers.batch_norm import BatchNorm
 from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy, ctc_loss
 from audiozoo.models.hubert import cluster_logits, masked_prediction, targets_of_frames
+from audiozoo.models.mbart import MBartCache, continue_text, decode_blocks, empty_cache
 from audiozoo.models.speech_to_text import shift_tokens_right
 from audiozoo.models.wav2vec2 import (
     Wav2Vec2FeatureEncoder,
@@ -433,7 +433,7 @@ def draw_prenet_masks(
 
 
 class SpeechT5SpeechDecoderPrenet(nnx.Module):
-    """§2.1, speech-decoder pre-net: "three fully connected layers with the ReLU activation, fed with the log-Mel".
+    """§2.1, speech-decoder pre-net: fully connected layers with ReLU, fed with frames of the log-mel spectrogram.
 
     Dropout behind the first two is never switched off. The speaker's x-vector, of unit length, joins every frame.
     """
@@ -710,15 +710,6 @@ class SpeechT5Encoder(nnx.Module):
         )
 
 
-@jax.tree_util.register_dataclass
-@dataclass
-class SpeechT5Cache:
-    """§2.1, the decoder's keys and values of the steps so far and of the encoder's states, as a value."""
-
-    self_attention: tuple[KeyValues, ...]
-    cross_attention: tuple[KeyValues, ...]
-
-
 class SpeechT5DecoderLayer(nnx.Module):
     """§2.1, a block of the decoder: causal self-attention, attention to the encoder, MLP; norms last, or first."""
 
@@ -783,17 +774,13 @@ class SpeechT5Decoder(nnx.Module):
     ) -> None:
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.layers = nnx.List([SpeechT5DecoderLayer(config, **kwargs) for _ in range(config.decoder_layers)])
-        if config.layer_norm_first:
-            self.layer_norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, **kwargs)
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.layer_norm = LayerNorm(width, epsilon=eps, **kwargs) if config.layer_norm_first else None
         self.config = config
 
-    def start(self, memory: Float[Array, "batch frames hidden"], length: int) -> SpeechT5Cache:
+    def start(self, memory: Float[Array, "batch frames hidden"], length: int) -> MBartCache:
         """An empty cache for `length` steps, and the keys and values of the encoder's states."""
-        batch, _, width = memory.shape
-        heads = self.config.decoder_attention_heads
-        cross = tuple(layer.encoder_attn.key_values(memory) for layer in self.layers)
-        empty = KeyValues.empty(batch, heads, length, width // heads, cross[0].key.dtype)
-        return SpeechT5Cache(tuple(empty for _ in self.layers), cross)
+        return empty_cache(self.layers, memory, self.config.decoder_attention_heads, length)
 
     def __call__(
         self,
@@ -802,7 +789,7 @@ class SpeechT5Decoder(nnx.Module):
         encoder_hidden_states: Float[Array, "batch frames hidden"] | None = None,
         encoder_attention_mask: Bool[Array, "batch frames"] | None = None,
         *,
-        past_key_values: SpeechT5Cache | None = None,
+        past_key_values: MBartCache | None = None,
         cache_position: int | Int[Array, ""] = 0,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
@@ -821,37 +808,19 @@ class SpeechT5Decoder(nnx.Module):
             output_hidden_states: return the input of every block, and the output.
             dropout: source of dropout keys.
         """
-        config, dropout, time = self.config, dropout or Dropout(None), x.shape[1]
-        keys = time if past_key_values is None else past_key_values.self_attention[0].key.shape[2]
-        mask = causal_mask(time, keys, cache_position)
-        if attention_mask is not None:
-            mask = mask & (attention_mask[:, None, None, :] != 0)
-        source_mask = None if encoder_attention_mask is None else (encoder_attention_mask != 0)[:, None, None, :]
-        hidden_states, attentions, cross_attentions = [x], [], []
-        key_values: list[KeyValues] = []
-        for i, layer in enumerate(self.layers):
-            past = source = None
-            if past_key_values is not None:
-                past, source = past_key_values.self_attention[i], past_key_values.cross_attention[i]
-            elif encoder_hidden_states is not None:
-                source = layer.encoder_attn.key_values(encoder_hidden_states)
-            arguments = (past, cache_position, mask, source, source_mask, output_attentions)
-            x, new, weights, cross = layer_drop(layer, x, config.decoder_layerdrop, dropout, *arguments)
-            hidden_states.append(x)
-            key_values.append(new)
-            attentions.append(weights)
-            cross_attentions.append(cross)
-        if config.layer_norm_first:
-            x = hidden_states[-1] = self.layer_norm(x)
-        cache = None
-        if past_key_values is not None:
-            cache = SpeechT5Cache(tuple(key_values), past_key_values.cross_attention)
-        return DecoderOutput(
-            last_hidden_state=x,
-            past_key_values=cache,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
-            cross_attentions=tuple(cross_attentions) if output_attentions else None,
+        return decode_blocks(
+            self.layers,
+            x,
+            attention_mask,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            past_key_values=past_key_values,
+            cache_position=cache_position,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            drop_rate=self.config.decoder_layerdrop,
+            dropout=dropout or Dropout(None),
+            norm=self.layer_norm,
         )
 
 
@@ -1178,15 +1147,10 @@ def _generate(
     encoded, mask = model.speecht5.encoder(input_values, attention_mask, masked_group_norm=masked_group_norm)
     limit = prompt.shape[1] + config.new_tokens(prompt.shape[1])
 
-    def step(tokens: jax.Array, cache: Any, position: Any) -> tuple[jax.Array, Any]:
-        own, source, source_mask = cache
-        past = SpeechT5Cache(tuple(KeyValues(k.value, v.value) for k, v in own), source.value)
-        rows = source_mask.value
-        if rows is not None:
-            rows = jnp.repeat(rows, len(tokens) // len(rows), axis=0)
+    def decode(tokens: Any, rows: Any, past: MBartCache, position: Any) -> tuple[jax.Array, MBartCache]:
         x = decoder.prenet(tokens, position=position, limit=limit)
         out = decoder.wrapped_decoder(x, encoder_attention_mask=rows, past_key_values=past, cache_position=position)
-        return model.head(out.last_hidden_state[:, -1:])[:, 0], _marked(out.past_key_values, source_mask.value)
+        return model.head(out.last_hidden_state[:, -1:]), out.past_key_values
 
     processors: tuple[Any, ...] = ()
     if ctc_weight:
@@ -1196,22 +1160,8 @@ def _generate(
         processors = (
             PrefixScorer(log_probs, frames, ctc_weight, prompt.shape[1], ours.ctc_blank_id, ours.eos_token_id),
         )
-    return generate(
-        step,
-        _marked(decoder.wrapped_decoder.start(encoded.last_hidden_state, limit), mask),
-        prompt,
-        config,
-        prefill=lambda tokens, cache: step(tokens, cache, 0),
-        key=key,
-        logits_processors=processors,
-        streamer=streamer,
-    )
-
-
-def _marked(cache: SpeechT5Cache, mask: jax.Array | None) -> Any:
-    """Tell the search which arrays grow with the tokens and which all beams share."""
-    own = tuple((Growing(kv.key, 2), Growing(kv.value, 2)) for kv in cache.self_attention)
-    return own, Shared(cache.cross_attention), Shared(mask)
+    cache = decoder.wrapped_decoder.start(encoded.last_hidden_state, limit)
+    return continue_text(decode, cache, mask, prompt, config, key=key, logits_processors=processors, streamer=streamer)
 
 
 # --- §2.2, Eq. 2, and §3.3: the losses of speaking --------------------------------------------------------------------
