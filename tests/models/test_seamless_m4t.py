@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,7 @@ from audiozoo.models.seamless_m4t import (
 from audiozoo.models.speech_resynthesis import CodeHifiGanConfig
 from audiozoo.processors.seamless_m4t import SeamlessM4TFeatureExtractor
 from tests.models.random_model import random_model
+from tests.models.streaming import peak_of, write_checkpoint
 from tests.shapes import enforce
 from weights_conversion import seamless_m4t as conversion
 
@@ -249,3 +252,30 @@ def test_from_the_command_line(model, tmp_path):
         failed = run(*arguments)
         assert failed.exit_code == 1
         assert message in str(failed.exception)
+
+
+# --- memory and shards -----------------------------------------------------------------------------------------------
+
+# The large model's widths, with fewer of everything.
+SHALLOW = dataclasses.replace(
+    SeamlessM4TConfig.large(),
+    vocab_size=20_000,
+    encoder_ffn_dim=2048,
+    decoder_ffn_dim=2048,
+    t2u_encoder_ffn_dim=2048,
+    t2u_decoder_ffn_dim=2048,
+    encoder_layers=1,
+    decoder_layers=1,
+    speech_encoder_layers=1,
+    t2u_encoder_layers=1,
+    t2u_decoder_layers=1,
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak is read from /proc")
+def test_a_large_model_is_read_into_the_shards_of_eight_devices(tmp_path):
+    size = write_checkpoint(tmp_path, lambda rngs: SeamlessM4TModel(SHALLOW, rngs=rngs), conversion)
+    assert 4e8 < size < 9e8
+    peak = peak_of(8, tmp_path)
+    assert peak <= 1.3 * size + 0.5e9, f"{peak / 1e9:.2f} GB for {size / 1e9:.2f} GB"
