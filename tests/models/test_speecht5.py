@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +26,7 @@ from audiozoo.text.numbers import spell_numbers
 from tests.models.tiny_speecht5 import SIZES, build, train_characters, vocoder, wave
 from tests.tolerances import tolerance
 
+ROOT = Path(__file__).resolve().parents[2]
 IDS = np.array([[5, 9, 12, 4, 2], [7, 8, 2, 1, 1]], np.int32)
 WHO = np.random.default_rng(1).standard_normal((2, 6)).astype(np.float32)
 
@@ -67,6 +72,40 @@ def test_the_same_seed_the_same_speech(voice):
     alone = voice.generate(IDS[:1], None, WHO[:1], **sound)
     np.testing.assert_allclose(waves[0, : lengths[0]], alone, atol=1e-5)
     assert not waves[1, lengths[1] :].any()
+
+
+SHARDED = """
+import jax, numpy as np
+from audiozoo import sharding
+from tests.models.test_speecht5 import IDS, WHO
+from tests.models.tiny_speecht5 import build, vocoder
+
+def say(model, vocoder, seed):
+    options = {"threshold": 0.9, "maxlenratio": 6.0, "minlenratio": 2.0, "return_output_lengths": True}
+    return model.generate(IDS, IDS != 1, WHO, key=jax.random.key(seed), vocoder=vocoder, **options)
+
+mesh = sharding.make_mesh({"data": 4, "tensor": 2})
+voice, sound = build("ForTextToSpeech"), vocoder()
+(alone, lengths), (together, same) = say(voice, sound, 3), say(*(sharding.shard(m, mesh) for m in (voice, sound)), 3)
+assert lengths == same
+other, _ = say(voice, sound, 4)
+assert other.shape != alone.shape or np.abs(other - alone).max() > 1e-4
+print(np.abs(alone - together).max())
+"""
+
+
+@pytest.mark.slow
+def test_eight_devices_say_with_a_seed_what_one_says():
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(done.stdout) < 1e-5
 
 
 def test_text_longer_than_any_table(voice):
