@@ -66,6 +66,7 @@ TABLE: dict[tuple[str, str, str], Tolerance] = {
     # Scores of a search over logits that are equal to the bit: sums of a few tens of float32 log-probabilities.
     ("scores", "float32", ANY): Tolerance(1e-5, 1e-5),
     # One device against several, and one layout of the same sum against another.
+    ("sharded", "float64", ANY): Tolerance(1e-9, 1e-12),
     ("sharded", "float32", ANY): Tolerance(1e-5, 1e-6),
 }
 

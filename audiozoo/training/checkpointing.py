@@ -1,10 +1,11 @@
 """Checkpoints of a training run: written in the background, whole or not at all; the last few and the best are kept.
 
     OUT/checkpoints/300/state/…     parameters, statistics, the optimiser's state (Orbax), for any number of devices
-    OUT/checkpoints/300/run/…       the position in the data, and the best evaluation so far (JSON)
+    OUT/checkpoints/300/run/…       the position in the data, the best evaluation so far, checksums (JSON)
 
 A step is a directory that Orbax writes under another name and renames when it is complete: a process that is killed
-leaves the last complete one behind, and `restore` goes on from there, to the bit.
+leaves the last complete one behind, and `restore` goes on from there, to the bit. Orbax's files do not tell when a bit
+of an array has changed; the checksums do, on any number of devices.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
@@ -109,7 +111,7 @@ class Checkpoints:
         """
         position = data.get_state() if hasattr(data, "get_state") else None
         position = position.decode() if isinstance(position, bytes) else position
-        run = {"data": position, "progress": self.progress}
+        run = {"data": position, "progress": self.progress, "checksums": checksums(_named(state))}
         with self._sentence(f"The checkpoint of step {step} cannot be written to {self.directory}"), _quiet():
             self._manager.check_for_errors()
             self._manager.save(
@@ -189,6 +191,11 @@ class Checkpoints:
                 ),
             )
         run = restored[_RUN]
+        same = {name: array for name, array in restored[_STATE].items() if stored[name].dtype == array.dtype}
+        known = run.get("checksums", {})
+        wrong = [name for name, value in checksums(same).items() if known.get(name, value) != value]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is not what was saved")
         if hasattr(data, "set_state") and run["data"] is not None:
             data.set_state(run["data"].encode() if isinstance(run["data"], str) else run["data"])
         self.progress = run["progress"]
@@ -223,6 +230,22 @@ class Checkpoints:
             steps = [n for n in self.steps() if (self.directory / str(n)).exists()]
             before = f"; that of step {steps[-1]} is good" if steps else ""
             raise CheckpointError(f"{sentence} ({reason}){before}.") from None
+
+
+def checksums(arrays: dict[str, Any]) -> dict[str, int]:
+    """The sum of each array's bits as numbers of 32 bits, modulo $2^{32}$: the same in any order, so on any mesh."""
+    sums = _sums({name: array for name, array in arrays.items() if array.size})
+    return {name: int(np.asarray(total.addressable_data(0))) for name, total in sums.items()}
+
+
+@jax.jit
+def _sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def total(x: jax.Array) -> jax.Array:
+        unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+        bits = x.astype(unsigned) if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, unsigned)
+        return bits.sum(dtype=jnp.uint32)
+
+    return jax.tree.map(total, arrays)
 
 
 class _Mismatch(Exception):

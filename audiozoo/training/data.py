@@ -62,13 +62,13 @@ class Item:
     """
 
     name: str
-    audio: Path | Member
+    audio: str | Path | Member
     seconds: float | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
 
     def source(self) -> Any:
         """What `audiozoo.audio.read` takes."""
-        return self.audio if isinstance(self.audio, Path) else self.audio.read()
+        return self.audio.read() if isinstance(self.audio, Member) else self.audio
 
 
 # --- finding them ----------------------------------------------------------------------------------------------------

@@ -1,18 +1,23 @@
 """A run in a process of its own, to be killed: `python faulty_run.py DIRECTORY STEPS [MESH] [KILL AT]`.
 
-KILL is `step:7` (while step 7 computes) or `write:6` (while the checkpoint of step 6 is being written).
+KILL is `step:7` (while step 7 computes), `write:6` (when the checkpoint of step 6 begins to be written) or `commit:6`
+(when all of it is written, and it lacks its name). The data are recordings, read by threads ahead of the steps.
 """
 
 import os
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import jax
+import numpy as np
 import optax
+import soundfile
 
 from audiozoo import sharding
 from audiozoo.training.checkpointing import Checkpoints
+from audiozoo.training.data import Batches, find_items
 from audiozoo.training.loop import Options, Trainer
 from audiozoo.training.reporting import Reporter
 from tests.training.networks import Numbers, loss, task
@@ -22,12 +27,28 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def recordings(root):
+    """Twenty noises of several lengths."""
+    root.mkdir(parents=True, exist_ok=True)
+    for index in range(20):
+        noise = np.random.default_rng(index).normal(0, 0.1, 1000 + 100 * index)
+        soundfile.write(root / f"{index:02}.wav", noise, 8000)
+    return find_items(root)
+
+
+def prepare(waveform, fields, rng):
+    start = int(rng.integers(len(waveform) - 799))
+    x = waveform[start : start + 800].reshape(8, 100).std(axis=1) * 10
+    return {"x": x, "y": x.sum()}
+
+
 def main(directory, steps, mesh="", kill=""):
     when, _, at = kill.partition(":")
     trainer = Trainer(
         task(loss, optax.adamw(1e-2)), Options(average=0.9), mesh=sharding.parse_mesh(mesh) if mesh else None
     )
-    checkpoints, data = Checkpoints(f"{directory}/checkpoints"), Numbers()
+    checkpoints = Checkpoints(f"{directory}/checkpoints")
+    data = Batches(recordings(Path(directory) / "sounds"), prepare, batch_size=8, sampling_rate=8000).training()
     state = checkpoints.restore(trainer.abstract(), data)
     state = trainer.init() if state is None else state
     print("\n".join(checkpoints.messages), f"from step {int(state.step)}", flush=True)
@@ -64,6 +85,15 @@ def main(directory, steps, mesh="", kill=""):
                 raise SystemExit("The checkpoint was complete before the process was killed.")
 
         checkpoints.save = interrupted
+    if when == "commit":
+        rename = os.rename
+
+        def uncommitted(source, target):
+            if Path(target) == checkpoints.directory / at:
+                die()
+            rename(source, target)
+
+        os.rename = uncommitted
     with Reporter(directory, steps=int(steps), start=int(state.step)) as report:
         state = trainer.fit(
             state,

@@ -1,14 +1,17 @@
 """What goes wrong in a long run: a process is killed, a disk full, a checkpoint damaged, the machine another one."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -68,14 +71,15 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kill", ["step:8", "write:6"])
-def test_a_killed_run_goes_on_to_the_bit(uninterrupted, tmp_path, kill):
-    killed = start(tmp_path, 12, "", kill)
-    assert killed.returncode == -signal.SIGKILL, (killed.returncode, killed.stderr[-1000:])
+def test_a_run_that_is_killed_again_and_again_goes_on_to_the_bit(uninterrupted, tmp_path):
+    """At the beginning of a checkpoint, at its very end, and within a step; its data are read ahead all the while."""
+    for kill, begins in {"write:6": 0, "commit:6": 3, "step:8": 3}.items():
+        killed = start(tmp_path, 12, "", kill)
+        assert killed.returncode == -signal.SIGKILL, (kill, killed.returncode, killed.stderr[-1000:])
+        assert f"from step {begins}\n" in killed.stdout
     done = start(tmp_path, 12)
     assert done.returncode == 0, done.stderr[-2000:]
-    resumed = int(done.stdout.split("from step ")[1].split()[0])
-    assert resumed in ({6} if kill == "step:8" else {3})
+    assert "from step 6\n" in done.stdout
     directory, printed = uninterrupted
     assert curve(tmp_path) == curve(directory)
     assert done.stdout.split()[-1] == printed.split()[-1]
@@ -126,12 +130,12 @@ def test_a_damaged_checkpoint_is_set_aside(saved, tmp_path, damage):
     original, states, trainer = saved
     directory = tmp_path / "checkpoints"
     shutil.copytree(original, directory)
-    for path in (directory / "4" / "state").rglob("*"):
-        if path.is_file() and (damage == "gone" or path.parent.name == "d" or path.suffix == ".ocdbt"):
-            if damage == "gone":
-                path.unlink()
-            else:
-                path.write_bytes(path.read_bytes()[:7] if damage == "truncated" else b"\xff" * 300)
+    files = [path for path in (directory / "4" / "state").rglob("*") if path.is_file()]
+    for path in files if damage == "gone" else []:
+        path.unlink()
+    for path in files if damage in ("truncated", "garbage") else []:
+        if path.parent.name == "d" or path.suffix == ".ocdbt":
+            path.write_bytes(path.read_bytes()[:7] if damage == "truncated" else b"\xff" * 300)
     checkpoints, data = Checkpoints(directory), Numbers()
     state = checkpoints.restore(trainer.abstract(), data)
     assert len(checkpoints.messages) == 1
@@ -144,6 +148,23 @@ def test_a_damaged_checkpoint_is_set_aside(saved, tmp_path, damage):
     checkpoints.save(4, state)  # its place is free
     checkpoints.wait()
     assert checkpoints.steps() == [2, 4]
+    checkpoints.close()
+
+
+def test_one_bit_is_noticed(tmp_path):
+    """Orbax reads such a file without a word: the checksums are what tells."""
+    checkpoints, states = Checkpoints(tmp_path), {}
+    for step in (2, 4):
+        states[step] = {"kernel": jax.random.normal(jax.random.key(step), (64, 64), jnp.bfloat16)}
+        saved_now(checkpoints, step, states[step])
+    largest = max((tmp_path / "4" / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 16
+    largest.write_bytes(content)
+    restored = checkpoints.restore(jax.eval_shape(lambda: states[2]))
+    np.testing.assert_array_equal(restored["kernel"], states[2]["kernel"])
+    assert "step 4" in checkpoints.messages[0]
+    assert "kernel is not what was saved); it is set aside" in checkpoints.messages[0]
     checkpoints.close()
 
 
@@ -166,15 +187,46 @@ def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"cannot be written to: (Not a directory|File exists)"):
         Checkpoints(tmp_path / "file")
-    if os.geteuid() == 0:
-        # Root may write anywhere but where nobody may.
-        with pytest.raises(CheckpointError, match="cannot be written to"):
-            Checkpoints("/proc/audiozoo")
+    with pytest.raises(CheckpointError, match="cannot be written to"):
+        Checkpoints("/proc/audiozoo")  # where nobody may write, root neither
+
+
+def saved_now(checkpoints, step, state):
+    checkpoints.save(step, state)
+    checkpoints.wait()
+
+
+@contextlib.contextmanager
+def nobody():
+    """Not root for a while, who may write anywhere."""
+    if os.geteuid():
+        yield
         return
-    closed = tmp_path / "closed"
-    closed.mkdir(mode=0o500)
-    with pytest.raises(CheckpointError, match="cannot be written to: Permission denied"):
-        Checkpoints(closed)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_a_directory_that_may_only_be_read(saved):
+    """At the start of a run, and after its first checkpoint, which stays good."""
+    trainer = saved[2]
+    with tempfile.TemporaryDirectory() as parent:  # pytest's directories may not even be entered by others
+        Path(parent).chmod(0o755)
+        directory = Path(parent) / "checkpoints"
+        checkpoints, state = Checkpoints(directory), trainer.init()
+        saved_now(checkpoints, 2, state)
+        directory.chmod(0o555)
+        with nobody():
+            with pytest.raises(CheckpointError, match=r"cannot be written to .*denied.*that of step 2 is good\.$"):
+                saved_now(checkpoints, 4, state)
+            with pytest.raises(CheckpointError, match="checkpoints cannot be written to: Permission denied"):
+                Checkpoints(directory)
+        assert checkpoints.steps() == [2]
+        for a, b in zip(arrays(checkpoints.restore(trainer.abstract())), arrays(state), strict=True):
+            np.testing.assert_array_equal(a, b)
+        checkpoints.close()
 
 
 def test_the_last_few_and_the_best_are_kept(tmp_path):
