@@ -101,6 +101,7 @@ def load(
     mesh: Mesh | None = None,
     rules: Sequence[Any] | None = None,
     initialize: str | None = None,
+    stack_layers: bool = False,
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> nnx.Module:
@@ -116,6 +117,8 @@ def load(
         rules: `(regular expression, PartitionSpec)` pairs, first match wins; by default `sharding.DEFAULT_RULES`.
         initialize: a regular expression of parameter paths that are drawn at random if the checkpoint does not have
             them (a new head, for fine-tuning). Without it the checkpoint must hold every parameter.
+        stack_layers: run equal blocks by one scan, so that a deep model compiles in the time of one block. Such a model
+            computes and is saved as any other, but keeps no cache (`generate`) and shows nothing between its blocks.
         revision: branch, tag or commit of a hub repository.
         progress: called with the bytes read so far and the bytes in all.
 
@@ -128,9 +131,10 @@ def load(
         UsageError: if the class is unknown.
     """
     from audiozoo import hub, loading
+    from audiozoo.layers import stacking
 
     path = hub.resolve(str(source), revision=revision)
-    return loading.load(
+    model = loading.load(
         path,
         model_class=model_class,
         dtype=dtype,
@@ -140,6 +144,7 @@ def load(
         initialize=initialize,
         progress=progress,
     )
+    return stacking.scanned(model) if stack_layers else model
 
 
 def load_processor(source: str | Path, *, revision: str | None = None) -> Any:

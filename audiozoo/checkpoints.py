@@ -251,7 +251,13 @@ def _orbax(sentence: str, arrays: Mapping[str, Any] | None = None) -> Iterator[o
     """
     largest = max((math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in (arrays or {}).values()), default=0)
     in_flight = max(1.05 * largest, _IN_FLIGHT_BYTES) / 1e9
+    # Of several processes the one that asks writes or reads alone, and waits for no other.
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"{here}"
+    )
     handler = ocp.PyTreeCheckpointHandler(
+        multiprocessing_options=alone,
         save_concurrent_gb=in_flight,
         restore_concurrent_gb=in_flight,
         save_device_host_concurrent_gb=in_flight,
@@ -261,7 +267,7 @@ def _orbax(sentence: str, arrays: Mapping[str, Any] | None = None) -> Iterator[o
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        with contextlib.closing(ocp.Checkpointer(handler)) as checkpointer:
+        with contextlib.closing(ocp.Checkpointer(handler, multiprocessing_options=alone)) as checkpointer:
             yield checkpointer
     except Exception as error:
         first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -17,6 +17,7 @@ from flax import nnx
 from audiozoo import checkpoints, sharding
 from audiozoo.errors import CheckpointError, SourceError, UsageError
 from audiozoo.layers.abstract import abstract
+from audiozoo.layers.stacking import unscanned
 from audiozoo.registry import PAPERS, Paper, paper_of_class
 from weights_conversion import ForeignCheckpoint, read_json
 from weights_conversion.readers import write_safetensors
@@ -164,6 +165,7 @@ def _shardings(expected: Mapping[str, Any], mesh: Any, rules: Sequence[Any] | No
 
 def save(model: nnx.Module, directory: Path, *, files: Iterable[Path] = (), overwrite: bool = False) -> None:
     """See `audiozoo.save`."""
+    model = unscanned(model)
     values = {name: leaf[...] for name, leaf in variables(model).items()}
     settings = dataclasses.asdict(model.config)  # type: ignore[attr-defined]
     config: dict[str, Any] = {"model_class": type(model).__name__, "config": settings}
@@ -218,6 +220,7 @@ def export(
     progress: Progress | None = None,
 ) -> None:
     """See `audiozoo.export`."""
+    model = unscanned(model)
     paper = paper_of_class(type(model).__name__)
     form = paper.conversion.hugging_face(model)
     values = {name: leaf[...] for name, leaf in variables(model).items()}

@@ -33,6 +33,7 @@ def train(
     config: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, a field of the model's configuration")] = None,
     lora: Annotated[int | None, typer.Option(help="train low-rank factors of this rank")] = None,
     mesh: Annotated[str | None, typer.Option(help="data=4,fsdp=2,tensor=1")] = None,
+    distributed: Annotated[str | None, typer.Option(help="auto, or HOST:PORT,COUNT,INDEX: several processes")] = None,
     accumulate: Annotated[int, typer.Option(help="parts that a batch is cut into")] = 1,
     remat: Annotated[str, typer.Option(help="none, layers or dots: what is computed again to save memory")] = "none",
     stack: Annotated[bool, typer.Option("--stack", help="equal blocks by one scan: compiles faster")] = False,
@@ -52,9 +53,12 @@ def train(
     from audiozoo import sharding
     from audiozoo.recipes import recipe as find
     from audiozoo.recipes import run
+    from audiozoo.training import hosts
     from audiozoo.training.loop import Options
     from audiozoo.training.parameters import Lora
 
+    if distributed is not None:
+        hosts.connect(distributed)
     run.train(
         find(recipe),
         data,

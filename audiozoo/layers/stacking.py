@@ -33,8 +33,14 @@ def stack_layers(layers: Sequence[nnx.Module]) -> nnx.Module:
 
 def unstack_layers(stacked: nnx.Module) -> nnx.List:
     """The list of layers that `stack_layers` was given."""
+
+    def part(array: Any, index: int) -> Any:
+        if isinstance(array, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(array.shape[1:], array.dtype)
+        return array[index]
+
     count = jax.tree.leaves(stacked)[0].shape[0]
-    return nnx.List([jax.tree.map(lambda array, i=i: array[i], stacked) for i in range(count)])
+    return nnx.List([jax.tree.map(partial(part, index=i), stacked) for i in range(count)])
 
 
 def scan_layers(stacked: nnx.Module, call: Callable[[nnx.Module, Any], Any], x: Any) -> Any:

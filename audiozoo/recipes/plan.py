@@ -374,6 +374,12 @@ _DEFAULTS = Settings(
     source="AdamW, for papers without a recipe", steps=100_000, batch_size=1, learning_rate=1e-4, clip=1.0
 )
 
+_FROZEN = {
+    "musicgen": r"^(text_encoder|audio_encoder)\.",
+    "seamless_m4t": r"^vocoder\.",
+    "seamless_m4t_v2": r"^vocoder\.",
+}
+
 
 def recipe_of(choice: Choice, name: str | None = None) -> Recipe:
     """A recipe by name, or the first of the paper and class; without one, the model's own loss under AdamW."""
@@ -386,7 +392,8 @@ def recipe_of(choice: Choice, name: str | None = None) -> Recipe:
         return fitting[0]
     if choice.model_class == "Wav2Vec2ForCTC":
         return find_recipe("wav2vec2_ctc")
-    return Recipe(f"{choice.paper.name}_own_loss", choice.paper.name, choice.model_class, Returned(), _DEFAULTS, "")
+    numbers = dataclasses.replace(_DEFAULTS, frozen=_FROZEN.get(choice.paper.name))
+    return Recipe(f"{choice.paper.name}_own_loss", choice.paper.name, choice.model_class, Returned(), numbers, "")
 
 
 def trainer(

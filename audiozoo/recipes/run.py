@@ -24,6 +24,7 @@ from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureEx
 from audiozoo.recipes import Recipe
 from audiozoo.recipes.objectives import CTC, Pretraining, Spectrogram, Utterance
 from audiozoo.recipes.settings import Settings
+from audiozoo.training import hosts
 from audiozoo.training.checkpointing import Checkpoints
 from audiozoo.training.data import Batches, Item, find_items
 from audiozoo.training.loop import Options, State, Trainer
@@ -301,7 +302,7 @@ def train(
     steps = run.settings.steps
     every = evaluate_every or max(steps // 20, 1)
     judged = run.batches(held, limit=limit) if held else None
-    multiple = 1 if run.trainer.mesh is None else run.trainer.mesh.size
+    multiple = 1 if run.trainer.mesh is None else run.trainer.mesh.size // jax.process_count()
     first = jax.process_index() == 0
     with Reporter(
         out if first else out / f"process-{jax.process_index()}",
@@ -333,9 +334,10 @@ def train(
     if best is not None and best != int(state.step) and best in checkpoints.steps():
         state = checkpoints.restore(run.trainer.abstract(), step=best)
     checkpoints.close()
-    model = run.trained(state)
+    model = hosts.whole(run.trained(state))
     if first:
         _save(model, run.processor, out / "model")
+    hosts.wait("saved")
     return model
 
 

@@ -119,7 +119,7 @@ def _configurations() -> dict[str, tuple[str, Any]]:
         "audio_spectrogram_transformer": ("ASTForAudioClassification", ast),
         "clap": ("ClapModel", dataclasses.replace(small_clap, audio_config=sounds)),
         "pop2piano": ("Pop2PianoForConditionalGeneration", Pop2PianoConfig(240, 3, 16, 8, 32, 2, 2, 2)),
-        "vits": ("VitsModel", dataclasses.replace(tiny.tiny_vits.PLAIN, num_speakers=1)),
+        "vits": ("VitsModel", dataclasses.replace(tiny.tiny_vits.PLAIN, num_speakers=1, num_hidden_layers=2)),
         "speecht5": (
             "SpeechT5ForTextToSpeech",
             SpeechT5Config(**tiny_speecht5.SIZES | two | {"ctc_weight": 0.0}),

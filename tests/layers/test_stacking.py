@@ -1,0 +1,198 @@
+"""Stacked layers: the numbers of the loop over layers, by a program as long as that of one layer."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import audiozoo
+from audiozoo import loading, registry
+from audiozoo.errors import UsageError
+from audiozoo.layers import Dropout
+from audiozoo.layers.stacking import Scanned, scanned, stacks, unscanned
+from audiozoo.models.conformer import ConformerConfig, ConformerEncoder
+from audiozoo.models.whisper import WhisperForConditionalGeneration
+from audiozoo.recipes import plan
+from audiozoo.training.loop import Options
+from audiozoo.training.parameters import join, partition
+from tests.models.random_model import random_model
+from tests.training import small_plans as small
+
+# How many stacks each small model has: the encoders and decoders of Transformers, and nothing else that is a list.
+STACKS = {
+    **dict.fromkeys(("wav2vec2", "hubert", "sew", "unispeech", "unispeech_sat", "mms"), 1),
+    "wavlm": 0,  # the first of its two blocks holds the table of positions
+    "whisper": 2,
+    "audio_spectrogram_transformer": 1,
+    "clap": 0,  # one block in each stage
+    "pop2piano": 2,
+    "vits": 1,
+    "speecht5": 2,
+    "hifigan": 0,
+    "xls_r": 2,
+    "speech_to_text": 2,
+    "speech_to_text_2": 1,
+    "encodec": 0,
+    "bark": 1,
+    "musicgen": 2,
+    "seamless_m4t": 3,
+    "seamless_m4t_v2": 2,
+}
+
+
+def count(model):
+    return sum(isinstance(layer, Scanned) for _, _, layers in stacks(model) for layer in layers)
+
+
+def filled(shapes, dtype=np.float64):
+    """Random inputs of these shapes: tokens of a small vocabulary, all to be seen."""
+    rng, values = np.random.default_rng(0), {}
+    for name, shape in shapes.items():
+        if not hasattr(shape, "shape"):
+            values[name] = shape
+        elif "mask" in name:
+            values[name] = jnp.ones(shape.shape, jnp.int32)
+        elif shape.dtype == jnp.int32:
+            values[name] = jnp.asarray(
+                rng.integers(0 if name == "languages" else 3, 2 if name == "languages" else 8, shape.shape)
+            )
+        else:
+            values[name] = jnp.asarray(0.3 * rng.standard_normal(shape.shape), dtype)
+    return values
+
+
+@pytest.mark.parametrize("paper", small.CONFIGURATIONS)
+def test_transformers_are_stacked_and_nothing_else(paper):
+    """Every paper's forward can still be called, and gives arrays of the same shapes and dtypes."""
+    choice = small.choice(paper)
+    model = choice.create(None, jnp.float32)
+    deep = scanned(model)
+    assert count(deep) == STACKS[paper]
+    shapes = plan.inputs(choice, small.AMOUNT)
+    static = {name: value for name, value in shapes.items() if not hasattr(value, "shape")}
+    traced = {name: value for name, value in shapes.items() if name not in static}
+    ours, theirs = (jax.eval_shape(lambda m, x: m(**x, **static), m, traced) for m in (deep, model))
+    flat = [jax.tree.leaves(tree) for tree in (ours, theirs)]
+    assert [(a.shape, a.dtype) for a in flat[0]] == [(a.shape, a.dtype) for a in flat[1]]
+    forms = [jax.tree.structure(m) for m in (unscanned(deep), model)]
+    assert forms[0] == forms[1]
+
+
+@pytest.mark.parametrize("paper", ["whisper", "wavlm", pytest.param("seamless_m4t", marks=pytest.mark.slow)])
+def test_numbers_and_gradients_are_those_of_the_loop(paper):
+    """Encoders, decoders with cross-attention, blocks with statistics, and a first block unlike the others."""
+    with jax.enable_x64(True):
+        choice = small.choice(paper)
+        config = choice.config
+        if paper == "wavlm":
+            config = dataclasses.replace(config, num_hidden_layers=3)
+        cls = registry.paper_of_class(choice.model_class).model_class(choice.model_class)
+        model = random_model(lambda rngs: cls(config, param_dtype=jnp.float64, rngs=rngs))
+        batch = filled(plan.inputs(choice, plan.Amount(2, 0.4, 8), labels=True))
+
+        def loss(model):
+            if "unit_labels" in batch:
+                return plan.finetuning_losses(model, **batch).total
+            return model(**batch).loss
+
+        found = []
+        for network in (model, scanned(model)):
+            skeleton, params, rest = partition(network)
+            run = jax.jit(jax.value_and_grad(lambda p, s=skeleton, r=rest: loss(join(s, {**p, **r}))))
+            value, gradient = run(params)
+            found.append((value, partition(unscanned(join(skeleton, {**gradient, **rest})))[1]))
+        assert count(network) == max(STACKS[paper], 1)
+        (a, ours), (b, theirs) = found
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+        assert ours.keys() == theirs.keys()
+        largest = max(float(jnp.abs(value).max()) for value in ours.values())
+        for name, value in ours.items():
+            np.testing.assert_allclose(theirs[name], value, rtol=1e-9, atol=1e-12 * largest, err_msg=name)
+
+
+def test_statistics_of_a_stack_move_as_those_of_its_layers():
+    still = dict.fromkeys(("dropout", "attention_dropout", "layerdrop"), 0.0)
+    known = {f.name for f in dataclasses.fields(ConformerConfig)}
+    config = ConformerConfig(16, 3, 2, 16, **{n: v for n, v in still.items() if n in known})
+    model = random_model(lambda rngs: ConformerEncoder(config, rngs=rngs))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 12, 16)), jnp.float32)
+
+    @jax.jit
+    def trained(model):
+        out = model(x, dropout=Dropout(jax.random.key(0))).last_hidden_state
+        return out, model
+
+    (a, after), (b, deep) = trained(model), trained(scanned(model))
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    before = nnx.to_flat_state(nnx.state(model, nnx.BatchStat))
+    assert before
+    pairs = zip(*(nnx.to_flat_state(nnx.state(m, nnx.BatchStat)) for m in (after, unscanned(deep))), strict=True)
+    for ((path, ours), (same, theirs)), (_, old) in zip(pairs, before, strict=True):
+        assert path == same
+        np.testing.assert_allclose(theirs[...], ours[...], rtol=1e-4, atol=1e-6)
+        assert not np.allclose(ours[...], old[...])
+
+
+def instructions(compiled):
+    """How long a program is, which is what compiling takes time for, and the same on every machine."""
+    return sum(" = " in line for line in compiled.as_text().splitlines())
+
+
+def test_twenty_four_layers_are_loaded_as_a_program_of_six(tmp_path):
+    """`load(..., stack_layers=True)`: at most half as long again, a loop is thrice as long; outputs equal."""
+    choice, size = small.choice("bark"), {}
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 8, (2, 9)))
+    with jax.enable_x64(True):
+        for layers in (6, 24):
+            config = dataclasses.replace(choice.config, num_layers=layers)
+            cls = registry.paper_of_class(choice.model_class).model_class(choice.model_class)
+            model = random_model(lambda rngs, c=config: cls(c, param_dtype=jnp.float64, rngs=rngs))  # noqa: B023
+            audiozoo.save(model, tmp_path / f"{layers}")
+            outputs = []
+            for stacked in (False, True):
+                same = audiozoo.load(tmp_path / f"{layers}", param_dtype=jnp.float64, stack_layers=stacked)
+                assert count(same) == stacked
+                compiled = audiozoo.jit(same).lower(input_ids=tokens).compile()
+                size[layers, stacked] = instructions(compiled)
+                outputs.append(audiozoo.jit(same)(input_ids=tokens).logits)
+            assert outputs[0].dtype == jnp.float64
+            np.testing.assert_allclose(outputs[1], outputs[0], rtol=1e-9, atol=1e-12)
+    assert size[24, True] <= 1.5 * size[6, True], size
+    assert size[24, False] >= 3 * size[6, False], size
+
+
+@pytest.mark.slow
+def test_a_step_of_twenty_four_layers_is_a_program_of_six():
+    """Forward, backward with recomputation, and the optimiser."""
+    choice, row = small.choice("bark"), small.recipe("bark")
+    size = {}
+    for layers in (6, 24):
+        deep = dataclasses.replace(choice, config=dataclasses.replace(choice.config, num_layers=layers))
+        trainer = plan.trainer(deep, row, None, None, options=Options(stack=True, remat="layers"), dtype=None)
+        batch = plan.inputs(deep, plan.Amount(2, 1.0, 16), labels=True)
+        size[layers] = instructions(trainer.step.lower(trainer.abstract(), batch).compile())
+    assert size[24] <= 1.5 * size[6], size
+
+
+def test_a_stacked_model_loads_and_is_saved_as_any_other(tmp_path):
+    config = small.CONFIGURATIONS["whisper"][1]
+    model = random_model(lambda rngs: WhisperForConditionalGeneration(config, rngs=rngs))
+    audiozoo.save(model, tmp_path / "plain")
+    stacked = audiozoo.load(tmp_path / "plain", stack_layers=True)
+    assert count(stacked) == 2
+    audiozoo.save(stacked, tmp_path / "again")
+    audiozoo.export(stacked, tmp_path / "exported")
+    for directory in ("again", "exported"):
+        same = audiozoo.load(tmp_path / directory)
+        values = [{n: v[...] for n, v in loading.variables(m).items()} for m in (model, same)]
+        assert values[0].keys() == values[1].keys()
+        for name, value in values[0].items():
+            np.testing.assert_array_equal(values[1][name], value)
+    inputs = filled(plan.inputs(small.choice("whisper"), plan.Amount(1, 1.0, 3)), np.float32)
+    with pytest.raises(UsageError, match="no attention weights and no cache"):
+        stacked(**inputs, output_attentions=True)
+    with pytest.raises(UsageError, match="no attention weights and no cache"):
+        stacked.generate(inputs["input_features"], max_new_tokens=2)
