@@ -1,6 +1,6 @@
 """Autoregressive decoding over any model's step, compiled into one loop."""
 
-from audiozoo.decoding.cache import Growing, Shared, group_beams, ungroup_beams
+from audiozoo.decoding.cache import Growing, Shared, group_beams, ungroup_beams, while_loop
 from audiozoo.decoding.config import GenerationConfig
 from audiozoo.decoding.generate import GenerateOutput, generate
 from audiozoo.decoding.processors import LogitsProcessor
@@ -20,4 +20,5 @@ __all__ = [
     "generate",
     "group_beams",
     "ungroup_beams",
+    "while_loop",
 ]

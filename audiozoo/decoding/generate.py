@@ -317,7 +317,7 @@ class Search:
             logits, cache = self.feed_last(state.tokens, state.cache, state.length)
             return self._choose(dataclasses.replace(state, cache=cache), logits)
 
-        return lax.while_loop(unfinished, body, state)
+        return caches.while_loop(unfinished, body, state)
 
     def finish(self, state: SearchState, *, return_cache: bool = False) -> GenerateOutput:
         """The result of a search that has ended."""

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from audiozoo.decoding import cache as caches
 from audiozoo.decoding import processors
 from audiozoo.decoding.config import GenerationConfig
 from audiozoo.decoding.generate import GenerateOutput, Search, argmax
@@ -153,17 +154,18 @@ def assisted_generate(
 
         # Draft. If all of the last draft was accepted, the draft has not yet been fed the last but one token; feeding
         # two tokens first covers both cases and writes again what was there in the other.
-        def draft(index: Array, carry: tuple[Array, Any, Array]) -> tuple[Array, Any, Array]:
-            tokens, cache, chosen = carry
+        def draft(carry: tuple[Array, Array, Any, Array]) -> tuple[Array, Array, Any, Array]:
+            index, tokens, cache, chosen = carry
             tokens = append(tokens, chosen, length + index - 1)
             fed = lax.dynamic_slice_in_dim(tokens, length + index - 1, 1, axis=1)
             logits, cache = draft_step(fed, cache, length + index - 1)
-            return tokens, cache, choose(logits[:, -1], tokens, length + index)
+            return index + 1, tokens, cache, choose(logits[:, -1], tokens, length + index)
 
         two = lax.dynamic_slice_in_dim(state.tokens, length - 2, 2, axis=1)
         logits, cache = draft_step(two, state.draft, length - 2)
         first = choose(logits[:, -1], state.tokens, length)
-        tokens, cache, last = lax.fori_loop(1, drafted, draft, (state.tokens, cache, first))
+        drafting = (jnp.int32(1), state.tokens, cache, first)
+        _, tokens, cache, last = caches.while_loop(lambda carry: carry[0] < drafted, draft, drafting)
         tokens = append(tokens, last, length + drafted - 1)
 
         # Check: the target sees the last token and the draft, and makes its own choice after each.
@@ -182,12 +184,12 @@ def assisted_generate(
             return (state.length <= length + keep) & ~jnp.all(state.finished)
 
         state = dataclasses.replace(state, target=target_cache, draft=cache)
-        kept = lax.while_loop(going, keep_one, state)
+        kept = caches.while_loop(going, keep_one, state)
         return dataclasses.replace(
             kept, rounds=state.rounds + 1, accepted=state.accepted + jnp.minimum(kept.length - length, keep)
         )
 
-    state = lax.while_loop(lambda state: ~jnp.all(state.finished), speculate, state)
+    state = caches.while_loop(lambda state: ~jnp.all(state.finished), speculate, state)
     # Drafted tokens that were never committed may stand behind the end.
     behind = jnp.arange(state.tokens.shape[1]) >= state.length
     tokens = jnp.where(behind, config.fill_token_id, state.tokens)[:, : prompt_length + search.buffer_new]

@@ -35,10 +35,10 @@ class KeyValues:
         """This cache with `other`'s frames put at `position` and after."""
 
         def put(mine: jax.Array, new: jax.Array) -> jax.Array:
-            if mine.shape[0] == new.shape[2] == 1:  # here XLA's CPU compiler makes four copies around a slice update
-                here = jnp.arange(mine.shape[2]) == position
-                return jnp.where(here[:, None], new.astype(mine.dtype), mine)
-            return jax.lax.dynamic_update_slice_in_dim(mine, new.astype(mine.dtype), position, axis=2)
+            new = new.astype(mine.dtype)
+            if mine.shape[0] == 1:  # without its batch axis, XLA's CPU compiler updates the array in place
+                return jax.lax.dynamic_update_slice_in_dim(mine[0], new[0], position, axis=1)[None]
+            return jax.lax.dynamic_update_slice_in_dim(mine, new, position, axis=2)
 
         return KeyValues(put(self.key, other.key), put(self.value, other.value))
 

@@ -22,8 +22,36 @@ def promote(*arrays: jax.Array | None, dtype: Dtype | None = None) -> tuple[Any,
     return tuple(None if a is None else jnp.asarray(a, common) for a in arrays)
 
 
+PARTS, SPLIT_FROM = 4, 1 << 16  # a single row's product is cut into so many, from this size of $W$ on
+
+
 class Linear(nnx.Linear):
-    """$x W + b$ with `kernel` $W$ of shape `(in, out)`."""
+    r"""$x W + b$ with `kernel` $W$ of shape `(in, out)`.
+
+    XLA's CPU compiler runs the product of a single row, of which every step of a decoder is made, on one thread, and
+    one thread cannot read a large $W$ as fast as the memory gives it. As a batch of products over parts of the
+    inputs, $\sum_p x_p W_p + b$, it runs on all: 1.5 to 2 times as fast on two cores.
+    """
+
+    def __call__(
+        self, inputs: Float[Array, "*batch features"], out_sharding: Any = None
+    ) -> Float[Array, "*batch out_features"]:
+        """The product for every row of `inputs`."""
+        single = inputs.size == inputs.shape[-1] and self.kernel.size >= SPLIT_FROM
+        if not single or self.in_features % PARTS or out_sharding is not None:
+            return super().__call__(inputs, out_sharding)
+        x, kernel, bias = promote(
+            inputs, self.kernel[...], None if self.bias is None else self.bias[...], dtype=self.dtype
+        )
+
+        def in_parts(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            wide = jnp.promote_types(x.dtype, jnp.float32)
+            kernel = kernel.reshape(PARTS, -1, self.out_features)
+            y = jnp.einsum("pi,pio->po", x.reshape(PARTS, -1), kernel, preferred_element_type=wide)
+            return y.sum(axis=0).astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+        y = jax.lax.platform_dependent(x, kernel, cpu=in_parts, default=jnp.matmul)
+        return y if bias is None else y + bias
 
 
 class Embed(nnx.Embed):
@@ -35,9 +63,13 @@ class Embed(nnx.Embed):
         """The product of every entry with `query`: logits, where the table is that of the tokens."""
         if query.size > query.shape[-1] or out_sharding is not None:
             return super().attend(query, out_sharding)
-        # XLA's CPU compiler reads the table of `query @ table.T` column by column; of `table @ query` as it lies.
+        # XLA's CPU compiler reads the table of `query @ table.T` column by column; of `table @ query` as it lies. In
+        # parts for the reason that `Linear` gives, here over the entries.
         query, table = promote(query, self.embedding[...], dtype=self.dtype)
-        return (table @ query.reshape(-1)).reshape(*query.shape[:-1], -1)
+        parts = next((n for n in (*range(PARTS, 4 * PARTS), 3, 2) if len(table) % n == 0), 1)
+        queries = jnp.broadcast_to(query.reshape(-1), (parts, query.shape[-1]))
+        table = table.reshape(parts, -1, query.shape[-1])
+        return jnp.einsum("pei,pi->pe", table, queries).reshape(*query.shape[:-1], -1)
 
 
 class LayerNorm(nnx.LayerNorm):

@@ -62,7 +62,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from audiozoo.decoding import GenerateOutput, GenerationConfig, Growing, LogitsProcessor, generate
+from audiozoo.decoding import GenerateOutput, GenerationConfig, Growing, LogitsProcessor, generate, while_loop
 from audiozoo.decoding.generate import argmax, invert_cdf, row_keys
 from audiozoo.decoding.processors import SuppressTokens, Temperature, TopK, TopP, apply, warpers_from_config
 from audiozoo.errors import UsageError
@@ -826,7 +826,7 @@ def _generate_coarse(
                 return position + chunk, model.blocks(x, past=cache, position=position)[1]
 
             state = (jnp.minimum(unchanged, length - 1), _unmarked(cache))
-            cache = lax.while_loop(lambda state: state[0] < length - 1, feed, state)[1]
+            cache = while_loop(lambda state: state[0] < length - 1, feed, state)[1]
             last = lax.dynamic_slice_in_dim(context, length - 1, 1, axis=1)
             return model.step(last, _marked(cache), length - 1)
 
@@ -853,7 +853,7 @@ def _generate_coarse(
 
     coarse = jnp.concatenate([history, jnp.zeros((batch, room), jnp.int32)], axis=1)
     carry = (jnp.int32(0), coarse, _marked(model.start(batch, slots)), jnp.full((batch, slots), -1, jnp.int32))
-    _, coarse, _, _ = lax.while_loop(lambda carry: carry[0] * window < total, one_window, carry)
+    _, coarse, _, _ = while_loop(lambda carry: carry[0] * window < total, one_window, carry)
     return coarse[:, had:]
 
 

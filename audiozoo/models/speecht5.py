@@ -63,7 +63,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from audiozoo.decoding import GenerateOutput, GenerationConfig
+from audiozoo.decoding import GenerateOutput, GenerationConfig, while_loop
 from audiozoo.decoding.ctc_prefix import PrefixScorer
 from audiozoo.decoding.generate import Streamer
 from audiozoo.decoding.synthesis import bucket
@@ -1494,7 +1494,7 @@ def _speak(
         jnp.zeros((batch,), jnp.int32),
         jnp.zeros((steps, config.decoder_layers, batch, heads, states), memory.dtype) if attentions else None,
     )
-    _, _, _, spectrogram, counts, seen = jax.lax.while_loop(lambda carry: (carry[4] == 0).any(), step, start)
+    _, _, _, spectrogram, counts, seen = while_loop(lambda carry: (carry[4] == 0).any(), step, start)
     return spectrogram, counts, seen
 
 
