@@ -50,17 +50,19 @@ class Fsdp:
     min_size: int
     axis: str
     combine: bool = False
+    whole: str | None = None
 
 
-def fsdp(min_size: int = 1 << 16, axis: str = "data", combine: bool = False) -> Fsdp:
+def fsdp(min_size: int = 1 << 16, axis: str = "data", combine: bool = False, whole: str | None = None) -> Fsdp:
     """Fully sharded data parallelism for what no rule has divided: the longest axis that divides evenly is split.
 
     Args:
         min_size: parameters with fewer elements stay replicated; gathering them costs more than it saves.
         axis: the mesh axis to split over. If the mesh does not have it, parameters are replicated.
         combine: also split what a rule has divided already, along another of its axes.
+        whole: a regular expression that finds the parameters that stay replicated whatever their size.
     """
-    return Fsdp(min_size, axis, combine)
+    return Fsdp(min_size, axis, combine, whole)
 
 
 # Tensor parallelism after Megatron-LM (Shoeybi et al. 2019, §3): the projections that open a block (q, k, v, fc1) split
@@ -77,8 +79,12 @@ TRANSFORMER: tuple[Rule, ...] = (
 DEFAULT_RULES: tuple[Rule | Fsdp, ...] = (*TRANSFORMER, fsdp())
 
 # For training, on a mesh with any of the axes `data`, `fsdp` and `tensor`: parameters and the optimiser's moments lie
-# divided over `fsdp` and `tensor`, and in copies over `data`.
-TRAINING_RULES: tuple[Rule | Fsdp, ...] = (*TRANSFORMER, fsdp(1 << 12, "fsdp", combine=True))
+# divided over `fsdp` and `tensor`, and in copies over `data`. The kernels of depthwise convolutions are small, and stay
+# whole: with them the compiler would divide the channels, for which it gathers the whole batch on every device.
+TRAINING_RULES: tuple[Rule | Fsdp, ...] = (
+    *TRANSFORMER,
+    fsdp(1 << 12, "fsdp", combine=True, whole=r"(^|\.)depthwise_conv\.kernel$"),
+)
 
 Rules = Sequence["Rule | Fsdp | tuple[str, P]"]
 
@@ -176,6 +182,7 @@ def shardings_for(params: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> dict
             matched.add(rule)
             entries = _divide(path, shape, rule, mesh)
         divided = any(entries) and not (fallback and fallback.combine)
+        divided = divided or bool(fallback and fallback.whole and re.search(fallback.whole, path))
         if fallback and not divided and fallback.axis in mesh.shape and math.prod(shape) >= fallback.min_size:
             for i in sorted(range(len(shape)), key=lambda i: -shape[i]):
                 if not entries[i] and shape[i] % mesh.shape[fallback.axis] == 0:

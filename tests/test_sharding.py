@@ -238,6 +238,9 @@ assert fallback((4, 8)) == P(None, None)  # smaller than min_size
 assert fallback((8, 16), ("x", P("tensor"))) == P("tensor", None)
 assert fallback((9, 16), Rule("x", P("tensor"))) == P(None, "tensor")
 assert fallback((9, 18), Rule("x", P("tensor"))) == P(None, "data")  # tensor divides neither axis
+kept = {name: jax.ShapeDtypeStruct((31, 1, 128), "float32") for name in ("depthwise_conv.kernel", "conv.kernel")}
+specs = {name: place.spec for name, place in shardings_for(kept, mesh, [fsdp(64, whole="(^|\\\\.)depthwise")]).items()}
+assert specs == {"depthwise_conv.kernel": P(None, None, None), "conv.kernel": P(None, None, "data")}
 print("{}")
 """
     )

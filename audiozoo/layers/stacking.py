@@ -190,7 +190,15 @@ def unscanned(network: nnx.Module) -> Any:
 @cache
 def _recomputing(cls: Any) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return jax.checkpoint(lambda: cls.__call__(self, *args, **kwargs))()
+        graphdef, state = nnx.split(self)
+
+        def inside(state: Any) -> tuple[Any, Any]:
+            layer = nnx.merge(graphdef, state)
+            return cls.__call__(layer, *args, **kwargs), nnx.state(layer, nnx.Not(nnx.Param))
+
+        out, statistics = jax.checkpoint(inside)(state)
+        nnx.update(self, statistics)
+        return out
 
     return type(cls)(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
 

@@ -171,10 +171,10 @@ def inputs(choice: Choice, amount: Amount, *, labels: bool = False) -> Shapes:
         known = {"input_ids": text, "attention_mask": text, "prior_noise": floats(frames, config.flow_size)}
         known |= {"speaker_id": of()} if config.num_speakers > 1 else {}
     elif paper == "speecht5":
-        frames = floats(round(amount.seconds * 62.5), config.num_mel_bins)
+        frames = round(amount.seconds * 62.5)
         speech = {
-            "decoder_input_values": frames,
-            "labels": frames,
+            "decoder_input_values": floats(frames // config.reduction_factor, config.num_mel_bins),
+            "labels": floats(frames, config.num_mel_bins),
             "speaker_embeddings": floats(config.speaker_embedding_dim),
         }
         spoken = {"input_ids": text} if choice.model_class == "SpeechT5ForTextToSpeech" else waveform
@@ -235,8 +235,9 @@ def _asked(choice: Choice, known: Shapes, labels: bool) -> Shapes:
         raise UsageError(f"What {choice.model_class} is called with is not known; plan another class of the paper.")
     if not labels:
         known = {name: shape for name, shape in known.items() if name != "labels"}
-    elif "labels" in known and "decoder_input_ids" in known:
-        known = {name: shape for name, shape in known.items() if name != "decoder_input_ids"}
+    elif "labels" in known:  # which the model itself shifts for its decoder
+        given = ("decoder_input_ids", "decoder_input_values")
+        known = {name: shape for name, shape in known.items() if name not in given}
     return {name: shape for name, shape in known.items() if free or name in parameters}
 
 

@@ -12,7 +12,7 @@ import audiozoo
 from audiozoo import loading, registry
 from audiozoo.errors import UsageError
 from audiozoo.layers import Dropout
-from audiozoo.layers.stacking import Scanned, scanned, stacks, unscanned
+from audiozoo.layers.stacking import Scanned, rematerialise, scanned, stacks, unscanned
 from audiozoo.models.conformer import ConformerConfig, ConformerEncoder
 from audiozoo.models.whisper import WhisperForConditionalGeneration
 from audiozoo.recipes import plan
@@ -125,8 +125,16 @@ def test_statistics_of_a_stack_move_as_those_of_its_layers():
         out = model(x, dropout=Dropout(jax.random.key(0))).last_hidden_state
         return out, model
 
-    (a, after), (b, deep) = trained(model), trained(scanned(model))
+    @jax.jit
+    def recomputed(model):
+        rematerialise(model)
+        return trained(model)
+
+    (a, after), (b, deep), (c, again) = trained(model), trained(scanned(model)), recomputed(model)
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(a, c, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(after), jax.tree.leaves(again), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
     before = nnx.to_flat_state(nnx.state(model, nnx.BatchStat))
     assert before
     pairs = zip(*(nnx.to_flat_state(nnx.state(m, nnx.BatchStat)) for m in (after, unscanned(deep))), strict=True)

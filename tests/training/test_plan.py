@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,30 @@ pytestmark = pytest.mark.skipif(
 MESH = "data=2,fsdp=2"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """A program that was compiled for one paper is not compiled again for the next, and none with much effort."""
+    compile, reports = tpu.compile, {}
+
+    def once(function, *arguments, **keywords):
+        lowered = function.lower(*arguments, **keywords)
+        text = re.sub(r'jax.result_info = "[^"]*"', "", lowered.as_text())  # names of parameters
+        if text not in reports:
+            reports[text] = compile(SimpleNamespace(lower=lambda: lowered))
+        return reports[text]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tpu, "compile", once)
+        # The TPU's own generator: the default one is a long program at every dropout.
+        quick = {"jax_exec_time_optimization_effort": -1.0, "jax_default_prng_impl": "rbg"}
+        before = {name: getattr(jax.config, name) for name in quick}
+        for name, value in quick.items():
+            jax.config.update(name, value)
+        yield
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
 @pytest.fixture(scope="module")
 def mesh():
     return tpu.topology_mesh("v5e:2x2", MESH)
@@ -32,7 +57,7 @@ def mesh():
 
 def options(paper):
     # SpeechT5's guided attention loss reads the weights of every layer, which a stack does not give.
-    return Options(stack=paper != "speecht5", remat="layers")
+    return Options(stack=paper != "speecht5")
 
 
 @pytest.mark.parametrize("paper", small.CONFIGURATIONS)
