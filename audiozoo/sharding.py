@@ -67,11 +67,11 @@ def fsdp(min_size: int = 1 << 16, axis: str = "data", combine: bool = False, who
 
 # Tensor parallelism after Megatron-LM (Shoeybi et al. 2019, §3): the projections that open a block (q, k, v, fc1) split
 # their outputs, those that close it (out_proj, fc2) split their inputs, so that a block needs one all-reduce. Kernels
-# are (inputs, outputs), embeddings (vocabulary, features).
+# are (inputs, outputs), embeddings (vocabulary, features). T5's projections have shorter names, and no biases.
 TRANSFORMER: tuple[Rule, ...] = (
-    Rule(r"(^|\.)(q_proj|k_proj|v_proj|fc1)\.kernel$", P(None, "tensor"), required=False),
+    Rule(r"(^|[._])(q_proj|k_proj|v_proj|fc1|attention\.[qkv]|wi(_[01])?)\.kernel$", P(None, "tensor"), required=False),
     Rule(r"(^|\.)(q_proj|k_proj|v_proj|fc1)\.bias$", P("tensor"), required=False),
-    Rule(r"(^|\.)(out_proj|o_proj|fc2)\.kernel$", P("tensor", None), required=False),
+    Rule(r"(^|[._])(out_proj|o_proj|fc2|attention\.o|wo)\.kernel$", P("tensor", None), required=False),
     Rule(r"(^|\.)(out_proj|o_proj|fc2)\.bias$", P(), required=False),
     Rule(r"(^|\.)(?!\w*position)\w+\.embedding$", P("tensor", None), required=False),
 )

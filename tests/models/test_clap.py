@@ -134,6 +134,21 @@ def test_mistakes_get_a_sentence():
         clap.caption_of_labels([])
 
 
+def test_vmap_padding_and_a_batch_agree():
+    """Each item by itself, its text without the padding that the batch gives it."""
+    model, x = tiny(), inputs(3)
+    longest, lengths = x["input_ids"].shape[1], (7, 4, 5)
+    mask = jnp.arange(longest) < jnp.asarray(lengths)[:, None]
+    ids = jnp.where(mask, x["input_ids"], TEXT.pad_token_id)
+    texts = jax.jit(lambda m, i, k: m.get_text_features(i, k).pooler_output)(model, ids, mask.astype(jnp.int32))
+    for row, length in enumerate(lengths):
+        alone = model.get_text_features(ids[row : row + 1, :length]).pooler_output[0]
+        np.testing.assert_allclose(texts[row], alone, rtol=1e-5, atol=1e-6)
+    sounds = jax.jit(lambda m, i: m.get_audio_features(i).pooler_output)(model, x["input_features"])
+    rows = jax.vmap(lambda i: model.get_audio_features(i[None]).pooler_output[0])(x["input_features"])
+    np.testing.assert_allclose(rows, sounds, rtol=1e-5, atol=1e-6)
+
+
 def test_captions_of_labels():
     assert clap.caption_of_labels(["rain"]) == "The sounds of rain"
     assert clap.caption_of_labels(["rain", "wind"]) == "The sounds of rain and wind"

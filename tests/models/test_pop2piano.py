@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +29,7 @@ from tests.shapes import enforce
 from weights_conversion.pop2piano import TABLE
 
 pretty_midi = pytest.importorskip("pretty_midi", reason="MIDI needs the extra `music`")
+ROOT = Path(__file__).parents[2]
 RATE = 8_000
 TINY = pop2piano.Pop2PianoConfig(
     vocab_size=240, composer_vocab_size=3, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_decoder_layers=1, num_heads=2
@@ -153,6 +157,49 @@ def test_a_long_song_in_flat_memory(model, monkeypatch):
     # Segment i begins at beat 4 i; the first note one half beat later, for a whole beat.
     np.testing.assert_allclose([n.start for n in notes[:90]], 0.25 + 2.0 * np.arange(90) + 0.25, atol=1e-3)
     np.testing.assert_allclose([n.end for n in notes[:90]], 0.25 + 2.0 * np.arange(90) + 0.75, atol=1e-3)
+
+
+EIGHT = """
+import jax, jax.numpy as jnp, numpy as np, audiozoo
+from audiozoo import sharding
+from tests.models.test_pop2piano import tiny
+model = tiny()
+rng = np.random.default_rng(0)
+features = jnp.asarray(rng.standard_normal((4, 12, 16)), jnp.float32)
+labels, mask = jnp.asarray(rng.integers(2, 240, (4, 5))), jnp.ones((4, 12), jnp.int32).at[1, 7:].set(0)
+run = lambda model, x: audiozoo.jit(model)(x, attention_mask=mask, labels=labels)
+write = lambda model, x: np.asarray(model.generate(x, mask, "composer2", max_new_tokens=6))
+alone, tokens = run(model, features), write(model, features)
+mesh = sharding.make_mesh({"data": 4, "tensor": 2})
+laid_out = sharding.shard(model, mesh)
+assert "tensor" in str(laid_out.decoder.block[0].self_attention.q.kernel[...].sharding.spec)
+spread = jax.device_put(features, sharding.batch_sharding(mesh))
+together = run(laid_out, spread)
+np.testing.assert_array_equal(write(laid_out, spread), tokens)
+print(max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in (
+    (alone.loss, together.loss), (alone.logits, together.logits))))
+"""
+
+
+def test_eight_devices_give_the_numbers_and_tokens_of_one():
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", EIGHT], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(done.stdout) < 1e-5
+
+
+def test_vmap_and_a_batch_agree(model):
+    features = jnp.asarray(np.random.default_rng(0).standard_normal((3, 9, 16)), jnp.float32)
+    tokens = jnp.asarray(np.random.default_rng(1).integers(2, 240, (3, 4)))
+    whole = audiozoo.jit(model)(features, decoder_input_ids=tokens).logits
+    rows = jax.vmap(lambda x, y: model(x[None], decoder_input_ids=y[None]).logits[0])(features, tokens)
+    np.testing.assert_allclose(rows, whole, rtol=1e-5, atol=1e-5)
 
 
 def test_training_learns_a_tune(model):

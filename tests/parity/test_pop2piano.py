@@ -287,7 +287,7 @@ def test_directories_there_and_back(tmp_path):
 
 
 def test_the_authors_checkpoint(tmp_path):
-    reference, _, _ = pair()
+    reference, _, _ = pair(relative_attention_max_distance=128)  # the file does not say; the authors' is T5's
     state = {
         n if n.startswith("mel_conditioner") else f"transformer.{n}": t.clone()
         for n, t in reference.state_dict().items()
@@ -298,11 +298,11 @@ def test_the_authors_checkpoint(tmp_path):
     assert model.config.dense_act_fn == "gelu_new"
     with torch.no_grad():
         theirs = reference(**torched(inputs())).logits
+    harness.assert_close(audiozoo.jit(model)(**jaxed(inputs())).logits, theirs, name="logits")
     config = model.config
     assert (config.d_kv, config.num_heads, config.relative_attention_num_buckets) == (5, 3, 8)
     for name, array in dict(ORIGINAL_TABLE.write(harness.parameters(model))).items():
         np.testing.assert_array_equal(array, state[name].numpy(), err_msg=name)
-    assert theirs.shape == (2, 6, 240)
 
 
 def test_the_published_size():

@@ -69,6 +69,26 @@ result = transcribe(
 assert len({segment["seek"] for segment in result["segments"]}) == 2 * int(sys.argv[1]), result
 """
 
+# A Pop2Piano with the real features, but narrow behind them, arranges so many seconds, eight segments at a time.
+ARRANGE = """
+import sys
+import jax
+import numpy as np
+from audiozoo.models import pop2piano
+from audiozoo.processors.pop2piano import Pop2PianoFeatureExtractor, Pop2PianoProcessor, Pop2PianoTokenizer
+from tests.models.test_pop2piano import tiny
+jax.config.update("jax_enable_compilation_cache", False)  # or the second process would have less to do
+model = tiny(d_model=512)
+processor = Pop2PianoProcessor(Pop2PianoFeatureExtractor(), Pop2PianoTokenizer())
+seconds, done = int(sys.argv[1]), []
+song = np.random.default_rng(0).uniform(-0.5, 0.5, 22_050 * seconds).astype(np.float32)
+pop2piano.arrange(
+    model, processor, song, sampling_rate=22_050, beats=np.arange(0.25, seconds - 1, 0.5), batch_size=8,
+    progress=lambda *n: done.append(n),
+)
+assert done[-1] == (seconds // 2, seconds // 2), done
+"""
+
 
 def write_checkpoint(directory: Path, config: WhisperConfig) -> int:
     """A random float32 checkpoint as `save_pretrained` writes it; returns the bytes of its tensors."""
@@ -138,6 +158,16 @@ def test_half_an_hour_of_audio_needs_no_more_memory_than_two_minutes():
     # Bytes of the one thing that is kept for the whole recording; it is there twice while its parts are joined.
     spectrogram = 80 * 4 * 28 * 60 * 100
     assert long - short < 3 * spectrogram, f"{long / 1e6:.0f} MB for 30 minutes, {short / 1e6:.0f} MB for 2"
+
+
+@needs_proc
+@pytest.mark.slow
+def test_a_song_of_three_minutes_needs_no_more_memory_than_one_of_half_a_minute():
+    pytest.importorskip("pretty_midi", reason="MIDI needs the extra `music`")
+    short, long = peak_of(ARRANGE, "30"), peak_of(ARRANGE, "180")
+    # Bytes that are kept for the whole song: its waveform, and the log-mel frames of segments that overlap nowhere.
+    kept = 4 * 150 * 22_050 * (1 + 512 / 1024)
+    assert long - short < 4 * kept, f"{long / 1e6:.0f} MB for 180 s, {short / 1e6:.0f} MB for 30 s"
 
 
 def main() -> None:
