@@ -14,7 +14,7 @@ from audiozoo.recipes import plan
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "audiozoo" / "training" / "README.md").read_text(encoding="utf-8")
-SECTIONS = re.split(r"^### ", PAGE, flags=re.M)[1:]
+SECTIONS = [text for text in re.split(r"^##+ ", PAGE, flags=re.M) if "| Slice |" in text]
 CHIPS = {"v5e-64": "v5e:8x8", "v5p-128": "v5p:4x4x4", "v6e-16": "v6e:4x4"}
 
 
