@@ -63,13 +63,19 @@ class Embed(nnx.Embed):
         """The product of every entry with `query`: logits, where the table is that of the tokens."""
         if query.size > query.shape[-1] or out_sharding is not None:
             return super().attend(query, out_sharding)
+        query, table = promote(query, self.embedding[...], dtype=self.dtype)
+
+        def in_parts(query: jax.Array, table: jax.Array) -> jax.Array:
+            parts = next((n for n in (*range(PARTS, 4 * PARTS), 3, 2) if len(table) % n == 0), 1)
+            queries = jnp.broadcast_to(query, (parts, len(query)))
+            return jnp.einsum("pei,pi->pe", table.reshape(parts, -1, len(query)), queries).reshape(-1)
+
         # XLA's CPU compiler reads the table of `query @ table.T` column by column; of `table @ query` as it lies. In
         # parts for the reason that `Linear` gives, here over the entries.
-        query, table = promote(query, self.embedding[...], dtype=self.dtype)
-        parts = next((n for n in (*range(PARTS, 4 * PARTS), 3, 2) if len(table) % n == 0), 1)
-        queries = jnp.broadcast_to(query.reshape(-1), (parts, query.shape[-1]))
-        table = table.reshape(parts, -1, query.shape[-1])
-        return jnp.einsum("pei,pi->pe", table, queries).reshape(*query.shape[:-1], -1)
+        logits = jax.lax.platform_dependent(
+            query.reshape(-1), table, cpu=in_parts, default=lambda query, table: table @ query
+        )
+        return logits.reshape(*query.shape[:-1], -1)
 
 
 class LayerNorm(nnx.LayerNorm):

@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -65,6 +66,15 @@ def test_logits_in_parts_are_the_logits(entries):
     x = row(64, jnp.float32)
     assert table.attend(x).shape == (1, 1, entries)
     assert_close(table.attend(x), table.attend(jnp.concatenate([x, x]))[:1], "sharded", "float32")
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_products_are_cut_on_a_cpu_only(platform):
+    """Elsewhere a product stays whole: there cutting gains nothing, and would tear a sharded matrix's shards."""
+    layer, table = Linear(256, 384, rngs=nnx.Rngs(0)), Embed(384, 256, rngs=nnx.Rngs(0))
+    both = jax.jit(lambda x: (layer(x), table.attend(x)))
+    text = jax.export.export(both, platforms=[platform])(row(256, jnp.float32)).mlir_module()
+    assert [bool(re.search(cut, text)) for cut in ("tensor<4x64x384x", "tensor<4x96x256x")] == 2 * [platform == "cpu"]
 
 
 @pytest.mark.parametrize("batch", [1, 2])
