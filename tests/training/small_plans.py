@@ -177,9 +177,14 @@ def choice(paper: str) -> Choice:
     return Choice(registry.paper(paper), name, config, f"{paper}:small")
 
 
+# One spectrogram each for the judge and for the loss: TPU code for a convolution takes its compiler a while.
+_QUICK = {"encodec": {"judge": {"n_ffts": (16,), "filters": 2}, "options": {"frequency_options": {"exponents": (5,)}}}}
+
+
 def recipe(paper: str) -> Recipe:
     """How it is trained: by the paper's recipe, with small judges."""
     row = recipe_of(choice(paper))
     if row.name in tiny.SMALL:
-        row = dataclasses.replace(row, objective=dataclasses.replace(row.objective, **tiny.SMALL[row.name]))
+        small = tiny.SMALL[row.name] | _QUICK.get(row.name, {})
+        row = dataclasses.replace(row, objective=dataclasses.replace(row.objective, **small))
     return row
