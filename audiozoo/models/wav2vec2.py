@@ -910,7 +910,9 @@ def sample_negative_indices(
     return jnp.where(mask[..., None], chosen, 0) + (jnp.arange(batch) * frames)[:, None, None]
 
 
-def cosine_similarity(a: Float[Array, "*shape channels"], b: Float[Array, "*shape channels"]) -> Float[Array, "*shape"]:
+def cosine_similarity(
+    a: Float[Array, "*#shape channels"], b: Float[Array, "*#shape channels"]
+) -> Float[Array, "*shape"]:
     r"""$a^\top b / \lVert a \rVert \lVert b \rVert$, each norm at least 1e-8."""
 
     def unit(x: jax.Array) -> jax.Array:

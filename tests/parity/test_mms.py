@@ -60,27 +60,42 @@ def model(directory):
         return convert(foreign, MMSForCTC, param_dtype=jnp.float64)
 
 
-def test_a_batch_in_three_languages(directory, model):
+SPOKEN = ["fra", "deu", "eng"]
+
+
+def three():
+    """A wave for each of `SPOKEN`, and their mask."""
     x, mask = padded()
-    x, mask = np.concatenate([x, x[:1, ::-1]]), np.concatenate([mask, mask[:1]])
-    spoken = ["fra", "deu", "eng"]
+    return np.concatenate([x, x[:1, ::-1]]), np.concatenate([mask, mask[:1]])
+
+
+@pytest.fixture(scope="module")
+def originals(directory):
+    """What the original makes of `three`, one language at a time."""
+    x, mask = three()
+    logits = []
+    for row, language in enumerate(SPOKEN):
+        reference = transformers.Wav2Vec2ForCTC.from_pretrained(directory).double().eval()
+        reference.load_adapter(language)
+        reference = reference.double()
+        with torch.no_grad():
+            values, own = torch.tensor(x[row : row + 1]), torch.tensor(mask[row : row + 1])
+            logits.append(reference(values, attention_mask=own).logits[0])
+    return logits
+
+
+def test_a_batch_in_three_languages(originals, model):
+    x, mask = three()
     labels = np.array([[5, 16, -100], [13, 6, 6], [10, -100, -100]])
 
     @jax.jit
     def run(m, index):
         return m(jnp.asarray(x), jnp.asarray(mask), jnp.asarray(labels), languages=index)
 
-    ours = run(model, model.language_index(spoken, 3))
+    ours = run(model, model.language_index(SPOKEN, 3))
     assert model.config.languages == ("deu", "eng", "fra")
     losses = []
-    for row, language in enumerate(spoken):
-        reference = transformers.Wav2Vec2ForCTC.from_pretrained(directory).double().eval()
-        reference.load_adapter(language)
-        reference = reference.double()
-        with torch.no_grad():
-            theirs = reference(torch.tensor(x[row : row + 1]), attention_mask=torch.tensor(mask[row : row + 1])).logits[
-                0
-            ]
+    for row, (language, theirs) in enumerate(zip(SPOKEN, originals, strict=True)):
         size = LETTERS[language]
         assert theirs.shape[1] == size
         harness.assert_close(ours.logits[row, :, :size], theirs, name=language)
@@ -90,6 +105,29 @@ def test_a_batch_in_three_languages(directory, model):
             ctc_loss(jnp.asarray(theirs)[None], jnp.asarray(labels[row])[None], frames[None], reduction="sum")
         )
     harness.assert_close(ours.loss, sum(losses), name="loss")
+
+
+def test_mutations_are_noticed(originals, model):
+    x, mask = three()
+    run = jax.jit(lambda m, index: m(jnp.asarray(x), jnp.asarray(mask), languages=index).logits)
+    spoken = model.language_index(SPOKEN, 3)
+
+    def check():
+        logits = run(model, spoken)
+        for row, theirs in enumerate(originals):
+            harness.assert_close(logits[row, :, : theirs.shape[1]], theirs)
+
+    def exchanged(adapters):
+        return adapters[[1, 0, 2]]
+
+    own = "wav2vec2.encoder.layers.0.adapter_layer.linear_2.bias"
+    mutations = [
+        *harness.perturbations(model, count=3, exclude=r".*masked_spec_embed|lm_head.*"),
+        harness.dropped(model, own),
+        harness.Changed(model, own, exchanged, "two languages exchanged in"),
+        harness.Changed(model, "lm_head.kernel", exchanged, "two languages exchanged in"),
+    ]
+    assert harness.assert_detects(check, mutations) == 6
 
 
 def test_gradients_reach_each_language_from_its_own_items(model):

@@ -146,6 +146,22 @@ def test_gradients_of_the_loss(translator):
     assert len(compared) > 60
 
 
+def test_mutations_are_noticed(translator):
+    reference, model, _ = translator
+    x, mask = padded()
+    tokens = np.array([[2, 7, 5, 9], [2, 8, 4, 6]])
+    with torch.no_grad():
+        theirs = reference(torch.tensor(x), torch.tensor(mask), torch.tensor(tokens)).logits
+    run = jax.jit(lambda m: m(jnp.asarray(x), jnp.asarray(mask), jnp.asarray(tokens)).logits)
+    mutations = [
+        *harness.perturbations(model, count=4, exclude=".*masked_spec_embed"),
+        harness.dropped(model, "encoder.adapter.layers.0.conv.bias"),
+        harness.dropped(model, "decoder.model.decoder.layers.0.encoder_attn.v_proj.bias"),
+        harness.dropped(model, "decoder.model.decoder.layer_norm.bias"),
+    ]
+    assert harness.assert_detects(lambda: harness.assert_close(run(model), theirs), mutations) == 7
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generated_tokens(translator, beams):
     reference, model, _ = translator
