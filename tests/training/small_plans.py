@@ -101,6 +101,7 @@ def _configurations() -> dict[str, tuple[str, Any]]:
     patches = {"patch_size": (16, 16), "patch_stride": (16, 16)}
     sounds = dataclasses.replace(small_clap.audio_config, num_mel_bins=64, spec_size=256, **patches)
     two = {"encoder_layers": 2, "decoder_layers": 2}
+    one_step: dict[str, Any] = {"upsample_rates": (8,), "upsample_kernel_sizes": (16,), "upsample_initial_channel": 8}
     tiny_whisper = dataclasses.replace(tiny.tiny_whisper.TINY, max_source_positions=50, **two)
     ast = tiny.ast.ASTConfig(
         hidden_size=16,
@@ -119,12 +120,15 @@ def _configurations() -> dict[str, tuple[str, Any]]:
         "audio_spectrogram_transformer": ("ASTForAudioClassification", ast),
         "clap": ("ClapModel", dataclasses.replace(small_clap, audio_config=sounds)),
         "pop2piano": ("Pop2PianoForConditionalGeneration", Pop2PianoConfig(240, 3, 16, 8, 32, 2, 2, 2)),
-        "vits": ("VitsModel", dataclasses.replace(tiny.tiny_vits.PLAIN, num_speakers=1, num_hidden_layers=2)),
+        "vits": (
+            "VitsModel",
+            dataclasses.replace(tiny.tiny_vits.PLAIN, num_speakers=1, num_hidden_layers=2, **one_step),
+        ),
         "speecht5": (
             "SpeechT5ForTextToSpeech",
             SpeechT5Config(**tiny_speecht5.SIZES | two | {"ctc_weight": 0.0}),
         ),
-        "hifigan": ("HifiGanGenerator", tiny.hifigan_model()[0].config),
+        "hifigan": ("HifiGanGenerator", dataclasses.replace(tiny.hifigan_model()[0].config, **one_step)),
         "xls_r": (
             "SpeechEncoderDecoderModel",
             SpeechEncoderDecoderConfig(encoder=_speech(XLSRConfig), decoder=decoder),
