@@ -13,6 +13,7 @@ from audiozoo.layers.attention import (
     split_heads,
 )
 from audiozoo.layers.basic import Dropout, Embed, GroupNorm, LayerNorm, Linear, dropout, promote
+from audiozoo.layers.blocks import in_blocks
 from audiozoo.layers.convolution import Conv1d, ConvTranspose1d
 from audiozoo.layers.positions import fairseq_sinusoids, sinusoids
 from audiozoo.layers.stacking import layer_drop, scan_layers, stack_layers, unstack_layers
@@ -36,6 +37,7 @@ __all__ = [
     "dropout",
     "fairseq_sinusoids",
     "gelu",
+    "in_blocks",
     "layer_drop",
     "merge_heads",
     "promote",

@@ -64,6 +64,7 @@ from audiozoo.layers import (
     activation,
     attend,
     attend_without_weights,
+    in_blocks,
     merge_heads,
     promote,
     split_heads,
@@ -267,7 +268,8 @@ class ASTMLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch tokens hidden"]) -> Float[Array, "batch tokens hidden"]:
         """Two linear maps with the activation between them."""
-        return self.fc2(activation(self.hidden_act)(self.fc1(x)))
+        act = activation(self.hidden_act)
+        return in_blocks(lambda y: self.fc2(act(self.fc1(y))), x, self.fc1.out_features)
 
 
 class ASTLayer(nnx.Module):

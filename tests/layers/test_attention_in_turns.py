@@ -1,4 +1,4 @@
-"""Attention head by head, as a CPU does it for long inputs, against all heads at once."""
+"""Attention head by head and networks block by block, as a CPU does them for long inputs, against all at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from audiozoo.layers import attend, attend_without_weights
+from audiozoo.layers import attend, attend_without_weights, in_blocks
 from audiozoo.layers.attention import TURNS_FROM
 
 
@@ -30,3 +30,23 @@ def test_values_and_gradients_agree(masked):
         a, b = (jax.jit(jax.grad(lambda x, f=f: (f(x) ** 2).sum()))(arrays) for f in (other, one))
         for x, y in zip(a, b, strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12)
+
+
+def test_blocks_of_positions_agree(monkeypatch):
+    monkeypatch.setattr("audiozoo.layers.blocks.BLOCK", 100)
+    monkeypatch.setattr("audiozoo.layers.blocks.BLOCKS_FROM", 200)
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        x, into, out = (jnp.asarray(rng.standard_normal(shape)) for shape in ((3, 7, 5), (5, 20), (20, 4)))
+
+        def whole(x, into, out):
+            return jnp.tanh(x @ into) @ out
+
+        def blocks(x, into, out):
+            return in_blocks(lambda rows: whole(rows, into, out), x, 20)
+
+        assert "while" in jax.jit(blocks).lower(x, into, out).as_text()
+        np.testing.assert_allclose(jax.jit(blocks)(x, into, out), whole(x, into, out), rtol=1e-12, atol=1e-14)
+        a, b = (jax.jit(jax.grad(lambda *w, f=f: (f(*w) ** 2).sum(), (0, 1, 2)))(x, into, out) for f in (blocks, whole))
+        for one, other in zip(a, b, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
