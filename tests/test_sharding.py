@@ -278,3 +278,33 @@ def test_rules_for_families_are_never_required(name):
     from audiozoo import sharding
 
     assert all(not rule.required for rule in getattr(sharding, name) if isinstance(rule, sharding.Rule))
+
+
+def test_a_single_row_leaves_the_shards_where_they_are():
+    """Its product, cut in parts on a CPU, sums over the devices at most: no device is sent another's share of W."""
+    found = on_eight_devices(
+        """
+import re
+from audiozoo.layers import Embed, Linear
+
+layer, table = Linear(512, 384, rngs=nnx.Rngs(0)), Embed(384, 512, rngs=nnx.Rngs(0))
+x = jax.random.normal(jax.random.key(1), (1, 1, 512))
+run = jax.jit(lambda layer, table, x: (layer(x), table.attend(x)))
+expected, found = run(layer, table, x), []
+for devices in (2, 4, 8):
+    mesh = make_mesh({"tensor": devices}, jax.devices()[:devices])
+    for spec in (P("tensor", None), P(None, "tensor")):
+        place = lambda x, spec: jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+        parts = [nnx.clone(layer), nnx.clone(table)]
+        parts[0].kernel[...] = place(layer.kernel[...], spec)
+        parts[1].embedding[...] = place(table.embedding[...], spec)
+        parts[0].bias[...] = place(layer.bias[...], P())
+        arguments = (*parts, place(x, P()))
+        for a, b in zip(run(*arguments), expected):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+        text = run.lower(*arguments).compile().as_text()
+        found.append(sorted(set(re.findall(r" (all-[a-z-]+|collective-permute)[(]", text))))
+print(json.dumps(found))
+"""
+    )
+    assert found == [["all-reduce"]] * 6
