@@ -7,6 +7,7 @@ counts and the quartiles are shown. What they return is compared first: a fast w
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import gc
 import importlib
@@ -165,7 +166,7 @@ def measure(case: Case, repeats: int | None = None) -> dict[str, Timing]:
 
 
 def peak_memory(paper: str, case: str, contender: str) -> int:
-    """Bytes that one contender needs at most, imports and weights included, in a process of its own."""
+    """Bytes that one contender needs at most while it runs, imports and weights included, in a process of its own."""
     program = f"from benchmarks.framework import _measure_memory; _measure_memory({paper!r}, {case!r}, {contender!r})"
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
@@ -177,14 +178,22 @@ def peak_memory(paper: str, case: str, contender: str) -> int:
 def _measure_memory(paper: str, case: str, contender: str) -> None:
     (found,) = [c for c in cases_of(paper) if c.name == case]
     run = found.contenders[contender]()
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not status.is_file():
+        for _ in range(2):
+            run()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+        return
+    # Linux's ru_maxrss begins with what the parent had; and what drawing random weights took is given back first.
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+    reset.write_text("5")  # the peak begins anew
     for _ in range(2):
         run()
-    status = Path("/proc/self/status")
-    if status.is_file():  # Linux's ru_maxrss begins with what the parent had when it started this process
-        print(int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024)  # type: ignore[index]
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())
+    print(int(peak) * 1024)
 
 
 def cases_of(paper: str) -> Sequence[Case]:

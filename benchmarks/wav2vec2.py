@@ -1,7 +1,7 @@
 """wav2vec 2.0 against `transformers` (eager): forwards of base and large, and the alignment of an hour of speech.
 
-Published sizes, random weights. No other CTC aligner of an hour is at hand, so that row has ours alone: 2 s on two cores
-of a Xeon, once the emissions are there.
+Published sizes, random weights. No other CTC aligner of an hour is at hand, so that row has ours alone: 2 s on two
+cores of a Xeon, once the emissions are there.
 """
 
 from __future__ import annotations
