@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from audiozoo.errors import UsageError
 from audiozoo.models.audio_spectrogram_transformer import ASTRecipe
+from audiozoo.recipes.generation import Arrangement, Languages, Music, Speaking, SpeechAndText, Stages, Translated
 from audiozoo.recipes.objectives import (
     CTC,
     Codec,
@@ -57,10 +58,11 @@ class Recipe:
 
 
 _CTC = Settings(
-    source="wav2vec 2.0, Appendix B: Adam, a rate that rises for 10 %, stays for 40 % and falls, 3e-5 for 100 h; the "
-    "first 10,000 updates train the output layer alone; its authors' base_100h.yaml",
+    source="wav2vec 2.0, §4.3, BASE: Adam, a rate that rises for 10 %, stays for 40 % and falls, 1,600 s an update "
+    "(128 recordings of LibriSpeech), the first 10,000 updates train the output layer alone; its authors' "
+    "base_100h.yaml, which holds nothing back: 3e-5, 80,000 updates, betas 0.9 and 0.98, a fall to a twentieth",
     steps=80_000,
-    batch_size=32,
+    batch_size=128,
     learning_rate=3e-5,
     schedule="tri_stage",
     warmup=0.1,
@@ -72,10 +74,11 @@ _CTC = Settings(
     seconds=20.0,
 )
 _PRETRAINING = Settings(
-    source="wav2vec 2.0, §4.2, BASE: 400,000 updates, Adam, a peak of 5e-4 after 8 % of them, linear decay, crops of "
-    "15.6 s, 1.6 h an update; betas and weight decay of its authors' wav2vec2_base_librispeech.yaml",
+    source="wav2vec 2.0, §4.2, BASE, as its authors' wav2vec2_base_librispeech.yaml has it: 400,000 updates, Adam with "
+    "betas 0.9 and 0.98, a peak of 5e-4 after 8 % of them, linear decay, weight decay 0.01, crops of 15.6 s, 87.5 s on "
+    "each of 64 devices",
     steps=400_000,
-    batch_size=384,
+    batch_size=360,
     learning_rate=5e-4,
     schedule="linear",
     warmup=0.08,
@@ -86,9 +89,11 @@ _PRETRAINING = Settings(
 )
 _UNITS = dataclasses.replace(
     _PRETRAINING,
-    source="HuBERT, §4.2, BASE: 400,000 updates of the second iteration (250,000 of the first), Adam with betas 0.9 "
-    "and 0.98, a peak of 5e-4 after 8 %, linear decay, 46 minutes of audio an update",
+    source="HuBERT, BASE, as its authors' hubert_base_librispeech.yaml has it: 400,000 updates of the second iteration "
+    "(250,000 of the first), Adam with betas 0.9 and 0.98, a peak of 5e-4 after 8 %, linear decay, weight decay 0.01, "
+    "gradients of at most 10, 87.5 s on each of 32 devices",
     batch_size=180,
+    clip=10.0,
 )
 _FROM_WAV2VEC2 = "the numbers of wav2vec 2.0's recipe: "
 
@@ -97,6 +102,22 @@ def _like(settings: Settings, source: str | None = None, **changes: object) -> S
     return dataclasses.replace(settings, source=source or _FROM_WAV2VEC2 + settings.source, **changes)  # type: ignore[arg-type]
 
 
+_FINETUNING = {
+    "wav2vec2": _CTC,
+    "sew": _like(
+        _CTC, "SEW, its authors' base_100h.yaml: that of " + _CTC.source.replace("base_100h.yaml, which", "file, which")
+    ),
+    "unispeech": _like(
+        _CTC,
+        "UniSpeech, its authors' finetune.sh: Adam with betas 0.9 and 0.98, a rate that rises for 2,000 updates to "
+        "2e-5, stays for 8,000 and falls to a twentieth in 10,000, the first 2,000 train the output layer alone, 250 "
+        "s an update",
+        steps=20_000,
+        batch_size=48,
+        learning_rate=2e-5,
+        held_steps=2_000,
+    ),
+}
 _HEAD = r"^lm_head\.|masked_spec_embed"
 _CLASSIFIER = r"^(projector|classifier)\.|masked_spec_embed"
 _FAMILY = {  # module: prefix of its classes, the size to start from
@@ -108,8 +129,8 @@ _FAMILY = {  # module: prefix of its classes, the size to start from
     "unispeech_sat": ("UniSpeechSat", "base"),
 }
 _GAN = Settings(
-    source="VITS, §3.2: AdamW with betas 0.8 and 0.99 and weight decay 0.01, 2e-4 falling by 0.999^(1/8) a pass, 64 "
-    "recordings an update, 800,000 updates; a pass over LJ Speech is 194 updates",
+    source="VITS, §3, and its authors' ljs_base.json: AdamW with betas 0.8 and 0.99 and weight decay 0.01, 2e-4 "
+    "falling by 0.999^(1/8) a pass, 64 recordings an update, 800,000 updates; a pass over LJ Speech is 194 updates",
     steps=800_000,
     batch_size=64,
     learning_rate=2e-4,
@@ -123,8 +144,8 @@ _GAN = Settings(
     seconds=10.0,
 )
 _AST = Settings(
-    source="AST, §3.2, ESC-50 from AudioSet's weights (`ASTRecipe.esc50`): 1e-5, times 0.85 a pass from the fifth "
-    "on, 25 passes of 1,600 recordings, 48 an update",
+    source="AST, its authors' run_esc.sh, ESC-50 from AudioSet's weights (`ASTRecipe.esc50`): Adam, 1e-5, times 0.85 a "
+    "pass from the fifth on, 25 passes of 1,600 recordings, 48 an update",
     steps=825,
     batch_size=48,
     learning_rate=1e-5,
@@ -136,6 +157,42 @@ _AST = Settings(
     seconds=10.24,
 )
 
+_TRANSLATION = _like(
+    _CTC,
+    "our choice, with Adam, schedule and 1,600 s an update as " + _CTC.source,
+    held=None,
+    held_steps=0,
+    frozen=r"^encoder\.feature_extractor\.",
+)
+_SPEECHT5 = Settings(
+    source="SpeechT5, its authors' README, pre-training: 800,000 updates, Adam with betas 0.9 and 0.98, a peak of "
+    "2e-4 after 64,000, linear decay, weight decay 0.01, gradients of at most 5, crops of 15.6 s, twice 87.5 s on "
+    "each of 32 devices",
+    steps=800_000,
+    batch_size=360,
+    learning_rate=2e-4,
+    schedule="linear",
+    warmup=64_000,
+    beta2=0.98,
+    epsilon=1e-6,
+    weight_decay=0.01,
+    clip=5.0,
+    seconds=15.6,
+)
+_SEAMLESS = Settings(
+    source="SeamlessM4T, its authors' trainer (`SeamlessM4TRecipe`): Adam with betas 0.9 and 0.98, 1e-5 after 100 "
+    "updates, then with the inverse square root, 5 sentences an update, label smoothing 0.2; the number of updates is "
+    "our choice, for they stop early",
+    steps=10_000,
+    batch_size=5,
+    learning_rate=1e-5,
+    schedule="inverse_sqrt",
+    warmup=100,
+    optimizer="adam",
+    beta2=0.98,
+    seconds=15.0,
+)
+
 ROWS = [
     # --- wav2vec 2.0 and what follows it: pre-training, recognition, classification ---
     *(
@@ -144,7 +201,7 @@ ROWS = [
             paper,
             f"{prefix}ForCTC",
             CTC(),
-            _CTC if paper == "wav2vec2" else _like(_CTC),
+            _FINETUNING.get(paper) or _like(_CTC),
             size,
             new=_HEAD,
         )
@@ -157,12 +214,15 @@ ROWS = [
             f"{prefix}ForSequenceClassification",
             Utterance(),
             Settings(
-                source="SUPERB (arXiv 2105.01051, §3) asks for a frozen backbone under a linear layer, Adam; the rate "
-                "is that of its authors' configurations",
-                steps=20_000,
+                source="SUPERB (arXiv 2105.01051) asks for a frozen backbone under a mean and a linear layer; its "
+                "authors' configuration of speaker identification in s3prl: Adam, 1e-4, 200,000 updates of 32 "
+                "recordings of at most 8 s, gradients of at most 1",
+                steps=200_000,
                 batch_size=32,
                 learning_rate=1e-4,
                 optimizer="adam",
+                clip=1.0,
+                seconds=8.0,
                 frozen=rf"^{paper}\.",
             ),
             size,
@@ -184,7 +244,7 @@ ROWS = [
         "wavlm",
         "WavLMForPreTraining",
         Pretraining(units=True, mixing=0.2),
-        _like(_UNITS, "WavLM, Algorithm 1: another utterance over 20 % of them; the rest as HuBERT's, §4.2 there"),
+        _like(_UNITS, "WavLM, Algorithm 1: another utterance over 20 % of them; the rest as " + _UNITS.source),
         "base",
     ),
     Recipe(
@@ -207,7 +267,7 @@ ROWS = [
         _like(
             _UNITS,
             "UniSpeech-SAT, its authors' code: another utterance over 20 % of them, 100 instances of the batch; the "
-            "rest as HuBERT's, §4.2 there",
+            "rest as " + _UNITS.source,
         ),
         "base",
     ),
@@ -215,8 +275,18 @@ ROWS = [
         "unispeech_pretraining",
         "unispeech",
         "UniSpeechForPreTraining",
-        Pretraining(end_temperature=0.1, phonemes=True, features_penalty=0.0, feature_gradient=1.0),
-        _like(_PRETRAINING),
+        Pretraining(end_temperature=0.1, phonemes=True, features_penalty=0.0, feature_gradient=1.0, whole=True),
+        _like(
+            _PRETRAINING,
+            "UniSpeech, its authors' one2one_large_pretrain_en1350.sh: Adam with betas 0.9 and 0.98, a peak of 1e-3 "
+            "after 25,000 updates, linear decay to 0 at 200,000, weight decay 0.01, recordings of at most 20 s, 75 s "
+            "on each of 64 devices",
+            steps=200_000,
+            batch_size=240,
+            learning_rate=1e-3,
+            warmup=25_000,
+            seconds=20.0,
+        ),
         "large",
     ),
     # --- recognition and translation by a decoder ---
@@ -247,8 +317,20 @@ ROWS = [
         "xls_r",
         "SpeechEncoderDecoderModel",
         Seq2Seq(),
-        _like(_CTC, held=None, held_steps=0, frozen=r"^encoder\.feature_extractor\."),
+        _TRANSLATION,
         "xls_r_300m",
+        new="enc_to_dec_proj",
+    ),
+    Recipe(
+        "speech_to_text_2",
+        "speech_to_text_2",
+        "SpeechEncoderDecoderModel",
+        Seq2Seq(),
+        dataclasses.replace(
+            _TRANSLATION,
+            source="Speech2Text2's numbers are not published: " + _TRANSLATION.source,
+        ),
+        "covost_en_de",
         new="enc_to_dec_proj",
     ),
     Recipe(
@@ -257,11 +339,11 @@ ROWS = [
         "Speech2TextForConditionalGeneration",
         Seq2Seq(features="filterbank", smoothing=0.1),
         Settings(
-            source="fairseq S2T, §3, and the released recipe of LibriSpeech (`Speech2TextRecipe`): Adam, 2e-3 for the "
-            "small model after 10,000 updates, then with the inverse square root, gradients of at most 10, 300,000 "
-            "updates",
+            source="fairseq S2T, its authors' librispeech_example.md (`Speech2TextRecipe`): Adam, 2e-3 for the small "
+            "model after 10,000 updates, then with the inverse square root, gradients of at most 10, 300,000 updates "
+            "of 320,000 frames (260 recordings)",
             steps=300_000,
-            batch_size=32,
+            batch_size=260,
             learning_rate=2e-3,
             schedule="inverse_sqrt",
             warmup=10_000,
@@ -270,6 +352,51 @@ ROWS = [
             seconds=30.0,
         ),
         "small",
+    ),
+    Recipe(
+        "mms",
+        "mms",
+        "MMSForCTC",
+        Languages(),
+        _like(
+            _CTC,
+            "MMS, §5.1, trains a language's adapters and head in a body that stays as it is; Adam and its schedule as "
+            "fairseq's xlsr/config/finetune.yaml has them; 1e-3 and 4,000 updates of 32 recordings are our choice",
+            steps=4_000,
+            batch_size=32,
+            learning_rate=1e-3,
+            frozen=r"^(?!lm_head|.*\.adapter_layer\.)",
+            held=None,
+            held_steps=0,
+        ),
+        "mms_1b_all",
+        new=r"^lm_head\.|\.adapter_layer\.|masked_spec_embed",
+    ),
+    Recipe("seamless_m4t", "seamless_m4t", "SeamlessM4TForSpeechToText", Translated(), _SEAMLESS, "medium"),
+    Recipe("seamless_m4t_v2", "seamless_m4t_v2", "SeamlessM4Tv2ForSpeechToText", Translated(), _SEAMLESS, "large"),
+    Recipe(
+        "speecht5_recognition",
+        "speecht5",
+        "SpeechT5ForSpeechToText",
+        Seq2Seq(),
+        Settings(
+            source="SpeechT5, its authors' README, ASR: 80,000 updates, Adam with betas 0.9 and 0.98, a rate that "
+            "rises for 10 % to 6e-5, stays for 40 % and falls to a twentieth, weight decay 0.1, gradients of at most "
+            "25, the encoder held for 13,000, half CTC, 1,600 s an update (128 recordings of LibriSpeech)",
+            steps=80_000,
+            batch_size=128,
+            learning_rate=6e-5,
+            schedule="tri_stage",
+            warmup=0.1,
+            beta2=0.98,
+            weight_decay=0.1,
+            clip=25.0,
+            held=r"^speecht5\.encoder\.",
+            held_steps=13_000,
+            seconds=20.0,
+        ),
+        "asr",
+        new=r"^ctc_proj\.|masked_spec_embed",
     ),
     # --- sounds ---
     Recipe("ast", "audio_spectrogram_transformer", "ASTForAudioClassification", Spectrogram(), _AST, "esc50"),
@@ -280,8 +407,8 @@ ROWS = [
         Spectrogram(ASTRecipe.audioset()),
         dataclasses.replace(
             _AST,
-            source="AST, §3.1, full AudioSet (`ASTRecipe.audioset`): 1e-5, halved in each pass after the second, 5 "
-            "passes of 2 million recordings, 12 an update",
+            source="AST, §3.1 and its authors' run.sh, full AudioSet (`ASTRecipe.audioset`): Adam, 1e-5, halved in "
+            "each pass after the second, 5 passes of 2 million recordings, 12 an update",
             steps=830_000,
             batch_size=12,
             warmup=1000,
@@ -296,8 +423,9 @@ ROWS = [
         "ClapModel",
         Contrastive(),
         Settings(
-            source="CLAP, §4.1 (`ClapRecipe`): Adam with betas 0.99 and 0.9, 1e-4 after a warm-up, cosine decay, 2,304 "
-            "pairs an update; 3,200 updates of warm-up and 45 passes in the released scripts",
+            source="CLAP, §4.1 (`ClapRecipe`): Adam with betas 0.99 and 0.9, 1e-4 after a warm-up, cosine decay; its "
+            "authors' htsat-roberta-large-dataset-fusion.sh: 96 pairs on each of 24 devices, 3,200 updates of warm-up, "
+            "45 passes",
             steps=47_000,
             batch_size=2304,
             learning_rate=1e-4,
@@ -309,7 +437,96 @@ ROWS = [
         ),
         "htsat_unfused",
     ),
+    # --- music ---
+    Recipe(
+        "musicgen",
+        "musicgen",
+        "MusicgenForConditionalGeneration",
+        Music(),
+        Settings(
+            source="MusicGen, §3.1, 300M (`MusicgenRecipe`): a million updates of 192 crops of 30 s, AdamW with betas "
+            "0.9 and 0.95 and weight decay 0.1, its rate by D-Adaptation, a cosine after 4,000 updates of warm-up, "
+            "gradients of at most 1, a moving average of 0.99",
+            steps=1_000_000,
+            batch_size=192,
+            learning_rate=1.0,
+            schedule="cosine",
+            warmup=4_000,
+            optimizer="dadapt_adamw",
+            beta2=0.95,
+            weight_decay=0.1,
+            clip=1.0,
+            frozen=r"^(text_encoder|audio_encoder)\.",
+            seconds=30.0,
+            average=0.99,
+        ),
+        "small",
+    ),
+    Recipe(
+        "pop2piano",
+        "pop2piano",
+        "Pop2PianoForConditionalGeneration",
+        Arrangement(),
+        Settings(
+            source="Pop2Piano, §4.2, and its authors' config.yaml (`Pop2PianoRecipe`): Adafactor at 1e-3, 32 segments "
+            "of two bars an update, gradients of at most 3, 2,000 passes over 4,989 songs",
+            steps=312_000,
+            batch_size=32,
+            learning_rate=1e-3,
+            optimizer="adafactor",
+            clip=3.0,
+            seconds=3600.0,
+        ),
+        "released",
+    ),
     # --- speech and codes ---
+    Recipe(
+        "speecht5",
+        "speecht5",
+        "SpeechT5ForTextToSpeech",
+        Speaking(),
+        Settings(
+            source="SpeechT5, its authors' README, TTS: 120,000 updates, Adam with betas 0.9 and 0.98, 1e-4 after "
+            "10,000, then with the inverse square root, gradients of at most 25, the encoder held for 20,000, "
+            "recordings of at most 30 s, 3.2 million samples on each of 8 devices (256 recordings of LibriTTS)",
+            steps=120_000,
+            batch_size=256,
+            learning_rate=1e-4,
+            schedule="inverse_sqrt",
+            warmup=10_000,
+            optimizer="adam",
+            beta2=0.98,
+            clip=25.0,
+            held=r"^speecht5\.encoder\.",
+            held_steps=20_000,
+            seconds=30.0,
+        ),
+        "tts",
+        config={"use_guided_attention_loss": True},
+    ),
+    Recipe("speecht5_pretraining", "speecht5", "SpeechT5ForPreTraining", SpeechAndText(), _SPEECHT5, "base"),
+    Recipe(
+        "bark",
+        "bark",
+        "BarkModel",
+        Stages(),
+        Settings(
+            source="Bark's training is not published: our choice, the numbers of nanoGPT, whose Transformer it has: "
+            "AdamW with betas 0.9 and 0.95 and weight decay 0.1, 6e-4 after 2,000 updates, a cosine, gradients of at "
+            "most 1",
+            steps=600_000,
+            batch_size=480,
+            learning_rate=6e-4,
+            schedule="cosine",
+            warmup=2_000,
+            beta2=0.95,
+            weight_decay=0.1,
+            clip=1.0,
+            frozen=r"^codec_model\.",
+            seconds=15.0,
+        ),
+        "bark_small",
+    ),
     Recipe("vits", "vits", "VitsModel", Voice(), _GAN, "ljs"),
     Recipe(
         "hifigan",
@@ -318,8 +535,8 @@ ROWS = [
         Vocoder(),
         dataclasses.replace(
             _GAN,
-            source="HiFi-GAN, §3.1: AdamW with betas 0.8 and 0.99 and weight decay 0.01, 2e-4 falling by 0.999 a pass, "
-            "16 segments of 8,192 samples an update, 2.5 million updates",
+            source="HiFi-GAN, §3, and its authors' config_v1.json: AdamW with betas 0.8 and 0.99 and weight decay "
+            "0.01, 2e-4 falling by 0.999 a pass, 16 segments of 8,192 samples an update, 2.5 million updates",
             steps=2_500_000,
             batch_size=16,
             decay=0.999,
@@ -333,7 +550,7 @@ ROWS = [
         "EncodecModel",
         Codec(),
         Settings(
-            source="EnCodec, §4.3: Adam with betas 0.5 and 0.9, 3e-4, 64 recordings of 1 s an update, 300 passes of "
+            source="EnCodec, §4.4: Adam with betas 0.5 and 0.9, 3e-4, 64 recordings of 1 s an update, 300 passes of "
             "2,000 updates; §3.4: the judge learns in two of three updates",
             steps=600_000,
             batch_size=64,

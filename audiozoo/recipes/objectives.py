@@ -32,7 +32,12 @@ LABELS = Padding(IGNORED_LABEL, 16)
 Fields = Mapping[str, Any]
 
 
-def _text(fields: Fields) -> str:
+def text_of(fields: Fields) -> str:
+    """The text of a recording.
+
+    Raises:
+        UsageError: if it has none.
+    """
     text = fields.get("text")
     if not isinstance(text, str) or not text.strip():
         raise UsageError("This recipe learns from recordings with texts, and a recording has none.")
@@ -41,9 +46,15 @@ def _text(fields: Fields) -> str:
 
 @dataclass(frozen=True)
 class Objective:
-    """Base: one network `model`, one phase."""
+    """Base: one network `model`, one phase.
+
+    Attributes:
+        evaluation_key: whether evaluation draws.
+        whole: whether recordings are heard from beginning to end, as texts ask for; else long ones are cut.
+    """
 
     evaluation_key: bool = field(default=False, kw_only=True)
+    whole: bool = field(default=True, kw_only=True)
 
     def padding(self, processor: Any) -> dict[str, Padding]:
         """How examples become a batch."""
@@ -63,7 +74,7 @@ class Objective:
         return Task({"model": model}, [phase], evaluation_key=self.evaluation_key)
 
 
-def _speech(processor: Any, waveform: np.ndarray) -> Example:
+def speech_example(processor: Any, waveform: np.ndarray) -> Example:
     """A waveform as the wav2vec 2.0 family reads it."""
     extractor = getattr(processor, "feature_extractor", processor)
     if extractor.do_normalize:
@@ -84,8 +95,8 @@ class CTC(Objective):
 
     def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
         """See `Objective`."""
-        labels = np.asarray(processor.tokenizer(_text(fields))["input_ids"], np.int32)
-        return _speech(processor, waveform) | {"labels": labels}
+        labels = np.asarray(processor.tokenizer(text_of(fields))["input_ids"], np.int32)
+        return speech_example(processor, waveform) | {"labels": labels}
 
     def loss(self, processor: Any) -> Callable[[dict[str, Any], Any, Turn], Loss]:
         """See `Objective`."""
@@ -93,7 +104,8 @@ class CTC(Objective):
         def loss(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
             model, labels, mask = networks["model"], batch["labels"], batch["attention_mask"]
             key = turn.key if turn.training else None
-            logits = model(batch["input_values"], mask, key=key).logits
+            more = {"languages": batch["languages"]} if "languages" in batch else {}
+            logits = model(batch["input_values"], mask, key=key, **more).logits
             lengths = model.backbone.frame_lengths(mask.sum(axis=1))
             blank = model.config.pad_token_id
             losses = ctc_loss(logits, labels, lengths, blank=blank, reduction="none", zero_infinity=True)
@@ -125,7 +137,7 @@ class Seq2Seq(Objective):
 
     def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
         """See `Objective`."""
-        labels = np.asarray(processor.tokenizer(_text(fields))["input_ids"], np.int32)
+        labels = np.asarray(processor.tokenizer(text_of(fields))["input_ids"], np.int32).reshape(-1)
         if self.features == "log_mel":
             # The tokenizer begins with <|startoftranscript|>, which is the decoder's first input and no target.
             labels = labels[1:] if labels[0] == config.decoder_start_token_id else labels
@@ -135,7 +147,7 @@ class Seq2Seq(Objective):
             return {"input_features": features["input_features"][0], "labels": labels} | {
                 "attention_mask": features["attention_mask"][0]
             }
-        return _speech(processor, waveform) | {"labels": labels}
+        return speech_example(processor, waveform) | {"labels": labels}
 
     def loss(self, processor: Any) -> Callable[[dict[str, Any], Any, Turn], Loss]:
         """See `Objective`."""
@@ -184,6 +196,7 @@ class Pretraining(Objective):
     end_temperature: float | None = None
     mixing: float = 0.0
     evaluation_key: bool = field(default=True, kw_only=True)
+    whole: bool = field(default=False, kw_only=True)
 
     def padding(self, processor: Any) -> dict[str, Padding]:
         """See `Objective`."""
@@ -191,10 +204,13 @@ class Pretraining(Objective):
 
     def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
         """See `Objective`."""
-        example = _speech(processor, waveform)
+        example = speech_example(processor, waveform)
         if self.units:
             if "units" in fields:
                 labels = np.asarray([int(unit) for unit in fields["units"]], np.int32)
+                if "crop" in fields:  # of the whole recording's units, those of the part that is heard
+                    first, last = (round(t * getattr(config, "label_rate", 50.0)) for t in fields["crop"])
+                    labels = labels[first:last]
             elif (clusters := getattr(processor, "clusters", None)) is not None:
                 labels = clusters(cepstra(jnp.asarray(waveform)))
             else:
@@ -274,6 +290,7 @@ class Spectrogram(Objective):
     """
 
     recipe: ast.ASTRecipe = field(default_factory=lambda: ast.ASTRecipe.esc50())
+    whole: bool = field(default=False, kw_only=True)
 
     @property
     def several(self) -> bool:
@@ -323,9 +340,11 @@ class Spectrogram(Objective):
 class Utterance(Objective):
     """A class for a recording, by the wav2vec 2.0 family: language, speaker, keyword, emotion."""
 
+    whole: bool = field(default=False, kw_only=True)
+
     def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
         """See `Objective`."""
-        return _speech(processor, waveform) | {"labels": _targets(config, fields, several=False)}
+        return speech_example(processor, waveform) | {"labels": _targets(config, fields, several=False)}
 
     def loss(self, processor: Any) -> Callable[[dict[str, Any], Any, Turn], Loss]:
         """See `Objective`."""
@@ -346,6 +365,8 @@ class Utterance(Objective):
 class Contrastive(Objective):
     """CLAP, §3.1: every sound finds its text among those of the whole batch, over all devices, and the other way."""
 
+    whole: bool = field(default=False, kw_only=True)
+
     def padding(self, processor: Any) -> dict[str, Padding]:
         """See `Objective`."""
         pad = processor.tokenizer.pad_token_id if hasattr(processor.tokenizer, "pad_token_id") else 1
@@ -363,7 +384,7 @@ class Contrastive(Objective):
             repeats = int(np.ceil(times)) if extractor.padding == "repeat" else int(times)
             waveform = np.tile(waveform, repeats)[:length]
         waveform = np.pad(waveform, (0, length - len(waveform))).astype(np.float32)
-        text = processor.tokenizer([_text(fields)], padding=False, truncation=True, max_length=77)
+        text = processor.tokenizer([text_of(fields)], padding=False, truncation=True, max_length=77)
         return {"waveform": waveform} | {n: np.asarray(text[n][0], np.int32) for n in ("input_ids", "attention_mask")}
 
     def loss(self, processor: Any) -> Callable[[dict[str, Any], Any, Turn], Loss]:
@@ -426,7 +447,7 @@ class Voice(Objective):
 
     def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
         """See `Objective`."""
-        text = processor(_text(fields))
+        text = processor(text_of(fields))
         example = {name: text[name][0] for name in ("input_ids", "attention_mask")}
         hop, least = config.hop_length, max(self.segment_frames, len(example["input_ids"])) + 1
         waveform = np.pad(waveform, (0, max(0, least * hop - len(waveform)))).astype(np.float32)
@@ -479,6 +500,7 @@ class Vocoder(Objective):
     segment: int = 8192
     n_fft: int = 1024
     judge: Mapping[str, Any] = field(default_factory=dict)
+    whole: bool = field(default=False, kw_only=True)
 
     def padding(self, processor: Any) -> dict[str, Padding]:
         """See `Objective`."""
@@ -570,6 +592,7 @@ class Codec(Objective):
     weights: Mapping[str, float] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     evaluation_key: bool = field(default=True, kw_only=True)
+    whole: bool = field(default=False, kw_only=True)
 
     def padding(self, processor: Any) -> dict[str, Padding]:
         """See `Objective`."""

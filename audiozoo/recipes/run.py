@@ -22,6 +22,7 @@ from audiozoo.decoding.units import KMeans, cepstra
 from audiozoo.errors import CheckpointError, UsageError
 from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor
 from audiozoo.recipes import Recipe
+from audiozoo.recipes.generation import Languages
 from audiozoo.recipes.objectives import CTC, Pretraining, Spectrogram, Utterance
 from audiozoo.recipes.settings import Settings
 from audiozoo.training import hosts
@@ -63,6 +64,7 @@ class Run:
             padding=self.recipe.objective.padding(self.processor),
             seconds=self.settings.seconds,
             process=(jax.process_index(), jax.process_count()),
+            whole=self.recipe.objective.whole,
             **options,
         )
 
@@ -198,7 +200,9 @@ def _new_processor(recipe: Recipe, config: Any) -> Any:
 
 
 def _learnt(recipe: Recipe, items: Sequence[Item], processor: Any, config: Any) -> dict[str, Any]:
-    """What the data says about the model: its letters, its labels."""
+    """What the data says about the model: its languages, its letters, its labels."""
+    if isinstance(recipe.objective, Languages):
+        return _languages(items, processor, config)
     if isinstance(recipe.objective, CTC):
         texts = [str(item.fields["text"]) for item in items if "text" in item.fields]
         if not texts:
@@ -222,6 +226,24 @@ def _learnt(recipe: Recipe, items: Sequence[Item], processor: Any, config: Any) 
         if not names <= set(config.id2label):
             return {"id2label": tuple(sorted(names))}
     return {}
+
+
+def _languages(items: Sequence[Item], processor: Any, config: Any) -> dict[str, Any]:
+    """The languages of the data, each with its own letters, where the model does not hold them all."""
+    texts: dict[str, list[str]] = {}
+    for item in items:
+        if "language" in item.fields and "text" in item.fields:
+            texts.setdefault(str(item.fields["language"]), []).append(str(item.fields["text"]))
+    if not texts:
+        raise UsageError("This recipe learns from recordings with a text and a language, and there is none.")
+    if set(texts) <= set(config.languages):
+        return {}
+    names = tuple(sorted(texts))
+    if getattr(processor, "_tokenizer", None) is None or not set(names) <= set(processor.tokenizer.languages):
+        vocab = {name: letters(texts[name]).vocab for name in names}
+        processor._tokenizer = Wav2Vec2CTCTokenizer(vocab, target_lang=names[0])
+    sizes = tuple(max(processor.tokenizer.vocab[name].values()) + 1 for name in names)
+    return {"languages": names, "vocab_sizes": sizes, "pad_token_id": processor.tokenizer.pad_token_id}
 
 
 def _clusters(processor: Any, items: Sequence[Item], config: Any, recordings: int = 100) -> None:

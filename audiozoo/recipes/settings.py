@@ -13,6 +13,7 @@ import optax
 from audiozoo.errors import UsageError
 
 SCHEDULES = ("constant", "linear", "tri_stage", "cosine", "exponential", "inverse_sqrt", "stairs")
+OPTIMIZERS = ("adamw", "adam", "adafactor", "dadapt_adamw")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Settings:
         hold: share of the steps at the highest rate (tri_stage).
         decay: see `schedule`.
         decay_steps: see `schedule`.
-        optimizer: "adamw", "adam" or "adafactor".
+        optimizer: "adamw", "adam", "adafactor", or "dadapt_adamw", which finds its rate by itself: D-Adaptation (arXiv
+            2301.07733), whose learning rate is a factor.
         beta1: of Adam.
         beta2: of Adam.
         epsilon: of Adam.
@@ -67,8 +69,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise UsageError(f"There is no schedule {self.schedule!r}; there are {', '.join(SCHEDULES)}.")
-        if self.optimizer not in ("adamw", "adam", "adafactor"):
-            raise UsageError(f"There is no optimiser {self.optimizer!r}; there are adamw, adam and adafactor.")
+        if self.optimizer not in OPTIMIZERS:
+            raise UsageError(f"There is no optimiser {self.optimizer!r}; there are {', '.join(OPTIMIZERS)}.")
 
     def rate(self) -> optax.Schedule:
         """The learning rate of every step."""
@@ -96,6 +98,8 @@ class Settings:
         if not warmup:
             return after
         begin = 0.01 * peak if self.schedule == "tri_stage" else 0.0
+        if self.optimizer == "dadapt_adamw":
+            begin = peak / warmup  # D-Adaptation divides by it
         return optax.join_schedules([optax.linear_schedule(begin, peak, warmup), after], [warmup])
 
     def transformation(self) -> optax.GradientTransformation:
@@ -107,6 +111,9 @@ class Settings:
             chain.append(optax.clip_by_global_norm(self.clip))
         if self.optimizer == "adafactor":
             chain.append(optax.adafactor(self.rate()))
+        elif self.optimizer == "dadapt_adamw":
+            betas = (self.beta1, self.beta2)
+            chain.append(optax.contrib.dadapt_adamw(self.rate(), betas, self.epsilon, weight_decay=self.weight_decay))
         else:
             decay = self.weight_decay if self.optimizer == "adamw" else 0.0
             chain.append(

@@ -272,11 +272,13 @@ class Batches:
         padding: by array name; see `collate`.
         seed: of order and crops.
         buckets: how many lengths batches may have.
-        seconds: recordings that are longer are cut, at a random place, or left out if they have a text.
+        seconds: recordings that are longer are cut, at a random place, or left out if they have a text. Of one that is
+            cut, `fields["crop"]` tells `prepare` the seconds between which it is heard.
         shortest: seconds; what is shorter is left out.
         limit: recordings that may be unreadable; one more is an error.
         threads: that read ahead.
         process: `(index, count)` of this host; it reads its own rows only.
+        whole: whether what is longer is left out, text or not.
 
     Raises:
         AudioError: too many recordings cannot be read, or none is of a length that is wanted.
@@ -297,6 +299,7 @@ class Batches:
         limit: int = 10,
         threads: int = 2,
         process: tuple[int, int] = (0, 1),
+        whole: bool | None = None,
     ):
         if batch_size % process[1]:
             raise UsageError(f"A batch of {batch_size} cannot be divided among {process[1]} hosts.")
@@ -309,7 +312,8 @@ class Batches:
         kept, lengths = [], []
         for item in items:
             length = self._length(item)
-            if length is None or length < shortest or (length > seconds and "text" in item.fields):
+            kept_whole = "text" in item.fields if whole is None else whole
+            if length is None or length < shortest or (length > seconds and kept_whole):
                 if length is not None:
                     self.left_out.append(item.name)
                 continue
@@ -395,11 +399,12 @@ class Batches:
 
     def _example(self, item: Item, rng: np.random.Generator) -> Example:
         waveform = audio.read(item.source(), self.sampling_rate)
-        most = int(self.seconds * self.sampling_rate)
+        most, fields = int(self.seconds * self.sampling_rate), item.fields
         if len(waveform) > most:
             start = int(rng.integers(len(waveform) - most + 1))
             waveform = waveform[start : start + most]
-        return self.prepare(waveform, item.fields, rng)
+            fields = {**fields, "crop": (start / self.sampling_rate, (start + most) / self.sampling_rate)}
+        return self.prepare(waveform, fields, rng)
 
     # --- iterators ---
 

@@ -192,6 +192,28 @@ def test_long_recordings_are_cut_at_random_or_left_out_with_their_text(folder):
     assert len({row.tobytes() for i in range(6) for row in cut.batch(i)["x"]}) > 12
 
 
+def test_what_is_cut_says_where_and_what_must_be_whole_is_left_out(folder):
+    items = [i for i in find_items(folder) if "high" in i.name]  # of 0.3, 0.5 … 1.3 s
+    waves = {i.name: soundfile.read(i.audio, dtype="float32")[0] for i in items}
+    seen = []
+    settings = {"batch_size": 4, "sampling_rate": RATE, "padding": {"x": Padding()}, "seconds": 0.6, "buckets": 1}
+
+    def heard(waveform, fields, rng):
+        seen.append((waveform, fields))
+        return {"x": waveform}
+
+    cut = Batches(items, heard, **settings, whole=False)
+    assert not cut.left_out
+    list(cut.evaluation())
+    assert len(seen) == 6
+    for waveform, fields in seen:
+        wave = waves[next(i.name for i in items if i.fields["text"] == fields["text"])]
+        first, last = (round(t * RATE) for t in fields.get("crop", (0, len(waveform) / RATE)))
+        np.testing.assert_array_equal(waveform, wave[first:last])
+        assert ("crop" in fields) == (len(wave) > 0.6 * RATE)
+    assert len(Batches(items, heard, **settings, whole=True).left_out) == 4
+
+
 def test_evaluation_sees_every_recording_once(folder):
     seen = [b["number"] for b in batches(find_items(folder), batch_size=5).evaluation()]
     assert sorted(np.concatenate(seen)) == list(range(12))

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 from audiozoo.models import (
     audio_spectrogram_transformer as ast,
 )
 from audiozoo.models import (
+    bark,
     encodec,
     hifigan,
     hubert,
+    mms,
+    pop2piano,
+    seamless_m4t,
+    seamless_m4t_v2,
     sew,
     speech_to_text,
+    speecht5,
     unispeech,
     unispeech_sat,
     vits,
@@ -26,11 +32,14 @@ from audiozoo.models import (
 from audiozoo.processors.audio_spectrogram_transformer import ASTFeatureExtractor
 from audiozoo.processors.encodec import EncodecFeatureExtractor
 from audiozoo.processors.hifigan import HifiGanProcessor
+from audiozoo.processors.pop2piano import Pop2PianoFeatureExtractor, Pop2PianoProcessor, Pop2PianoTokenizer
+from audiozoo.processors.seamless_m4t import SeamlessM4TFeatureExtractor
 from audiozoo.processors.speech_to_text import Speech2TextFeatureExtractor
+from audiozoo.processors.speecht5 import SpeechT5FeatureExtractor
 from audiozoo.processors.vits import VitsProcessor, VitsTokenizer
 from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 from audiozoo.recipes import Recipe
-from tests.models import tiny_vits, tiny_whisper
+from tests.models import tiny_bark, tiny_speecht5, tiny_vits, tiny_whisper
 from tests.models.random_model import random_model
 
 LETTERS = {letter: index for index, letter in enumerate(["<pad>", "<s>", "</s>", "<unk>", "|", *"abcdehilnosuw"])}
@@ -187,7 +196,143 @@ def encodec_model() -> tuple[Any, Any]:
     return model, EncodecFeatureExtractor(1, 800)
 
 
+def mms_model() -> tuple[Any, Any]:
+    known = {f.name for f in dataclasses.fields(mms.MMSConfig)}
+    sizes = {n: v for n, v in SPEECH.items() if n in known and n != "vocab_size"}
+    sizes |= {"languages": ("deu", "eng"), "vocab_sizes": (len(LETTERS),) * 2, "adapter_attn_dim": 4}
+    config = mms.MMSConfig(**sizes, do_stable_layer_norm=True, feat_extract_norm="layer")
+    tokenizer = Wav2Vec2CTCTokenizer({"deu": LETTERS, "eng": LETTERS}, target_lang="eng")
+    model = random_model(lambda rngs: mms.MMSForCTC(config, rngs=rngs))
+    return model, Wav2Vec2Processor(Wav2Vec2FeatureExtractor(), tokenizer)
+
+
+class Characters(Tokens):
+    """Characters as SpeechT5's tokenizer gives them."""
+
+    pad_token_id = 1
+    added: ClassVar = {"<mask>": 79}
+
+    def encode(self, text: str) -> list[int]:
+        return [*(4 + ord(c) % 40 for c in text), 2]
+
+    def __call__(self, text: str) -> dict[str, list[list[int]]]:
+        return {"input_ids": [self.encode(text)]}
+
+
+def speecht5_model(head: str) -> tuple[Any, Any]:
+    sizes = tiny_speecht5.SIZES | ({} if head == "ForSpeechToText" else {"ctc_weight": 0.0})
+    config = speecht5.SpeechT5Config(**sizes, use_guided_attention_loss=head == "ForTextToSpeech")
+    model = random_model(lambda rngs: getattr(speecht5, f"SpeechT5{head}")(config, rngs=rngs))
+    extractor = SpeechT5FeatureExtractor(num_mel_bins=config.num_mel_bins)
+    return model, SimpleNamespace(tokenizer=Characters(), feature_extractor=extractor)
+
+
+class Languages:
+    """Letters between `</s>` and `</s>`, a language in front, as SeamlessM4T's tokenizer gives them."""
+
+    def __call__(self, *, text_target: str, tgt_lang: str) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[3, {"deu": 30, "eng": 31}[tgt_lang], *(4 + ord(c) % 20 for c in text_target), 3]]}
+
+
+def seamless_model(module: Any, config: Any, name: str) -> tuple[Any, Any]:
+    config = dataclasses.replace(config, feature_projection_input_dim=160)
+    model = random_model(lambda rngs: getattr(module, name)(config, rngs=rngs))
+    return model, SimpleNamespace(tokenizer=Languages(), feature_extractor=SeamlessM4TFeatureExtractor())
+
+
+def seamless() -> tuple[Any, Any]:
+    from tests.models.test_seamless_m4t import TINY
+
+    return seamless_model(seamless_m4t, TINY, "SeamlessM4TForSpeechToText")
+
+
+def seamless_v2() -> tuple[Any, Any]:
+    from tests.models.test_seamless_m4t_v2 import TINY
+
+    return seamless_model(seamless_m4t_v2, TINY, "SeamlessM4Tv2ForSpeechToText")
+
+
+def s2t2_model() -> tuple[Any, Any]:
+    from tests.models.test_speech_to_text_2 import DECODER
+
+    known = {f.name for f in dataclasses.fields(hubert.HubertConfig)}
+    encoder = hubert.HubertConfig(**{n: v for n, v in SPEECH.items() if n in known})
+    decoder = dataclasses.replace(DECODER, vocab_size=64)
+    config = xls_r.SpeechEncoderDecoderConfig(encoder, decoder, "hubert", "speech_to_text_2")
+    model = random_model(lambda rngs: xls_r.SpeechEncoderDecoderModel(config, rngs=rngs))
+    return model, SimpleNamespace(tokenizer=Tokens(), feature_extractor=Wav2Vec2FeatureExtractor())
+
+
+def pop2piano_model() -> tuple[Any, Any]:
+    config = pop2piano.Pop2PianoConfig(
+        vocab_size=240,
+        composer_vocab_size=3,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_decoder_layers=1,
+        num_heads=2,
+        dropout_rate=0.0,
+    )
+    model = random_model(lambda rngs: pop2piano.Pop2PianoForConditionalGeneration(config, rngs=rngs))
+    extractor = Pop2PianoFeatureExtractor(8_000, 0, 512, 256, 10.0, 16)
+    return model, Pop2PianoProcessor(extractor, Pop2PianoTokenizer())
+
+
+class Pieces(Tokens):
+    """Several texts, and which tokens are real, as T5's tokenizer gives them."""
+
+    def __call__(self, texts: list[str]) -> dict[str, list[list[int]]]:
+        rows = [super(Pieces, self).__call__(text)["input_ids"] for text in texts]
+        return {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
+
+
+def musicgen_model() -> tuple[Any, Any]:
+    from tests.models import test_musicgen
+
+    model = test_musicgen.tiny(dropout=0.0)
+    extractor = SimpleNamespace(sampling_rate=test_musicgen.RATE)
+    return model, SimpleNamespace(tokenizer=Pieces(), feature_extractor=extractor)
+
+
+_TABLES = {name: dict(part) if isinstance(part, dict) else part for name, part in tiny_bark.GENERATION.items()}
+_TABLES["semantic_config"].pop("max_new_tokens")
+_TABLES["fine_acoustics_config"]["n_fine_codebooks"] = 3
+GENERATION = bark.BarkGenerationConfig(**_TABLES)
+
+
+class Words:
+    """Bark's processor: words as numbers, padded to the eight that a tiny model reads."""
+
+    sampling_rate = 24_000
+
+    def __call__(self, text: str) -> dict[str, list[list[int]]]:
+        ids = [48 + sum(map(ord, word)) % 40 for word in text.split()]
+        return {"input_ids": [ids + [95] * (8 - len(ids))]}
+
+
+def bark_model() -> tuple[Any, Any]:
+    codec = tiny_bark.CODEC | {"target_bandwidths": [72.0], "codebook_size": 16}
+    fine = tiny_bark.FINE | {"n_codes_total": 3}
+    config = bark.BarkConfig(**tiny_bark.CONFIG | {"codec_config": codec, "fine_acoustics_config": fine})
+    model = random_model(lambda rngs: bark.BarkModel(config, rngs=rngs))
+    for part in (model, model.semantic, model.coarse_acoustics, model.fine_acoustics):
+        part.generation_config = GENERATION
+    return model, Words()
+
+
 MAKERS = {
+    "mms": mms_model,
+    "speecht5": lambda: speecht5_model("ForTextToSpeech"),
+    "speecht5_recognition": lambda: speecht5_model("ForSpeechToText"),
+    "speecht5_pretraining": lambda: speecht5_model("ForPreTraining"),
+    "seamless_m4t": seamless,
+    "seamless_m4t_v2": seamless_v2,
+    "speech_to_text_2": s2t2_model,
+    "pop2piano": pop2piano_model,
+    "musicgen": musicgen_model,
+    "bark": bark_model,
     "whisper": whisper_model,
     "speech_to_text": s2t_model,
     "xls_r": xls_r_model,
@@ -198,6 +343,7 @@ MAKERS = {
     "encodec": encodec_model,
 }
 SMALL: dict[str, dict[str, Any]] = {  # of the objectives
+    "bark": {"ids": GENERATION, "multiple": 8},
     "vits": {"segment_frames": 16, "num_mels": 10, "judge": JUDGE},
     "hifigan": {"segment": 512, "n_fft": 128, "judge": JUDGE},
     "encodec": {
@@ -214,4 +360,4 @@ def small(recipe: Recipe) -> tuple[Recipe, Any, Any]:
         recipe = dataclasses.replace(recipe, objective=dataclasses.replace(recipe.objective, **SMALL[recipe.name]))
     if recipe.paper in FAMILY:
         return recipe, family(recipe.paper, recipe.model_class), PROCESSOR
-    return (recipe, *MAKERS[recipe.paper]())
+    return (recipe, *MAKERS[recipe.name if recipe.name in MAKERS else recipe.paper]())
