@@ -1,6 +1,7 @@
 """Training steps on one device and on eight, in a process of its own: `python -m tests.training.on_devices OUT`.
 
-Writes a JSON object: for each recipe and mesh what differs most, by how much of the tolerance, or the error.
+With names of recipes behind it, of these, also of those that the test leaves out. Writes a JSON object: for each recipe
+and mesh what differs most, by how much of the tolerance, or the error.
 """
 
 import dataclasses
@@ -31,11 +32,24 @@ MESHES = {"data=4,fsdp=2": lambda row: True, "data=2,fsdp=2,tensor=2": lambda ro
 # Small parameters too are divided; those of the papers are, by `sharding.TRAINING_RULES`, from 4,096 numbers on.
 RULES = (*sharding.TRANSFORMER, sharding.fsdp(16, "fsdp", combine=True))
 
+# Encoders and decoders of parts that other papers have too; each would be compiled for another ten seconds or more.
+LEFT_OUT = (
+    "bark",
+    "mms",
+    "musicgen",
+    "pop2piano",
+    "seamless_m4t",
+    "seamless_m4t_v2",
+    "speech_to_text_2",
+    "speecht5",
+)
+
 
 def chosen():
-    """A recipe of every paper, pre-training where there is any, and one of every objective."""
+    """A recipe of every paper but those left out, pre-training where there is any, and one of every objective."""
     rows, papers, objectives = [], set(), set()
-    for row in sorted(ROWS, key=lambda row: not isinstance(row.objective, Pretraining)):
+    known = [row for row in ROWS if row.paper not in LEFT_OUT]
+    for row in sorted(known, key=lambda row: not isinstance(row.objective, Pretraining)):
         if row.paper not in papers or type(row.objective) not in objectives:
             rows.append(row)
         papers.add(row.paper)
@@ -127,9 +141,7 @@ def main(out, *names):
     found = {}
     with tempfile.TemporaryDirectory() as directory:
         items = find_items(corpus(Path(directory)))
-        for row in chosen():
-            if names and row.name not in names:
-                continue
+        for row in [row for row in ROWS if row.name in names] if names else chosen():
             begun = time.process_time()
             try:
                 what, batch = task(row, items)

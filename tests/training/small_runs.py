@@ -18,7 +18,7 @@ from typing import Any
 
 if __name__ == "__main__":
     os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) == (0, 10):
+    if importlib.metadata.version("jax").startswith("0.10."):
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import jax
@@ -32,7 +32,7 @@ from tests.training import tiny
 
 STEPS = 60
 RESUMED = "wavlm_pretraining"  # which draws masks and mixes in every step
-SLOW = ("encodec", "unispeech_classification")  # to learn: at the others' rate they overshoot
+SLOW = ("encodec",)  # to learn: at the others' rate it overshoots
 WATCHED = {"encodec": "time", "vits": "mel", "hifigan": "mel"}  # what of a generator's loss the judge has no part in
 
 

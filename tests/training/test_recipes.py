@@ -48,12 +48,11 @@ def corpus(tmp_path_factory):
     return root / "set.jsonl"
 
 
-# What is left of the loss of a batch, at most, after 60 steps on it. Of the exceptions, the first two smooth their
-# labels, so that their loss cannot go to 0; MusicGen's codes of noise are hard to learn by heart for a width of 16; and
-# of the last three a part is watched that their judge has no part in.
+# What is left of the loss of a batch, at most, after 60 steps on it. The exceptions are contrastive and draw masks and
+# distractors anew in each step.
 LEFT = 0.5
+LEFT_AT_MOST = {"sew_pretraining": 0.6, "unispeech_pretraining": 0.85}
 BY_HEART = "test_every_recipe_learns_a_batch_by_heart"
-LEFT_AT_MOST: dict[str, float] = {}
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +122,8 @@ def test_the_table_is_whole():
     for row in RECIPES.values():
         assert len(row.settings.source) > 10
         paper = audiozoo.registry.paper(row.paper)
-        assert (
-            row.model_class in paper.classes or row.name == "speech_to_text_2"
-        )  # a class of XLS-R's, with its decoder
+        # Speech2Text2 is a decoder; it is trained behind an encoder, by a class of XLS-R's.
+        assert row.model_class in paper.classes or row.name == "speech_to_text_2"
         assert row.size in paper.sizes
     with pytest.raises(UsageError, match="did you mean wav2vec2_ctc"):
         recipe("wav2vec2-ctx")
