@@ -21,16 +21,19 @@ arithmetic coder spend fewer bits on them.
 | §3.1, streamable and non-streamable | `EncodecModel.encode_chunk`, `decode_chunk`; `EncodecModel.encode` |
 | §3.2, residual vector quantisation, k-means, moving averages | `EncodecResidualVectorQuantizer`, `kmeans` |
 | §3.3, language model and entropy coding | `EncodecLanguageModel`; `audiozoo.codec` |
-| §3.4, reconstruction losses, Eq. 1 and 2 | `time_loss`, `frequency_loss` |
+| §3.4, reconstruction losses, Eq. 1 | `time_loss`, `frequency_loss` |
 | §3.4, MS-STFT discriminator; Figure 2 | `STFTDiscriminator`, `MultiScaleSTFTDiscriminator` |
-| §3.4, adversarial and feature losses, Eq. 3 | `generator_loss`, `feature_loss`, `discriminator_loss` |
-| §3.4, commitment loss | `EncodecResidualVectorQuantizer.train` |
-| §3.4, balancer, Eq. 4 | `Balancer`, `codec_gradients` |
+| §3.4, adversarial and feature losses, Eq. 2 | `generator_loss`, `feature_loss`, `discriminator_loss` |
+| §3.4, commitment loss, Eq. 3 | `EncodecResidualVectorQuantizer.train_step` |
+| §3.4, balancer, Eq. 5; its weights, §4.4 | `Balancer`, `codec_gradients` |
 | §4.1 and released checkpoints, sizes | `EncodecConfig.encodec_24khz()`, `encodec_48khz()`, `encodec_32khz()` |
 
 Where the released training code departs from the paper, the paper is followed, and `released=True` gives the other:
 there the commitment loss reaches the encoder through the first codebook only, since the residual that the second one
-sees is not detached; and an entry that was replaced for want of use is overwritten by its old average at once.
+sees is not detached; and an entry that was replaced for want of use is overwritten by its old average at once. In three
+things both codes follow their authors' release where the paper says something else: the discriminator's first kernels
+are 3 × 9 (3 × 8 there), one discriminator serves all bandwidths (one for each there), and the commitment loss is a mean
+over codebooks and channels (Eq. 3 is a sum).
 
 Checkpoints: `facebook/encodec_24khz`, `facebook/encodec_48khz`, `facebook/encodec_32khz` (MusicGen's), the authors'
 `encodec_24khz-d7cc33bc.th`, `encodec_48khz-7e698e3e.th` and language models `encodec_lm_24khz-1608e3c0.th`,
@@ -1115,7 +1118,10 @@ class STFTDiscriminator(nnx.Module):
 
 
 class MultiScaleSTFTDiscriminator(nnx.Module):
-    """Discriminators of several windows (§3.4); at 48 kHz the paper's windows are twice as long."""
+    """Discriminators of several windows (§3.4); at 48 kHz the paper's windows are twice as long.
+
+    Made for one channel, it judges those of a stereo recording one by one, as in the paper; made for two, together.
+    """
 
     def __init__(
         self,
@@ -1131,9 +1137,11 @@ class MultiScaleSTFTDiscriminator(nnx.Module):
         kwargs: dict[str, Any] = {"channels": channels, "filters": filters, "slope": slope}
         kwargs |= {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.discriminators = nnx.List([STFTDiscriminator(n_fft, **kwargs) for n_fft in n_ffts])
+        self.channels = channels
 
     def __call__(self, x: Float[Array, "batch channels samples"]) -> tuple[tuple[jax.Array, ...], tuple[Features, ...]]:
         """Scores and features of every scale."""
+        x = x.reshape(-1, self.channels, x.shape[-1])
         results = [discriminator(x) for discriminator in self.discriminators]
         return tuple(scores for scores, _ in results), tuple(features for _, features in results)
 
@@ -1215,7 +1223,7 @@ def generator_loss(scores: Sequence[jax.Array], *, hinge: bool = True) -> Float[
 
 def feature_loss(real: Sequence[Features], fake: Sequence[Features]) -> Float[Array, ""]:
     r"""$\ell_{feat} = \frac{1}{KL} \sum_{k,l} \lVert D_k^l(x) - D_k^l(\hat x) \rVert_1 / \text{mean} |D_k^l(x)|$
-    (§3.4, Eq. 3).
+    (§3.4, Eq. 2).
     """
     terms = [
         jnp.mean(jnp.abs(a - b)) / jnp.mean(jnp.abs(a))
@@ -1240,7 +1248,7 @@ class BalancerState(ModelOutput):
 
 @dataclass(frozen=True)
 class Balancer:
-    r"""Gives each loss the share $\lambda_i / \sum_j \lambda_j$ of the gradient at the decoder's output (§3.4, Eq. 4).
+    r"""Gives each loss the share $\lambda_i / \sum_j \lambda_j$ of the gradient at the decoder's output (§3.4, Eq. 5).
 
     $\tilde g_i = R \frac{\lambda_i}{\sum_j \lambda_j} \cdot \frac{g_i}{\langle \lVert g_i \rVert_2 \rangle_\beta}$
 
@@ -1260,12 +1268,12 @@ class Balancer:
 
     @classmethod
     def encodec_24khz(cls) -> Balancer:
-        """The weights of §3.4 for 24 kHz."""
+        """The weights of §4.4 for 24 kHz."""
         return cls({"time": 0.1, "frequency": 1.0, "adversarial": 3.0, "feature": 3.0})
 
     @classmethod
     def encodec_48khz(cls) -> Balancer:
-        """The weights of §3.4 for 48 kHz."""
+        """The weights of §4.4 for 48 kHz."""
         return cls({"time": 0.1, "frequency": 1.0, "adversarial": 4.0, "feature": 4.0})
 
     def init(self, dtype: Any = jnp.float32) -> BalancerState:
@@ -1417,15 +1425,16 @@ class EncodecLanguageModel(nnx.Module):
         self.config, self.dtype = config, dtype
 
     def __call__(
-        self, indices: Int[Array, "batch quantizers frames"]
+        self, indices: Int[Array, "batch quantizers frames"], offset: int | Int[Array, ""] = 0
     ) -> Float[Array, "batch frames quantizers entries"]:
         """Logits of the codes of every frame, given for each what came before.
 
         Args:
             indices: 1 + the codes of the previous frame; 0 for the first. Fewer codebooks than the model's will do.
+            offset: position of the first frame.
         """
         context = self.config.language_model_context
-        x = self._embed(indices, jnp.arange(indices.shape[2]))
+        x = self._embed(indices, offset + jnp.arange(indices.shape[2]))
         length = x.shape[1]
         # Position 0 among the keys is the zero vector.
         behind = jnp.arange(1, length + 1)[:, None] - jnp.arange(length + 1)[None]
@@ -1484,9 +1493,15 @@ class EncodecLanguageModel(nnx.Module):
         return jnp.einsum("btd,kdn->btkn", x, kernel) + bias
 
 
-def language_model_loss(model: EncodecLanguageModel, codes: Int[Array, "batch quantizers frames"]) -> Float[Array, ""]:
-    """Mean cross-entropy in nats of codes under the language model (§3.3)."""
+def language_model_loss(
+    model: EncodecLanguageModel, codes: Int[Array, "batch quantizers frames"], offset: int | Int[Array, ""] = 0
+) -> Float[Array, ""]:
+    """Mean cross-entropy in nats of codes under the language model (§3.3).
+
+    The paper trains on 5 s at a time, and draws `offset`, the position of the first frame, so that the model has seen
+    the positions of longer recordings; and it draws the bandwidth, that is, how many codebooks there are.
+    """
     previous = jnp.pad(codes[..., :-1] + 1, ((0, 0), (0, 0), (1, 0)))
-    log_probabilities = jax.nn.log_softmax(model(previous), axis=-1)
+    log_probabilities = jax.nn.log_softmax(model(previous, offset), axis=-1)
     picked = jnp.take_along_axis(log_probabilities, codes.transpose(0, 2, 1)[..., None], axis=-1)
     return -jnp.mean(picked)

@@ -551,7 +551,7 @@ ROWS = [
         Codec(),
         Settings(
             source="EnCodec, §4.4: Adam with betas 0.5 and 0.9, 3e-4, 64 recordings of 1 s an update, 300 passes of "
-            "2,000 updates; §3.4: the judge learns in two of three updates",
+            "2,000 updates; §3.4: the judge learns in two of three updates, in one of two at 48 kHz",
             steps=600_000,
             batch_size=64,
             learning_rate=3e-4,

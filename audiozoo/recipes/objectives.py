@@ -579,16 +579,17 @@ class Codec(Objective):
     balanced gradient $g$ held fixed, whose gradient with respect to $\theta$ is $g$.
 
     Attributes:
-        segment: seconds (§4.3: 1).
-        judge: arguments of `MultiScaleSTFTDiscriminator`; None leaves it, and the adversarial losses, out.
-        judge_updates: share of the steps in which the judge learns (§3.4: 2/3 at 24 kHz).
+        segment: seconds (§4.4: 1).
+        judge: arguments of `MultiScaleSTFTDiscriminator`, which hears one channel at a time, in stereo (48 kHz) in
+            windows of twice the length (§3.4); None leaves it, and the adversarial losses, out.
+        judge_updates: share of the steps in which the judge learns; by default 2/3, in stereo 1/2 (§3.4).
         weights: of the balancer; those of the paper for the model's rate by default.
         options: of `codec_gradients`.
     """
 
     segment: float = 1.0
     judge: Mapping[str, Any] | None = field(default_factory=dict)
-    judge_updates: float = 2 / 3
+    judge_updates: float | None = None
     weights: Mapping[str, float] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     evaluation_key: bool = field(default=True, kw_only=True)
@@ -651,13 +652,15 @@ class Codec(Objective):
             return Loss(encodec.discriminator_loss(real, fake))
 
         def learns(step: jax.Array, **_: Any) -> jax.Array:
-            return jax.random.uniform(jax.random.fold_in(jax.random.key(2), step)) < self.judge_updates
+            share = (1 / 2 if wide else 2 / 3) if self.judge_updates is None else self.judge_updates
+            return jax.random.uniform(jax.random.fold_in(jax.random.key(2), step)) < share
 
         dtype = jax.tree.leaves(nnx.state(model, nnx.Param))[0].dtype
         networks: dict[str, Any] = {"codec": model, "balancer": Averages(tuple(balancer.weights), dtype)}
         phases = [Phase("codec", compress, settings.transformation(), trainable)]
         if self.judge is not None:
-            arguments = {"channels": model.config.audio_channels} | dict(self.judge)
+            arguments = {"n_ffts": (4096, 2048, 1024, 512, 256)} if wide else {}
+            arguments |= self.judge
             networks["judge"] = encodec.MultiScaleSTFTDiscriminator(**arguments, param_dtype=dtype, rngs=nnx.Rngs(1))
             phases.append(Phase("judge", judge, optax.conditionally_mask(settings.transformation(), learns)))
         return Task(networks, phases, evaluation_key=True)

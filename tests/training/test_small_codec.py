@@ -12,8 +12,9 @@ import audiozoo
 from audiozoo import codec
 from audiozoo.audio import read
 from audiozoo.errors import UsageError
-from audiozoo.models.encodec import EncodecModel
+from audiozoo.models.encodec import EncodecModel, frequency_loss, time_loss
 from audiozoo.recipes import small_codec
+from audiozoo.training.metrics import si_snr
 
 TINY = dataclasses.replace(
     small_codec.CONFIG,
@@ -29,27 +30,19 @@ def tone(pitch: float, seconds: float = 1.0) -> np.ndarray:
     return np.sin(2 * np.pi * pitch * np.arange(round(16_000 * seconds)) / 16_000).astype(np.float32)
 
 
-def test_si_snr():
-    target, noise = tone(100), tone(300)  # of whole periods: the one has nothing of the other
-    for level, expected in ((1.0, 0), (0.1, 20), (10.0, -20)):
-        assert small_codec.si_snr(3 * (target + level * noise) + 1, target) == pytest.approx(expected, abs=1e-4)
-    assert small_codec.si_snr(noise, target) < -80
-    assert small_codec.si_snr(-target, target) > 80
-
-
 def test_samples_at_the_same_bitrate():
     """Few bits a sample at a low rate: what lies above half the rate is gone, below it each bit counts."""
     low, high = tone(100), tone(3000)
 
     def score(wave, bits, rate=1):
-        return small_codec.si_snr(small_codec.pcm(wave, rate * bits, 16_000, bits), wave)
+        return si_snr(wave, small_codec.pcm(wave, rate * bits, 16_000, bits))
 
     for bits, least, most in ((1, 2, 12), (4, 15, 26), (8, 38, 55)):
         assert least < score(low, bits) < most  # of 1,000 samples a second
     assert score(high, 4) < -20
     both = low + 0.3 * tone(900)
     scores = [score(both, bits, 4 / bits) for bits in range(1, 6)]
-    best = small_codec.si_snr(small_codec.best_pcm(both, 4, 16_000), both)
+    best = si_snr(both, small_codec.best_pcm(both, 4, 16_000))
     assert best == max(scores) == scores[1]  # 2,000 samples of two bits
 
 
@@ -69,20 +62,17 @@ def test_recordings_are_held_out_whole():
 
 
 @pytest.mark.slow
-def test_a_minute_of_training(tmp_path, recordings, monkeypatch, capsys):
-    """The whole command: the losses fall, more comes back than before, and the codec writes and reads files."""
+def test_the_command(tmp_path, recordings, monkeypatch, capsys):
+    """Seconds of training: far more comes back than from random weights, and the codec writes and reads files."""
     monkeypatch.setattr(small_codec, "CONFIG", TINY)
     arguments = ["--data", str(recordings), "--held-out", "nabucasa_en_US-kathleen", "--out", str(tmp_path / "codec")]
-    assert small_codec.main([*arguments, "--minutes", "0.4"]) == 0
+    assert small_codec.main([*arguments, "--minutes", "0.1"]) == 0
     told = capsys.readouterr().out
     assert "PCM at this rate" in told
     found = json.loads((tmp_path / "codec" / "curve.json").read_text())
-    first, last = found["curve"][0], found["curve"][-1]
-    assert last["step"] > 20
-    assert last["frequency"] < 0.6 * first["frequency"]
-    assert last["si_snr"] > first["si_snr"]
+    assert found["curve"][0]["step"] == 1
     rows = {row["kbps"]: row for row in found["table"]}
-    assert all(row["trained"] > row["untrained"] + 10 for row in rows.values())
+    assert all(row["trained"] > row["untrained"] for row in rows.values()), rows
     model = audiozoo.load(tmp_path / "codec")
     assert audiozoo.load_processor(tmp_path / "codec").sampling_rate == 16_000
     wave = read(recordings / "nabucasa_en_US-kathleen.mp3")[None]
@@ -91,14 +81,40 @@ def test_a_minute_of_training(tmp_path, recordings, monkeypatch, capsys):
     assert codec.decompress(content, model).shape == wave.shape
 
 
+def losses(model, batches):
+    """Both losses of the paper on some batches, at the full rate."""
+    found = []
+    for x in batches:
+        codes = model.quantizer.encode(model.encoder(x.swapaxes(1, 2)), TINY.num_quantizers)
+        y = model.decoder(model.quantizer.decode(codes)).swapaxes(1, 2)[..., : x.shape[-1]]
+        found.append([float(time_loss(x, y)), float(frequency_loss(x, y, TINY.sampling_rate, exponents=(6, 8, 10)))])
+    return np.mean(found, axis=0)
+
+
 @pytest.mark.slow
-def test_scales_and_codebooks_fit_the_first_batch():
+def test_a_minute_of_training_lowers_the_losses(recordings):
+    learn, held = small_codec.divided(small_codec.recordings([recordings]), ["nabucasa_en_US-kathleen"])
+    result = small_codec.train(learn, held, steps=120, config=TINY, judge_every=60)
+    assert [point["step"] for point in result.curve] == [1, 61, 120]
+    crops = small_codec.crops(learn, 8000, 8, seed=5)
+    batches = [jnp.asarray(next(crops)["input_values"]) for _ in range(6)]
+    many = np.concatenate([next(small_codec.crops(learn, 8000, 64, seed=0))["input_values"]])
+    start = small_codec.prepared(EncodecModel(TINY, rngs=nnx.Rngs(0)), jnp.asarray(many))
+    before, after = losses(start, batches), losses(result.model, batches)
+    assert (after < before).all(), (before, after)
+
+
+@pytest.mark.slow
+def test_the_first_codec_is_the_transform_that_its_layers_allow():
+    """Of noise of fewer dimensions than the latent has, it brings back nearly all; codebooks stand for its latents."""
     rng = np.random.default_rng(0)
-    x = jnp.asarray(0.05 * rng.normal(size=(8, 1, 6400)), jnp.float32)
-    model = small_codec.prepared(EncodecModel(TINY, rngs=nnx.Rngs(0)), x)
-    z = model.encoder(x.swapaxes(1, 2))
-    np.testing.assert_allclose(z.std(axis=(0, 1)), 1, atol=1e-3)
+    parts = np.linalg.qr(rng.normal(size=(320, 8)))[0].T
+    x = (0.05 * rng.normal(size=(8, 20, 8)) @ parts * 320**0.5).reshape(8, 1, 6400)
+    model = small_codec.prepared(EncodecModel(TINY, rngs=nnx.Rngs(0)), jnp.asarray(x, jnp.float32))
+    z = model.encoder(jnp.asarray(x, jnp.float32).swapaxes(1, 2))
+    y = np.asarray(model.decoder(z)).swapaxes(1, 2)[..., : x.shape[-1]]
     codes = model.quantizer.encode(z, 4)
-    assert len(np.unique(codes[:, 0])) > 40
-    assert float(jnp.mean((z - model.quantizer.decode(codes)) ** 2)) < 0.7
-    assert float(model.decoder(model.quantizer.decode(codes)).std()) == pytest.approx(0.05, rel=0.3)
+    rest = float(jnp.mean((z - model.quantizer.decode(codes)) ** 2) / jnp.mean(z**2))
+    assert len(np.unique(codes[:, 0])) > 20
+    assert rest < 0.3
+    assert si_snr(x[0, 0, 2000:], y[0, 0, 2000:]) > 3
