@@ -659,7 +659,7 @@ class Codec(Objective):
         networks: dict[str, Any] = {"codec": model, "balancer": Averages(tuple(balancer.weights), dtype)}
         phases = [Phase("codec", compress, settings.transformation(), trainable)]
         if self.judge is not None:
-            arguments = {"n_ffts": (4096, 2048, 1024, 512, 256)} if wide else {}
+            arguments: dict[str, Any] = {"n_ffts": (4096, 2048, 1024, 512, 256)} if wide else {}
             arguments |= self.judge
             networks["judge"] = encodec.MultiScaleSTFTDiscriminator(**arguments, param_dtype=dtype, rngs=nnx.Rngs(1))
             phases.append(Phase("judge", judge, optax.conditionally_mask(settings.transformation(), learns)))

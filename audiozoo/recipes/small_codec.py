@@ -222,16 +222,16 @@ def prepared(model: EncodecModel, x: Float[Array, "batch 1 samples"], seed: int 
     the convolution opposite to it in the encoder got.
     """
     rng, h = np.random.default_rng(seed), np.asarray(x).swapaxes(1, 2)
-    heard, before = [], h
+    heard, before = [], h  # `before`: the newest values, and not yet through ELU
+    elu = type(model.encoder.layers[-2])
     for layer in model.encoder.layers:
         if isinstance(layer, EncodecConv1d):
             heard.append(before)
             _set(layer, *_components(h, layer, rng))
         else:
             _rest(layer)
-        before = h
-        h = np.asarray(layer(jnp.asarray(h)))
-        before = before if isinstance(layer, type(model.encoder.layers[-2])) else h  # what an ELU got
+        y = np.asarray(layer(jnp.asarray(h)))
+        before, h = h if isinstance(layer, elu) else y, y
     found = model.quantizer.train_step(jnp.asarray(h), key=jax.random.key(seed), kmeans_iterations=20)
     model.quantizer.replace(found.codebooks)
     h = np.asarray(found.quantized)
@@ -254,7 +254,7 @@ def _set(layer: EncodecConv1d | EncodecConvTranspose1d, kernel: np.ndarray, bias
 def _rest(layer: Any) -> None:
     """A residual unit passes its input on; an LSTM adds little to it."""
     if isinstance(layer, EncodecResnetBlock):
-        last = cast(Any, layer.block[-1].conv)
+        last = cast(Any, layer.block[-1]).conv
         last.kernel_g[...], last.bias[...] = 0.05 * last.kernel_g[...], 0 * last.bias[...]
         if layer.shortcut is not None:
             channels = layer.shortcut.channels
