@@ -63,14 +63,14 @@ def test_recordings_are_held_out_whole():
 
 @pytest.mark.slow
 def test_the_command(tmp_path, recordings, monkeypatch, capsys):
-    """Seconds of training: far more comes back than from random weights, and the codec writes and reads files."""
+    """One step: more comes back than from random weights, and the codec writes and reads files."""
     monkeypatch.setattr(small_codec, "CONFIG", TINY)
     arguments = ["--data", str(recordings), "--held-out", "nabucasa_en_US-kathleen", "--out", str(tmp_path / "codec")]
-    assert small_codec.main([*arguments, "--minutes", "0.1"]) == 0
+    assert small_codec.main([*arguments, "--minutes", "0.001"]) == 0
     told = capsys.readouterr().out
     assert "PCM at this rate" in told
     found = json.loads((tmp_path / "codec" / "curve.json").read_text())
-    assert found["curve"][0]["step"] == 1
+    assert [point["step"] for point in found["curve"]] == [1]
     rows = {row["kbps"]: row for row in found["table"]}
     assert all(row["trained"] > row["untrained"] for row in rows.values()), rows
     model = audiozoo.load(tmp_path / "codec")
