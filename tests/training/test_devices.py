@@ -1,7 +1,4 @@
-"""Eight devices train as one does: a step in float64, on a mesh of eight and on one device.
-
-Of every paper that trains a network of its own kind; which are left out, and why, says `on_devices`.
-"""
+"""Eight devices train as one does: a step of every paper in float64, on a mesh of eight and on one device."""
 
 import json
 import os
