@@ -38,6 +38,7 @@ from audiozoo.processors.speech_to_text import Speech2TextFeatureExtractor
 from audiozoo.processors.wav2vec2 import Wav2Vec2FeatureExtractor
 from audiozoo.recipes import RECIPES, Recipe
 from audiozoo.recipes import recipe as find_recipe
+from audiozoo.recipes.generation import Arrangement, Languages, Music, Speaking, SpeechAndText, Stages, Translated
 from audiozoo.recipes.objectives import Objective
 from audiozoo.recipes.run import sampling_rate
 from audiozoo.recipes.settings import Settings
@@ -371,6 +372,8 @@ def example(recipe: Recipe, choice: Choice, processor: Any, amount: Amount) -> S
     }
 
 
+# Objectives whose examples need more than a recording's length and number of tokens; the model's own loss is planned.
+_NEED_MORE = (Arrangement, Languages, Music, Speaking, SpeechAndText, Stages, Translated)
 _DEFAULTS = Settings(
     source="AdamW, for papers without a recipe", steps=100_000, batch_size=1, learning_rate=1e-4, clip=1.0
 )
@@ -383,11 +386,22 @@ _FROZEN = {
 
 
 def recipe_of(choice: Choice, name: str | None = None) -> Recipe:
-    """A recipe by name, or the first of the paper and class; without one, the model's own loss under AdamW."""
+    """A recipe by name, or the first of the paper and class; without one, the model's own loss under AdamW.
+
+    Raises:
+        UsageError: for a recipe whose examples are not known here.
+    """
     if name is not None:
-        return find_recipe(name)
+        found = find_recipe(name)
+        if isinstance(found.objective, _NEED_MORE):
+            raise UsageError(f"Examples of {name} are not known here; without it the model's own loss is planned.")
+        return found
     fitting = [
-        row for row in RECIPES.values() if row.paper == choice.paper.name and row.model_class == choice.model_class
+        row
+        for row in RECIPES.values()
+        if row.paper == choice.paper.name
+        and row.model_class == choice.model_class
+        and not isinstance(row.objective, _NEED_MORE)
     ]
     if fitting:
         return fitting[0]
