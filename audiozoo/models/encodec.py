@@ -30,7 +30,9 @@ arithmetic coder spend fewer bits on them.
 
 Where the released training code departs from the paper, the paper is followed, and `released=True` gives the other:
 there the commitment loss reaches the encoder through the first codebook only, since the residual that the second one
-sees is not detached; and an entry that was replaced for want of use is overwritten by its old average at once. In three
+sees is not detached; an entry that was replaced for want of use is overwritten by its old average at once; and after
+k-means $m$ starts as the means, not the sums, so that entries shrink as the rows of the first batch outnumber them, and
+take hundreds of steps to come back. In three
 things both codes follow their authors' release where the paper says something else: the discriminator's first kernels
 are 3 × 9 (3 × 8 there), one discriminator serves all bandwidths (one for each there), and the commitment loss is a mean
 over codebooks and channels (Eq. 3 is a sum).
@@ -641,7 +643,7 @@ class EncodecResidualVectorQuantizer(nnx.Module):
 
             def initialised() -> tuple[jax.Array, jax.Array, jax.Array]:
                 means, counts = kmeans(values, values[starts], kmeans_iterations)
-                return means, means, counts
+                return means, means if released else means * counts[:, None], counts
 
             embed, average, count = jax.lax.cond(
                 active & (inited[0] == 0), initialised, lambda: (embed, average, count)

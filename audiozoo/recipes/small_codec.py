@@ -211,7 +211,9 @@ SPARE = 0.1  # by it, the level of channels that no component needs
 START = 512  # crops that the linear codec is computed from
 
 
-def prepared(model: EncodecModel, x: Float[Array, "batch 1 samples"], seed: int = 0) -> EncodecModel:
+def prepared(
+    model: EncodecModel, x: Float[Array, "batch 1 samples"], seed: int = 0, share: float = 1.0
+) -> EncodecModel:
     r"""The model as the best linear codec that its layers allow on a batch; a causal one of a single channel.
 
     From random weights, phases are scrambled so thoroughly that thousands of steps pass before a waveform is followed
@@ -220,6 +222,12 @@ def prepared(model: EncodecModel, x: Float[Array, "batch 1 samples"], seed: int 
     gives the principal components of the newest frames that it sees, so that all of it is a Karhunen-Loève transform.
     k-means places the codebooks. In the decoder, each convolution is the ridge regression from what it gets to what
     the convolution opposite to it in the encoder got.
+
+    Args:
+        model: the codec; it is changed.
+        x: crops.
+        seed: of what is drawn.
+        share: of these crops that a batch of training has.
     """
     rng, h = np.random.default_rng(seed), np.asarray(x).swapaxes(1, 2)
     heard, before = [], h  # `before`: the newest values, and not yet through ELU
@@ -233,7 +241,10 @@ def prepared(model: EncodecModel, x: Float[Array, "batch 1 samples"], seed: int 
         y = np.asarray(layer(jnp.asarray(h)))
         before, h = h if isinstance(layer, elu) else y, y
     found = model.quantizer.train_step(jnp.asarray(h), key=jax.random.key(seed), kmeans_iterations=20)
-    model.quantizer.replace(found.codebooks)
+    books = found.codebooks
+    # Running averages as if from batches of training: from all crops, they would not move for hundreds of steps.
+    averages = {"embed_avg": share * books.embed_avg, "cluster_size": share * books.cluster_size}
+    model.quantizer.replace(dataclasses.replace(books, **averages))
     h = np.asarray(found.quantized)
     for layer in model.decoder.layers:
         if isinstance(layer, EncodecConv1d | EncodecConvTranspose1d):
@@ -359,7 +370,8 @@ def train(
     batches = crops(learn, length, settings.batch_size, seed)
     many = np.concatenate([next(batches)["input_values"] for _ in range(-(-START // settings.batch_size))])
     judge, untrained = Judge(held, config), EncodecModel(config, rngs=nnx.Rngs(seed))
-    model = prepared(EncodecModel(config, rngs=nnx.Rngs(seed)), jnp.asarray(many), seed)
+    share = settings.batch_size / len(many)
+    model = prepared(EncodecModel(config, rngs=nnx.Rngs(seed)), jnp.asarray(many), seed, share)
     task = objective.task(model, EncodecFeatureExtractor(1, config.sampling_rate), settings, Trainable())
     adam = optax.inject_hyperparams(optax.adam)(settings.learning_rate, b1=settings.beta1, b2=settings.beta2)
     task = dataclasses.replace(task, phases=[dataclasses.replace(task.phases[0], optimizer=adam)])

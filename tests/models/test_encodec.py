@@ -373,6 +373,22 @@ def test_dead_entries_stay_replaced():
     np.testing.assert_array_equal(books.embed[1], quantizer.embed[1])
 
 
+def test_entries_stay_where_k_means_placed_them():
+    """After the first batch and the next one like it, entries are the means; as released, they have shrunk."""
+    quantizer = random_model(lambda rngs: EncodecModel(TINY, rngs=rngs)).quantizer
+    rng = np.random.default_rng(0)
+    centres = jnp.asarray(rng.normal(size=(8, 6)), jnp.float32)
+    z = jnp.tile(centres, (50, 1))[None]
+    rows = jnp.asarray(np.tile(np.arange(8), (2, 2, 1)))
+    for released, size in ((False, 1.0), (True, (0.99 + 0.01 * 50) / 50)):
+        quantizer.inited[...] = jnp.zeros((2, 1))
+        options = {"rows": rows, "kmeans_iterations": 3, "released": released}
+        quantizer.replace(quantizer.train_step(z, 1, **options).codebooks)
+        np.testing.assert_allclose(quantizer.embed[0], size * centres, rtol=1e-4)
+        if not released:
+            np.testing.assert_allclose(quantizer.train_step(z, 1, **options).codebooks.embed[0], centres, rtol=1e-4)
+
+
 def test_random_bandwidths():
     drawn = {int(encodec.random_quantizers(jax.random.key(i), EncodecConfig())) for i in range(40)}
     assert drawn == {2, 4, 8, 16, 32}
