@@ -33,7 +33,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from audiozoo.errors import AudiozooError, CheckpointError, SourceError, UsageError
+from audiozoo.errors import AudiozooError, CheckpointError, SourceError, UsageError, first_line
 
 FORMAT = 1
 _PARAMS = "params"
@@ -270,8 +270,7 @@ def _orbax(sentence: str, arrays: Mapping[str, Any] | None = None) -> Iterator[o
         with contextlib.closing(ocp.Checkpointer(handler, multiprocessing_options=alone)) as checkpointer:
             yield checkpointer
     except Exception as error:
-        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{sentence} ({first}).") from error
+        raise CheckpointError(f"{sentence} ({first_line(error)}).") from error
     finally:
         log.setLevel(level)
 

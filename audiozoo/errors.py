@@ -19,3 +19,9 @@ class AudioError(AudiozooError, ValueError):
 
 class UsageError(AudiozooError, ValueError):
     """A call that asks for something the model does not have: an unknown option, language, task or class."""
+
+
+def first_line(error: BaseException, most: int | None = 200) -> str:
+    """What somebody else's error says, in one line, or its type's name where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip()[:most] if text else type(error).__name__

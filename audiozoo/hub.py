@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from audiozoo.errors import SourceError
+from audiozoo.errors import SourceError, first_line
 
 # A repository may hold the same weights several times, in this order of preference; the first that is there is taken.
 WEIGHTS: tuple[tuple[str, ...], ...] = (
@@ -104,12 +104,12 @@ def resolve(
     except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
         if isinstance(error, SourceError):
             raise
-        raise SourceError(f"{at} could not be downloaded, try again: {_first_line(error)}.") from error
+        raise SourceError(f"{at} could not be downloaded, try again: {_reason(error)}.") from error
     except Exception as error:
         # A connection that breaks in the middle of a file surfaces as an error of the HTTP library at hand.
         if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
             raise
-        raise SourceError(f"{at} could not be downloaded, try again: {_first_line(error)}.") from error
+        raise SourceError(f"{at} could not be downloaded, try again: {_reason(error)}.") from error
 
 
 def _choose(files: Iterable[str], patterns: Sequence[str] | None, at: str) -> list[str]:
@@ -150,7 +150,7 @@ def _cached(
     why = (
         "HF_HUB_OFFLINE is set"
         if isinstance(error, OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE
-        else f"the hub cannot be reached ({_first_line(error)})"
+        else f"the hub cannot be reached ({_reason(error)})"
     )
     repository = Path(cache_dir or constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
     reference = repository / "refs" / (revision or "main")
@@ -176,6 +176,5 @@ def _remember(snapshot: Path, revision: str) -> None:
         reference.write_text(snapshot.name)
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
+def _reason(error: BaseException) -> str:
+    return first_line(error, most=None).rstrip(".")

@@ -32,10 +32,9 @@ Where the released training code departs from the paper, the paper is followed, 
 there the commitment loss reaches the encoder through the first codebook only, since the residual that the second one
 sees is not detached; an entry that was replaced for want of use is overwritten by its old average at once; and after
 k-means $m$ starts as the means, not the sums, so that entries shrink as the rows of the first batch outnumber them, and
-take hundreds of steps to come back. In three
-things both codes follow their authors' release where the paper says something else: the discriminator's first kernels
-are 3 × 9 (3 × 8 there), one discriminator serves all bandwidths (one for each there), and the commitment loss is a mean
-over codebooks and channels (Eq. 3 is a sum).
+take hundreds of steps to come back. In three things both codes follow their authors' release where the paper says
+something else: the discriminator's first kernels are 3 × 9 (3 × 8 there), one discriminator serves all bandwidths (one
+for each there), and the commitment loss is a mean over codebooks and channels (Eq. 3 is a sum).
 
 Checkpoints: `facebook/encodec_24khz`, `facebook/encodec_48khz`, `facebook/encodec_32khz` (MusicGen's), the authors'
 `encodec_24khz-d7cc33bc.th`, `encodec_48khz-7e698e3e.th` and language models `encodec_lm_24khz-1608e3c0.th`,

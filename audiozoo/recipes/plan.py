@@ -379,7 +379,7 @@ _DEFAULTS = Settings(
 )
 
 _FROZEN = {
-    "musicgen": r"^(text_encoder|audio_encoder)\.",
+    "musicgen": find_recipe("musicgen").settings.frozen,
     "seamless_m4t": r"^vocoder\.",
     "seamless_m4t_v2": r"^vocoder\.",
 }

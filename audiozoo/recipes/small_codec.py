@@ -55,6 +55,7 @@ from audiozoo.models.encodec import (
     EncodecResnetBlock,
 )
 from audiozoo.processors.encodec import EncodecFeatureExtractor
+from audiozoo.recipes.clock import Clock
 from audiozoo.recipes.objectives import Codec
 from audiozoo.recipes.settings import Settings
 from audiozoo.training.data import SUFFIXES
@@ -287,7 +288,7 @@ def _components(x: np.ndarray, layer: EncodecConv1d, rng: np.random.Generator) -
     kernel[taps - stride :, :, : len(useful)][:, :, useful] = (
         vectors[:, useful].reshape(stride, inputs, -1) / variances[0] ** 0.5
     )
-    return LEVEL * kernel * (1 if variances[0] else 0), np.zeros(outputs)
+    return LEVEL * kernel, np.zeros(outputs)
 
 
 def _regression(
@@ -364,8 +365,7 @@ def train(
         judge_every: seconds between points of the curve (steps, where these are given).
         report: called with the share that is done and the newest point of the curve.
     """
-    if (seconds is None) == (steps is None):
-        raise UsageError("Training ends after some seconds, or after some steps: give one of the two.")
+    clock = Clock(seconds, steps, judge_every)
     length = round(objective.segment * config.sampling_rate)
     batches = crops(learn, length, settings.batch_size, seed)
     many = np.concatenate([next(batches)["input_values"] for _ in range(-(-START // settings.batch_size))])
@@ -377,25 +377,20 @@ def train(
     task = dataclasses.replace(task, phases=[dataclasses.replace(task.phases[0], optimizer=adam)])
     trainer = Trainer(task, Options(seed=seed))
     result, state = Result(model), trainer.init()
-    begun, last, done, step = time.monotonic(), -math.inf, 0.0, 0
-    while done < 1:
+    clock.start()
+    while (done := clock.share) < 1:
         rate = settings.learning_rate * min(1.0, 20 * done + 1e-2) * 0.5 * (1 + math.cos(math.pi * done))
         state.optimizer["codec"].hyperparams["learning_rate"] = jnp.asarray(rate, jnp.float32)
         state, metrics = trainer.step(state, trainer.put(next(batches)))
-        step += 1
         jax.block_until_ready(metrics)
-        now = time.monotonic() - begun
-        done = step / steps if steps is not None else now / seconds if seconds else 1.0
-        clock = step if steps is not None else now
-        if clock - last >= judge_every or done >= 1:
-            last = clock
+        if clock.tick():
             scores = judge.scores(judge.decoded(trainer.network(state, "codec"), config.target_bandwidths[-1]))
             point = {name: round(float(metrics[name]), 5) for name in ("time", "frequency", "commitment")}
-            point = {"seconds": round(now, 1), "step": step, **point}
+            point = {"seconds": round(clock.elapsed, 1), "step": clock.step, **point}
             result.curve.append(point | {"si_snr": round(float(np.mean(list(scores.values()))), 3)})
             if report is not None:
-                report(min(done, 1.0), result.curve[-1])
-    result.seconds = time.monotonic() - begun
+                report(clock.share, result.curve[-1])
+    result.seconds = clock.stop()
     result.model = trainer.network(state, "codec")
     for kbps in config.target_bandwidths:
         result.decoded[kbps] = judge.decoded(result.model, kbps)

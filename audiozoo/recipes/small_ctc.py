@@ -45,10 +45,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 import audiozoo
 from audiozoo.audio import hertz_to_mel, mel_to_hertz, read
 from audiozoo.decoding.ctc import transcribe_ctc
-from audiozoo.errors import AudiozooError, UsageError
+from audiozoo.errors import AudiozooError
 from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy
 from audiozoo.models.wav2vec2 import conv_lengths
 from audiozoo.recipes import Recipe, run, spoken
+from audiozoo.recipes.clock import Clock
 from audiozoo.recipes.objectives import CTC, Fields
 from audiozoo.recipes.settings import Settings
 from audiozoo.training.data import SUFFIXES, Batches, Example, Item, Padding, find_items
@@ -265,8 +266,7 @@ def train(
         judge_every: seconds between points of the curve (steps, where these are given).
         report: called after each step with the share that is done and, when there is one, a new point of the curve.
     """
-    if (seconds is None) == (steps is None):
-        raise UsageError("Training ends after some seconds, or after some steps: give one of the two.")
+    clock = Clock(seconds, steps, judge_every)
     items = find_items(corpus.train)
     held = {name: find_items(path) for name, path in corpus.held_out.items()}
     ready = run.build(RECIPE, items, settings=settings, config=config, options=Options(seed=seed))
@@ -285,30 +285,26 @@ def train(
     listeners = {name: Listener(ready, some) for name, some in held.items()}
     watched = next(iter(listeners.values()))
     result = Result(ready.model, ready.processor)
-    begun, last, done, step = time.monotonic(), 0.0, 0.0, 0
     losses: dict[str, list[float]] = {"even": [], "loss": []}
-    while done < 1:
+    clock.start()
+    while (done := clock.share) < 1:
         # Up in a straight line, down along a cosine, by the share of the time that is gone.
         fallen = max(0.0, (done - share) / (1 - share))
         rate = peak * min(1.0, done / share + 1e-2) * 0.5 * (1 + math.cos(math.pi * fallen))
         state.optimizer["model"].hyperparams["learning_rate"] = jnp.asarray(rate, jnp.float32)
         begins = done < flat_start
         state, metrics = trainer.step(state, trainer.put(next(words if begins else everything)))
-        step += 1
         losses["even" if begins else "loss"].append(float(metrics["loss"]))
-        now, point = time.monotonic() - begun, None
-        done = step / steps if steps is not None else now / seconds if seconds else 1.0
-        clock = step if steps is not None else now
-        if clock - last >= judge_every or done >= 1 or step == 1:
-            last = clock
-            point = {"seconds": round(now, 1), "step": step}
+        point = None
+        if clock.tick():
+            point = {"seconds": round(clock.elapsed, 1), "step": clock.step}
             point |= {name: round(float(np.mean(some)), 4) for name, some in losses.items() if some}
             point["cer"] = watched.rates(watched(trainer.network(state, "model")))["cer"]
             result.curve.append(point)
             losses = {"even": [], "loss": []}
         if report is not None:
-            report(min(done, 1.0), point)
-    result.seconds = time.monotonic() - begun
+            report(clock.share, point)
+    result.seconds = clock.stop()
     result.model = trainer.network(state, "model")
     for name, listener in listeners.items():
         heard, said = listener(result.model), listener.said

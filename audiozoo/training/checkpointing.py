@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
-from audiozoo.errors import CheckpointError
+from audiozoo.errors import CheckpointError, first_line
 
 _STATE, _RUN = "state", "run"
 
@@ -151,8 +151,8 @@ class Checkpoints:
             except _Mismatch as error:
                 raise CheckpointError(str(error)) from None
             except Exception as error:
-                first = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-                sentence = f"The checkpoint of step {number} in {self.directory} is damaged ({first})"
+                reason = first_line(error, most=160)
+                sentence = f"The checkpoint of step {number} in {self.directory} is damaged ({reason})"
                 if step is not None or number == steps[-1]:
                     raise CheckpointError(f"{sentence}, and there is no other.") from None
                 self.messages.append(f"{sentence}; it is set aside, and the one before it is taken.")
@@ -225,8 +225,7 @@ class Checkpoints:
         except CheckpointError:
             raise
         except Exception as error:
-            lines = [line for line in str(error).strip().splitlines() if line.strip()]
-            reason = getattr(error, "strerror", None) or (lines[0][:200] if lines else type(error).__name__)
+            reason = getattr(error, "strerror", None) or first_line(error)
             steps = [n for n in self.steps() if (self.directory / str(n)).exists()]
             before = f"; that of step {steps[-1]} is good" if steps else ""
             raise CheckpointError(f"{sentence} ({reason}){before}.") from None

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from audiozoo.errors import UsageError
+from audiozoo.errors import UsageError, first_line
 
 
 def connect(how: str) -> None:
@@ -36,8 +36,7 @@ def connect(how: str) -> None:
         else:
             jax.distributed.initialize(found[1], int(found[2]), int(found[3]))
     except Exception as error:
-        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise UsageError(f"The other processes cannot be joined ({first}).") from None
+        raise UsageError(f"The other processes cannot be joined ({first_line(error)}).") from None
 
 
 def whole(model: nnx.Module) -> Any:

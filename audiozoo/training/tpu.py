@@ -23,7 +23,7 @@ import jax
 from jax.sharding import Mesh
 
 from audiozoo import sharding
-from audiozoo.errors import UsageError
+from audiozoo.errors import UsageError, first_line
 from audiozoo.training import hlo
 
 
@@ -111,7 +111,7 @@ def devices(topology: str) -> list[Any]:
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except Exception as error:
-        first = str(error).strip().splitlines()[0][:200]
+        first = first_line(error)
         raise UsageError(f"There is no topology {topology!r} ({first}); write v5e:8x8, v5p:4x4x4 or v6e:4x4.") from None
     return list(found.devices)
 
@@ -220,7 +220,7 @@ def compile(function: Any, *arguments: Any, **keywords: Any) -> Report:
             raise
         used, limit = (int(float(size) * _UNITS[unit]) for size, unit in (found.group(1, 2), found.group(3, 4)))
         took = time.perf_counter() - start
-        return Report(False, used, limit, seconds=took, message=str(error).strip().splitlines()[0])
+        return Report(False, used, limit, seconds=took, message=first_line(error, most=None))
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
