@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from audiozoo.layers.basic import Dropout, Linear
+from audiozoo.layers.basic import Dropout, Linear, matmul
 
 
 @jax.tree_util.register_dataclass
@@ -111,7 +111,7 @@ def attend(
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     if dropout is not None:
         weights = dropout(weights, dropout_rate)
-    output = jnp.einsum("bhqk,bhkd->bhqd", weights, value)
+    output = matmul(weights, value)
     if beams > 1:
         output = output.reshape(-1, heads, beams, queries, head_dim).swapaxes(1, 2).reshape(batch, heads, queries, -1)
         weights = weights.reshape(-1, heads, beams, queries, key.shape[2]).swapaxes(1, 2)
@@ -180,7 +180,7 @@ def _in_turns_forward(*arrays: Any) -> tuple[jax.Array, Any]:
         largest = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest)
         total = weights.sum(axis=-1, keepdims=True)
-        return (weights.astype(value.dtype) @ value) / total.astype(value.dtype), largest, total
+        return matmul(weights.astype(value.dtype), value) / total.astype(value.dtype), largest, total
 
     output, largest, total = jax.lax.map(one, arrays)
     return output, (arrays, output, largest, total)
@@ -198,7 +198,7 @@ def _in_turns_backward(saved: Any, d_output: jax.Array) -> tuple[jax.Array | Non
         if mask is not None:
             d_scores = jnp.where(mask, d_scores, 0)
         d_scores, weights = d_scores.astype(query.dtype), weights.astype(value.dtype)
-        return d_scores @ key, jnp.einsum("qk,qd->kd", d_scores, query), jnp.einsum("qk,qd->kd", weights, d_output)
+        return matmul(d_scores, key), matmul(d_scores.T, query), matmul(weights.T, d_output.astype(value.dtype))
 
     return *jax.lax.map(one, (*saved, d_output)), None
 
