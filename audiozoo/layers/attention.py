@@ -198,7 +198,7 @@ def _in_turns_backward(saved: Any, d_output: jax.Array) -> tuple[jax.Array | Non
         if mask is not None:
             d_scores = jnp.where(mask, d_scores, 0)
         d_scores, weights = d_scores.astype(query.dtype), weights.astype(value.dtype)
-        return matmul(d_scores, key), matmul(d_scores.T, query), matmul(weights.T, d_output.astype(value.dtype))
+        return matmul(d_scores, key), matmul(d_scores.T, query), matmul(weights.T, d_output)
 
     return *jax.lax.map(one, (*saved, d_output)), None
 

@@ -114,11 +114,10 @@ class Embed(nnx.Embed):
         self, query: Float[Array, "*batch features"], out_sharding: Any = None
     ) -> Float[Array, "*batch entries"]:
         """The product of every entry with `query`: logits, where the table is that of the tokens."""
-        many = query.size > query.shape[-1]
-        query, table = promote(query, self.embedding[...], dtype=self.dtype)
-        if out_sharding is not None or (many and query.dtype.itemsize >= 4):
+        if out_sharding is not None:
             return super().attend(query, out_sharding)
-        if many:
+        query, table = promote(query, self.embedding[...], dtype=self.dtype)
+        if query.size > query.shape[-1]:
             return matmul(query, table.T)
 
         def in_parts(query: jax.Array, table: jax.Array) -> jax.Array:
