@@ -54,7 +54,7 @@ class Fsdp:
 
 
 def fsdp(min_size: int = 1 << 16, axis: str = "data", combine: bool = False, whole: str | None = None) -> Fsdp:
-    """Fully sharded data parallelism for what no rule has divided: the longest axis that divides evenly is split.
+    """Fully sharded data parallelism for what no rule has divided: the longer of its last two axes that divides.
 
     Args:
         min_size: parameters with fewer elements stay replicated; gathering them costs more than it saves.
@@ -184,7 +184,7 @@ def shardings_for(params: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> dict
         divided = any(entries) and not (fallback and fallback.combine)
         divided = divided or bool(fallback and fallback.whole and re.search(fallback.whole, path))
         if fallback and not divided and fallback.axis in mesh.shape and math.prod(shape) >= fallback.min_size:
-            for i in sorted(range(len(shape)), key=lambda i: -shape[i]):
+            for i in sorted(_divisible(shape), key=lambda i: -shape[i]):
                 if not entries[i] and shape[i] % mesh.shape[fallback.axis] == 0:
                     entries[i] = (fallback.axis,)
                     break
@@ -257,11 +257,19 @@ def _divide(path: str, shape: tuple[int, ...], rule: Rule, mesh: Mesh) -> list[t
             else:
                 postponed.append((i, name))
     for i, name in postponed:
-        for j in (*range(i + 1, len(shape)), *range(i)):
-            if not entries[j] and shape[j] % mesh.shape[name] == 0:
+        for j in sorted(_divisible(shape), key=lambda j: (j < i, j)):
+            if j != i and not entries[j] and shape[j] % mesh.shape[name] == 0:
                 entries[j] = (name,)
                 break
     return entries
+
+
+def _divisible(shape: tuple[int, ...]) -> range:
+    """The last two axes, inputs and outputs. Before them stand layers, or the taps of a convolution.
+
+    With its taps on several devices, XLA computes some strided convolutions wrongly, without a word.
+    """
+    return range(max(0, len(shape) - 2), len(shape))
 
 
 def _spec(entries: list[tuple[str, ...]]) -> P:

@@ -225,7 +225,9 @@ for shape in ((8, 6), (5, 6), (51865, 6), (6, 8)):
     for wanted in (P("tensor"), P(None, "tensor"), P(("data", "tensor")), P("tensor", "data")):
         jax.device_put(np.zeros(shape), jax.sharding.NamedSharding(mesh, spec(shape, wanted)))
 
-# fsdp: the longest axis that divides, above min_size, for what is not divided yet.
+assert spec((8, 5, 7), P(None, None, "tensor")) == P(None, None, None)  # not the taps of a convolution
+
+# fsdp: of the last two axes the longer that divides, above min_size, for what is not divided yet.
 def fallback(shape, *rules):
     return shardings_for({"x": jax.ShapeDtypeStruct(shape, "float32")}, mesh, [*rules, fsdp(64)])["x"].spec
 
@@ -238,6 +240,8 @@ assert fallback((4, 8)) == P(None, None)  # smaller than min_size
 assert fallback((8, 16), ("x", P("tensor"))) == P("tensor", None)
 assert fallback((9, 16), Rule("x", P("tensor"))) == P(None, "tensor")
 assert fallback((9, 18), Rule("x", P("tensor"))) == P(None, "data")  # tensor divides neither axis
+assert fallback((16, 4, 8)) == P(None, None, "data")
+assert fallback((16, 3, 7)) == P(None, None, None)
 kept = {name: jax.ShapeDtypeStruct((31, 1, 128), "float32") for name in ("depthwise_conv.kernel", "conv.kernel")}
 specs = {name: place.spec for name, place in shardings_for(kept, mesh, [fsdp(64, whole="(^|\\\\.)depthwise")]).items()}
 assert specs == {"depthwise_conv.kernel": P(None, None, None), "conv.kernel": P(None, None, "data")}

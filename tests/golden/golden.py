@@ -142,7 +142,9 @@ def randomised(case: Case, dtype: Any) -> nnx.Module:
     return model
 
 
-def compare(case: Case, golden: Golden, dtype: str, backend: str = ANY) -> int:
+def compare(
+    case: Case, golden: Golden, dtype: str, backend: str = ANY, place: Callable[[Any], Any] = lambda model: model
+) -> int:
     """Run ours on the file's inputs and compare with the file's outputs; returns the number of arrays compared.
 
     Args:
@@ -150,6 +152,7 @@ def compare(case: Case, golden: Golden, dtype: str, backend: str = ANY) -> int:
         golden: its file.
         dtype: of parameters, inputs and the computation.
         backend: for the tolerance.
+        place: lays the model out on devices.
 
     Raises:
         AssertionError: naming the outputs that differ.
@@ -161,7 +164,7 @@ def compare(case: Case, golden: Golden, dtype: str, backend: str = ANY) -> int:
         name: jnp.asarray(array, wanted if np.issubdtype(array.dtype, np.floating) else None)
         for name, array in golden.inputs.items()
     }
-    outputs = case.run(randomised(case, wanted), inputs)
+    outputs = case.run(place(randomised(case, wanted)), inputs)
     assert set(outputs) == set(golden.outputs), f"{sorted(outputs)} here, {sorted(golden.outputs)} in the file"
     allowed, problems = tolerance("golden", dtype, backend), []
     for name, parts in golden.outputs.items():

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -39,3 +44,26 @@ def test_is_small_and_says_what_made_it(case):
     found = golden.read(case.path)
     assert {"torch", "numpy"} <= found.versions.keys()
     assert found.inputs
+
+
+@pytest.fixture(scope="module")
+def on_eight_devices():
+    environment = os.environ | {
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    command = [sys.executable, "-m", "tests.golden.on_devices"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@each_case
+def test_agrees_on_eight_devices(case, on_eight_devices):
+    """The original's numbers in float64, with parameters divided over eight devices."""
+    divided, problem = on_eight_devices[case.name]
+    assert not problem, problem
+    assert divided
