@@ -1,6 +1,7 @@
 """Every Python block of the README runs, in order of appearance, each in a process and a directory of its own.
 
-A block that needs the originals stands behind the line `<!-- needs: reference -->`.
+A block that needs the originals stands behind the line `<!-- needs: reference -->`. Shell lines are parsed by the
+commands that they name.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +23,9 @@ BLOCKS = [
     for match in re.finditer(
         r"(?:<!-- needs: (?P<needs>\w+) -->\n+)?^```python\n(?P<code>.*?)^```$", README, re.M | re.S
     )
+]
+SHELL = [
+    line for block in re.findall(r"^```sh\n(.*?)^```$", README, re.M | re.S) for line in block.splitlines() if line
 ]
 COMMANDS = {
     "demo": 'pip install -e ".[demo]" && audiozoo demo',
@@ -37,6 +42,29 @@ def test_the_two_commands_stand_in_a_fenced_block(command):
 def test_links_to_files_lead_somewhere():
     targets = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", README)
     assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+@pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("audiozoo ")])
+def test_shell_line_is_understood(line):
+    """The command is there, and so are its arguments and options; most of the checkpoints are too large to run here."""
+    import typer.main
+
+    from audiozoo.cli import app
+
+    command, (_, *words) = typer.main.get_command(app), shlex.split(line, comments=True)
+    while hasattr(command, "commands"):
+        command, words = command.commands[words[0]], words[1:]
+    context = command.make_context(command.name, words)  # parses, and raises for what it does not know
+    assert context.params
+
+
+def test_recipes_of_small_models_have_these_options():
+    lines = [shlex.split(line, comments=True) for line in SHELL if line.startswith("python -m")]
+    assert lines
+    for _, _, module, *words in lines:
+        told = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, cwd=ROOT)
+        assert told.returncode == 0, told.stderr
+        assert [word for word in words if word.startswith("--") and word not in told.stdout] == []
 
 
 @pytest.mark.parametrize(("needs", "code"), BLOCKS)
