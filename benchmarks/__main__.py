@@ -1,8 +1,9 @@
-"""The command `python -m benchmarks PAPER… [--save] [--json FILE] [--threads 2] [--memory] [--only NAME]`."""
+"""The command `python -m benchmarks PAPER… [--dtype bfloat16] [--threads 2] [--only NAME] [--memory] [--save]`."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -23,12 +24,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("papers", nargs="+", choices=framework.papers(), metavar="PAPER", help="one of %(choices)s")
     parser.add_argument("--only", help="run the cases whose names contain this")
     parser.add_argument("--threads", type=int, default=2, help="for every contender (default %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of both sides' models")
     parser.add_argument("--repeats", type=int, help="warm calls, instead of each case's own number")
     parser.add_argument("--memory", action="store_true", help="also measure peak memory, in a process each")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--save", action="store_true", help="keep a dated record under benchmarks/records/")
     options = parser.parse_args(arguments)
     framework.limit_threads(options.threads)
+    os.environ["AUDIOZOO_BENCHMARK_DTYPE"] = options.dtype
 
     from rich.console import Console
     from rich.table import Table
@@ -37,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not console.is_terminal:
         console = Console(width=160)
     for paper in options.papers:
-        table = Table(title=f"{paper}, {options.threads} threads; warm median, compilation apart")
+        table = Table(title=f"{paper}, {options.dtype}, {options.threads} threads; warm median, compilation apart")
         columns = ["case", "contender", "time", "quartiles", "compile", "ours is", "agreement"]
         for column in columns + (["peak memory"] if options.memory else []):
             table.add_column(column, justify="left" if column in ("case", "contender", "agreement") else "right")
@@ -70,7 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(table)
         records.append(record)
         if options.save:
-            path = framework.RECORDS / f"{record['date'][:10]}-{paper}.json"
+            kind = "" if options.dtype == "float32" else f"-{options.dtype}"
+            path = framework.RECORDS / f"{record['date'][:10]}-{paper}{kind}.json"
             framework.write_json(record, path)
             console.print(f"kept as {path.relative_to(framework.RECORDS.parents[1])}")
     if options.json:

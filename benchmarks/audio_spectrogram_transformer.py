@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.framework import Case, Run, random_model, threads
+from benchmarks.framework import Case, Run, random_model, randomised, tensor, threads, within
 
 SEED, RATE = 0, 16_000
 
@@ -19,18 +19,15 @@ SEED, RATE = 0, 16_000
 @functools.lru_cache(maxsize=1)
 def original(size: str) -> Any:
     """`transformers`' model of a published size, random weights, float32."""
-    import torch
     import transformers
 
     from audiozoo.models.audio_spectrogram_transformer import ASTConfig
-    from tests.parity.harness import randomise
 
-    torch.set_num_threads(threads())
     ours = dataclasses.asdict(getattr(ASTConfig, size)())
     names = set(transformers.ASTConfig().to_dict()) - {"id2label"}
     fields = {name: value for name, value in ours.items() if name in names}
     config = transformers.ASTConfig(**fields, num_labels=len(ours["id2label"]), attn_implementation="eager")
-    return randomise(transformers.ASTForAudioClassification(config), SEED)
+    return randomised(transformers.ASTForAudioClassification(config), SEED)
 
 
 @functools.lru_cache(maxsize=1)
@@ -41,7 +38,7 @@ def model(size: str) -> Any:
 
     config = getattr(ASTConfig, size)()
     table = hugging_face_table(config, "ASTForAudioClassification", in_memory=True)
-    return random_model(lambda rngs: ASTForAudioClassification(config, rngs=rngs), table, SEED)
+    return random_model(ASTForAudioClassification, config, table, SEED)
 
 
 def features(size: str, batch: int) -> np.ndarray:
@@ -51,15 +48,6 @@ def features(size: str, batch: int) -> np.ndarray:
     config = getattr(ASTConfig, size)()
     shape = (batch, config.max_length, config.num_mel_bins)
     return np.random.default_rng(1).standard_normal(shape).astype(np.float32)
-
-
-def close(ours: Any, theirs: Any) -> str:
-    """The largest difference, which must be small beside the values."""
-    a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    apart, size = np.max(np.abs(a - b)), np.sqrt(np.mean(b**2))
-    if apart > 1e-4 * max(size, 1.0):
-        raise AssertionError(f"ours and the original differ by {apart:.3g} where values are {size:.3g}")
-    return f"max diff {apart:.1e}"
 
 
 def our_forward(size: str, batch: int) -> Run:
@@ -74,11 +62,11 @@ def our_forward(size: str, batch: int) -> Run:
 def their_forward(size: str, batch: int) -> Run:
     import torch
 
-    theirs, x = original(size), torch.from_numpy(features(size, batch))
+    theirs, x = original(size), tensor(features(size, batch))
 
     def run() -> Any:
         with torch.inference_mode():
-            return theirs(x).logits.numpy()
+            return theirs(x).logits.float().numpy()
 
     return run
 
@@ -110,7 +98,7 @@ CASES = (
             functools.partial(our_forward, size, batch),
             {"transformers": functools.partial(their_forward, size, batch)},
             target=1.5,
-            agreement=close,
+            agreement=within(1e-4),
             repeats=repeats,
         )
         for name, size, batch, repeats in (
@@ -119,5 +107,5 @@ CASES = (
             ("forward, 1 s, base (146 tokens)", "speech_commands_v2", 1, 20),
         )
     ),
-    Case("features of 10 s", our_features, {"transformers": their_features}, agreement=close),
+    Case("features of 10 s", our_features, {"transformers": their_features}, agreement=within(1e-4)),
 )

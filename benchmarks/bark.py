@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.framework import Case, Run, random_model
+from benchmarks.framework import Case, Run, random_model, tensor
 
 SEED = 0
 TOKENS = 100  # semantic tokens: two seconds
@@ -44,7 +44,7 @@ def model() -> Any:
     from weights_conversion.bark import hugging_face_table
 
     config = BarkConfig.bark_small()
-    return random_model(lambda rngs: BarkModel(config, rngs=rngs), hugging_face_table(config), SEED)
+    return random_model(BarkModel, config, hugging_face_table(config), SEED)
 
 
 def _settings() -> dict[str, Any]:
@@ -77,9 +77,8 @@ def our_semantic() -> Run:
 
 
 def their_semantic() -> Run:
-    import torch
 
-    stage, ids, config = original().semantic, torch.from_numpy(text()), _settings()["semantic_generation_config"]
+    stage, ids, config = original().semantic, tensor(text()), _settings()["semantic_generation_config"]
     return lambda: stage.generate(ids, config, **FORCED).numpy()
 
 
@@ -89,9 +88,8 @@ def our_coarse() -> Run:
 
 
 def their_coarse() -> Run:
-    import torch
 
-    stage, tokens, settings = original().coarse_acoustics, torch.from_numpy(semantic()), _settings()
+    stage, tokens, settings = original().coarse_acoustics, tensor(semantic()), _settings()
     chosen = (settings["semantic_generation_config"], settings["coarse_generation_config"])
     return lambda: stage.generate(tokens.clone(), *chosen).numpy()
 
@@ -102,9 +100,8 @@ def our_fine() -> Run:
 
 
 def their_fine() -> Run:
-    import torch
 
-    stage, tokens, settings = original().fine_acoustics, torch.from_numpy(coarse()), _settings()
+    stage, tokens, settings = original().fine_acoustics, tensor(coarse()), _settings()
     return lambda: stage.generate(tokens, **settings).numpy()
 
 

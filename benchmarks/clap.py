@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.audio_spectrogram_transformer import close
-from benchmarks.framework import Case, Run, random_model, threads
+from benchmarks.framework import Case, Run, random_model, randomised, tensor, threads, within
 
 SEED, RATE = 0, 48_000
 AUDIO, TEXT = "ClapAudioModelWithProjection", "ClapTextModelWithProjection"
@@ -21,17 +20,13 @@ FUSED = {"enable_fusion": True, "fusion_type": "aff_2d"}
 @functools.lru_cache(maxsize=2)
 def original(name: str, fused: bool) -> Any:
     """One tower of `transformers`, random weights, float32."""
-    import torch
     import transformers
 
-    from tests.parity.harness import randomise
-
-    torch.set_num_threads(threads())
     config = (
         transformers.ClapAudioConfig(**(FUSED if fused else {})) if name == AUDIO else transformers.ClapTextConfig()
     )
     config._attn_implementation = "eager"
-    return randomise(getattr(transformers, name)(config), SEED)
+    return randomised(getattr(transformers, name)(config), SEED)
 
 
 @functools.lru_cache(maxsize=2)
@@ -42,7 +37,7 @@ def model(name: str, fused: bool) -> Any:
 
     config = clap.ClapConfig.htsat_fused() if fused else clap.ClapConfig.htsat_unfused()
     table = hugging_face_table(config, name)
-    return random_model(lambda rngs: getattr(clap, name)(config, rngs=rngs), table, SEED)
+    return random_model(getattr(clap, name), config, table, SEED)
 
 
 def arguments(name: str, fused: bool, batch: int) -> dict[str, np.ndarray]:
@@ -72,11 +67,11 @@ def their_forward(name: str, fused: bool, batch: int) -> Run:
     import torch
 
     theirs = original(name, fused)
-    given = {key: torch.from_numpy(value) for key, value in arguments(name, fused, batch).items()}
+    given = {key: tensor(value) for key, value in arguments(name, fused, batch).items()}
 
     def run() -> Any:
         with torch.inference_mode():
-            return _embeds(theirs(**given)).numpy()
+            return _embeds(theirs(**given)).float().numpy()
 
     return run
 
@@ -108,7 +103,7 @@ CASES = (
             functools.partial(our_forward, name, fused, batch),
             {"transformers": functools.partial(their_forward, name, fused, batch)},
             target=1.5,
-            agreement=close,
+            agreement=within(1e-4),
             repeats=repeats,
         )
         for label, name, fused, batch, repeats in (
@@ -118,5 +113,5 @@ CASES = (
             ("text, 8 x 20 tokens, RoBERTa base", TEXT, False, 8, 6),
         )
     ),
-    Case("features of 10 s", our_features, {"transformers": their_features}, agreement=close),
+    Case("features of 10 s", our_features, {"transformers": their_features}, agreement=within(1e-4)),
 )

@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 RECORDS = Path(__file__).parent / "records"
 OURS = "audiozoo"
 PACKAGES = (
@@ -71,16 +73,74 @@ class Case:
         return {OURS: self.ours, **self.references}
 
 
-def random_model(make: Callable[[Any], Any], table: Any = None, seed: int = 0) -> Any:
+# --- both sides in one dtype -----------------------------------------------------------------------------------------
+
+
+def dtype() -> str:
+    """The dtype of both sides' weights and computation: float32, or what `--dtype` says."""
+    return os.environ.get("AUDIOZOO_BENCHMARK_DTYPE", "float32")
+
+
+def random_model(cls: Any, config: Any, table: Any = None, seed: int = 0) -> Any:
     """`tests.models.random_model`, its weights on the device: those of the host would be copied there in every call."""
     import jax
     from flax import nnx
 
     from tests.models import random_model as drawn
 
-    model = drawn.random_model(make, table, seed)
+    kind = jax.numpy.dtype(dtype())
+    model = drawn.random_model(lambda rngs: cls(config, dtype=kind, param_dtype=kind, rngs=rngs), table, seed)
     jax.block_until_ready(nnx.state(model))
     return model
+
+
+def randomised(module: Any, seed: int = 0) -> Any:
+    """An original with the weights that `random_model` gives ours, on as many threads."""
+    import torch
+
+    from tests.parity.harness import randomise
+
+    torch.set_num_threads(threads())
+    return randomise(module, seed, torch.float32).to(getattr(torch, dtype()))
+
+
+def tensor(array: Any) -> Any:
+    """PyTorch's own of an array of NumPy's, in the dtype of the models if it is not of integers."""
+    import torch
+
+    found = torch.from_numpy(array)
+    return found.to(getattr(torch, dtype())) if found.is_floating_point() else found
+
+
+# --- how well two results agree --------------------------------------------------------------------------------------
+
+
+def within(tolerance: float) -> Callable[[Any, Any], str]:
+    """The largest difference is at most `tolerance` of what the values are, or 1; in bfloat16 a tenth of their size.
+
+    In bfloat16, whose rounding is a 256th, two correct programs part by a few hundredths after many layers: there it
+    is the root mean square of the difference that counts.
+    """
+
+    def close(ours: Any, theirs: Any) -> str:
+        a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+        size = np.sqrt(np.mean(b**2))
+        narrow = dtype() != "float32"
+        apart = np.sqrt(np.mean((a - b) ** 2)) if narrow else np.max(np.abs(a - b))
+        if not apart <= (0.1 * size if narrow else tolerance * max(size, 1.0)):
+            raise AssertionError(f"ours and the original differ by {apart:.3g} where values are {size:.3g}")
+        return f"{apart / size:.1%} apart" if narrow else f"max diff {apart:.1e}"
+
+    return close
+
+
+def same_tokens(ours: Any, theirs: Any) -> str:
+    """The same tokens; in bfloat16 as many, since there a near tie parts what follows."""
+    a, b = np.asarray(ours).ravel(), np.asarray(theirs).ravel()
+    same = int(np.sum(a == b)) if len(a) == len(b) else -1
+    if same < (len(a) if dtype() == "float32" else 0):
+        raise AssertionError(f"different tokens: {a.tolist()} and {b.tolist()}")
+    return f"{len(a)} equal tokens" if same == len(a) else f"{same} of {len(a)} tokens equal"
 
 
 @dataclass
@@ -228,6 +288,7 @@ def surroundings() -> dict[str, Any]:
         "python": platform.python_version(),
         "processor": _processor(),
         "threads": threads(),
+        "dtype": dtype(),
         "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
         "versions": versions,
     }

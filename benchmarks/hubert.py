@@ -7,23 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.framework import Case, Run, random_model, threads
-from benchmarks.wav2vec2 import close, waves
+from benchmarks.framework import Case, Run, random_model, randomised, tensor, within
+from benchmarks.wav2vec2 import waves
 
 
 @functools.lru_cache(maxsize=1)
 def original(size: str) -> Any:
     """`transformers`' model of a published size, random weights, float32."""
-    import torch
     import transformers
 
     from audiozoo.models.hubert import HubertConfig
-    from tests.parity.harness import randomise
 
-    torch.set_num_threads(threads())
     names = set(transformers.HubertConfig().to_dict()) - {"id2label", "output_hidden_size"}
     fields = {k: v for k, v in vars(getattr(HubertConfig, size)()).items() if k in names}
-    return randomise(transformers.HubertForCTC(transformers.HubertConfig(**fields, attn_implementation="eager")))
+    return randomised(transformers.HubertForCTC(transformers.HubertConfig(**fields, attn_implementation="eager")))
 
 
 @functools.lru_cache(maxsize=1)
@@ -33,7 +30,7 @@ def model(size: str) -> Any:
     from weights_conversion.hubert import hugging_face_table
 
     config = getattr(HubertConfig, size)()
-    return random_model(lambda rngs: HubertForCTC(config, rngs=rngs), hugging_face_table(config, "HubertForCTC"))
+    return random_model(HubertForCTC, config, hugging_face_table(config, "HubertForCTC"))
 
 
 def our_forward(size: str, batch: int, seconds: int) -> Run:
@@ -48,11 +45,11 @@ def our_forward(size: str, batch: int, seconds: int) -> Run:
 def their_forward(size: str, batch: int, seconds: int) -> Run:
     import torch
 
-    theirs, x = original(size), torch.from_numpy(waves(batch, seconds))
+    theirs, x = original(size), tensor(waves(batch, seconds))
 
     def run() -> Any:
         with torch.inference_mode():
-            return theirs(x).logits.numpy()
+            return theirs(x).logits.float().numpy()
 
     return run
 
@@ -87,7 +84,7 @@ CASES = (
             functools.partial(our_forward, size, batch, seconds),
             {"transformers": functools.partial(their_forward, size, batch, seconds)},
             target=1.5,
-            agreement=close,
+            agreement=within(1e-3),
             repeats=repeats,
         )
         for size, batch, seconds, repeats in (("base", 1, 10, 8), ("large", 1, 10, 4))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.framework import Case, Run, random_model, threads
+from benchmarks.framework import Case, Run, random_model, randomised, tensor
 from benchmarks.wav2vec2 import waves
 
 LANGUAGES = ("eng", "fra", "swh", "tam")
@@ -25,22 +25,18 @@ def model() -> Any:
 
     published = dataclasses.replace(MMSConfig.mms_1b_all(), num_hidden_layers=6)
     config = dataclasses.replace(published, languages=LANGUAGES, vocab_sizes=(154,) * 4)
-    return random_model(lambda rngs: MMSForCTC(config, rngs=rngs))
+    return random_model(MMSForCTC, config)
 
 
 @functools.lru_cache(maxsize=1)
 def original() -> Any:
     """`transformers`' model of one language."""
-    import torch
     import transformers
 
-    from tests.parity.harness import randomise
-
-    torch.set_num_threads(threads())
     names = set(transformers.Wav2Vec2Config().to_dict()) - {"id2label", "output_hidden_size"}
     fields = {k: v for k, v in vars(model().config).items() if k in names}
     config = transformers.Wav2Vec2Config(**fields, attn_implementation="eager")
-    return randomise(transformers.Wav2Vec2ForCTC(config), 0)
+    return randomised(transformers.Wav2Vec2ForCTC(config), 0)
 
 
 def our_forward() -> Run:
@@ -56,11 +52,11 @@ def our_forward() -> Run:
 def their_forward() -> Run:
     import torch
 
-    theirs, x = original(), torch.from_numpy(waves(4, 5))
+    theirs, x = original(), tensor(waves(4, 5))
 
     def run() -> Any:
         with torch.inference_mode():
-            return torch.cat([theirs(row[None]).logits for row in x]).numpy()
+            return torch.cat([theirs(row[None]).logits for row in x]).float().numpy()
 
     return run
 

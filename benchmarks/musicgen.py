@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.audio_spectrogram_transformer import close
-from benchmarks.framework import Case, Run, random_model, threads
+from benchmarks.framework import Case, Run, random_model, randomised, tensor, within
 
 SEED, STEPS, SECONDS = 0, 250, 5.0
 TEXT = np.arange(1, 13, dtype=np.int64)[None] * 97 % 32_000
@@ -28,7 +27,7 @@ def model() -> Any:
 
     config = MusicgenConfig.small()
     table = hugging_face_table(config, CLASS)
-    ours = random_model(lambda rngs: MusicgenForConditionalGeneration(config, rngs=rngs), table, SEED)
+    ours = random_model(MusicgenForConditionalGeneration, config, table, SEED)
     values = {name: variable[...] for name, variable in variables(ours).items()}
     return with_variables(ours, {name: v * SMALL if _is_query(name) else v for name, v in values.items()})
 
@@ -39,16 +38,14 @@ def original() -> Any:
     import torch
     import transformers
 
-    from tests.parity.harness import randomise
     from weights_conversion.musicgen import hugging_face
 
-    torch.set_num_threads(threads())
     config = transformers.MusicgenConfig.from_dict(dict(hugging_face(model()).files["config.json"]))
     with torch.device("meta"):
         theirs = transformers.MusicgenForConditionalGeneration(config)
     theirs = theirs.to_empty(device="cpu")
     theirs.text_encoder.encoder.embed_tokens.weight = theirs.text_encoder.shared.weight  # tied, until it was emptied
-    randomise(theirs, SEED, torch.float32)
+    randomised(theirs, SEED)
     with torch.no_grad():
         for name, weight in theirs.named_parameters():
             if _is_query(name):
@@ -94,11 +91,11 @@ def our_forward() -> Run:
 def their_forward() -> Run:
     import torch
 
-    theirs, (ids, states) = original(), map(torch.from_numpy, _inputs())
+    theirs, (ids, states) = original(), map(tensor, _inputs())
 
     def run() -> Any:
         with torch.inference_mode():
-            return theirs.decoder(ids, encoder_hidden_states=states, use_cache=False).logits.numpy()
+            return theirs.decoder(ids, encoder_hidden_states=states, use_cache=False).logits.float().numpy()
 
     return run
 
@@ -112,7 +109,7 @@ def our_generate() -> Run:
 def their_generate() -> Run:
     import torch
 
-    theirs, ids = original(), torch.from_numpy(TEXT)
+    theirs, ids = original(), tensor(TEXT)
     return lambda: theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=STEPS + 3).numpy()
 
 
@@ -133,7 +130,7 @@ CASES = (
         our_forward,
         {"transformers": their_forward},
         target=1.5,
-        agreement=close,
+        agreement=within(1e-4),
         repeats=3,
     ),
     Case(

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.audio_spectrogram_transformer import close
-from benchmarks.framework import Case, Run, random_model, threads
+from benchmarks.framework import Case, Run, random_model, randomised, same_tokens, tensor, within
 
 SEED, TOKENS, NAME = 0, 48, "SeamlessM4TModel"
 Model = Callable[[], Any]
@@ -38,13 +37,9 @@ SPOKEN = OPTIONS | {"speech_max_new_tokens": 2 * TOKENS, "speech_suppress_tokens
 @functools.lru_cache(maxsize=1)
 def original() -> Any:
     """`transformers`' model, random weights, float32."""
-    import torch
     import transformers
 
-    from tests.parity.harness import randomise
-
-    torch.set_num_threads(threads())
-    theirs = randomise(transformers.SeamlessM4TModel(transformers.SeamlessM4TConfig(**SIZES)), SEED)
+    theirs = randomised(transformers.SeamlessM4TModel(transformers.SeamlessM4TConfig(**SIZES)), SEED)
     for name, table in TABLES.items():
         setattr(theirs.generation_config, name, table)
     return theirs
@@ -58,7 +53,7 @@ def model() -> Any:
 
     config = conversion.config_from_hugging_face(SIZES)
     table = conversion.hugging_face_table(config, NAME)
-    ours = random_model(lambda rngs: SeamlessM4TModel(config, rngs=rngs), table, SEED)
+    ours = random_model(SeamlessM4TModel, config, table, SEED)
     ours.generation_config = conversion.generation_from_hugging_face(TABLES, {}, "")
     return ours
 
@@ -85,11 +80,11 @@ def our_forward(model: Model, seconds: int) -> Run:
 def their_forward(original: Model, seconds: int) -> Run:
     import torch
 
-    theirs, x, ids = original(), torch.from_numpy(speech(seconds)), torch.from_numpy(text(1))
+    theirs, x, ids = original(), tensor(speech(seconds)), tensor(text(1))
 
     def run() -> Any:
         with torch.inference_mode():
-            return theirs(input_features=x, decoder_input_ids=ids, use_cache=False).logits.numpy()
+            return theirs(input_features=x, decoder_input_ids=ids, use_cache=False).logits.float().numpy()
 
     return run
 
@@ -102,9 +97,8 @@ def our_text(model: Model, count: int) -> Run:
 
 
 def their_text(original: Model, count: int) -> Run:
-    import torch
 
-    theirs, x = original(), torch.from_numpy(text(count))
+    theirs, x = original(), tensor(text(count))
     return lambda: theirs.generate(input_ids=x, generate_speech=False, **OPTIONS).sequences.numpy()
 
 
@@ -116,22 +110,14 @@ def our_speech(model: Model, options: dict[str, Any], seconds: int) -> Run:
 
 
 def their_speech(original: Model, options: dict[str, Any], seconds: int) -> Run:
-    import torch
 
-    theirs, x = original(), torch.from_numpy(speech(seconds))
+    theirs, x = original(), tensor(speech(seconds))
 
     def run() -> Any:
         made = theirs.generate(input_features=x, return_intermediate_token_ids=True, **options)
         return made.unit_sequences.numpy()
 
     return run
-
-
-def equal(ours: Any, theirs: Any) -> str:
-    """The same tokens or units."""
-    if not np.array_equal(ours, theirs):
-        raise AssertionError(f"{np.shape(ours)} and {np.shape(theirs)} differ")
-    return f"same {np.size(ours)} tokens"
 
 
 def cases(model: Model, original: Model, spoken: dict[str, Any]) -> tuple[Case, ...]:
@@ -148,7 +134,7 @@ def cases(model: Model, original: Model, spoken: dict[str, Any]) -> tuple[Case, 
             functools.partial(our_forward, model, 10),
             {"transformers": functools.partial(their_forward, original, 10)},
             target=1.5,
-            agreement=close,
+            agreement=within(1e-4),
             repeats=6,
         ),
         *(
@@ -157,7 +143,7 @@ def cases(model: Model, original: Model, spoken: dict[str, Any]) -> tuple[Case, 
                 functools.partial(our_text, model, count),
                 {"transformers": functools.partial(their_text, original, count)},
                 target=2.0,
-                agreement=equal,
+                agreement=same_tokens,
                 repeats=3,
             )
             for count in (1, 4)
@@ -167,7 +153,7 @@ def cases(model: Model, original: Model, spoken: dict[str, Any]) -> tuple[Case, 
             functools.partial(our_speech, model, spoken, 10),
             {"transformers": functools.partial(their_speech, original, spoken, 10)},
             target=2.0,
-            agreement=equal,
+            agreement=same_tokens,
             repeats=3,
         ),
     )

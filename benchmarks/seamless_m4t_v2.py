@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.framework import random_model, threads
+from benchmarks.framework import random_model, randomised
 from benchmarks.seamless_m4t import OPTIONS, SEED, SIZES, cases
 from benchmarks.seamless_m4t import TABLES as FIRST
 
@@ -30,10 +30,7 @@ def original() -> Any:
     import torch
     import transformers
 
-    from tests.parity.harness import randomise
-
-    torch.set_num_threads(threads())
-    theirs = randomise(transformers.SeamlessM4Tv2Model(transformers.SeamlessM4Tv2Config(**SIZES)), SEED)
+    theirs = randomised(transformers.SeamlessM4Tv2Model(transformers.SeamlessM4Tv2Config(**SIZES)), SEED)
     with torch.no_grad():
         theirs.t2u_model.lm_head.weight[list(QUIET)] = 0
     for name, table in TABLES.items():
@@ -49,7 +46,7 @@ def model() -> Any:
 
     config = conversion.config_from_hugging_face(SIZES)
     table = conversion.hugging_face_table(config, NAME)
-    ours = random_model(lambda rngs: SeamlessM4Tv2Model(config, rngs=rngs), table, SEED)
+    ours = random_model(SeamlessM4Tv2Model, config, table, SEED)
     units = ours.t2u_model.model.decoder.embed_tokens.embedding
     units[...] = units[...].at[np.array(QUIET)].set(0)
     ours.generation_config = conversion.generation_from_hugging_face(TABLES, {}, "")

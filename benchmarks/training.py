@@ -58,7 +58,7 @@ def our_step(paper: str, size: str, rows: int, seconds: int, frozen: str | None,
         known = {f.name for f in dataclasses.fields(config)}
         config = dataclasses.replace(config, **{n: v for n, v in STILL.items() if n in known})
     table = importlib.import_module(f"weights_conversion.{paper}").hugging_face_table(config, name)
-    model = random_model(lambda rngs: row.model_class(name)(config, rngs=rngs), table, wav2vec2.SEED)
+    model = random_model(row.model_class(name), config, table, wav2vec2.SEED)
     settings = Settings("the same on both sides", 1000, rows, LEARNING_RATE, weight_decay=DECAY)
     objective = CTC() if paper == "wav2vec2" else Seq2Seq(features="given")
     task = objective.task(model, SimpleNamespace(), settings, Trainable(frozen=frozen))

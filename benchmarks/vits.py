@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.framework import Case, Run, threads
+from benchmarks.framework import Case, Run, tensor, threads
 
 SEED, SYMBOLS = 0, 101
 # The phonemes of "The quick brown fox jumps over the lazy dog."
@@ -74,11 +74,11 @@ def our_synthesis() -> Run:
 def their_synthesis() -> Run:
     import torch
 
-    model, text, rate = original(), torch.from_numpy(ids()), speaking_rate()
+    model, text, rate = original(), tensor(ids()), speaking_rate()
 
     def run() -> np.ndarray:
         with torch.inference_mode():
-            return model(text, speaking_rate=rate).waveform[0].numpy()
+            return model(text, speaking_rate=rate).waveform[0].float().numpy()
 
     return run
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.framework import Case, Run, random_model, threads
+from benchmarks.framework import Case, Run, random_model, randomised, tensor, within
 
 SEED, RATE = 0, 16_000
 
@@ -19,18 +19,15 @@ SEED, RATE = 0, 16_000
 @functools.lru_cache(maxsize=1)
 def original(size: str) -> Any:
     """`transformers`' model of a published size, random weights, float32."""
-    import torch
     import transformers
 
     from audiozoo.models.wav2vec2 import Wav2Vec2Config
-    from tests.parity.harness import randomise
 
-    torch.set_num_threads(threads())
     ours = vars(getattr(Wav2Vec2Config, size)())
     names = set(transformers.Wav2Vec2Config().to_dict())
     fields = {k: v for k, v in ours.items() if k in names and k != "id2label"}
     config = transformers.Wav2Vec2Config(**fields, attn_implementation="eager")
-    return randomise(transformers.Wav2Vec2ForCTC(config), SEED)
+    return randomised(transformers.Wav2Vec2ForCTC(config), SEED)
 
 
 @functools.lru_cache(maxsize=1)
@@ -41,21 +38,12 @@ def model(size: str) -> Any:
 
     config = getattr(Wav2Vec2Config, size)()
     table = hugging_face_table(config, "Wav2Vec2ForCTC")
-    return random_model(lambda rngs: Wav2Vec2ForCTC(config, rngs=rngs), table, SEED)
+    return random_model(Wav2Vec2ForCTC, config, table, SEED)
 
 
 def waves(batch: int, seconds: int) -> np.ndarray:
     """Noise of variance 1, float32 `(batch, samples)`."""
     return np.random.default_rng(1).standard_normal((batch, seconds * RATE)).astype(np.float32)
-
-
-def close(ours: Any, theirs: Any) -> str:
-    """The largest difference, which must be small beside the values."""
-    a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    apart, size = np.max(np.abs(a - b)), np.sqrt(np.mean(b**2))
-    if apart > 1e-3 * max(size, 1.0):
-        raise AssertionError(f"ours and the original differ by {apart:.3g} where values are {size:.3g}")
-    return f"max diff {apart:.1e}"
 
 
 def our_forward(size: str, batch: int, seconds: int) -> Run:
@@ -70,11 +58,11 @@ def our_forward(size: str, batch: int, seconds: int) -> Run:
 def their_forward(size: str, batch: int, seconds: int) -> Run:
     import torch
 
-    theirs, x = original(size), torch.from_numpy(waves(batch, seconds))
+    theirs, x = original(size), tensor(waves(batch, seconds))
 
     def run() -> Any:
         with torch.inference_mode():
-            return theirs(x).logits.numpy()
+            return theirs(x).logits.float().numpy()
 
     return run
 
@@ -96,7 +84,7 @@ CASES = (
             functools.partial(our_forward, size, batch, seconds),
             {"transformers": functools.partial(their_forward, size, batch, seconds)},
             target=1.5,
-            agreement=close,
+            agreement=within(1e-3),
             repeats=repeats,
         )
         for size, batch, seconds, repeats in (

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.framework import Case, Run, random_model, threads
+from benchmarks.framework import Case, Run, random_model, randomised, tensor, within
 
 SEED, RATE = 0, 16_000
 
@@ -16,18 +16,14 @@ SEED, RATE = 0, 16_000
 @functools.lru_cache(maxsize=1)
 def original(paper: str, config: str, cls: str, size: str) -> Any:
     """`transformers`' model of a published size, random weights, float32."""
-    import torch
     import transformers
 
-    from tests.parity.harness import randomise
-
-    torch.set_num_threads(threads())
     models = importlib.import_module(f"audiozoo.models.{paper}")
     ours = vars(getattr(getattr(models, config), size)())
     theirs = getattr(transformers, cls).config_class
     names = set(theirs().to_dict()) - {"id2label", "output_hidden_size"}
     fields = {k: v for k, v in ours.items() if k in names}
-    return randomise(getattr(transformers, cls)(theirs(**fields, attn_implementation="eager")), SEED)
+    return randomised(getattr(transformers, cls)(theirs(**fields, attn_implementation="eager")), SEED)
 
 
 @functools.lru_cache(maxsize=1)
@@ -37,21 +33,12 @@ def model(paper: str, config: str, cls: str, size: str) -> Any:
     conversion = importlib.import_module(f"weights_conversion.{paper}")
     sizes = getattr(getattr(models, config), size)()
     table = conversion.hugging_face_table(sizes, cls)
-    return random_model(lambda rngs: getattr(models, cls)(sizes, rngs=rngs), table, SEED)
+    return random_model(getattr(models, cls), sizes, table, SEED)
 
 
 def waves(batch: int, seconds: int) -> np.ndarray:
     """Noise of variance 1, float32 `(batch, samples)`."""
     return np.random.default_rng(1).standard_normal((batch, seconds * RATE)).astype(np.float32)
-
-
-def close(ours: Any, theirs: Any) -> str:
-    """The largest difference, which must be small beside the values."""
-    a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    apart, size = np.max(np.abs(a - b)), np.sqrt(np.mean(b**2))
-    if apart > 1e-3 * max(size, 1.0):
-        raise AssertionError(f"ours and the original differ by {apart:.3g} where values are {size:.3g}")
-    return f"max diff {apart:.1e}"
 
 
 def our_forward(paper: str, config: str, cls: str, size: str, batch: int, seconds: int) -> Run:
@@ -66,11 +53,11 @@ def our_forward(paper: str, config: str, cls: str, size: str, batch: int, second
 def their_forward(paper: str, config: str, cls: str, size: str, batch: int, seconds: int) -> Run:
     import torch
 
-    theirs, x = original(paper, config, cls, size), torch.from_numpy(waves(batch, seconds))
+    theirs, x = original(paper, config, cls, size), tensor(waves(batch, seconds))
 
     def run() -> Any:
         with torch.inference_mode():
-            return theirs(x).logits.numpy()
+            return theirs(x).logits.float().numpy()
 
     return run
 
@@ -83,7 +70,7 @@ def forwards(paper: str, config: str, rows: tuple[tuple[str, str, int, int, int]
             functools.partial(our_forward, paper, config, cls, size, batch, seconds),
             {"transformers": functools.partial(their_forward, paper, config, cls, size, batch, seconds)},
             target=1.5,
-            agreement=close,
+            agreement=within(1e-3),
             repeats=repeats,
         )
         for cls, size, batch, seconds, repeats in rows

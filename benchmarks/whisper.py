@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.framework import Case, Factory, Run, random_model, threads
+from benchmarks.framework import Case, Factory, Run, random_model, randomised, same_tokens, tensor, threads, within
 
 SEED, NEW_TOKENS = 0, 64
 RATE = 16_000
@@ -29,18 +29,15 @@ def original(size: str, attention: str = "eager") -> Any:
 
     Its attention is "eager" (operation by operation) or "sdpa" (PyTorch's fused kernel).
     """
-    import torch
     import transformers
 
     from audiozoo.models.whisper import WhisperConfig
-    from tests.parity.harness import randomise
 
-    torch.set_num_threads(threads())
     ours = getattr(WhisperConfig, size)()
     names = set(transformers.WhisperConfig().to_dict())
     fields = {k: v for k, v in vars(ours).items() if k in names and k != "id2label"}
     config = transformers.WhisperConfig(**fields, attn_implementation=attention)
-    return randomise(transformers.WhisperForConditionalGeneration(config), SEED)
+    return randomised(transformers.WhisperForConditionalGeneration(config), SEED)
 
 
 @functools.lru_cache(maxsize=1)
@@ -51,30 +48,13 @@ def model(size: str) -> Any:
 
     config = getattr(WhisperConfig, size)()
     table = hugging_face_table(config, "WhisperForConditionalGeneration")
-    return random_model(lambda rngs: WhisperForConditionalGeneration(config, rngs=rngs), table, SEED)
+    return random_model(WhisperForConditionalGeneration, config, table, SEED)
 
 
 def features(size: str) -> np.ndarray:
     """A log-mel spectrogram's worth of noise, float32 `(1, mels, 3000)`."""
     mels = 128 if size.startswith("large_v3") else 80
     return np.random.default_rng(1).uniform(-1, 1.5, (1, mels, 3000)).astype(np.float32)
-
-
-def close(ours: Any, theirs: Any) -> str:
-    """The largest difference, which must be small beside the values."""
-    a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    apart, size = np.max(np.abs(a - b)), np.sqrt(np.mean(b**2))
-    if apart > 1e-3 * max(size, 1.0):
-        raise AssertionError(f"ours and the original differ by {apart:.3g} where values are {size:.3g}")
-    return f"max diff {apart:.1e}"
-
-
-def same_tokens(ours: Any, theirs: Any) -> str:
-    """The same tokens."""
-    a, b = np.asarray(ours).ravel(), np.asarray(theirs).ravel()
-    if len(a) != len(b) or not np.array_equal(a, b):
-        raise AssertionError(f"different tokens: {a.tolist()} and {b.tolist()}")
-    return f"{len(a)} equal tokens"
 
 
 # --- encoder ---------------------------------------------------------------------------------------------------------
@@ -93,11 +73,11 @@ def our_encoder(size: str) -> Run:
 def their_encoder(size: str, attention: str) -> Run:
     import torch
 
-    encoder, x = original(size, attention).model.encoder, torch.from_numpy(features(size))
+    encoder, x = original(size, attention).model.encoder, tensor(features(size))
 
     def run() -> Any:
         with torch.inference_mode():
-            return encoder(x).last_hidden_state.numpy()
+            return encoder(x).last_hidden_state.float().numpy()
 
     return run
 
@@ -119,7 +99,7 @@ def their_generate(size: str, attention: str) -> Run:
     import torch
     from transformers.generation import GenerationMixin
 
-    theirs, x, prompt = original(size, attention), torch.from_numpy(features(size)), torch.tensor([PROMPT])
+    theirs, x, prompt = original(size, attention), tensor(features(size)), torch.tensor([PROMPT])
     options = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "do_sample": False, "num_beams": 1}
 
     def run() -> Any:
@@ -271,7 +251,7 @@ CASES = (
             bind(our_encoder, size),
             both_attentions(their_encoder, size),
             target=1.5,
-            agreement=close,
+            agreement=within(1e-3),
         )
         for size in ("tiny", "base")
     ),
@@ -290,7 +270,7 @@ CASES = (
         "log-mel of 30 s",
         our_features,
         {"transformers": their_features, "openai-whisper": openai_features},
-        agreement=close,
+        agreement=within(1e-3),
     ),
     Case(
         "transcribe a minute of speech, real tiny.en",
