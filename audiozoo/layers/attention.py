@@ -119,7 +119,8 @@ def attend(
     return output, weights
 
 
-TURNS_FROM = 1 << 16  # scores of one head, from which heads take turns on a CPU; fewer fit into its cache side by side
+# Scores of one head, and of all, from which heads take turns on a CPU: fewer fit into its caches side by side.
+TURNS_FROM, TURNS_FROM_ALL = 1 << 16, 1 << 22
 
 
 def attend_without_weights(
@@ -148,7 +149,8 @@ def attend_without_weights(
         flat = jax.tree.map(lambda x: x.reshape(batch * heads, *x.shape[2:]), (query * scale, key, value, mask))
         return _in_turns(*flat).reshape(*query.shape[:3], value.shape[3])
 
-    if query.shape[2] * key.shape[2] < TURNS_FROM:
+    scores = query.shape[2] * key.shape[2]
+    if scores < TURNS_FROM or query.shape[0] * query.shape[1] * scores < TURNS_FROM_ALL:
         return whole(query, key, value, mask)
     return jax.lax.platform_dependent(query, key, value, mask, cpu=in_turns, default=whole)
 

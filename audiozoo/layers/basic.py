@@ -6,6 +6,7 @@ Every layer takes `dtype` (the dtype of the computation; by default that of its 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -32,16 +33,37 @@ def matmul(x: Float[Array, "*batch rows inner"], y: Float[Array, "*batch inner c
     wide = jnp.promote_types(x.dtype, jnp.float32)
     if wide == x.dtype:
         return jnp.matmul(x, y)
-    kind = jnp.finfo(x.dtype)
 
     def rounded(x: jax.Array, y: jax.Array) -> jax.Array:
-        xy = jnp.matmul(x, y, preferred_element_type=wide)
-        return jax.lax.reduce_precision(xy, kind.nexp, kind.nmant).astype(x.dtype)
+        return _rounded(jnp.matmul(x, y, preferred_element_type=wide), x.dtype)
 
     def joined(x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.matmul(x, y, preferred_element_type=wide).astype(x.dtype)
 
     return jax.lax.platform_dependent(x, y, cpu=rounded, default=joined)
+
+
+def _rounded(x: jax.Array, dtype: Dtype) -> jax.Array:
+    kind = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x, kind.nexp, kind.nmant).astype(dtype)
+
+
+@jax.custom_vjp
+def sum_of_products(xs: Sequence[jax.Array], ys: Sequence[jax.Array]) -> jax.Array:
+    r"""$\sum_j x_j y_j$ of several `(batch, rows, inner)` and `(inner, columns)`, for a CPU; see `matmul`."""
+    wide = jnp.promote_types(xs[0].dtype, jnp.float32)
+    products = [jnp.matmul(x, y, preferred_element_type=wide) for x, y in zip(xs, ys, strict=True)]
+    return _rounded(sum(products[1:], products[0]), xs[0].dtype)
+
+
+def _sum_backward(saved: Any, d: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+    r"""$dx_j = d\,y_j^T$ and $dy_j = x_j^T d$."""
+    xs, ys = saved
+    rows = d.reshape(-1, d.shape[-1])
+    return [matmul(d, y.T) for y in ys], [matmul(x.reshape(-1, x.shape[-1]).T, rows) for x in xs]
+
+
+sum_of_products.defvjp(lambda xs, ys: (sum_of_products(xs, ys), (xs, ys)), _sum_backward)
 
 
 @jax.custom_vjp
