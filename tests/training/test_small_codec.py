@@ -110,7 +110,7 @@ def test_the_first_codec_is_the_transform_that_its_layers_allow():
     """Of noise of fewer dimensions than the latent has, it brings back nearly all; codebooks stand for its latents."""
     rng = np.random.default_rng(0)
     parts = np.linalg.qr(rng.normal(size=(320, 8)))[0].T
-    x = (0.05 * rng.normal(size=(8, 20, 8)) @ parts * 320**0.5).reshape(8, 1, 6400)
+    x = (0.05 * rng.normal(size=(16, 20, 8)) @ parts * 320**0.5).reshape(16, 1, 6400)
     model = small_codec.prepared(EncodecModel(TINY, rngs=nnx.Rngs(0)), jnp.asarray(x, jnp.float32))
     z = model.encoder(jnp.asarray(x, jnp.float32).swapaxes(1, 2))
     y = np.asarray(model.decoder(z)).swapaxes(1, 2)[..., : x.shape[-1]]
@@ -118,4 +118,5 @@ def test_the_first_codec_is_the_transform_that_its_layers_allow():
     rest = float(jnp.mean((z - model.quantizer.decode(codes)) ** 2) / jnp.mean(z**2))
     assert len(np.unique(codes[:, 0])) > 20
     assert rest < 0.3
-    assert si_snr(x[0, 0, 2000:], y[0, 0, 2000:]) > 3
+    scores = [si_snr(wave[0, 2000:], back[0, 2000:]) for wave, back in zip(x, y, strict=True)]
+    assert np.mean(scores) > 3, scores  # of one alone by 1 dB more or less, as k-means begins
