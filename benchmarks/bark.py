@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.framework import Case, Run, random_model, tensor
+from benchmarks.framework import Case, Run, dtype, random_model, tensor
 
 SEED = 0
 TOKENS = 100  # semantic tokens: two seconds
@@ -34,7 +34,7 @@ def original() -> Any:
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):  # a tied one once, by its first name
             if tensor.is_floating_point():
                 tensor.copy_(torch.from_numpy(random_tensor(name, tuple(tensor.shape), SEED)))
-    return model
+    return model.to(getattr(torch, dtype()))
 
 
 @functools.lru_cache(maxsize=1)
@@ -77,7 +77,6 @@ def our_semantic() -> Run:
 
 
 def their_semantic() -> Run:
-
     stage, ids, config = original().semantic, tensor(text()), _settings()["semantic_generation_config"]
     return lambda: stage.generate(ids, config, **FORCED).numpy()
 
@@ -88,7 +87,6 @@ def our_coarse() -> Run:
 
 
 def their_coarse() -> Run:
-
     stage, tokens, settings = original().coarse_acoustics, tensor(semantic()), _settings()
     chosen = (settings["semantic_generation_config"], settings["coarse_generation_config"])
     return lambda: stage.generate(tokens.clone(), *chosen).numpy()
@@ -100,7 +98,6 @@ def our_fine() -> Run:
 
 
 def their_fine() -> Run:
-
     stage, tokens, settings = original().fine_acoustics, tensor(coarse()), _settings()
     return lambda: stage.generate(tokens, **settings).numpy()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.framework import Case, Run, tensor, threads
+from benchmarks.framework import Case, Run, threads
 
 SEED, FRAMES = 0, 200
 
@@ -47,7 +47,7 @@ def ours() -> Run:
 def theirs() -> Run:
     import torch
 
-    model, x = original(), tensor(spectrogram())
+    model, x = original(), torch.from_numpy(spectrogram())
 
     def run() -> np.ndarray:
         with torch.inference_mode():

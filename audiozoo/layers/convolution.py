@@ -57,15 +57,15 @@ def _as_products(
     frames = (time - (taps - 1) * dilation - 1) // stride + 1
     if frames < 1:
         return jnp.zeros((batch, 0, outputs), x.dtype)
+    x = jnp.pad(x, ((0, 0), padding, (0, 0)))
     if dilation == 1 and inputs > 1:
         count = -(-taps // stride)
         length = (frames + count - 1) * stride  # more or less than there is: what no tap meets
-        x = jnp.pad(x, ((0, 0), padding, (0, 0)))[:, :length]
+        x = x[:, :length]
         x = jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0))).reshape(batch, -1, stride * inputs)
         kernels = [kernel[j : j + stride].reshape(-1, outputs) for j in range(0, taps, stride)]
         blocks = [x[:, j : j + frames, : len(w)] for j, w in enumerate(kernels)]
     else:
-        x = jnp.pad(x, ((0, 0), padding, (0, 0)))
         starts = range(0, taps * dilation, dilation)
         kernels, blocks = list(kernel), [x[:, k : k + (frames - 1) * stride + 1 : stride] for k in starts]
     return sum_of_products(blocks, kernels)

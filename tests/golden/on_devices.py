@@ -6,6 +6,7 @@ Prints a JSON object: for each case how many parameters lie divided, and what we
 import json
 
 import jax
+from flax import nnx
 
 from audiozoo import sharding
 from tests.golden import golden
@@ -24,7 +25,7 @@ def main() -> None:
         def divide(model):
             nonlocal divided
             model = sharding.shard(model, mesh, RULES)
-            leaves = jax.tree.leaves(golden.nnx.state(model, golden.VARIABLES))
+            leaves = jax.tree.leaves(nnx.state(model, golden.VARIABLES))
             divided = sum(not leaf.sharding.is_fully_replicated for leaf in leaves)
             return model
 
