@@ -255,6 +255,26 @@ def test_fairseqs_own_model_and_its_file(fairseq_hubert, layered, untied, tmp_pa
         harness.assert_close(ours.features_pen, theirs["features_pen"], name="penalty")
         whole = wanted["m"] + 10 * theirs["features_pen"] * chosen.sum()
         harness.assert_close(ours.loss, whole, name="loss")
+    if not untied:
+        return
+    # Both losses weighted, and every gradient, in double precision.
+    reference = reference.double()
+    model = blank(lambda: hubert.HubertForPreTraining(parts, param_dtype=jnp.float64, rngs=nnx.Rngs(0)))
+    harness.port(reference, model, table)
+    wave, rows = torch.tensor(x).double(), [torch.tensor(row) for row in labels]
+
+    def total():
+        out = reference(wave, rows, padding_mask=nothing)
+        m, u = (
+            sum(torch.logsumexp(z, 1).sum() - z[:, 0].sum() for z in out[f"logit_{kind}_list"]) for kind in ("m", "u")
+        )
+        return 0.7 * m + 0.3 * u + 10 * out["features_pen"] * chosen.size
+
+    options = {"labels": labels, "mask_time_indices": chosen, "alpha": 0.7, "features_pen_weight": 10.0}
+    ours = jax.jit(lambda m: m(jnp.asarray(wave.numpy()), **options).loss)
+    with speech_family.reference_in_double():
+        compared = harness.compare_gradients(reference, total, model, ours, table)
+    assert {"final_proj.kernel", "label_embeddings", "hubert.masked_spec_embed"} <= set(compared)
 
 
 # --- cepstra and clusters --------------------------------------------------------------------------------------------
