@@ -56,6 +56,7 @@ PROCESSOR_FILES = (
     "vocabulary.txt",
     "vocabulary.json",
     "vocab.txt",
+    "dictionary.txt",
     "*.onnx.json",
     "*.model",
     "speaker_embeddings_path.json",
@@ -161,8 +162,7 @@ def load_processor(source: str | Path, *, revision: str | None = None) -> Any:
 
     inside = (f"{folder}/{files}" for folder in PROCESSOR_FOLDERS for files in ("*.np[yz]", "*/*.np[yz]"))
     path = hub.resolve(str(source), patterns=("config.json", *PROCESSOR_FILES, *inside), revision=revision)
-    directory = path if path.is_dir() else path.parent
-    return loading.paper_of(path).processor_class.from_directory(directory)
+    return loading.processor_of(path)
 
 
 def jit(model: nnx.Module, method: str = "__call__") -> Callable[..., Any]:

@@ -151,9 +151,11 @@ def _convert(
     directory = path if path.is_dir() else path.parent
     with tempfile.TemporaryDirectory() as made:
         # Some authors' files hold no processor: what it is can be told from the model, and from what lies beside them.
-        make = getattr(loading.paper_of_class(type(model).__name__).conversion, "processor_for", None)
+        conversion = loading.paper_of_class(type(model).__name__).conversion
+        make = getattr(conversion, "processor_for", None)
+        of_file = getattr(conversion, "processor_of_file", None)
         try:
-            processor = make and make(model, path)
+            processor = make(model, path) if make else of_file(path) if of_file and path.is_file() else None
         except SourceError as problem:
             processor = None
             say(f"{out} will have no tokenizer, and reads no texts until one is put there: {problem}", style="yellow")
@@ -210,6 +212,11 @@ def transcribe(
     hotwords: Annotated[
         list[str] | None, typer.Option("--hotword", help="a word that is likely to be said; for CTC models")
     ] = None,
+    lexicon: Annotated[
+        Path | None, typer.Option(help="the only words there are: one and its letters a line; for CTC models")
+    ] = None,
+    lm_weight: Annotated[float, typer.Option(help="of the language model; for CTC models")] = 0.5,
+    word_bonus: Annotated[float, typer.Option(help="with a language model or a lexicon; for CTC models")] = 1.5,
     dtype: Annotated[str, typer.Option(help="of the computation: float32 or bfloat16")] = "float32",
 ) -> None:
     """Transcribe sound files, with Whisper, with a CTC model, with fairseq S2T or with SpeechT5."""
@@ -260,17 +267,16 @@ def transcribe(
     if not writes and not name.endswith(("WhisperForConditionalGeneration", "ForCTC")):
         raise UsageError(f"{source} holds a {name}, which does not transcribe.")
     processor = audiozoo.load_processor(source)
+    fusion = recognition.Fusion(language_model, tuple(hotwords or ()), lexicon, lm_weight, word_bonus)
+    if not name.endswith("ForCTC") and fusion.asked:
+        raise UsageError(f"--language-model, --hotword and --lexicon are for CTC models; {source} holds a {name}.")
     if name == "WhisperForConditionalGeneration":
-        if language_model is not None or hotwords:
-            raise UsageError(f"--language-model and --hotword are for CTC models; {source} holds a {name}.")
         hear: Any = partial(long_form.transcribe, recogniser, processor, **options)
     elif writes:
-        if language_model is not None or hotwords:
-            raise UsageError(f"--language-model and --hotword are for CTC models; {source} holds a {name}.")
         hear = recognition.writer(recogniser, processor, options, language)
     else:
         recogniser = recognition.speak_language(recogniser, processor, source, language)
-        hear = recognition.ctc_transcriber(recogniser, processor, options, language_model, hotwords or ())
+        hear = recognition.ctc_transcriber(recogniser, processor, options, fusion)
     if output_dir is not None:
         try:
             output_dir.mkdir(parents=True, exist_ok=True)

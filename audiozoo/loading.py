@@ -71,6 +71,15 @@ def paper_of(path: Path) -> Paper:
     raise SourceError(f"{path} is no checkpoint of a model that audiozoo runs ({known}).")
 
 
+def processor_of(path: Path) -> Any:
+    """The processor of what lies at a path: out of the files in a directory; of an author's file, out of that too."""
+    paper = paper_of(path)
+    make = getattr(paper.conversion, "processor_of_file", None)
+    if path.is_file() and make is not None:
+        return make(path)
+    return paper.processor_class.from_directory(path if path.is_dir() else path.parent)
+
+
 def load(
     path: Path,
     *,

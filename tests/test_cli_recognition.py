@@ -91,6 +91,11 @@ def test_transcribe(run, checkpoints, tmp_path):
     assert_refused(run("transcribe", sound, "--model", checkpoints / "classifier"), "does not transcribe")
     missing = run("transcribe", sound, "--model", source, "--language-model", tmp_path / "no.arpa")
     assert_refused(missing, "no language model")
+    (tmp_path / "lexicon.txt").write_text("ah A |\nbee B |\n")
+    spelled = run("transcribe", sound, "--model", source, "--lexicon", tmp_path / "lexicon.txt", "--word-bonus", "9")
+    assert set(spelled.out.split()) <= {"ah", "bee"}, spelled.err
+    assert spelled.out.strip()
+    assert_refused(run("transcribe", sound, "--model", source, "--hotword", "XYZ"), "'XYZ' cannot be heard")
 
 
 def test_pieces_for_subtitles():
@@ -100,6 +105,13 @@ def test_pieces_for_subtitles():
     assert [(s["start"], s["end"]) for s in heard.segments()] == [(0.0, 0.8), (1.5, 2.0), (9.5, 9.7)]
     assert [len(s["words"]) for s in heard.segments(longest=0.5)] == [2, 1, 2, 1]
     assert [len(s["words"]) for s in heard.segments(letters=5)] == [2, 1, 2, 1]
+    # A script without spaces: one word, taken apart at a pause and where it is too long.
+    starts = zip("abcdefg", (0, 1, 2, 3, 9, 10, 11), strict=True)
+    letters = [{"text": x, "start": t, "end": t + 0.1, "score": 1.0} for x, t in starts]
+    word = {"text": "abcdefg", "start": 0.0, "end": 11.1, "score": 1.0}
+    heard = ctc.Transcription("", [word, words[-1] | {"start": 11.2, "end": 11.5}], letters, 12.0)
+    assert [s["text"] for s in heard.segments(pause=2.0)] == ["abcd", "efg ab"]
+    assert [s["text"] for s in heard.segments(pause=2.0, letters=3)] == ["abc", "d", "efg", "ab"]
 
 
 def test_align(run, checkpoints, tmp_path):
@@ -148,6 +160,10 @@ def test_identify(run, checkpoints):
     shown = run("identify", sound, "--model", source, "--top", "1")
     assert shown.out.strip().endswith(wanted[0][0])
     assert_refused(run("identify", sound, "--model", checkpoints / "ctc"), "does not identify")
+    pieces = ("identify", sound, "--model", source, "--crops", "3", "--crop-length")
+    assert run(*pieces, "0.5").code == 0
+    for seconds in ("0", "-1", "0.02"):
+        assert_refused(run(*pieces, seconds), "too short for one frame")
 
 
 def test_units(run, checkpoints, tmp_path):
@@ -164,6 +180,14 @@ def test_units(run, checkpoints, tmp_path):
     found, frames = deduplicate(wanted)
     assert merged == {"units": found.tolist(), "frames": frames.tolist()}
     assert_refused(run("units", sound, "--clusters", tmp_path / "no.npz", "--model", source), "no file")
+    narrow = KMeans(np.ones((5, 3), np.float32))
+    narrow.save(tmp_path / "narrow.npz")
+    options = ("--model", source, "--layer", "1", "--clusters", tmp_path / "narrow.npz")
+    assert_refused(run("units", sound, *options), "frames of 3 channels; these have 16")
+    (tmp_path / "text.bin").write_text("no pickle")
+    assert_refused(
+        run("units", sound, "--model", source, "--clusters", tmp_path / "text.bin"), "no uncompressed joblib"
+    )
 
 
 def test_the_family_speaks_the_same_commands(run, checkpoints, tmp_path):
@@ -189,3 +213,6 @@ def test_the_family_speaks_the_same_commands(run, checkpoints, tmp_path):
             np.testing.assert_allclose(np.diff(kept["times"]), 0.02 if name == "wavlm" else 0.04)
     assert_refused(run("embed", sound, "--text", "a dog", "--model", tmp_path / "sew"), "no --text")
     assert_refused(run("embed", sound, "--layer", "5", "--model", tmp_path / "sew"), "no layer 5")
+    soundfile.write(tmp_path / "short.wav", np.ones(4000) * 0.1, 16_000)
+    short = run("embed", tmp_path / "short.wav", "--model", tmp_path / "wavlm")
+    assert_refused(short, "has 12 frames; the vector of a speaker needs 16")

@@ -12,8 +12,9 @@ import numpy as np
 
 from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.models.hubert import HubertConfig
-from weights_conversion import ForeignCheckpoint, HuggingFaceForm, labels_from_hugging_face, take
+from weights_conversion import ForeignCheckpoint, HuggingFaceForm, alphabets, labels_from_hugging_face, take
 from weights_conversion import ecapa_tdnn_names as ecapa
+from weights_conversion.alphabets import symbols_of
 from weights_conversion.readers import TensorSource, open_tensors
 from weights_conversion.rules import Ignore, Rule, Table
 from weights_conversion.wav2vec2 import (
@@ -31,6 +32,7 @@ from weights_conversion.wav2vec2 import (
 )
 
 MODEL_TYPE = "hubert"
+processor_of_file = alphabets.processor_of_file
 FAMILY, PREFIX = "Hubert", "hubert"
 
 # --- Hugging Face ----------------------------------------------------------------------------------------------------
@@ -115,7 +117,7 @@ def _clusters(metadata: Mapping[str, Any], total: int) -> tuple[int, ...]:
     """Clusters of every set of labels: from the dictionaries in the file where they add up, else one set."""
     state = metadata.get("task_state")
     dictionaries = state.get("dictionaries") if isinstance(state, Mapping) else None
-    counts = [len(symbols) for d in dictionaries or [] if (symbols := getattr(d, "symbols", None)) is not None]
+    counts = [len(symbols_of(dictionary)) for dictionary in dictionaries or []]
     return tuple(counts) if sum(counts) == total else (total,)
 
 

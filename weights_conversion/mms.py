@@ -20,12 +20,14 @@ from safetensors.numpy import save_file
 from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.models.mms import MMSConfig
 from audiozoo.models.wav2vec2 import Wav2Vec2Config
-from weights_conversion import ForeignCheckpoint, HuggingFaceForm, wav2vec2
+from weights_conversion import ForeignCheckpoint, HuggingFaceForm, alphabets, wav2vec2
+from weights_conversion.alphabets import vocabularies
 from weights_conversion.readers import TensorSource, open_tensors
 from weights_conversion.rules import Rule, Table, Tensors, permute
 from weights_conversion.wav2vec2 import ATTENTION_ADAPTERS, BACKBONE, family_table, languages_of
 
 MODEL_TYPE = "mms"  # of no published directory: those say wav2vec2, and load as one language
+processor_of_file = alphabets.processor_of_file
 
 _TURNED = permute(0, 2, 1)  # (languages, out, in) -> (languages, in, out)
 _BLOCK = "encoder.layers.{i}.adapter_layer."
@@ -143,26 +145,6 @@ def hugging_face(model: Any) -> HuggingFaceForm:
     raise CheckpointError(f"A {type(model).__name__} has no such form; export model.speaking(language), one at a time.")
 
 
-def vocabularies(path: Path) -> dict[str, dict[str, int]]:
-    """The alphabet of every language in one of fairseq's files, as a nested `vocab.json` has it.
-
-    CTC's blank, fairseq's `<s>`, is called `<pad>` here.
-
-    Raises:
-        CheckpointError: if a language has none.
-    """
-    found = {}
-    for language, part in (open_tensors(path).metadata.get("adapter") or {}).items():
-        dictionary = (part.get("task_state") or {}).get("target_dictionary")
-        symbols = (getattr(dictionary, "state", None) or {}).get("symbols")
-        if not symbols:
-            raise CheckpointError(f"{path} holds no dictionary of {language!r}.")
-        found[str(language)] = {
-            token: index for index, token in enumerate(["<pad>", "<s>", *(str(s) for s in symbols[2:])])
-        }
-    return found
-
-
 def unpack_languages(path: Path, directory: Path, languages: Sequence[str] | None = None) -> list[str]:
     """Write fairseq's languages as a Hugging Face directory has them: adapters, a nested `vocab.json`, `target_lang`.
 
@@ -179,7 +161,7 @@ def unpack_languages(path: Path, directory: Path, languages: Sequence[str] | Non
     Raises:
         SourceError: if the file lacks one of them.
     """
-    found, alphabets = languages_of(open_tensors(path)), vocabularies(path)
+    found, nested = languages_of(open_tensors(path)), vocabularies(path)
     chosen = list(languages or found)
     if missing := sorted(set(chosen) - set(found)):
         raise SourceError(f"{path} has no adapter for {', '.join(missing)}.")
@@ -190,7 +172,7 @@ def unpack_languages(path: Path, directory: Path, languages: Sequence[str] | Non
         file = directory / f"adapter.{language}.safetensors"
         save_file(dict(hub.write(values)), directory / f".{file.name}", metadata={"format": "pt"})
         (directory / f".{file.name}").replace(file)
-    letters = {language: alphabets[language] for language in chosen}
+    letters = {language: nested[language] for language in chosen}
     (directory / "vocab.json").write_text(json.dumps(letters, ensure_ascii=False), encoding="utf-8")
     settings = {"target_lang": chosen[0], "tokenizer_class": "Wav2Vec2CTCTokenizer"}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")

@@ -10,7 +10,7 @@ from typing import Any
 
 from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.models.sew import SEWConfig
-from weights_conversion import ForeignCheckpoint, HuggingFaceForm, labels_from_hugging_face, take
+from weights_conversion import ForeignCheckpoint, HuggingFaceForm, alphabets, labels_from_hugging_face, take
 from weights_conversion.readers import TensorSource, open_tensors
 from weights_conversion.rules import Ignore, Rule, Table, squeeze, transpose
 from weights_conversion.wav2vec2 import (
@@ -30,6 +30,7 @@ from weights_conversion.wav2vec2 import (
 
 MODEL_TYPE = "sew"
 MODEL_TYPES = ("sew", "sew-d")
+processor_of_file = alphabets.processor_of_file
 
 
 def _family(model_class: str) -> tuple[str, str]:

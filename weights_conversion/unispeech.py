@@ -9,7 +9,7 @@ from typing import Any
 
 from audiozoo.errors import SourceError
 from audiozoo.models.unispeech import UniSpeechConfig
-from weights_conversion import ForeignCheckpoint, HuggingFaceForm, labels_from_hugging_face, take
+from weights_conversion import ForeignCheckpoint, HuggingFaceForm, alphabets, labels_from_hugging_face, take
 from weights_conversion.readers import TensorSource, open_tensors
 from weights_conversion.rules import Ignore, Table
 from weights_conversion.wav2vec2 import (
@@ -25,6 +25,7 @@ from weights_conversion.wav2vec2 import (
 )
 
 MODEL_TYPE = "unispeech"
+processor_of_file = alphabets.processor_of_file
 FAMILY, PREFIX = "UniSpeech", "unispeech"
 
 # --- Hugging Face ----------------------------------------------------------------------------------------------------

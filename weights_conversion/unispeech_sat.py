@@ -9,13 +9,14 @@ from typing import Any
 
 from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.models.unispeech_sat import UniSpeechSatConfig
-from weights_conversion import ForeignCheckpoint, HuggingFaceForm, labels_from_hugging_face, take, wavlm
+from weights_conversion import ForeignCheckpoint, HuggingFaceForm, alphabets, labels_from_hugging_face, take, wavlm
 from weights_conversion import ecapa_tdnn_names as ecapa
 from weights_conversion.readers import TensorSource, open_tensors
 from weights_conversion.rules import Ignore, Rule, Table
 from weights_conversion.wav2vec2 import QUANTIZER, config_to_hugging_face, family_table, linear, norm, open_hugging_face
 
 MODEL_TYPE = "unispeech-sat"
+processor_of_file = alphabets.processor_of_file
 FAMILY, PREFIX = "UniSpeechSat", "unispeech_sat"
 
 # --- Hugging Face ----------------------------------------------------------------------------------------------------

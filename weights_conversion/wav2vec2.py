@@ -18,15 +18,18 @@ from audiozoo.models.wav2vec2 import Wav2Vec2Config
 from weights_conversion import (
     ForeignCheckpoint,
     HuggingFaceForm,
+    alphabets,
     labels_from_hugging_face,
     labels_to_hugging_face,
     read_json,
     take,
 )
+from weights_conversion.alphabets import labels_of, mapping
 from weights_conversion.readers import TensorSource, open_tensors
 from weights_conversion.rules import Ignore, Rule, Table, Tensors, conv1d, identity, reshape, squeeze, transpose
 
 MODEL_TYPE = "wav2vec2"
+processor_of_file = alphabets.processor_of_file
 
 # --- Hugging Face ----------------------------------------------------------------------------------------------------
 
@@ -296,18 +299,11 @@ def convolutions_from_fairseq(text: str) -> list[tuple[int, int, int]]:
     return layers
 
 
-def _mapping(value: Any) -> dict[str, Any]:
-    """Settings as a dictionary, whether the file has them as a namespace or as a configuration tree."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    return dict(vars(value)) if hasattr(value, "__dict__") else {}
-
-
 def fairseq_settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """fairseq's settings of the model in a file; of a fine-tuned one, its own over those of the pre-trained one."""
-    outer = _mapping(_mapping(metadata.get("cfg")).get("model")) or _mapping(metadata.get("args"))
-    inner = _mapping(outer.get("w2v_args"))
-    inner = _mapping(inner.get("model")) or inner
+    outer = mapping(mapping(metadata.get("cfg")).get("model")) or mapping(metadata.get("args"))
+    inner = mapping(outer.get("w2v_args"))
+    inner = mapping(inner.get("model")) or inner
     own = {k: v for k, v in outer.items() if v is not None and k != "w2v_args"}
     # A fine-tuned file names its dropouts and masks anew; the network's shape is that of the pre-trained one.
     return {**own, **{k: v for k, v in inner.items() if k not in own or k in _SHAPE}, "_inner": inner, "_own": own}
@@ -453,8 +449,7 @@ def config_from_fairseq(tensors: TensorSource, inside: str = "") -> Wav2Vec2Conf
         fields["vocab_size"] = tensors.shape(names["proj.weight"])[0]
     if "pooling_layer.projection.weight" in names:
         fields["classifier_proj_size"] = tensors.shape(names["pooling_layer.linear.weight"])[0]
-        labels = tensors.shape(names["pooling_layer.projection.weight"])[0]
-        fields["id2label"] = tuple(f"LABEL_{i}" for i in range(labels))
+        fields["id2label"] = labels_of(tensors, tensors.shape(names["pooling_layer.projection.weight"])[0])
     if (adapter := "encoder.layers.0.adapter_layer.W_a") in names:
         fields["adapter_attn_dim"] = tensors.shape(names[adapter])[1]
     return Wav2Vec2Config(**fields)
@@ -519,10 +514,10 @@ def _kind(tensors: TensorSource) -> str | None:
     """ "fairseq", "torchaudio" or None."""
     names = tensors.names()
     if "encoder.transformer.layer_norm.weight" in names and "feature_extractor.conv_layers.0.conv.weight" in names:
-        return "torchaudio"
+        return None if any("rel_attn_embed" in name for name in names) else "torchaudio"  # WavLM
     if tensors.format != "pytorch" or not any(n.endswith("feature_extractor.conv_layers.0.0.weight") for n in names):
         return None
-    if "relative_position_embedding" in _mapping(tensors.metadata.get("cfg")):
+    if "relative_position_embedding" in mapping(tensors.metadata.get("cfg")):
         return None  # WavLM or UniSpeech-SAT
     settings = fairseq_settings(tensors.metadata)
     if settings.get("transpose"):

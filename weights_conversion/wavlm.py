@@ -1,4 +1,4 @@
-"""WavLM's foreign forms: Hugging Face directories and Microsoft's `.pt` files.
+"""WavLM's foreign forms: Hugging Face directories, Microsoft's `.pt` files, torchaudio's state dicts.
 
 UniSpeech-SAT's files come out of the same code, so its module reads their settings with the functions here.
 """
@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from audiozoo.errors import SourceError
+from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.models.wavlm import WavLMConfig
-from weights_conversion import ForeignCheckpoint, HuggingFaceForm, labels_from_hugging_face, take
+from weights_conversion import ForeignCheckpoint, HuggingFaceForm, alphabets, labels_from_hugging_face, take
 from weights_conversion import ecapa_tdnn_names as ecapa
 from weights_conversion.readers import TensorSource, open_tensors
-from weights_conversion.rules import Ignore, Rule, Table
+from weights_conversion.rules import Ignore, Rule, Table, split, transpose
 from weights_conversion.wav2vec2 import (
     BACKBONE,
     config_to_hugging_face,
@@ -26,8 +26,10 @@ from weights_conversion.wav2vec2 import (
     open_hugging_face,
     settings_fields,
 )
+from weights_conversion.wav2vec2 import torchaudio_table as wav2vec2_of_torchaudio
 
 MODEL_TYPE = "wavlm"
+processor_of_file = alphabets.processor_of_file
 
 # --- Hugging Face ----------------------------------------------------------------------------------------------------
 
@@ -138,7 +140,42 @@ def config_from_microsoft(tensors: TensorSource) -> WavLMConfig:
     return WavLMConfig(**fields, frame_rule="samples")
 
 
+# --- torchaudio ------------------------------------------------------------------------------------------------------
+
+_THEIRS = "encoder.transformer.layers.{i}.attention."
+_QKV = tuple(f"{_ATTENTION}{p}_proj" for p in "qkv")
+
+
+def torchaudio_table() -> Table:
+    """The correspondence with the state dict of torchaudio's WavLM, of which the bare model is published."""
+    common = wav2vec2_of_torchaudio("Wav2Vec2Model")
+    attention = (
+        Rule(f"{_THEIRS}attention.in_proj_weight", tuple(f"{p}.kernel" for p in _QKV), split(3) >> transpose),
+        Rule(f"{_THEIRS}attention.in_proj_bias", tuple(f"{p}.bias" for p in _QKV), split(3)),
+        *linear(f"{_THEIRS}attention.out_proj", f"{_ATTENTION}out_proj"),
+        *linear(f"{_THEIRS}gru_rel_pos_linear", f"{_ATTENTION}gru_rel_pos_linear"),
+        Rule(f"{_THEIRS}gru_rel_pos_const", f"{_ATTENTION}gru_rel_pos_const"),
+        Rule("encoder.transformer.layers.0.attention.rel_attn_embed.weight", f"{_TABLE}.embedding"),
+    )
+    network = [rule for rule in common.rules if ".attention." not in str(rule.foreign)]
+    return dataclasses.replace(common, rules=(*network, *attention))
+
+
+def config_from_torchaudio(tensors: TensorSource) -> WavLMConfig:
+    """Our configuration from the shapes in torchaudio's state dict."""
+    fields = network_sizes(tensors, {torchaudio_table().today(name): name for name in tensors.names()})
+    first = "encoder.transformer.layers.0.attention."
+    fields["num_attention_heads"] = tensors.shape(f"{first}gru_rel_pos_const")[1]
+    fields["num_buckets"] = tensors.shape(f"{first}rel_attn_embed.weight")[0]
+    fields["do_stable_layer_norm"] = fields["feat_extract_norm"] == "layer"
+    return WavLMConfig(**fields, mask_time_prob=0.0)  # the vector for masked frames is not in the file
+
+
 # --- opening ---------------------------------------------------------------------------------------------------------
+
+
+def _is_torchaudios(tensors: TensorSource) -> bool:
+    return "encoder.transformer.layers.0.attention.rel_attn_embed.weight" in tensors.names()
 
 
 def _is_microsofts(tensors: TensorSource) -> bool:
@@ -146,12 +183,14 @@ def _is_microsofts(tensors: TensorSource) -> bool:
 
 
 def recognise(path: Path) -> bool:
-    """Is this one of Microsoft's `.pt` files of WavLM?"""
-    return path.is_file() and path.suffix in {".pt", ".pth", ".bin"} and _is_microsofts(open_tensors(path))
+    """Is this one of Microsoft's `.pt` files of WavLM, or a state dict of torchaudio's?"""
+    if not path.is_file() or path.suffix not in {".pt", ".pth", ".bin"}:
+        return False
+    return _is_microsofts(tensors := open_tensors(path)) or _is_torchaudios(tensors)
 
 
 def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckpoint:
-    """Open a WavLM checkpoint of either form.
+    """Open a WavLM checkpoint of any of the three forms.
 
     Raises:
         SourceError: if files are missing.
@@ -160,8 +199,12 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
     if path.is_dir() and (path / "config.json").is_file():
         return open_hugging_face(path, model_class, config_from_hugging_face, hugging_face_table)
     tensors = open_tensors(path)
+    if _is_torchaudios(tensors):
+        if model_class not in (None, "WavLMModel"):
+            raise CheckpointError(f"torchaudio's file of WavLM loads as WavLMModel, not as {model_class}.")
+        return ForeignCheckpoint("WavLMModel", config_from_torchaudio(tensors), tensors, torchaudio_table(), path)
     if not _is_microsofts(tensors):
-        raise SourceError(f"{path} is no WavLM of Microsoft's, and has no config.json beside it.")
+        raise SourceError(f"{path} is no WavLM of Microsoft's or torchaudio's, and has no config.json beside it.")
     names = tensors.names()
     if ecapa.is_verification(tensors):
         return ecapa.open_verification(path, tensors, "WavLM", "wavlm", config_from_microsoft, microsoft_table)

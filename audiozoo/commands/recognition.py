@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,12 +34,24 @@ WHISPER_ONLY = {
 }
 
 
+@dataclass(frozen=True)
+class Fusion:
+    """What helps a CTC model to find words: options of `audiozoo transcribe`."""
+
+    language_model: Path | None = None  # an ARPA file
+    hotwords: tuple[str, ...] = ()
+    lexicon: Path | None = None
+    lm_weight: float = 0.5
+    word_bonus: float = 1.5
+
+    @property
+    def asked(self) -> bool:
+        """Whether there is any."""
+        return bool(self.language_model or self.hotwords or self.lexicon)
+
+
 def ctc_transcriber(
-    model: Any,
-    processor: Any,
-    options: dict[str, Any],
-    language_model: Path | None = None,
-    hotwords: Sequence[str] = (),
+    model: Any, processor: Any, options: dict[str, Any], fusion: Fusion = Fusion()
 ) -> Callable[[Any, Progress], dict[str, Any]]:
     """What transcribes recordings with a CTC model for `audiozoo transcribe`: `(path or bytes, progress) -> result`.
 
@@ -46,19 +59,21 @@ def ctc_transcriber(
         model: a …ForCTC.
         processor: its processor.
         options: those of the command.
-        language_model: an ARPA file.
-        hotwords: words that are likely to be said.
+        fusion: with what words are found.
 
     Raises:
         UsageError: for an option that only Whisper has.
     """
     from audiozoo import audio
-    from audiozoo.decoding.ctc import NgramModel, transcribe_ctc
+    from audiozoo.decoding.ctc import NgramModel, read_lexicon, transcribe_ctc
 
     for name, nothing in WHISPER_ONLY.items():
         if options.get(name, nothing) != nothing:
             raise UsageError(f"--{name.replace('_', '-')} is Whisper's; {type(model).__name__} transcribes without it.")
-    ngrams = None if language_model is None else NgramModel.from_arpa(language_model)
+    ngrams = None if fusion.language_model is None else NgramModel.from_arpa(fusion.language_model)
+    lexicon = None
+    if fusion.lexicon is not None:
+        lexicon = read_lexicon(fusion.lexicon, processor.tokenizer.word_delimiter_token or "|")
 
     def hear(recording: Any, progress: Progress) -> dict[str, Any]:
         heard = transcribe_ctc(
@@ -68,7 +83,10 @@ def ctc_transcriber(
             batch_size=options["batch_size"],
             beam_width=options["beam_size"],
             language_model=ngrams,
-            hotwords=tuple(hotwords),
+            alpha=fusion.lm_weight,
+            beta=fusion.word_bonus,
+            hotwords=fusion.hotwords,
+            lexicon=lexicon,
             progress=progress,
         )
         segments = heard.segments()
@@ -140,8 +158,8 @@ def speak_language(model: Any, processor: Any, source: str, language: str | None
     from audiozoo import hub
     from weights_conversion.wav2vec2 import load_adapter
 
-    directory = hub.resolve(source, patterns=(f"adapter.{language}.*",))
-    model = load_adapter(model, directory if directory.is_dir() else directory.parent, language)
+    path = hub.resolve(source, patterns=(f"adapter.{language}.*",))
+    model = load_adapter(model, path, language)
     processor.set_target_lang(language)
     return model
 
@@ -254,6 +272,8 @@ def units(
     numpy = clusters.suffix in (".npz", ".npy")
     kmeans = KMeans.load(clusters) if numpy else KMeans(read_kmeans(clusters))
     encoder, processor = _load(model, "", "listen")
+    if not hasattr(getattr(encoder, "backbone", encoder), "frame_lengths"):
+        raise UsageError(f"{model} holds a {type(encoder).__name__}; units are clusters of a speech encoder's frames.")
     wave = audio.read(file, getattr(processor, "feature_extractor", processor).sampling_rate)
     found = units_of(encoder, processor, wave, kmeans, layer=layer)
     frames = [1] * len(found)

@@ -2,7 +2,7 @@ r"""Connectionist temporal classification (Graves et al., ICML 2006), from score
 
 - `greedy`: the best letter of each frame, repeats and blanks removed.
 - `BeamSearch`: prefix beam search (Hannun et al., arXiv 1408.2873, Algorithm 1) with an n-gram language model
-  (`NgramModel`, ARPA files) and hot words.
+  (`NgramModel`, ARPA files), hot words, and a lexicon.
 - `forced_alignment`: when a known text is said, by Viterbi's algorithm, for a batch, on any device.
 - `chunked_logits`: a recording of any length in overlapping pieces whose edges are thrown away.
 - `transcribe_ctc`, `align`: the whole way, for a model and a processor.
@@ -10,6 +10,7 @@ r"""Connectionist temporal classification (Graves et al., ICML 2006), from score
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import math
 import os
@@ -101,6 +102,15 @@ def words_of(tokens: Sequence[Span], delimiter: Any, join: Callable[[list[Any]],
 # --- n-gram language models ------------------------------------------------------------------------------------------
 
 
+def _case(words: Iterable[str]) -> Callable[[str], str] | None:
+    """The case of letters that all the words have in common, if there is one and it is a case at all."""
+    cased = [word for word in words if word.upper() != word.lower()]
+    for case in (str.upper, str.lower):
+        if cased and all(case(word) == word for word in cased):
+            return case
+    return None
+
+
 class NgramModel:
     r"""A back-off n-gram model (Katz 1987) from an ARPA file.
 
@@ -110,6 +120,7 @@ class NgramModel:
     Attributes:
         order: the longest n-gram.
         unknown: whether the model has a probability for `<unk>`.
+        case: `str.upper` or `str.lower`, if its words are all in capitals or all in small letters.
     """
 
     def __init__(self, ngrams: Mapping[tuple[str, ...], tuple[float, float]]):
@@ -119,6 +130,7 @@ class NgramModel:
         if not self.order:
             raise SourceError("The language model holds no n-gram.")
         self.unknown = ("<unk>",) in self._ngrams
+        self.case = _case(n[0] for n in self._ngrams if len(n) == 1 and not n[0].startswith("<"))
 
     @classmethod
     def from_arpa(cls, source: str | os.PathLike[str] | Iterable[str]) -> NgramModel:
@@ -197,6 +209,7 @@ class Hypothesis:
         score: what hypotheses are ranked by: `logit_score` plus the language model's and hot words' shares.
         logit_score: log probability of the tokens, summed over all alignments that survived the beam.
         lm_score: weighted log probability of the words and word bonus.
+        words: with a lexicon, which of its words the tokens spell.
     """
 
     tokens: tuple[int, ...]
@@ -204,6 +217,7 @@ class Hypothesis:
     score: float
     logit_score: float
     lm_score: float
+    words: tuple[str, ...] = ()
 
 
 @dataclass
@@ -224,12 +238,36 @@ class _Text:
     word: str  # letters since the last delimiter
     lm: float  # weighted scores of finished words
     bonus: float  # of finished hot words
+    words: tuple[str, ...] = ()  # finished, as the lexicon writes them
 
 
 def _log_add(a: float, b: float) -> float:
     if a < b:
         a, b = b, a
     return a if b == -math.inf else a + math.log1p(math.exp(b - a))
+
+
+def read_lexicon(path: str | os.PathLike[str], delimiter: str = "|") -> dict[str, list[str]]:
+    """Words by their spelling, from a file with a word and the tokens that spell it a line, as `abc a b c |`.
+
+    Raises:
+        SourceError: if there is no such file, or a line spells nothing.
+    """
+    found: dict[str, list[str]] = {}
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise SourceError(f"The lexicon {path} cannot be read as UTF-8 text.") from None
+    for number, line in enumerate(lines, 1):
+        word, *tokens = line.split() or [""]
+        spelling = "".join(token for token in tokens if token != delimiter)
+        if word and not spelling:
+            raise SourceError(f"{path}: line {number} has no tokens behind {word!r}.")
+        if word and word not in found.setdefault(spelling, []):
+            found[spelling].append(word)
+    if not found:
+        raise SourceError(f"The lexicon {path} is empty.")
+    return found
 
 
 @dataclass
@@ -245,13 +283,17 @@ class BeamSearch:
         blank: index of CTC's blank.
         delimiter: the token between words; without it every token is a word.
         skip: tokens that never appear in text (`<s>`, `<unk>` …); their frames' probability is left out.
-        language_model: of words.
+        language_model: of words; it may be in capitals where the vocabulary is in small letters, or the reverse.
         alpha: weight of the language model.
         beta: bonus for each word.
         unknown_offset: added to the log10 probability of a word that the language model does not know.
         score_boundary: whether the language model also scores the end of the sentence.
-        hotwords: words that get `hotword_weight` each; one that is under way gets its share while it competes.
+        hotwords: words that get `hotword_weight` each; one that is under way gets its share while it competes. Of a
+            phrase each word counts; they are brought to the vocabulary's case.
         hotword_weight: in natural logarithms.
+        lexicon: the only words that there are, by their spelling (see `read_lexicon`); of words that are spelled alike
+            the language model chooses. So a recogniser of romanised letters writes a language that it never saw (MMS
+            Zero-shot, arXiv 2407.17852).
     """
 
     vocabulary: Sequence[str]
@@ -265,34 +307,68 @@ class BeamSearch:
     score_boundary: bool = True
     hotwords: Sequence[str] = ()
     hotword_weight: float = 10.0
+    lexicon: Mapping[str, Sequence[str]] | None = None
     _prefixes: dict[str, float] = field(init=False, repr=False, default_factory=dict)
+    _hot: frozenset[str] = field(init=False, repr=False)
+    _written: Callable[[str], str] = field(init=False, repr=False)
+    _begun: frozenset[str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for word in self.hotwords:
-            for length in range(1, len(word) + 1):
-                share = length / len(word)
-                self._prefixes[word[:length]] = max(self._prefixes.get(word[:length], 0.0), share)
+        letters = [token for index, token in enumerate(self.vocabulary) if index not in (self.blank, *self.skip)]
+        case = _case(letters) if self.lexicon is None else None
+        words = [case(word) if case else word for phrase in self.hotwords for word in phrase.split()]
+        for word in words:
+            for spelling in self._spellings(word, letters):
+                for length in range(1, len(spelling) + 1):
+                    share = length / len(spelling)
+                    self._prefixes[spelling[:length]] = max(self._prefixes.get(spelling[:length], 0.0), share)
+        self._hot = frozenset(words)
+        # How the language model writes a word.
+        self._written = (self.language_model.case if case and self.language_model else None) or str
+        self._begun = frozenset(s[:i] for s in self.lexicon or () for i in range(1, len(s) + 1))
 
-    def _finish(self, text: _Text) -> _Text:
-        """The text with its open word closed."""
+    def _spellings(self, word: str, letters: Sequence[str]) -> Sequence[str]:
+        """What a hot word is in letters."""
+        if self.lexicon is not None:
+            if not (found := [spelling for spelling, words in self.lexicon.items() if word in words]):
+                raise UsageError(f"The hot word {word!r} cannot be heard: it is not in the lexicon.")
+            return found
+        if strange := sorted({word} - set(letters) if self.delimiter is None else set(word) - set("".join(letters))):
+            raise UsageError(f"The hot word {word!r} cannot be heard: the vocabulary has no {strange[0]!r}.")
+        return [word]
+
+    def _finish(self, text: _Text) -> _Text | None:
+        """The text with its open word closed, as the best of the words that are spelled so; None if there is none."""
         if not text.word:
             return text
+        if self.lexicon is None:
+            return self._closed(text, text.word)
+        candidates = [self._closed(text, word) for word in self.lexicon.get(text.word, ())]
+        return max(candidates, key=lambda t: t.lm + t.bonus, default=None)
+
+    def _closed(self, text: _Text, word: str) -> _Text:
         score, history = 0.0, text.history
         if self.language_model is not None:
-            logp, history = self.language_model.score(history, text.word)
-            if text.word not in self.language_model:
+            written = self._written(word)
+            logp, history = self.language_model.score(history, written)
+            if written not in self.language_model:
                 logp = (0.0 if logp == -math.inf else logp) + self.unknown_offset * math.log(10)
             score = self.alpha * logp
+        if self.language_model is not None or self.lexicon is not None:
             score += self.beta
-        bonus = self.hotword_weight if text.word in self.hotwords else 0.0
-        return _Text(history, "", text.lm + score, text.bonus + bonus)
+        bonus = self.hotword_weight if word in self._hot else 0.0
+        words = text.words if self.lexicon is None else (*text.words, word)
+        return _Text(history, "", text.lm + score, text.bonus + bonus, words)
 
-    def _extend(self, text: _Text, token: int) -> _Text:
+    def _extend(self, text: _Text, token: int) -> _Text | None:
+        """The text with one more token, or None where the lexicon goes on otherwise."""
+        letter = self.vocabulary[token]
         if self.delimiter is None:
-            return self._finish(_Text(text.history, self.vocabulary[token], text.lm, text.bonus))
-        if self.vocabulary[token] == self.delimiter:
+            return self._finish(dataclasses.replace(text, word=letter))
+        if letter == self.delimiter:
             return self._finish(text)
-        return _Text(text.history, text.word + self.vocabulary[token], text.lm, text.bonus)
+        longer = dataclasses.replace(text, word=text.word + letter)
+        return longer if self.lexicon is None or longer.word in self._begun else None
 
     def _rank(self, text: _Text) -> float:
         """What the language side adds while the beam is running."""
@@ -326,7 +402,7 @@ class BeamSearch:
             )
         log_probs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
         start = _Text(self.language_model.start() if self.language_model else (), "", 0.0, 0.0)
-        texts: dict[tuple[int, ...], _Text] = {(): start}
+        texts: dict[tuple[int, ...], _Text | None] = {(): start}
         beams: dict[tuple[int, ...], _Beam] = {(): _Beam(blank=0.0)}
         skipped = frozenset(self.skip)
         for frame in log_probs:
@@ -363,8 +439,10 @@ class BeamSearch:
                 if beam.total == -math.inf:
                     continue
                 if prefix not in texts:
-                    texts[prefix] = self._extend(texts[prefix[:-1]], prefix[-1])
-                ranked.append((beam.total + self._rank(texts[prefix]), prefix))
+                    before = texts[prefix[:-1]]
+                    texts[prefix] = None if before is None else self._extend(before, prefix[-1])
+                if (text := texts[prefix]) is not None:
+                    ranked.append((beam.total + self._rank(text), prefix))
             ranked.sort(reverse=True)
             if not ranked:
                 continue
@@ -372,12 +450,17 @@ class BeamSearch:
             beams = {prefix: following[prefix] for rank, prefix in ranked[:beam_width] if rank >= floor}
             texts = {prefix: texts[prefix] for prefix in beams}
         results = []
+        whole = {prefix: self._finish(text) for prefix, text in texts.items() if text is not None}
+        if not any(whole.values()):  # the last word is not yet one of the lexicon's; it is left out
+            whole = {prefix: text and dataclasses.replace(text, word="") for prefix, text in texts.items()}
         for prefix, beam in beams.items():
-            end = self._finish(texts[prefix])
+            if (end := whole[prefix]) is None:
+                continue
             lm = end.lm
             if self.language_model is not None and self.score_boundary and "</s>" in self.language_model:
                 lm += self.alpha * self.language_model.score(end.history, "</s>")[0]
-            results.append(Hypothesis(prefix, self.text(prefix), beam.total + lm + end.bonus, beam.total, lm))
+            said = self.text(prefix) if self.lexicon is None else " ".join(end.words)
+            results.append(Hypothesis(prefix, said, beam.total + lm + end.bonus, beam.total, lm, end.words))
         results.sort(key=lambda h: h.score, reverse=True)
         return results[:n_best]
 
@@ -607,6 +690,13 @@ def _forward(graphdef: Any, state: Any, values: jax.Array, mask: jax.Array | Non
     return model(values, mask, **({"masked_group_norm": True} if masked else {})).logits
 
 
+def _samples_a_frame(model: Any) -> int:
+    """From one row of a model's logits to the next, strided convolutions behind the Transformer included."""
+    config = model.config
+    behind = config.adapter_stride**config.num_adapter_layers if getattr(config, "add_adapter", False) else 1
+    return config.inputs_to_logits_ratio * behind
+
+
 def chunked_logits(
     model: Any,
     input_values: Float[np.ndarray, " samples"],
@@ -635,7 +725,7 @@ def chunked_logits(
     Raises:
         UsageError: if the strides leave nothing of a piece.
     """
-    ratio = model.config.inputs_to_logits_ratio
+    ratio = _samples_a_frame(model)
     samples = len(input_values)
     count = int(model.backbone.frame_lengths(samples))
     chunk = round(chunk_length_s * sampling_rate / ratio)  # in frames
@@ -703,6 +793,8 @@ class Transcription:
     def segments(self, *, pause: float = 0.6, longest: float = 7.0, letters: int = 84) -> list[dict[str, Any]]:
         """The words in pieces for subtitles: each ends at a pause, or before it grows too long.
 
+        A word that is itself too long, as where a script has no spaces, is taken apart into its characters.
+
         Args:
             pause: seconds of silence that end a piece.
             longest: seconds a piece.
@@ -711,24 +803,26 @@ class Transcription:
         Returns:
             For each piece `id`, `start`, `end`, `text` and `words`.
         """
-        groups: list[list[dict[str, Any]]] = []
+        parts: list[tuple[str, dict[str, Any]]] = []  # what stands before a part, and the part
         for word in self.words:
-            group = groups[-1] if groups else []
-            size = sum(len(w["text"]) + 1 for w in group) + len(word["text"])
-            fits = group and word["start"] - group[-1]["end"] < pause and size <= letters
-            if fits and word["end"] - group[0]["start"] <= longest:
-                group.append(word)
+            within = [word]
+            if len(word["text"]) > letters or word["end"] - word["start"] > longest:
+                within = [c for c in self.characters if word["start"] <= c["start"] < word["end"]] or [word]
+            parts += [("" if index else " ", part) for index, part in enumerate(within)]
+        groups: list[list[dict[str, Any]]] = []
+        texts: list[str] = []
+        for space, part in parts:
+            text = f"{texts[-1]}{space}{part['text']}" if groups else ""
+            fits = groups and part["start"] - groups[-1][-1]["end"] < pause and len(text) <= letters
+            if fits and part["end"] - groups[-1][0]["start"] <= longest:
+                groups[-1].append(part)
+                texts[-1] = text
             else:
-                groups.append([word])
+                groups.append([part])
+                texts.append(part["text"])
         return [
-            {
-                "id": number,
-                "start": group[0]["start"],
-                "end": group[-1]["end"],
-                "text": " ".join(word["text"] for word in group),
-                "words": group,
-            }
-            for number, group in enumerate(groups)
+            {"id": number, "start": group[0]["start"], "end": group[-1]["end"], "text": text, "words": group}
+            for number, (group, text) in enumerate(zip(groups, texts, strict=True))
         ]
 
 
@@ -750,6 +844,7 @@ def transcribe_ctc(
     beta: float = 1.5,
     hotwords: Sequence[str] = (),
     hotword_weight: float = 10.0,
+    lexicon: Mapping[str, Sequence[str]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Transcription:
     """Transcribe a recording of any length with a CTC model.
@@ -761,15 +856,20 @@ def transcribe_ctc(
         chunk_length_s: seconds a piece; see `chunked_logits`.
         stride_length_s: seconds thrown away at each inner edge.
         batch_size: pieces at a time.
-        beam_width: search with that many prefixes; by default greedily, or with 100 if there is a language model or a
-            hot word.
+        beam_width: search with that many prefixes; by default greedily, or with 100 if there is a language model, a
+            hot word or a lexicon.
         language_model: of words, or the path of an ARPA file.
         alpha: its weight.
         beta: bonus for each word.
         hotwords: words that are likely to be said.
         hotword_weight: how likely, in natural logarithms.
+        lexicon: the only words that there are, by their spelling; see `read_lexicon`.
         progress: called with the pieces done and the pieces in all.
     """
+    search = None
+    if language_model is not None or hotwords or lexicon or (beam_width or 1) > 1:
+        weights = {"alpha": alpha, "beta": beta, "hotword_weight": hotword_weight}
+        search = processor.beam_search(language_model, hotwords=hotwords, lexicon=lexicon, **weights)
     values = _prepared(processor, audio)
     logits = chunked_logits(
         model,
@@ -781,23 +881,10 @@ def transcribe_ctc(
     )
     tokenizer = processor.tokenizer
     rate = processor.feature_extractor.sampling_rate
-    frame = model.config.inputs_to_logits_ratio / rate
+    frame = _samples_a_frame(model) / rate
     vocabulary = tokenizer.tokens()
     log_probs = np.asarray(jax.nn.log_softmax(jnp.asarray(logits, jnp.float32), axis=-1))
-    if language_model is not None or hotwords or (beam_width or 1) > 1:
-        if isinstance(language_model, str | os.PathLike):
-            language_model = NgramModel.from_arpa(language_model)
-        search = BeamSearch(
-            vocabulary,
-            blank=tokenizer.pad_token_id,
-            delimiter=tokenizer.word_delimiter_token,
-            skip=tokenizer.special_ids(),
-            language_model=language_model,
-            alpha=alpha,
-            beta=beta,
-            hotwords=hotwords,
-            hotword_weight=hotword_weight,
-        )
+    if search is not None:
         best = search(logits, beam_width=beam_width or 100)[0]
         spans: list[Span] = []
         if best.tokens:
@@ -812,8 +899,14 @@ def transcribe_ctc(
     spans = [s for s in spans if s.text not in tokenizer.special_ids()]
     letters = [Span(vocabulary[s.text], s.start, s.end, s.score) for s in spans]
     words = words_of(letters, tokenizer.word_delimiter_token)
+    if tokenizer.phonemes:
+        words = [s for s in letters if s.text != tokenizer.word_delimiter_token]
+    text = tokenizer.tokens_to_text([s.text for s in letters])
+    if lexicon:
+        text = best.text
+        words = [dataclasses.replace(w, text=known) for w, known in zip(words, best.words, strict=False)]
     return Transcription(
-        tokenizer.tokens_to_text([s.text for s in letters]),
+        text,
         [w.seconds(frame) for w in words],
         [s.seconds(frame) for s in letters if s.text != tokenizer.word_delimiter_token],
         len(audio) / rate,
@@ -884,7 +977,7 @@ def align(
     log_probs = np.concatenate([log_probs, np.zeros((len(log_probs), 1), log_probs.dtype)], axis=1)
     aligned = forced_alignment(log_probs[None], np.asarray([targets]), blank=tokenizer.pad_token_id, window=window)
     spans = aligned.spans(0, list(range(len(targets))))
-    frame = model.config.inputs_to_logits_ratio / processor.feature_extractor.sampling_rate
+    frame = _samples_a_frame(model) / processor.feature_extractor.sampling_rate
     result = []
     for word, first, following in words:
         if word == STAR:

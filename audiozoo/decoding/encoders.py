@@ -50,14 +50,18 @@ def embed(
         model with an x-vector head `embedding`, by whose cosine speakers are compared.
 
     Raises:
-        UsageError: if there is no such layer.
+        UsageError: if the model is no such encoder, has no such layer, or wants a longer recording.
     """
     backbone = getattr(model, "backbone", model)
+    if not hasattr(backbone, "frame_lengths"):
+        raise UsageError(f"{type(model).__name__} is no speech encoder of the wav2vec 2.0 family.")
     layers = model.config.num_hidden_layers
     if layer is not None and not -layers - 1 <= layer <= layers:
         raise UsageError(f"There is no layer {layer}; this model has {layers}, and its input counts as layer 0.")
     together = getattr(model.config, "squeeze_factor", 1)  # SEW's Transformer sees one frame for each two
     count = int(backbone.frame_lengths(len(audio), adapter=False)) // together
+    if (least := getattr(model, "least_frames", 1)) > count:
+        raise UsageError(f"The recording has {count} frames; the vector of a speaker needs {least}.")
     output = _run(model, processor, [audio], output_hidden_states=True)
     frames = np.asarray(output.hidden_states[-1 if layer is None else layer][0, :count], np.float32)
     step = (
@@ -95,11 +99,13 @@ def identify(
         `(label, probability)`, the most probable first.
 
     Raises:
-        UsageError: if the model is no classifier.
+        UsageError: if the model is no classifier, or the pieces are shorter than a frame.
     """
-    if not hasattr(model, "classifier") or hasattr(model, "objective"):
+    if not type(model).__name__.endswith("ForSequenceClassification"):
         raise UsageError(f"{type(model).__name__} has no classes; identify needs a …ForSequenceClassification.")
     length = round(crop_length_s * getattr(processor, "feature_extractor", processor).sampling_rate)
+    if crops > 1 and model.backbone.frame_lengths(length) < 1:
+        raise UsageError(f"Pieces of {crop_length_s} s are too short for one frame.")
     pieces = [np.asarray(audio)]
     if crops > 1 and len(audio) > length:
         starts = np.linspace(0, len(audio) - length, crops).astype(int)

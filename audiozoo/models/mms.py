@@ -20,16 +20,17 @@ how the training data was made.
 | §5.1, language-specific adapters and heads | `MMSForCTC`, `audiozoo.models.wav2vec2.Wav2Vec2AttnAdapterLayer` |
 | §6, language identification | `MMSConfig.lid()`, `audiozoo.decoding.encoders.identify` |
 | §7, speech synthesis: a VITS for each language | `audiozoo.models.vits` |
+| not in the paper; MMS Zero-shot (arXiv 2407.17852): a romanised lexicon | `audiozoo.decoding.ctc.BeamSearch` |
 
 What differs from wav2vec 2.0: `MMSForCTC` holds several languages' adapters and heads at once, and each item of a batch
 names its own, where `transformers` has one language at a time in the whole model (`load_adapter`, which
 `weights_conversion.wav2vec2.load_adapter` also does).
 
 Checkpoints: `facebook/mms-300m`, `mms-1b`, `mms-1b-{fl102,l1107,all}` and `mms-lid-{126,256,512,1024,2048,4017}`, which
-load as wav2vec 2.0, with one language; the aligner's `model.pt` with its `dictionary.txt`; and, as `MMSForCTC`, a
-directory with a file `adapter.<language>.safetensors` for each language that is wanted, or fairseq's
-`mms1b_{fl102,l1107,all}.pt`, which holds all of them (`weights_conversion.mms.open_checkpoint` picks some, and
-`unpack_languages` there writes such a directory).
+load as wav2vec 2.0, with one language; `mms-meta/mms-zeroshot-300m`; the aligner's `model.pt` with its
+`dictionary.txt`; and, as `MMSForCTC`, a directory with a file `adapter.<language>.safetensors` for each language that
+is wanted, or fairseq's `mms1b_{fl102,l1107,all}.pt`, which holds all of them
+(`weights_conversion.mms.open_checkpoint` picks some, and `unpack_languages` there writes such a directory).
 
     import audiozoo
     model = audiozoo.load("mms-1b-all", model_class="MMSForCTC")

@@ -159,12 +159,12 @@ class SEWConfig(Wav2Vec2Config):
 
     @classmethod
     def sew_d_base(cls) -> SEWConfig:
-        """SEW-D-base: 24 blocks of width 768."""
+        """SEW-D-base: 24 blocks of width 768, 175.1 M parameters."""
         return cls._disentangled(24, 768, layerdrop=0.2)
 
     @classmethod
     def sew_d_base_plus(cls) -> SEWConfig:
-        """SEW-D-base+: SEW-D-base with half as many channels again in the convolutions, 175.1 M parameters."""
+        """SEW-D-base+: SEW-D-base with half as many channels again in the convolutions, 177.0 M parameters."""
         channels = tuple(c // 2 * 3 for c in cls().conv_dim)
         return cls._disentangled(24, 768, layerdrop=0.2, conv_dim=channels)
 

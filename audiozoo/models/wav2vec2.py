@@ -1304,6 +1304,12 @@ class Wav2Vec2ForXVector(_WithLayerSum):
         self.classifier = Linear(config.xvector_output_dim, config.xvector_output_dim, **linear)
         self.objective = AMSoftmaxLoss(config.xvector_output_dim, config.num_labels, param_dtype=param_dtype, rngs=rngs)
 
+    @property
+    def least_frames(self) -> int:
+        """Frames of the shortest recording: behind the dilated layers there must be two, to have a deviation."""
+        config = self.config
+        return 2 + sum(d * (k - 1) for k, d in zip(config.tdnn_kernel, config.tdnn_dilation, strict=True))
+
     def __call__(
         self,
         input_values: Float[Array, "batch samples"],
@@ -1322,9 +1328,14 @@ class Wav2Vec2ForXVector(_WithLayerSum):
             ignore_dilation: count the frames to pool as `transformers` does, as if the layers were not dilated: then
                 the last few frames of a shorter item have seen padding.
             options: see `Wav2Vec2Model`.
+
+        Raises:
+            UsageError: if the waveforms are too short for the dilated layers.
         """
         config = self.config
         x, outputs = self.frames(input_values, attention_mask, options)
+        if x.shape[1] < self.least_frames:
+            raise UsageError(f"{x.shape[1]} frames of 20 ms are too few for a speaker; {self.least_frames} are needed.")
         x = self.projector(x)
         for layer in self.tdnn:
             x = layer(x)

@@ -38,8 +38,8 @@ leaves out, is here. Of a padded batch, `frame_rule="samples"` counts frames as 
 `transformers` does: usually one frame fewer.
 
 Checkpoints: `microsoft/wavlm-base`, `-base-plus`, `-large`, `-base-sd`, `-base-sv`, `-base-plus-sd`, `-base-plus-sv`,
-and Microsoft's own `WavLM-Base.pt`, `WavLM-Base+.pt`, `WavLM-Large.pt`, and with ECAPA-TDNN for speakers
-`wavlm_large_finetune.pth` and its likes.
+and Microsoft's own `WavLM-Base.pt`, `WavLM-Base+.pt`, `WavLM-Large.pt` (and torchaudio's `wavlm_base.pth` and its
+likes), and with ECAPA-TDNN for speakers `wavlm_large_finetune.pth` and its likes.
 
     import audiozoo
     model = audiozoo.load("microsoft/wavlm-base-plus-sv")

@@ -63,6 +63,11 @@ class AlignmentTokenizer(Wav2Vec2CTCTokenizer):
         )
         self.language = language
 
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write `dictionary.txt`, and for `transformers`, which romanises nothing, `vocab.json`."""
+        super().save(directory)
+        (Path(directory) / "dictionary.txt").write_text("\n".join(self.tokens()) + "\n", encoding="utf-8")
+
     def set_target_lang(self, target_lang: str) -> None:
         """The language of the texts; any, for it only says how a script is read."""
         self.language = target_lang

@@ -127,6 +127,12 @@ class CTCOutput:
         return getattr(self, name)
 
 
+def fairseq_symbols(path: Path) -> list[str]:
+    """The entries of a fairseq dictionary: an entry and its count a line."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [re.sub(r" \d+( #fairseq:overwrite)?$", "", line) for line in lines if line.strip()]
+
+
 class Wav2Vec2CTCTokenizer:
     """Letters and their indices; the arguments are the fields of `tokenizer_config.json`.
 
@@ -213,11 +219,18 @@ class Wav2Vec2CTCTokenizer:
 
         In fairseq `<s>` comes first and is CTC's blank; here, as in `transformers`, that index is called `<pad>`.
         """
-        tokens = ["<pad>", "<s>", "</s>", "<unk>"]
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            if line.strip():
-                tokens.append(line.rsplit(" ", 1)[0])
-        return cls({token: index for index, token in enumerate(tokens)})
+        return cls.from_symbols(fairseq_symbols(Path(path)))
+
+    @classmethod
+    def from_symbols(cls, symbols: Sequence[str]) -> Wav2Vec2CTCTokenizer:
+        """From the entries of a fairseq dictionary behind its four special ones.
+
+        Entries of several characters without a boundary of words among them are phonemes.
+        """
+        vocab = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *symbols])}
+        if "|" not in vocab and any(len(symbol) > 1 for symbol in symbols):
+            return cls(vocab, word_delimiter_token=None, phonemes=True)
+        return cls(vocab)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write `vocab.json` and `tokenizer_config.json` as `transformers` does."""
@@ -296,9 +309,9 @@ class Wav2Vec2CTCTokenizer:
     # --- text to tokens ---
 
     def word_ids(self, word: str) -> list[int]:
-        """The letters of one word that the vocabulary has, in either case."""
+        """The letters of one word that the vocabulary has, in either case; a phoneme is a word of one letter."""
         ids = []
-        for letter in word:
+        for letter in [word] if self.phonemes else word:
             found = next((self.encoder[x] for x in (letter, letter.upper(), letter.lower()) if x in self.encoder), None)
             if found is not None and found not in self.special_ids() and letter != self.word_delimiter_token:
                 ids.append(found)
@@ -449,21 +462,28 @@ class Wav2Vec2Processor:
             UsageError: if the checkpoint has none.
         """
         if self._tokenizer is None:
-            raise UsageError("This checkpoint has no vocabulary (vocab.json), so it has no text.")
+            raise UsageError(
+                "This checkpoint has no vocabulary (vocab.json, or beside a file of fairseq's dict.ltr.txt), so it has "
+                "no text."
+            )
         return self._tokenizer
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike[str], target_lang: str | None = None) -> Wav2Vec2Processor:
         """From the files of a checkpoint directory; without a vocabulary there is no tokenizer."""
         folder = Path(directory)
-        tokenizer: Wav2Vec2CTCTokenizer | None = None
-        if (folder / "dictionary.txt").is_file() and not (folder / "vocab.json").is_file():
+        return cls(Wav2Vec2FeatureExtractor.from_directory(folder), cls.tokenizer_in(folder, target_lang))
+
+    @staticmethod
+    def tokenizer_in(folder: Path, target_lang: str | None = None) -> Wav2Vec2CTCTokenizer | None:
+        """The tokenizer whose files lie in a directory, if there are any."""
+        if (folder / "dictionary.txt").is_file():
             from audiozoo.processors.mms import AlignmentTokenizer
 
-            tokenizer = AlignmentTokenizer(folder / "dictionary.txt", target_lang)
-        elif (folder / "vocab.json").is_file() or len(list(folder.glob("dict.*.txt"))) == 1:
-            tokenizer = Wav2Vec2CTCTokenizer.from_directory(folder, target_lang)
-        return cls(Wav2Vec2FeatureExtractor.from_directory(folder), tokenizer)
+            return AlignmentTokenizer(folder / "dictionary.txt", target_lang)
+        if (folder / "vocab.json").is_file() or len(list(folder.glob("dict.*.txt"))) == 1:
+            return Wav2Vec2CTCTokenizer.from_directory(folder, target_lang)
+        return None
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the files that `from_directory` and `transformers` read."""

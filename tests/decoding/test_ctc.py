@@ -181,6 +181,62 @@ def test_hot_words_and_language_models_change_the_text():
     assert ctc.BeamSearch(VOCABULARY, skip=(2,))(log_probs)[0].text == "B"
 
 
+@pytest.mark.parametrize("hotwords", [(), ("two",)], ids=["no hot word", "hot word"])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_lexicon_is_exact(seed, hotwords, tmp_path):
+    """Of all texts in the lexicon's words the best, by brute force; words that are spelled alike, as the model says."""
+    (tmp_path / "lexicon.txt").write_text("one A |\ntwo A B |\nzwo A B |\nthree B B\n\n")
+    lexicon = ctc.read_lexicon(tmp_path / "lexicon.txt")
+    assert lexicon == {"A": ["one"], "AB": ["two", "zwo"], "BB": ["three"]}
+    model = ctc.NgramModel(
+        {("one",): (-0.3, -0.1), ("two",): (-0.9, 0.0), ("zwo",): (-0.8, 0.0), ("one", "two"): (-0.1, 0)}
+    )
+    log_probs = random_log_probs(6, 4, 30 + seed)
+    wanted = {}
+    for tokens, logp in texts_by_brute_force(log_probs).items():
+        for written in itertools.product(*(lexicon.get(word, []) for word in words(tokens))):
+            history, score = model.start(), logp
+            for word in written:
+                own, history = model.score(history, word)
+                score += 0.7 * ((0.0 if own == -math.inf else own) - (word == "three") * 10 * math.log(10))
+                score += 0.9 + 1.5 * (word in hotwords)
+            wanted[tokens, " ".join(written)] = score
+    options = {"alpha": 0.7, "beta": 0.9, "hotwords": hotwords, "hotword_weight": 1.5}
+    search = ctc.BeamSearch(VOCABULARY, language_model=model, lexicon=lexicon, **options)
+    found = search(log_probs, n_best=10_000, **WIDE)
+    best = max(wanted, key=wanted.get)
+    assert (found[0].tokens, found[0].text) == best
+    for hypothesis in found:
+        assert hypothesis.score == pytest.approx(wanted[hypothesis.tokens, hypothesis.text], abs=1e-9)
+    assert {h.tokens for h in found} == {tokens for tokens, _ in wanted}
+    # Cut off in the middle of a word, what is whole is left.
+    log_probs = np.log(np.full((3, 4), 0.001) + np.eye(4)[[2, 1, 3]])
+    assert ctc.BeamSearch(VOCABULARY, lexicon=lexicon)(log_probs, token_min_logp=-1.0)[0].text == "one"
+    with pytest.raises(ValueError, match="not in the lexicon"):
+        ctc.BeamSearch(VOCABULARY, lexicon=lexicon, hotwords=["four"])
+    (tmp_path / "lexicon.txt").write_text("one |\n")
+    with pytest.raises(FileNotFoundError, match="line 1 has no tokens behind 'one'"):
+        ctc.read_lexicon(tmp_path / "lexicon.txt")
+
+
+def test_phrases_and_cases():
+    """Of a phrase every word is hot; small letters are those of the vocabulary in capitals, and of the model alike."""
+    frames = np.full((4, 4), 0.02)
+    frames[[0, 1, 2, 3], [2, 1, 2, 0]] = 0.5  # "A A", if nothing is hot
+    frames[[0, 2], [3, 3]] = 0.44
+    log_probs = np.log(frames)
+    assert ctc.BeamSearch(VOCABULARY)(log_probs)[0].text == "A A"
+    assert ctc.BeamSearch(VOCABULARY, hotwords=["b b"], hotword_weight=3.0)(log_probs)[0].text == "B B"
+    small = ctc.NgramModel({("a",): (-9.0, 0.0), ("b",): (-0.1, 0.0)})
+    assert small.case is str.lower
+    best = ctc.BeamSearch(VOCABULARY, language_model=small, alpha=1.0, beta=0.0)(log_probs)[0]
+    assert best.text == "B B"
+    assert best.lm_score == pytest.approx(-0.2 * math.log(10))
+    assert ctc.NgramModel({("Abc",): (-1.0, 0.0)}).case is None
+    with pytest.raises(ValueError, match="'B2' cannot be heard: the vocabulary has no '2'"):
+        ctc.BeamSearch(VOCABULARY, hotwords=["b2"])
+
+
 def test_phonemes_are_words_without_a_delimiter():
     model = ctc.NgramModel({("A",): (-3.0, 0.0), ("B",): (-0.1, 0.0)})
     log_probs = np.log(np.array([[0.02, 0.01, 0.5, 0.47]]))

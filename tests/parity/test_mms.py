@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import types
@@ -16,12 +17,14 @@ from flax import nnx
 from safetensors.torch import save_file
 
 import audiozoo
+from audiozoo.commands.recognition import speak_language
 from audiozoo.layers.losses import ctc_loss
+from audiozoo.loading import variables
 from audiozoo.models import mms, wav2vec2
 from audiozoo.models.mms import MMSConfig, MMSForCTC
 from audiozoo.processors.mms import romanised
 from tests.parity import harness
-from tests.parity.speech_family import LAYER, NO_DROPOUT, TINY, padded
+from tests.parity.speech_family import LAYER, NO_DROPOUT, TINY, blank, padded
 from tests.parity.test_wav2vec2 import fairseq_names
 from weights_conversion import mms as conversion
 from weights_conversion import wav2vec2 as alone
@@ -205,7 +208,7 @@ class Dictionary:
 
 def test_fairseqs_file_of_all_languages(directory, tmp_path, monkeypatch):
     """`mms1b_all.pt`: the network, and every language's adapters, head and alphabet; both ways."""
-    from audiozoo.loading import convert, variables
+    from audiozoo.loading import convert
 
     for name in ("fairseq", "fairseq.data", "fairseq.data.dictionary"):  # what the file's pickle calls it
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
@@ -258,6 +261,12 @@ def test_fairseqs_file_of_all_languages(directory, tmp_path, monkeypatch):
             np.testing.assert_array_equal(loaded_first(reference, "fra")[key], tensor, err_msg=key)
         np.testing.assert_array_equal(switched.lm_head.kernel[...], unpacked.lm_head.weight.detach().T)
         assert audiozoo.load_processor(tmp_path / "hub").tokenizer.tokens()[4:] == ["a", "b"]
+        # The file alone will do: it speaks the language of its network, and others when asked.
+        processor = audiozoo.load_processor(path)
+        assert (processor.tokenizer.target_lang, processor.tokenizer.languages) == ("eng", tuple(LETTERS))
+        spoken = speak_language(audiozoo.load(path), processor, str(path), "fra")
+        np.testing.assert_array_equal(spoken.lm_head.kernel[...], switched.lm_head.kernel[...])
+        assert processor.tokenizer.target_lang == "fra"
         with pytest.raises(FileNotFoundError, match="no adapter for ita"):
             conversion.open_checkpoint(path, languages=["ita"])
         own["deu"]["model"].popitem()
@@ -304,6 +313,27 @@ def test_published_sizes(config, changes, head):
             lambda: getattr(wav2vec2, name)(config, rngs=nnx.Rngs(0)),
             alone.hugging_face_table(config, name),
         )
+
+
+def test_full_width_in_float32():
+    """Two blocks of the recogniser of a billion parameters, speaking the second of the languages that it holds."""
+    config = dataclasses.replace(MMSConfig.mms_1b_all(), num_hidden_layers=2)
+    with harness.precision("float32"):
+        theirs = BILLION | {"adapter_attn_dim": 16, "vocab_size": 154, "num_hidden_layers": 2}
+        reference = harness.randomise(transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(**theirs)), 0)
+        table = alone.hugging_face_table(config, "Wav2Vec2ForCTC")
+        many = dataclasses.replace(config, languages=("eng", "fra"), vocab_sizes=(9, 154))
+        model = blank(lambda: MMSForCTC(many, rngs=nnx.Rngs(0)))
+        shapes = harness.abstract(lambda: wav2vec2.Wav2Vec2ForCTC(config, rngs=nnx.Rngs(0)))
+        source = harness.StateDict(reference.state_dict())
+        values = dict(table.read(source, table.plan(source, variables(shapes))))
+        own = {name for name in values if ".adapter_layer." in name or name.startswith("lm_head.")}
+        harness.assign(model, values | {name: np.stack([np.zeros_like(values[name]), values[name]]) for name in own})
+        x = np.random.default_rng(0).standard_normal((1, 16_000)).astype(np.float32)
+        with torch.no_grad():
+            wanted = reference(torch.tensor(x)).logits
+        ours = jax.jit(lambda m, index: m(jnp.asarray(x), languages=index).logits)(model, jnp.asarray([1]))
+        harness.assert_close(ours, wanted)
 
 
 def test_two_million_parameters_a_language():

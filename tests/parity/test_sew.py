@@ -260,7 +260,7 @@ SIZES = {
     "sew_d_base_plus": (24, 768, 31, 96),
 }
 MILLIONS = {"sew_tiny": 40.7, "sew_small": 89.6, "sew_mid": 174.7, "sew_d_tiny": 24.1, "sew_d_small": 41.0}
-MILLIONS |= {"sew_d_mid": 78.8, "sew_d_base_plus": 177.0}
+MILLIONS |= {"sew_d_mid": 78.8, "sew_d_base": 175.1, "sew_d_base_plus": 177.0}
 
 
 def published(name, layers=None):

@@ -6,9 +6,16 @@ import json
 
 import numpy as np
 import pytest
+import torch
 import transformers
 
+import audiozoo
+from audiozoo import cli
 from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
+from tests.parity.speech_family import TINY
+from tests.parity.test_wav2vec2 import SETTINGS, fairseq_names
+from weights_conversion import alphabets
+from weights_conversion.readers import Record
 
 LETTERS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAOINSHRDLUMWCFGYPBVK'XJQZ"]
 VOCABULARY = {token: index for index, token in enumerate(LETTERS)}
@@ -138,3 +145,52 @@ def test_a_processor_that_we_save_loads_there(tmp_path):
     found = processor(waves()[0], sampling_rate=16_000, text="HELLO")
     np.testing.assert_allclose(found["input_values"][0], np.asarray(wanted["input_values"]).reshape(-1), atol=1e-5)
     assert found["labels"][0].tolist() == list(np.asarray(wanted["labels"]).reshape(-1))
+
+
+# --- authors' files --------------------------------------------------------------------------------------------------
+
+
+def fairseq_file(path, head, settings, cut="lm_head", **content):
+    """A tiny model of `transformers` under fairseq's names."""
+    config = transformers.Wav2Vec2Config(**(TINY | {"num_labels": 3, "vocab_size": 7}))
+    state = fairseq_names(getattr(transformers, f"Wav2Vec2{head}")(config).state_dict(), False)
+    heads = {"lm_head": "proj", "projector": "pooling_layer.linear", "classifier": "pooling_layer.projection"}
+    renamed = {}
+    for name, tensor in state.items():
+        start, _, rest = name.partition(".")
+        renamed[f"w2v_encoder.{heads[start]}.{rest}" if start in heads else f"w2v_encoder.w2v_model.{name}"] = tensor
+    cfg = {"model": {"_name": "wav2vec_ctc", "w2v_args": {"model": SETTINGS}}, "task": settings}
+    torch.save({"model": renamed, "cfg": cfg, **content}, path)
+    return path
+
+
+def test_letters_of_fairseqs_files(tmp_path):
+    """Beside the file, or in it; and what is exported has them, with how its waveforms are normalised."""
+    beside = fairseq_file(tmp_path / "beside.pt", "ForCTC", {"normalize": False})
+    with pytest.raises(ValueError, match=r"dict\.ltr\.txt"):
+        audiozoo.load_processor(beside).decode([1])
+    (tmp_path / "dict.ltr.txt").write_text("| 94802\nE 51860\nT 38431 #fairseq:overwrite\n")
+    processor = audiozoo.load_processor(beside)
+    assert processor.tokenizer.tokens() == ["<pad>", "<s>", "</s>", "<unk>", "|", "E", "T"]
+    assert not processor.feature_extractor.do_normalize
+    symbols = ["<s>", "<pad>", "</s>", "<unk>", "aɪ", "n", "ə"]
+    symbols = Record("fairseq.data.dictionary.Dictionary", state={"symbols": symbols})
+    assert alphabets.symbols_of(symbols)[4:] == ["aɪ", "n", "ə"]
+    assert Wav2Vec2CTCTokenizer.from_symbols(alphabets.symbols_of(symbols)[4:]).phonemes
+    cli._convert(str(beside), tmp_path / "hub", None, "float32", False, to_hugging_face=True)
+    theirs = transformers.Wav2Vec2Processor.from_pretrained(tmp_path / "hub")
+    assert theirs.decode([4, 5, 5, 0, 5, 6]) == processor.decode([4, 5, 5, 0, 5, 6]) == "EET"
+    assert not theirs.feature_extractor.do_normalize
+
+
+def test_names_of_fairseqs_classes(tmp_path):
+    """A classifier's names come from the dictionary beside it, whose lines are all its entries."""
+    path = fairseq_file(tmp_path / "lid.pt", "ForSequenceClassification", {"normalize": True})
+    assert audiozoo.load(path).config.id2label == ("LABEL_0", "LABEL_1", "LABEL_2")
+    (tmp_path / "dict.lang.txt").write_text("eng 3\nfra 2\ndeu 1\n")
+    model, processor = audiozoo.load(path), audiozoo.load_processor(path)
+    assert type(model).__name__ == "Wav2Vec2ForSequenceClassification"
+    assert model.config.id2label == ("eng", "fra", "deu")
+    assert processor.feature_extractor.do_normalize
+    with pytest.raises(ValueError, match="no vocabulary"):
+        processor.decode([1])

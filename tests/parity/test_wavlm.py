@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -367,3 +368,36 @@ def test_microsofts_own_model_and_file(microsofts, layered, tmp_path):
             reference.encoder.layers[1].self_attn.grep_a.detach(),
         )
         assert float(jnp.abs(tuned.label_embeddings[...]).min()) > 0
+
+
+def test_torchaudio_files(tmp_path):
+    """Its names, the three projections in one; recognised as WavLM and not as wav2vec 2.0."""
+    from audiozoo.loading import convert
+    from weights_conversion import wav2vec2
+
+    changes = LAYER | {"conv_dim": (8,) * 7, "mask_time_prob": 0.0}
+    changes |= {k: transformers.WavLMConfig().to_dict()[k] for k in ("conv_kernel", "conv_stride")}
+    with harness.precision("float32"):
+        reference = harness.randomise(transformers.WavLMModel(FAMILY.their_config(**changes)), 4, torch.float32)
+        state, named = reference.state_dict(), {}
+        for key, tensor in state.items():
+            name = key.replace("parametrizations.weight.original0", "weight_g")
+            name = name.replace("parametrizations.weight.original1", "weight_v")
+            name = name.replace("encoder.", "encoder.transformer.").replace("feature_proj", "encoder.feature_proj")
+            name = name.replace("attention.out_proj", "attention.attention.out_proj")
+            if ".v_proj." in name:
+                fused = torch.cat([state[key.replace("v_proj", f"{p}_proj")] for p in "qkv"])
+                name, tensor = name.replace("attention.v_proj.", "attention.attention.in_proj_"), fused
+            if not re.search(r"\.[qk]_proj\.", name):
+                named[name] = tensor
+        torch.save(named, tmp_path / "wavlm_tiny.pth")
+        assert conversion.recognise(tmp_path / "wavlm_tiny.pth")
+        assert not wav2vec2.recognise(tmp_path / "wavlm_tiny.pth")
+        foreign = conversion.open_checkpoint(tmp_path / "wavlm_tiny.pth")
+        assert (foreign.config.num_attention_heads, foreign.config.num_buckets) == (3, 16)
+        model = convert(foreign, wavlm.WavLMModel)
+        table, ours = conversion.hugging_face_table(model.config, "WavLMModel"), harness.parameters(model)
+        wanted = dict(table.read(harness.StateDict(state), table.steps_for(ours)))
+        assert set(ours) == set(wanted)
+        for path, value in wanted.items():
+            np.testing.assert_array_equal(ours[path], value, err_msg=path)

@@ -111,6 +111,20 @@ def test_transcribe(options):
     assert all(0.7 < w["score"] <= 1 for w in result.words)
 
 
+def test_phonemes_are_words():
+    """Heard, spaced as in the text; and aligned, several characters a phoneme."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "n": 4, "aɪ": 5, "tʃ": 6, "ə": 7}
+    tokenizer = Wav2Vec2CTCTokenizer(vocabulary, word_delimiter_token=None, phonemes=True)
+    processor = Wav2Vec2Processor(Wav2Vec2FeatureExtractor(do_normalize=False), tokenizer)
+    path = [4, 4, 0, 5, 6, 6, 0, 7]
+    result = ctc.transcribe_ctc(Spelled(), processor, spoken(path))
+    assert result.text == "n aɪ tʃ ə" == result.segments()[0]["text"]
+    assert [(w["text"], w["start"]) for w in result.words] == [("n", 0.0), ("aɪ", 0.06), ("tʃ", 0.08), ("ə", 0.14)]
+    assert ctc.transcribe_ctc(Spelled(), processor, spoken(path), beam_width=9).text == "n aɪ tʃ ə"
+    aligned = ctc.align(Spelled(), processor, spoken(path), "n aɪ tʃ ə")
+    assert [(w["text"], w["start"]) for w in aligned] == [("n", 0.0), ("aɪ", 0.06), ("tʃ", 0.08), ("ə", 0.14)]
+
+
 def test_align():
     words = ctc.align(Spelled(), PROCESSOR, spoken(PATH), "aab ca")
     assert [(w["text"], w["start"], w["end"]) for w in words] == [("aab", 0.04, 0.14), ("ca", 0.24, 0.34)]
