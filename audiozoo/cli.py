@@ -162,6 +162,8 @@ def _convert(
         if processor is not None:
             processor.save(made)
             directory = Path(made)
+            if not getattr(processor, "reads_text", True):
+                say(f"{out} will have no tokenizer, and reads no texts until one is put there", style="yellow")
         if to_hugging_face:
             with progress_bar("writing", None, "MB") as update:
                 audiozoo.export(model, out, processor_from=directory, overwrite=overwrite, progress=megabytes(update))

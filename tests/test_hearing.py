@@ -97,6 +97,20 @@ def test_embed_sounds_and_texts(command, checkpoints, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ""] == ["all.npz"]
 
 
+def test_embed_what_the_classifier_of_tags_sees(command, checkpoints):
+    """AST's pooled output, of a long recording the mean of its windows."""
+    file = checkpoints / "sounds" / "hum.wav"
+    row = json.loads(command("embed", file, "--model", checkpoints / "ast").out)
+    model, processor = audiozoo.load(checkpoints / "ast"), audiozoo.load_processor(checkpoints / "ast")
+    wave = audiozoo.audio.read(file)
+    assert len(wave) > 2 * processor.samples
+    starts = [*range(0, len(wave) - processor.samples, processor.samples), len(wave) - processor.samples]
+    windows = [wave[start : start + processor.samples] for start in starts]
+    inputs = processor(windows, sampling_rate=16_000)["input_values"]
+    pooled = audiozoo.jit(model.audio_spectrogram_transformer)(inputs).pooler_output
+    np.testing.assert_allclose(row["embedding"], np.asarray(pooled).mean(axis=0), atol=1e-5)
+
+
 def test_search_looks_once(command, checkpoints, monkeypatch, tmp_path):
     arguments = ("search", checkpoints / "sounds", "a low hum", "--model", checkpoints / "clap", "--top", 9)
     first = command(*arguments)
@@ -130,7 +144,9 @@ def test_search_looks_once(command, checkpoints, monkeypatch, tmp_path):
         (("classify", "{hum}", "--model", "{clap}", "--labels", "rain", "--template", "x"), "no {} where"),
         (("embed",), "nothing to embed"),
         (("embed", "{hum}", "-o", "out.txt"), "should end in .npz"),
-        (("embed", "{hum}", "--model", "{ast}"), "embedded by a ClapModel or a speech encoder"),
+        (("embed", "{hum}", "-o", "nowhere/out.npz"), "there is no directory nowhere"),
+        (("embed", "{hum}", "--model", "{ast}", "--text", "rain"), "embeds sounds, and no --text"),
+        (("embed", "{hum}", "--model", "{clap}", "--layer", "1"), "--layer is for speech encoders"),
         (("search", "nowhere", "rain"), "no directory nowhere"),
         (("search", "{clap}", "rain"), "holds no sound files"),
         (("search", "{sounds}", " "), "query is empty"),

@@ -6,6 +6,7 @@ models of `transformers` 5 in memory have short ones (`layers.0.attention.q_proj
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import re
 from collections.abc import Mapping
@@ -24,6 +25,13 @@ from audiozoo.models.audio_spectrogram_transformer import (
     ASTForAudioClassification,
     resize_position_embeddings,
     sum_channels,
+)
+from audiozoo.processors import extractor_settings
+from audiozoo.processors.audio_spectrogram_transformer import (
+    AUDIOSET,
+    ESC50,
+    SPEECH_COMMANDS,
+    ASTFeatureExtractor,
 )
 from weights_conversion import (
     ForeignCheckpoint,
@@ -222,8 +230,24 @@ def _grid_from(patches: int, patch: int, path: Path) -> dict[str, Any]:
     )
 
 
+def _labels_beside(path: Path, count: int) -> tuple[str, ...]:
+    """The names of the classes, which the file does not hold, from the project's list of them if it lies beside.
+
+    `class_labels_indices.csv`, also `esc_…` and `speechcommands_…`, has the columns index, mid and display_name.
+    """
+    for table in sorted(path.parent.glob("*class_labels_indices.csv")):
+        try:
+            with table.open(encoding="utf-8", newline="") as file:
+                names = {int(row["index"]): row["display_name"] for row in csv.DictReader(file)}
+        except (KeyError, TypeError, ValueError, csv.Error) as problem:
+            raise CheckpointError(f"{table} is no list of classes: index, mid, display_name ({problem}).") from None
+        if set(names) == set(range(count)):
+            return tuple(names[i] for i in range(count))
+    return tuple(f"LABEL_{i}" for i in range(count))
+
+
 def config_from_original(tensors: Tensors, path: Path) -> ASTConfig:
-    """Our configuration from the shapes in one of the project's files, and from its name."""
+    """Our configuration from the shapes in one of the project's files, from its name, and from what lies beside it."""
     prefix = "module.v." if "module.v.cls_token" in tensors.names() else "v."
     sizes = _sizes(tensors, prefix)
     patches = tensors.shape(f"{prefix}pos_embed")[1] - SPECIAL_TOKENS
@@ -232,8 +256,22 @@ def config_from_original(tensors: Tensors, path: Path) -> ASTConfig:
         **sizes,
         **_grid_from(patches, sizes["patch_size"], path),
         **ORIGINAL_EPS,
-        id2label=tuple(f"LABEL_{i}" for i in range(labels)),
+        id2label=_labels_beside(path, labels),
     )
+
+
+def features_of(config: ASTConfig) -> ASTFeatureExtractor:
+    """The features that the project's code computes for a model: each task has its own length and values."""
+    settings = {task["max_length"]: task for task in (AUDIOSET, ESC50, SPEECH_COMMANDS)}
+    known: dict[str, Any] = settings.get(config.max_length, AUDIOSET) | {"max_length": config.max_length}
+    return ASTFeatureExtractor(num_mel_bins=config.num_mel_bins, **known)
+
+
+def processor_of_file(path: Path) -> ASTFeatureExtractor:
+    """The features of one of the project's files: by settings that lie beside it, else those of its task."""
+    if extractor_settings(path.parent) is not None:
+        return ASTFeatureExtractor.from_directory(path.parent)
+    return features_of(config_from_original(open_tensors(path), path))
 
 
 # --- DeiT ------------------------------------------------------------------------------------------------------------

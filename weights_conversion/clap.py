@@ -11,10 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from audiozoo.errors import CheckpointError
+from audiozoo import hub
+from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.models.clap import ClapAudioConfig, ClapConfig
 from audiozoo.models.roberta import RobertaConfig
 from audiozoo.models.swin import relative_position_index
+from audiozoo.processors import extractor_settings
+from audiozoo.processors.clap import ClapFeatureExtractor, ClapProcessor
+from audiozoo.text.roberta_tokenizer import RobertaTokenizer
 from weights_conversion import ForeignCheckpoint, HuggingFaceForm, read_json, take
 from weights_conversion.readers import open_tensors
 from weights_conversion.rules import Ignore, Rule, Step, Table, Tensors, conv1d, conv2d, split, squeeze, transpose
@@ -363,6 +367,30 @@ def config_from_original(tensors: Tensors) -> ClapConfig:
         projection_dim=shapes["text_projection.0.bias"][0],
         embedding_mlps="text_transform.sequential.0.weight" in names,
     )
+
+
+ROBERTA = "FacebookAI/roberta-base"  # whose tokenizer LAION's code takes
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+
+
+def processor_of_file(path: Path) -> ClapProcessor:
+    """What belongs to one of LAION's files, which holds neither settings nor a tokenizer: those of LAION's code.
+
+    Settings and a tokenizer that lie beside the file come first; the tokenizer is looked for in the hub, too, and where
+    it is not found, the processor reads sounds only.
+    """
+    folder, audio = path.parent, config_from_original(open_tensors(path)).audio_config
+    if extractor_settings(folder) is not None:
+        features = ClapFeatureExtractor.from_directory(folder)
+    else:
+        features = ClapFeatureExtractor.laion(audio.enable_fusion)
+        features.feature_size = audio.num_mel_bins
+    for look in (lambda: folder, lambda: hub.resolve(ROBERTA, patterns=_TOKENIZER_FILES)):
+        try:
+            return ClapProcessor(features, RobertaTokenizer.from_directory(look()))
+        except SourceError:
+            continue
+    return ClapProcessor(features, None)
 
 
 _MARKS = {

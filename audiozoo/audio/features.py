@@ -47,6 +47,17 @@ def frame(x: Float[Array, "*batch time"], length: int, hop: int) -> Float[Array,
     return jnp.concatenate(views, axis=-1)
 
 
+def covering(waveform: Float[np.ndarray, " time"], length: int) -> list[Float[np.ndarray, " samples"]]:
+    """Windows of `length` samples that cover a waveform: end to end, but the last is flush with its end.
+
+    What is not longer than a window, or no waveform at all, is the only one.
+    """
+    if waveform.ndim != 1 or len(waveform) <= length:
+        return [waveform]
+    starts = [*range(0, len(waveform) - length, length), len(waveform) - length]
+    return [waveform[start : start + length] for start in starts]
+
+
 def stft(
     x: Float[Array, "*batch time"],
     n_fft: int,

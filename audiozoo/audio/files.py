@@ -262,6 +262,19 @@ def resample(waveform: ArrayLike, from_rate: int, to_rate: int, axis: int = -1) 
     return np.moveaxis(converted.reshape(-1, *time_first.shape[1:]), 0, axis)
 
 
+def container_of(path: Path) -> str:
+    """libsndfile's name of the container that a path's suffix stands for.
+
+    Raises:
+        UsageError: if it can write none.
+    """
+    suffix = path.suffix.lower().lstrip(".")
+    container = "OGG" if suffix == "opus" else suffix.upper()
+    if container not in soundfile.available_formats():
+        raise UsageError(f"Cannot write '{path}': libsndfile knows no format '{suffix}'; use wav, flac, ogg or mp3.")
+    return container
+
+
 def write(path: str | os.PathLike[str], waveform: ArrayLike, sampling_rate: int, subtype: str | None = None) -> None:
     """Write a sound file under a temporary name and then rename it, so that no half-written file is ever left.
 
@@ -281,11 +294,8 @@ def write(path: str | os.PathLike[str], waveform: ArrayLike, sampling_rate: int,
         )
     for channel in np.atleast_2d(samples):
         check_waveform(channel, minimum_samples=1)
-    suffix = path.suffix.lower().lstrip(".")
-    container = "OGG" if suffix == "opus" else suffix.upper()
-    if container not in soundfile.available_formats():
-        raise UsageError(f"Cannot write '{path}': libsndfile knows no format '{suffix}'; use wav, flac, ogg or mp3.")
-    if suffix == "opus" and subtype is None:
+    container = container_of(path)
+    if path.suffix.lower() == ".opus" and subtype is None:
         subtype = "OPUS"
     if not path.parent.is_dir():
         raise SourceError(f"Cannot write '{path}': there is no directory '{path.parent}'.")

@@ -8,10 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from audiozoo.commands import terminal
+from audiozoo.commands.speech import check_output
 from audiozoo.commands.terminal import check_file, progress_bar, say, written_whole
-from audiozoo.errors import SourceError, UsageError
+from audiozoo.errors import UsageError
 
 ARRANGER = "sweetcocoa/pop2piano"
+RATE = 44_100  # Hz of the sounds that are read and written
 
 
 def piano(
@@ -21,7 +23,11 @@ def piano(
     model: Annotated[str | None, typer.Option(help=f"hub id, directory or file; by default {ARRANGER}")] = None,
     tracker: Annotated[str | None, typer.Option(help="of the beats: librosa, essentia or madmom")] = None,
     batch_size: Annotated[int, typer.Option(help="segments of two bars at a time")] = 16,
-    sound: Annotated[Path | None, typer.Option(help="also write how it sounds, on sine waves")] = None,
+    sound: Annotated[Path | None, typer.Option(help="also write how it sounds: a sound file")] = None,
+    mix: Annotated[Path | None, typer.Option(help="also write it on the left, the song on the right")] = None,
+    soundfont: Annotated[
+        Path | None, typer.Option(help="an .sf2 file that FluidSynth plays it on; by default sine waves")
+    ] = None,
 ) -> None:
     """Arrange a song for the piano."""
     check_file(song)
@@ -29,13 +35,24 @@ def piano(
         raise UsageError(f"--batch-size is {batch_size}; at least one segment has to be arranged at a time.")
     if output.suffix not in (".mid", ".midi"):
         raise UsageError(f"{output} should end in .mid.")
-    if not output.absolute().parent.is_dir():
-        raise SourceError(f"There is no directory {output.absolute().parent} to write {output.name} to.")
-    terminal.keep_compiled_programs()
-    import numpy as np
+    from audiozoo.audio.beats import TRACKERS
+    from audiozoo.audio.files import container_of
 
+    check_output(output)
+    for place in (sound, mix):
+        if place is not None:
+            check_output(place)
+            container_of(place)
+    if soundfont is not None:
+        check_file(str(soundfont))
+        if sound is None and mix is None:
+            raise UsageError("--soundfont is what --sound or --mix is played on; say where to write one of them.")
+    if tracker not in (None, *TRACKERS):
+        raise UsageError(f"There is no beat tracker {tracker!r}; there are {', '.join(TRACKERS)}.")
+    terminal.keep_compiled_programs()
     import audiozoo
     from audiozoo import audio
+    from audiozoo.audio.midi import beside, played
     from audiozoo.models.pop2piano import arrange
 
     source = model or ARRANGER
@@ -46,20 +63,18 @@ def piano(
     processor = audiozoo.load_processor(source)
     if tracker is not None:
         processor.feature_extractor.tracker = tracker
+    heard = audio.read(song, RATE)
     with progress_bar(Path(song).name, None, "segments") as update:
         midi = arrange(
-            arranger,
-            processor,
-            audio.read(song, 44_100),
-            sampling_rate=44_100,
-            composer=composer,
-            batch_size=batch_size,
-            progress=update,
+            arranger, processor, heard, sampling_rate=RATE, composer=composer, batch_size=batch_size, progress=update
         )
     with written_whole(output) as temporary:
         midi.write(str(temporary))
-    if sound is not None:
-        played = midi.synthesize(fs=44_100)
-        audio.write(sound, (0.8 * played / max(float(np.abs(played).max()), 1e-9)).astype(np.float32), 44_100)
+    if sound is not None or mix is not None:
+        performed = played(midi, RATE, soundfont)
+        if sound is not None:
+            audio.write(sound, performed, RATE)
+        if mix is not None:
+            audio.write(mix, beside(performed, heard), RATE)
     count = len(midi.instruments[0].notes)
     say(f"{count} notes in {midi.get_end_time():.1f} s: {output}")

@@ -13,12 +13,14 @@ import numpy as np
 import typer
 
 from audiozoo.commands import terminal
+from audiozoo.commands.speech import check_output
 from audiozoo.commands.terminal import check_file, progress_bar, say, written_whole
 from audiozoo.errors import AudiozooError, SourceError, UsageError
 
 TAGGER = "MIT/ast-finetuned-audioset-10-10-0.4593"
 MATCHER = "laion/clap-htsat-unfused"
 SOUNDS = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".m4a", ".aac", ".webm"})
+_EMBEDDERS = {"ClapModel": "clap", "ASTModel": "ast", "ASTForAudioClassification": "ast"}
 SAVE_EVERY = 50  # new embeddings after which a search writes what it has, so that an interrupted one goes on from there
 
 Model = Annotated[str | None, typer.Option(help=f"hub id, directory or file; by default {MATCHER}")]
@@ -86,37 +88,40 @@ def embed(
         int | None, typer.Option(help="of a speech encoder: whose frames; 0 is the Transformer's input")
     ] = None,
 ) -> None:
-    """Embed sounds and texts in CLAP's space, where the product of two says how well they fit; or speech.
+    """Embed sounds and texts in CLAP's space, where the product of two says how well they fit; or sounds alone.
 
-    A speech encoder (wav2vec 2.0, HuBERT, WavLM, ...) gives the vector of the speaker, where it has a head for that, or
-    the mean of the frames. The .npz file of a single recording holds the frames and their times as well.
+    AST gives what its classifier sees. A speech encoder (wav2vec 2.0, HuBERT, WavLM, ...) gives the vector of the
+    speaker, where it has a head for that, or the mean of the frames. The .npz file of a single recording holds the
+    frames and their times as well.
     """
     files, text = files or [], text or []
     if not files and not text:
         raise UsageError("There is nothing to embed; name sound files, or texts with --text.")
     for file in files:
         check_file(file)
-    if output is not None and output.suffix != ".npz":
-        raise UsageError(f"{output} should end in .npz.")
+    if output is not None:
+        if output.suffix != ".npz":
+            raise UsageError(f"{output} should end in .npz.")
+        check_output(output)
     terminal.keep_compiled_programs()
     from audiozoo.models.clap import embed_text
 
-    matcher, processor, speech = _embedder(model or MATCHER)
-    if speech and text:
-        raise UsageError(f"{model} is a speech encoder: it embeds sounds, and no --text.")
-    if layer is not None and not speech:
-        raise UsageError(f"--layer is for speech encoders; {model or MATCHER} has one embedding of a sound.")
-    rows: list[np.ndarray] = []
+    source = model or MATCHER
+    embedder, processor, kind = _embedder(source)
+    if text and kind != "clap":
+        raise UsageError(f"{source} holds a {type(embedder).__name__}: it embeds sounds, and no --text.")
+    if layer is not None and kind != "speech":
+        raise UsageError(f"--layer is for speech encoders; {source} has one embedding of a sound.")
+    rows: list[np.ndarray] = list(embed_text(embedder, processor, text)) if text else []
     more: dict[str, np.ndarray] = {}
     with progress_bar("embedding", len(files), "files") as update:
-        for count, file in enumerate(files, 1):
-            if speech:
-                more = _speech_embedding(matcher, processor, file, layer)
-                rows.append(more.get("embedding", more["mean"]))
+        for count, file in enumerate(files):
+            if kind == "speech":
+                more = _speech_embedding(embedder, processor, file, layer)
+                rows.insert(count, more.get("embedding", more["mean"]))
             else:
-                rows.append(_embedding(matcher, processor, file))
-            update(count, len(files))
-    rows += list(embed_text(matcher, processor, text)) if text else []
+                rows.insert(count, _embedding(embedder, processor, file))
+            update(count + 1, len(files))
     names = [*files, *text]
     if output is None:
         for name, row in zip(names, rows, strict=True):
@@ -222,9 +227,15 @@ def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _identity(path: Path) -> str:
-    """What tells one checkpoint from another, and from itself after a change: names, sizes and times of its files."""
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    """What tells one checkpoint from another, and from itself after a change: names, sizes and times of its files.
+
+    And the release of audiozoo, which may compute other features than the last one.
+    """
+    import audiozoo
+
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     parts = [f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    parts.append(audiozoo.__version__)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 
@@ -237,16 +248,15 @@ def _matcher(source: str) -> tuple[Any, Any]:
     return matcher, audiozoo.load_processor(source)
 
 
-def _embedder(source: str) -> tuple[Any, Any, bool]:
-    """What embeds sounds, its processor, and whether it is a speech encoder."""
+def _embedder(source: str) -> tuple[Any, Any, str]:
+    """What embeds sounds, its processor, and its kind: clap, ast or speech."""
     import audiozoo
 
     model = audiozoo.load(source)
-    if (name := type(model).__name__) != "ClapModel" and not hasattr(
-        getattr(model, "backbone", model), "frame_lengths"
-    ):
-        raise UsageError(f"{source} holds a {name}; sounds are embedded by a ClapModel or a speech encoder.")
-    return model, audiozoo.load_processor(source), name != "ClapModel"
+    kind = _EMBEDDERS.get(name := type(model).__name__)
+    if kind is None and not hasattr(getattr(model, "backbone", model), "frame_lengths"):
+        raise UsageError(f"{source} holds a {name}; sounds are embedded by a ClapModel, an AST or a speech encoder.")
+    return model, audiozoo.load_processor(source), kind or "speech"
 
 
 def _speech_embedding(model: Any, processor: Any, file: str, layer: int | None) -> dict[str, np.ndarray]:
@@ -257,9 +267,11 @@ def _speech_embedding(model: Any, processor: Any, file: str, layer: int | None) 
     return embed_speech(model, processor, audio.read(file, rate), layer=layer)
 
 
-def _embedding(matcher: Any, processor: Any, file: str) -> np.ndarray:
+def _embedding(model: Any, processor: Any, file: str) -> np.ndarray:
     from audiozoo import audio
-    from audiozoo.models.clap import embed_audio
+    from audiozoo.models import audio_spectrogram_transformer, clap
 
-    rate = processor.feature_extractor.sampling_rate
-    return embed_audio(matcher, processor, audio.read(file, rate), sampling_rate=rate)
+    rate = getattr(processor, "feature_extractor", processor).sampling_rate
+    matches = type(model).__name__ == "ClapModel"
+    embed_sound: Any = clap.embed_audio if matches else audio_spectrogram_transformer.embed
+    return embed_sound(model, processor, audio.read(file, rate), sampling_rate=rate)

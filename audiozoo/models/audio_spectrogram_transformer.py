@@ -18,6 +18,7 @@ number of input channels and the shape of the position table, hence its ImageNet
 | §2.1, [CLS] token and positions; §2.2, DeiT's second token | `ASTEmbeddings` |
 | §2.1, Transformer encoder | `ASTAttention`, `ASTMLP`, `ASTLayer`, `ASTModel` |
 | §2.1, linear layer with sigmoid | `ASTMLPHead`, `ASTForAudioClassification`, `classify` |
+| §2.1, what stands for the whole sound | `embed` |
 | §2.2, channel averaging of the patch weights | `sum_channels` |
 | §2.2, cut and bilinear interpolation of the positions | `resize_position_embeddings`, `resized` |
 | §3.1, mixup, SpecAugment | `mixup`, `draw_spans`, `spec_augment` |
@@ -56,6 +57,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from audiozoo.audio.features import covering
 from audiozoo.errors import UsageError
 from audiozoo.layers import (
     Dropout,
@@ -588,6 +590,37 @@ def _logits(model: ASTForAudioClassification, input_values: jax.Array) -> jax.Ar
     return model(input_values).logits
 
 
+@jax.jit
+def _pooled(model: ASTModel, input_values: jax.Array) -> jax.Array:
+    return model(input_values).pooler_output
+
+
+def _inputs(processor: Any, audio: Any, sampling_rate: int) -> list[jax.Array]:
+    """Features of windows that cover a recording."""
+    pieces = covering(np.asarray(audio), processor.samples)
+    return [jnp.asarray(processor(piece, sampling_rate=sampling_rate)["input_values"]) for piece in pieces]
+
+
+def embed(
+    model: ASTModel | ASTForAudioClassification,
+    processor: Any,
+    audio: Float[np.ndarray, " time"],
+    *,
+    sampling_rate: int = 16_000,
+) -> Float[np.ndarray, " hidden"]:
+    """§2.1: what stands for the whole sound, the mean of [CLS] and [DIST]; of a long recording, the mean of windows.
+
+    Args:
+        model: the encoder, or a classifier around it.
+        processor: of the same checkpoint.
+        audio: mono waveform in [-1, 1]; covered by windows as in `classify`.
+        sampling_rate: Hz of `audio`, to be checked.
+    """
+    encoder = getattr(model, "audio_spectrogram_transformer", model)
+    rows = [_pooled(encoder, x)[0] for x in _inputs(processor, audio, sampling_rate)]
+    return np.mean(np.stack([np.asarray(row, np.float64) for row in rows]), axis=0).astype(np.float32)
+
+
 def classify(
     model: ASTForAudioClassification,
     processor: Any,
@@ -615,18 +648,13 @@ def classify(
     """
     if top < 1:
         raise UsageError(f"top is {top}; at least one label is to be named.")
-    audio = np.asarray(audio)
-    window = processor.samples
-    starts = [0]
-    if audio.ndim == 1 and len(audio) > window:
-        starts = sorted({*range(0, len(audio) - window, window), len(audio) - window})
-    total = np.zeros(model.config.num_labels)
-    for start in starts:
-        inputs = processor(audio[start : start + window] if audio.ndim == 1 else audio, sampling_rate=sampling_rate)
-        logits = _logits(model, jnp.asarray(inputs["input_values"]))
-        total += np.asarray(scores(logits, model.config, problem_type), np.float64).mean(axis=0)
-    order = np.argsort(-total, kind="stable")[:top]
-    return [(model.config.id2label[i], float(total[i] / len(starts))) for i in order]
+    found = [
+        np.asarray(scores(_logits(model, x), model.config, problem_type), np.float64)[0]
+        for x in _inputs(processor, audio, sampling_rate)
+    ]
+    mean = np.mean(found, axis=0)
+    order = np.argsort(-mean, kind="stable")[:top]
+    return [(model.config.id2label[i], float(mean[i])) for i in order]
 
 
 def attention_rollout(

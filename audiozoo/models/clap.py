@@ -62,6 +62,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from audiozoo.audio.features import covering
 from audiozoo.errors import UsageError
 from audiozoo.layers import Conv1d, Dropout, LayerNorm, Linear, activation, promote
 from audiozoo.layers.batch_norm import BatchNorm
@@ -541,7 +542,7 @@ class ClapAudioEncoder(nnx.Module):
         config, train = self.config, key is not None
         dropout = Dropout(key)
         views = 4 if config.enable_fusion else 1
-        if input_features.ndim != 4 or input_features.shape[1] != views:
+        if input_features.ndim != 4 or input_features.shape[1::2] != (views, config.num_mel_bins):
             raise UsageError(
                 f"The features have shape {tuple(input_features.shape)}; this model takes (batch, {views}, frames, "
                 f"{config.num_mel_bins})."
@@ -976,13 +977,9 @@ def embed_audio(
         sampling_rate: Hz of `audio`, to be checked.
     """
     audio = np.asarray(audio)
-    window = processor.feature_extractor.nb_max_samples
-    pieces = [audio]
-    if not model.config.audio_config.enable_fusion and audio.ndim == 1 and len(audio) > window:
-        starts = sorted({*range(0, len(audio) - window, window), len(audio) - window})
-        pieces = [audio[start : start + window] for start in starts]
+    fuses, window = model.config.audio_config.enable_fusion, processor.feature_extractor.nb_max_samples
     total = np.zeros(model.config.projection_dim)
-    for piece in pieces:
+    for piece in [audio] if fuses else covering(audio, window):
         inputs = processor(audio=piece, sampling_rate=sampling_rate)
         features, is_longer = jnp.asarray(inputs["input_features"]), jnp.asarray(inputs["is_longer"])
         total += np.asarray(_audio_features(model, features, is_longer), np.float64).sum(axis=0)

@@ -21,9 +21,10 @@ and it needs neither melody nor chords.
 | §4.2, training: cross-entropy, Adafactor, two-bar crops | `Pop2PianoForConditionalGeneration`, `Pop2PianoRecipe` |
 | §5, song to MIDI | `arrange` |
 
-`transformers` differs in three places, each shown by a test: its `encode` writes absolute times where its `decode` (and
-the training data) has differences, so notes do not survive the round trip; its `batch_decode` loses its place from the
-third song on; and it feeds the beat tracker whatever sampling rate it is given.
+`transformers` differs in five places, each shown by a test: its `encode` writes absolute times where its `decode` (and
+the training data) has differences, so notes do not survive the round trip; it begins a note where one ends that never
+began; a token beyond the vocabulary leads it back in time; its `batch_decode` loses its place from the third song on;
+and it feeds the beat tracker whatever sampling rate it is given.
 
 Checkpoints: `sweetcocoa/pop2piano`, and the authors' `model-1999-val_0.67311615.ckpt`.
 

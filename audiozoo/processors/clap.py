@@ -282,24 +282,48 @@ class ClapFeatureExtractor(FeatureExtractor):
 class ClapProcessor:
     """Feature extractor and tokenizer of one checkpoint, called as the `transformers` class is.
 
-    Attributes:
+    Args:
         feature_extractor: waveforms to spectrograms.
-        tokenizer: text to tokens and back.
+        tokenizer: text to tokens and back; without one, sounds alone are read.
     """
 
-    def __init__(self, feature_extractor: ClapFeatureExtractor, tokenizer: RobertaTokenizer) -> None:
+    def __init__(self, feature_extractor: ClapFeatureExtractor, tokenizer: RobertaTokenizer | None) -> None:
         self.feature_extractor = feature_extractor
-        self.tokenizer = tokenizer
+        self._tokenizer = tokenizer
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether there is a tokenizer."""
+        return self._tokenizer is not None
+
+    @property
+    def tokenizer(self) -> RobertaTokenizer:
+        """Text to tokens and back.
+
+        Raises:
+            SourceError: if the checkpoint came without one, as LAION's own files do.
+        """
+        if self._tokenizer is None:
+            raise SourceError(
+                "This CLAP came without a tokenizer, and reads no text: put the files of roberta-base beside it "
+                "(tokenizer.json, or vocab.json with merges.txt)."
+            )
+        return self._tokenizer
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike[str]) -> ClapProcessor:
-        """From the files of a checkpoint directory."""
-        return cls(ClapFeatureExtractor.from_directory(directory), RobertaTokenizer.from_directory(directory))
+        """From the files of a checkpoint directory, of which those of the tokenizer may be missing."""
+        features = ClapFeatureExtractor.from_directory(directory)
+        try:
+            return cls(features, RobertaTokenizer.from_directory(directory))
+        except SourceError:
+            return cls(features, None)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the files that `from_directory` and `transformers` read."""
         self.feature_extractor.save(directory)
-        self.tokenizer.save(directory)
+        if self.reads_text:
+            self.tokenizer.save(directory)
 
     def __call__(
         self,

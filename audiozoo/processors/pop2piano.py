@@ -233,7 +233,10 @@ class Pop2PianoTokenizer:
                 raise CheckpointError(f"The vocabulary has a token {name!r}, which is none of Pop2Piano's.")
             self.decoder[number] = (kind, int(value))
         self.default_velocity, self.num_bars = default_velocity, num_bars
-        self.longest_shift = max(value for kind, value in self.decoder.values() if kind == TIME)
+        shifts = {value: number for number, (kind, value) in self.decoder.items() if kind == TIME}
+        if 0 not in shifts:
+            raise CheckpointError("The vocabulary has no token for time 0, on which Pop2Piano's others are built.")
+        self.longest_shift, self.first_shift = max(shifts), shifts[0]
 
     pad_token_id, eos_token_id, bos_token_id = 0, 1, 2
 
@@ -261,7 +264,8 @@ class Pop2PianoTokenizer:
         """The tokens of notes.
 
         Args:
-            notes: `(notes, 4)`: onset, offset, pitch, velocity; times are rounded to half beats.
+            notes: `(notes, 4)`: onset, offset, pitch, velocity; times are rounded to half beats, of which a note lasts
+                one at least, as in the training data.
             offset: the half beat at which the segment begins.
             add_eos: end with the end token, as labels do.
             relative: write the time since the last event, as the model was trained; `transformers` writes the time
@@ -275,6 +279,7 @@ class Pop2PianoTokenizer:
         )
         if len(table) and (table[:, 0].min() < offset or (table[:, 1] < table[:, 0]).any()):
             raise UsageError(f"A note begins before the segment, at half beat {offset}, or ends before it begins.")
+        table[:, 1] = np.maximum(table[:, 1], table[:, 0] + 1)
         events: dict[int, list[tuple[int, int]]] = {}
         for onset, end, pitch, velocity in table.tolist():
             events.setdefault(onset - offset, []).append((pitch, int(velocity > 0)))
@@ -304,7 +309,8 @@ class Pop2PianoTokenizer:
         """The notes of one segment's tokens, in order of onset.
 
         What sounds when the segment ends is ended by force. The end of a note that never began is passed over, as in
-        the authors' code; `transformers` begins a note there.
+        the authors' code; `transformers` begins a note there. Numbers beyond the vocabulary's are longer shifts of
+        time, as in the authors' code; `transformers` goes back by one half beat, and out of the song.
 
         Args:
             tokens: up to the end token, or all of them.
@@ -315,7 +321,7 @@ class Pop2PianoTokenizer:
         sounding: dict[int, int] = {}
         notes = []
         for token in np.asarray(tokens).reshape(-1).tolist():
-            kind, value = self.decoder.get(token, (TIME, -1))  # as in the original, an unknown token goes back one step
+            kind, value = self.decoder.get(token, (TIME, max(token - self.first_shift, 0)))
             if kind == SPECIAL and value == 1:
                 break
             if kind == TIME:
@@ -389,7 +395,7 @@ class Pop2PianoTokenizer:
         mask = feature_extractor_output.get("attention_mask")
         if mask is None and len(steps) > 1:
             raise UsageError("Several songs need the masks of the feature extractor: return_attention_mask=True.")
-        rows = len(tokens) if mask is None else len(mask)
+        rows = -(-steps.shape[1] // (self.num_bars * STEPS_PER_BAR)) if mask is None else len(mask)
         if len(tokens) != rows:
             raise UsageError(f"There are tokens of {len(tokens)} segments and features of {rows}.")
         ends = [rows] if mask is None else np.flatnonzero(np.asarray(mask)[:, 0] == 0).tolist()

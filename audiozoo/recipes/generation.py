@@ -360,8 +360,11 @@ class Arrangement(Objective):
     def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
         """See `Objective`."""
         beats = np.asarray(_needed(fields, "beats", "the times of beats"), np.float64)
-        notes = np.asarray(_needed(fields, "notes", "notes in half beats"), np.float64).reshape(-1, 4)
-        row = pop2piano.Pop2PianoGenerationConfig().row(str(_needed(fields, "composer", "arrangers")))
+        notes = np.round(np.asarray(_needed(fields, "notes", "notes in half beats"), np.float64).reshape(-1, 4))
+        composer = str(_needed(fields, "composer", "arrangers"))
+        row = pop2piano.Pop2PianoGenerationConfig().row(composer)
+        if row >= config.composer_vocab_size:
+            raise UsageError(f"The model has {config.composer_vocab_size} arrangers, and {composer} is none of them.")
         steps = processor.feature_extractor.num_bars * STEPS_PER_BAR  # half beats of a segment
         if len(beats) <= steps // 2:
             raise UsageError(f"A song needs more than the {len(beats)} beats that it has, for one segment.")
@@ -375,7 +378,7 @@ class Arrangement(Objective):
             "input_features": features,
             "attention_mask": np.ones(len(features), np.int32),
             "labels": labels.astype(np.int32),
-            "composer": np.asarray(row % config.composer_vocab_size, np.int32),
+            "composer": np.asarray(row, np.int32),
         }
 
     def loss(self, processor: Any) -> LossFunction:

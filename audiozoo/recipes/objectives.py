@@ -363,7 +363,11 @@ class Utterance(Objective):
 
 @dataclass(frozen=True)
 class Contrastive(Objective):
-    """CLAP, §3.1: every sound finds its text among those of the whole batch, over all devices, and the other way."""
+    """CLAP, §3.1: every sound finds its text among those of the whole batch, over all devices, and the other way.
+
+    A model that fuses (§3.3) learns from the shrunk whole and three windows, drawn anew each time; `Settings.seconds`
+    has then to be more than the ten that others hear.
+    """
 
     whole: bool = field(default=False, kw_only=True)
 
@@ -375,6 +379,11 @@ class Contrastive(Objective):
     def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
         """See `Objective`."""
         extractor = processor.feature_extractor
+        text = processor.tokenizer([text_of(fields)], padding=False, truncation=True, max_length=77)
+        words = {n: np.asarray(text[n][0], np.int32) for n in ("input_ids", "attention_mask")}
+        if extractor.truncation == "fusion":
+            views = extractor(waveform, sampling_rate=extractor.sampling_rate, crops="random", rng=rng)
+            return {n: array[0] for n, array in views.items()} | words
         length = extractor.nb_max_samples
         if len(waveform) > length:
             start = int(rng.integers(len(waveform) - length + 1))
@@ -383,22 +392,24 @@ class Contrastive(Objective):
             times = length / len(waveform)
             repeats = int(np.ceil(times)) if extractor.padding == "repeat" else int(times)
             waveform = np.tile(waveform, repeats)[:length]
-        waveform = np.pad(waveform, (0, length - len(waveform))).astype(np.float32)
-        text = processor.tokenizer([text_of(fields)], padding=False, truncation=True, max_length=77)
-        return {"waveform": waveform} | {n: np.asarray(text[n][0], np.int32) for n in ("input_ids", "attention_mask")}
+        return {"waveform": np.pad(waveform, (0, length - len(waveform))).astype(np.float32)} | words
 
     def loss(self, processor: Any) -> Callable[[dict[str, Any], Any, Turn], Loss]:
         """See `Objective`."""
 
         def loss(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
+            features = batch.get("input_features")
+            if features is None:
+                features = processor.feature_extractor.in_jax(batch["waveform"])
             output = networks["model"](
                 batch["input_ids"],
-                processor.feature_extractor.in_jax(batch["waveform"]),
+                features,
+                batch.get("is_longer"),
                 attention_mask=batch["attention_mask"],
                 return_loss=True,
                 key=turn.key if turn.training else None,
             )
-            pairs = len(batch["waveform"])
+            pairs = len(features)
             found = (output.logits_per_audio.argmax(axis=-1) == jnp.arange(pairs)).sum()
             return Loss(output.loss * pairs, pairs, {"accuracy": found})
 

@@ -24,7 +24,10 @@ from audiozoo.layers import Dropout
 from audiozoo.layers.batch_norm import BatchNorm, writable
 from audiozoo.models import clap, roberta, swin
 from audiozoo.processors.clap import ClapFeatureExtractor, ClapProcessor
+from audiozoo.recipes import recipe
 from audiozoo.text.roberta_tokenizer import RobertaTokenizer
+from audiozoo.training.data import collate
+from audiozoo.training.loop import Turn
 from tests.models.random_model import random_model
 from tests.shapes import enforce
 from tests.text.tiny_bpe import MERGES, vocabulary
@@ -119,6 +122,8 @@ def test_mistakes_get_a_sentence():
         fused(**x)
     with pytest.raises(UsageError, match="is_longer"):
         fused.audio_model(jnp.zeros((1, 4, 60, 16)))
+    with pytest.raises(UsageError, match=r"takes \(batch, 1, frames, 16\)"):
+        model.get_audio_features(jnp.zeros((1, 1, 60, 64)))
     with pytest.raises(UsageError, match="65 frames"):
         model.get_audio_features(jnp.zeros((1, 1, 65, 16)))
     with pytest.raises(UsageError, match="no tagging head"):
@@ -307,6 +312,30 @@ def test_clamping_touches_the_scales_alone():
     np.testing.assert_array_equal(before, after)
 
 
+def test_a_model_that_fuses_learns_from_four_views():
+    """§3.3 in training: what is longer is seen whole and through windows drawn anew; what is not, is not fused."""
+    processor, objective = tiny_processor(fusion=True), recipe("clap").objective
+    model = tiny(enable_fusion=True, depths=(1,), hidden_size=8, num_attention_heads=(2,))
+    rng, waves = np.random.default_rng(0), (sound("high", 0, 5.0), sound("low", 1, 1.0))
+    draw = [
+        [objective.prepare(processor, model.config, wave, {"text": "the dog"}, rng) for wave in waves] for _ in "ab"
+    ]
+    batch, other = (collate(examples, objective.padding(processor), 10_000) for examples in draw)
+    assert batch["input_features"].shape == (2, 4, 61, 16)
+    assert batch["is_longer"].tolist() == [[True], [False]]
+    np.testing.assert_array_equal(batch["input_features"][0, 0], other["input_features"][0, 0])  # the shrunk whole
+    assert (batch["input_features"][0, 1:] != other["input_features"][0, 1:]).any(axis=(1, 2)).all()
+    np.testing.assert_array_equal(batch["input_features"][1], other["input_features"][1])
+    turn = Turn(step=jnp.int32(0), key=jax.random.key(0), training=False)
+    found, wanted = jax.jit(
+        lambda model, x: (
+            objective.loss(processor)({"model": model}, x, turn),
+            model(x["input_ids"], x["input_features"], x["is_longer"], x["attention_mask"], return_loss=True),
+        )
+    )(model, jax.tree.map(jnp.asarray, batch))
+    assert float(found.total) == pytest.approx(2 * float(wanted.loss), rel=1e-5)
+
+
 def test_the_recipe_warms_up_and_decays():
     optimiser = clap.ClapRecipe(warmup_steps=10).optimizer(100)
     params = {"w": jnp.ones(())}
@@ -378,7 +407,7 @@ def test_processor_mistakes(tmp_path):
     (tmp_path / "config.json").write_text('{"audio_config": {"enable_fusion": true}}')
     assert ClapFeatureExtractor.from_directory(tmp_path).truncation == "fusion"
     with pytest.raises(SourceError, match=r"merges\.txt"):
-        ClapProcessor.from_directory(tmp_path)
+        ClapProcessor.from_directory(tmp_path)(text="a dog")
     (tmp_path / "preprocessor_config.json").write_text('{"feature_extractor_type": "ASTFeatureExtractor"}')
     with pytest.raises(CheckpointError, match="ASTFeatureExtractor"):
         ClapFeatureExtractor.from_directory(tmp_path)

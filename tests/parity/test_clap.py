@@ -6,7 +6,9 @@ parameter names.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +20,23 @@ from flax import nnx
 from transformers.models.clap import modeling_clap
 
 import audiozoo
-from audiozoo.errors import CheckpointError
+from audiozoo import cli
+from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.layers import Dropout, abstract, activations
-from audiozoo.models import clap, swin
+from audiozoo.models import clap, roberta, swin
+from audiozoo.processors.clap import ClapFeatureExtractor
+from audiozoo.text.roberta_tokenizer import RobertaTokenizer
 from tests.parity import harness
+from tests.text.tiny_bpe import MERGES, vocabulary
 from weights_conversion.clap import (
     ORIGINAL_TABLE,
+    _roberta,
     config_from_hugging_face,
     config_from_original,
     hugging_face,
     hugging_face_table,
 )
+from weights_conversion.rules import Ignore, Table
 
 TEXT = {
     "vocab_size": 40,
@@ -348,6 +356,42 @@ def test_a_shifted_window_sees_its_neighbours_only():
     assert reached.sum() == 4
 
 
+ROBERTA = Table(_roberta("", ""), ignored=(Ignore(r"embeddings\.(position_ids|token_type_ids)", "tables"),))
+
+
+def test_roberta_alone():
+    """The paper's own encoder, at its own eps, to its longest text; and positions that are given."""
+    theirs_config = transformers.RobertaConfig(**(TEXT | {"layer_norm_eps": 1e-5}), attn_implementation="eager")
+    reference = harness.randomise(transformers.RobertaModel(theirs_config))
+    names = {f.name for f in dataclasses.fields(roberta.RobertaConfig)}
+    config = roberta.RobertaConfig(**{n: v for n, v in theirs_config.to_dict().items() if n in names})
+    model = abstract(lambda rngs: roberta.RobertaModel(config, param_dtype=jnp.float64, rngs=rngs))
+    flat = [(p, v.replace(jnp.zeros(v.shape, v.dtype))) for p, v in nnx.to_flat_state(nnx.state(model))]
+    model = harness.port(reference, nnx.merge(nnx.graphdef(model), nnx.from_flat_state(flat)), ROBERTA)
+    ids = np.random.default_rng(0).integers(3, 40, (2, config.longest_text))
+    mask = np.ones_like(ids)
+    ids[1, 5:], mask[1, 5:] = config.pad_token_id, 0
+    run, counted = audiozoo.jit(model), roberta.positions_of(jnp.asarray(ids), config.pad_token_id)
+    backwards = np.arange(2, 2 + config.longest_text)[None, ::-1].repeat(2, axis=0)
+    for ours, given in ((counted, {}), (jnp.asarray(backwards), {"position_ids": torch.tensor(backwards.copy())})):
+        with torch.no_grad():
+            theirs = reference(torch.tensor(ids), torch.tensor(mask), **given, output_hidden_states=True)
+        harness.compare_outputs(run(jnp.asarray(ids), jnp.asarray(mask), ours, output_hidden_states=True), theirs)
+
+
+@pytest.mark.parametrize(("size", "millions"), [("base", 124.6), ("large", 355.4)])
+def test_robertas_published_sizes(size, millions):
+    config = getattr(roberta.RobertaConfig, size)()
+    theirs = transformers.RobertaConfig(
+        **{f.name: getattr(config, f.name) for f in dataclasses.fields(config)}, bos_token_id=0, eos_token_id=2
+    )
+    with harness.precision("float32"):
+        count = harness.assert_same_shapes(
+            lambda: transformers.RobertaModel(theirs), lambda: roberta.RobertaModel(config, rngs=nnx.Rngs(0)), ROBERTA
+        )
+    assert round(count / 1e6, 1) == millions
+
+
 # --- directories -----------------------------------------------------------------------------------------------------
 
 
@@ -611,11 +655,44 @@ def test_laions_files(tmp_path, fusion):
     written = dict(ORIGINAL_TABLE.write(harness.parameters(model)))
     for name, array in written.items():
         np.testing.assert_array_equal(array, names[f"module.{name}"].numpy(), err_msg=name)
+    features = audiozoo.load_processor(tmp_path / "630k-best.pt").feature_extractor
+    wanted = vars(ClapFeatureExtractor.laion(fusion is not None)) | {"feature_size": 16}
+    assert vars(features) == wanted  # 50 Hz and 16 bits, which no file says
     if fusion is None:
         audiozoo.export(model, tmp_path / "out")  # without the head and the MLPs
         _, info = transformers.ClapModel.from_pretrained(tmp_path / "out", output_loading_info=True)
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
+
+
+def test_laions_file_from_the_shell(tmp_path, monkeypatch, capsys):
+    """Without RoBERTa's tokenizer it reads sounds alone, and says so; with it, whatever lies beside it, texts too."""
+    (tmp_path / "mine").mkdir()
+    torch.save(released(None).float().released_names(), tmp_path / "mine" / "630k-best.pt")
+
+    def convert(out):
+        monkeypatch.setattr("sys.argv", ["audiozoo", "convert", str(tmp_path / "mine" / "630k-best.pt"), str(out)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert not end.value.code
+        return audiozoo.load_processor(out), capsys.readouterr().err
+
+    def resolve(source, **_):
+        if not Path(source).exists():
+            raise SourceError("There is no connection.")
+        return Path(source)
+
+    monkeypatch.setattr("audiozoo.hub.resolve", resolve)
+    processor, said = convert(tmp_path / "deaf")
+    assert "will have no tokenizer" in said
+    assert processor.feature_extractor.frequency_min == 50
+    with pytest.raises(SourceError, match=r"reads no text.*merges\.txt"):
+        processor(text="a dog")
+    RobertaTokenizer.from_vocabulary(vocabulary(), MERGES).save(tmp_path / "mine")
+    processor, said = convert(tmp_path / "whole")
+    assert "tokenizer" not in said
+    assert processor.decode(processor(text="the dog")["input_ids"][0], skip_special_tokens=True) == "the dog"
+    assert processor.feature_extractor.frequency_min == 50
 
 
 # --- published sizes -------------------------------------------------------------------------------------------------

@@ -1,0 +1,52 @@
+"""How MIDI sounds: on sine waves, or on a soundfont by FluidSynth; and beside the song that it was made of."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from audiozoo.errors import SourceError, UsageError
+
+LOUDEST = 0.8  # peak of what is played
+
+
+def played(
+    midi: Any, sampling_rate: int = 44_100, soundfont: str | os.PathLike[str] | None = None
+) -> Float[np.ndarray, " time"]:
+    """A `pretty_midi.PrettyMIDI` as sound, its peak at `LOUDEST`; without notes a second of silence.
+
+    Args:
+        midi: what to play.
+        sampling_rate: Hz.
+        soundfont: an .sf2 file, played by FluidSynth, which has to be installed; sine waves by default.
+
+    Raises:
+        SourceError: if there is no such soundfont.
+        UsageError: without FluidSynth.
+    """
+    if soundfont is not None and not os.path.isfile(soundfont):
+        raise SourceError(f"There is no soundfont {os.fspath(soundfont)}.")
+    if not any(instrument.notes for instrument in midi.instruments):
+        return np.zeros(sampling_rate, np.float32)
+    if soundfont is None:
+        sound = midi.synthesize(fs=sampling_rate)
+    else:
+        try:
+            sound = midi.fluidsynth(fs=sampling_rate, synthesizer=os.fspath(soundfont))
+        except ImportError:
+            raise UsageError(
+                "A soundfont is played by FluidSynth: install it, and pip install pyfluidsynth; or leave it out."
+            ) from None
+    return (LOUDEST * sound / max(float(np.abs(sound).max()), 1e-9)).astype(np.float32)
+
+
+def beside(
+    left: Float[np.ndarray, " time"], right: Float[np.ndarray, " time"], share: float = 0.5
+) -> Float[np.ndarray, "2 samples"]:
+    """Two sounds in stereo, the right one at `share` of its loudness, the shorter one followed by silence."""
+    length = max(len(left), len(right))
+    channels = [np.pad(x, (0, length - len(x))) for x in (left, share * right)]
+    return np.stack(channels).astype(np.float32)
