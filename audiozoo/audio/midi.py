@@ -10,7 +10,28 @@ from jaxtyping import Float
 
 from audiozoo.errors import SourceError, UsageError
 
+PEDAL = 64  # number and middle of the sustaining pedal's controller
 LOUDEST = 0.8  # peak of what is played
+
+
+def notes_of(midi: Any) -> Float[np.ndarray, "notes 4"]:
+    """The notes of a `pretty_midi.PrettyMIDI`: onset, offset, pitch, velocity; times in seconds, in order of onset.
+
+    A note that is let go while the pedal is down ends with the pedal, or where the same key is struck again.
+    """
+    rows: list[list[float]] = []
+    for instrument in midi.instruments:
+        struck = sorted(instrument.notes, key=lambda note: note.start)
+        changes = [(c.time, c.value >= PEDAL) for c in instrument.control_changes if c.number == PEDAL]
+        for index, note in enumerate(struck):
+            down = [pressed for time, pressed in changes if time <= note.end]
+            end = note.end
+            if down and down[-1]:
+                lifted = [time for time, pressed in changes if time > note.end and not pressed]
+                again = [other.start for other in struck[index + 1 :] if other.pitch == note.pitch]
+                end = max(note.end, min([*lifted[:1], *again[:1]], default=note.end))
+            rows.append([note.start, end, note.pitch, note.velocity])
+    return np.array(sorted(rows), np.float64).reshape(-1, 4)
 
 
 def played(

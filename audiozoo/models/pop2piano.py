@@ -14,7 +14,9 @@ and it needs neither melody nor chords.
 
 | paper | here |
 | --- | --- |
-| §3.1, beats and beat-aligned data: the tracker is behind `beats` | `audiozoo.audio.beats` |
+| §3.1, beats; the tracker is behind `beats` | `audiozoo.audio.beats` |
+| §3.1, a cover brought together with its song | `synchronised`, `quantised`, `paired` |
+| §3.1, filtering | `melody_chroma_accuracy`, `Pop2PianoRecipe` |
 | §4.1 and Figure 2, input: spectrogram and arranger token | `Pop2PianoConcatEmbeddingToMel` |
 | §4.1 and Table 1, output tokens: note, velocity, time, special | `audiozoo.processors.pop2piano.Pop2PianoTokenizer` |
 | §4.1, T5 | `Pop2PianoForConditionalGeneration` |
@@ -50,6 +52,9 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from audiozoo.audio import beats as tracking
+from audiozoo.audio.features import hann_window
+from audiozoo.audio.files import resample
 from audiozoo.decoding import GenerateOutput, GenerationConfig, Growing, Shared, generate
 from audiozoo.errors import UsageError
 from audiozoo.layers import Embed, KeyValues, Linear
@@ -339,6 +344,161 @@ def _unmarked(cache: Any) -> T5Cache:
     return T5Cache(own, cross, mask)
 
 
+# --- data, §3.1 ------------------------------------------------------------------------------------------------------
+
+RATE, CHROMA_RATE = 22_050, 20  # Hz of a song, and of its chroma
+STEPS = np.array([[1, 0], [0, 1], [1, 1]])  # of the alignment: in one, in the other, in both
+STEP_WEIGHTS = np.array([1.5, 1.5, 2.0])
+
+
+def _unit(chroma: Float[np.ndarray, "frames 12"]) -> Float[np.ndarray, "frames 12"]:
+    return chroma / np.maximum(np.linalg.norm(chroma, axis=1, keepdims=True), 1e-6)
+
+
+def chroma_of_song(song: Float[np.ndarray, " time"]) -> Float[np.ndarray, "frames 12"]:
+    """How loud each pitch class is in a song at `RATE`, `CHROMA_RATE` times a second; each frame of norm 1."""
+    import librosa
+
+    size, hop = 4096, RATE / CHROMA_RATE
+    padded = np.pad(np.asarray(song, np.float64), size // 2)
+    starts = np.round(np.arange(int(len(song) / hop) + 1) * hop).astype(int)
+    frames = np.lib.stride_tricks.sliding_window_view(padded, size)[np.minimum(starts, len(padded) - size)]
+    power = np.abs(np.fft.rfft(frames * hann_window(size))) ** 2
+    filters = librosa.filters.chroma(sr=RATE, n_fft=size, tuning=0.0, base_c=True)
+    return _unit(np.log1p(power @ filters.T))
+
+
+def chroma_of_notes(notes: Float[np.ndarray, "notes 4"]) -> Float[np.ndarray, "frames 12"]:
+    """The same of notes, `(onset, offset, pitch, velocity)` with times in seconds."""
+    chroma = np.zeros((int(notes[:, 1].max() * CHROMA_RATE) + 1, 12))
+    for onset, end, pitch, velocity in notes.tolist():
+        first = int(onset * CHROMA_RATE)
+        chroma[first : max(int(end * CHROMA_RATE), first + 1), int(pitch) % 12] += max(velocity, 1.0)
+    return _unit(chroma)
+
+
+def aligned(
+    one: Float[np.ndarray, "frames 12"], two: Float[np.ndarray, "others 12"]
+) -> tuple[Int[np.ndarray, "2 places"], float]:
+    """Dynamic time warping of two chroma sequences: frames that belong together, growing in both, and the mean cost."""
+    import librosa
+
+    cost, path = librosa.sequence.dtw(C=1.0 - one @ two.T, step_sizes_sigma=STEPS, weights_mul=STEP_WEIGHTS)
+    kept = [path[-1]]
+    for place in path[::-1]:
+        if (place > kept[-1]).all():
+            kept.append(place)
+    return np.array(kept).T, float(cost[-1, -1]) / (len(one) + len(two))
+
+
+def synchronised(
+    song: Float[np.ndarray, " time"], notes: Float[np.ndarray, "notes 4"], sampling_rate: int = RATE
+) -> tuple[Float[np.ndarray, "notes 4"], int]:
+    """§3.1, synchronisation: a cover's notes at the times of the song and in its key.
+
+    Of the twelve keys the one whose alignment, second by second, costs least. The released code aligns chroma and
+    onsets in several resolutions, and moves the song to the cover's key; here the cover moves.
+
+    Args:
+        song: mono waveform.
+        notes: of the cover, `(onset, offset, pitch, velocity)`, times in seconds; see `audiozoo.audio.midi.notes_of`.
+        sampling_rate: Hz of `song`.
+
+    Returns:
+        The notes, and by how many semitones they were moved, -5 to 6.
+
+    Raises:
+        UsageError: if there is no note.
+    """
+    notes = np.asarray(notes, np.float64).reshape(-1, 4)
+    if not len(notes):
+        raise UsageError("A cover without a note cannot be brought together with a song.")
+    heard = chroma_of_song(resample(song, sampling_rate, RATE))
+    played = chroma_of_notes(notes)
+
+    def by_the_second(chroma: np.ndarray) -> np.ndarray:
+        groups = np.array_split(chroma, max(len(chroma) // CHROMA_RATE, 1))
+        return _unit(np.stack([group.mean(axis=0) for group in groups]))
+
+    coarse = by_the_second(heard), by_the_second(played)
+    keys = sorted(range(-5, 7), key=abs)
+    key = min(keys, key=lambda k: aligned(coarse[0], np.roll(coarse[1], k, axis=1))[1])
+    (there, here), _ = aligned(heard, np.roll(played, key, axis=1))
+    moved = notes.copy()
+    for column in (0, 1):
+        moved[:, column] = np.interp(notes[:, column], here / CHROMA_RATE, there / CHROMA_RATE)
+    moved[:, 2] += key
+    return moved, key
+
+
+def quantised(
+    notes: Float[np.ndarray, "notes 4"], half_beats: Float[np.ndarray, " times"]
+) -> Int[np.ndarray, "quantised_notes 4"]:
+    """§3.1: notes in seconds at the nearest half beats, each at least one long; of those that coincide, one."""
+    notes = np.asarray(notes, np.float64).reshape(-1, 4)
+    borders = (half_beats[1:] + half_beats[:-1]) / 2
+    onsets, ends = (np.searchsorted(borders, notes[:, column], side="right") for column in (0, 1))
+    table = np.column_stack([onsets, np.maximum(ends, onsets + 1), np.round(notes[:, 2:])]).astype(int)
+    _, first = np.unique(table[:, 0] * 128 + table[:, 2], return_index=True)
+    return table[first]
+
+
+def melody_chroma_accuracy(
+    melody: Float[np.ndarray, " frames"], notes: Float[np.ndarray, "notes 4"], hop: float
+) -> float:
+    """§3.1, filtering: of the frames that are sung, in how many the highest note is the melody's, whatever its octave.
+
+    Args:
+        melody: Hz, NaN where nothing is sung: in the paper that of the separated voice, by pYIN (`librosa.pyin`).
+        notes: of the cover, synchronised, times in seconds.
+        hop: seconds between frames.
+    """
+    at, highest = np.arange(len(melody)) * hop, np.full(len(melody), -np.inf)
+    for onset, end, pitch, _ in np.asarray(notes, np.float64).reshape(-1, 4):
+        sounding = (at >= onset) & (at < end)
+        highest[sounding] = np.maximum(highest[sounding], pitch)
+    sung = np.isfinite(melody)
+    if not sung.any():
+        return 0.0
+    apart = 69 + 12 * np.log2(melody[sung] / 440) - np.where(np.isfinite(highest[sung]), highest[sung], np.nan)
+    return float(np.mean(np.abs((apart + 6) % 12 - 6) < 0.5))
+
+
+def paired(
+    song: Float[np.ndarray, " time"],
+    notes: Float[np.ndarray, "notes 4"],
+    sampling_rate: int = RATE,
+    *,
+    beats: Float[np.ndarray, " beats"] | None = None,
+    tracker: str = "librosa",
+) -> dict[str, list]:
+    """§3.1: what training has to know of a song with a piano cover, as the recipe `pop2piano` reads it.
+
+    Args:
+        song: mono waveform.
+        notes: of the cover, times in seconds; a recorded one is to be transcribed first.
+        sampling_rate: Hz of `song`.
+        beats: times of the beats in seconds, if they are known; tracked otherwise.
+        tracker: of the beats.
+
+    Returns:
+        `beats` in seconds, and `notes` in half beats from the first one on.
+
+    Raises:
+        UsageError: if the cover's length is another than the song's by more than a fifth of it.
+    """
+    notes = np.asarray(notes, np.float64).reshape(-1, 4)
+    length, played = len(song) / sampling_rate, float(np.max(notes[:, 1], initial=0.0))
+    if abs(length - played) > Pop2PianoRecipe.length_difference * length:
+        raise UsageError(
+            f"The song is {length:.0f} s long and the cover {played:.0f} s: it is not one of the whole song."
+        )
+    times = np.asarray(tracking.beats(song, sampling_rate, tracker) if beats is None else beats, np.float64)
+    half_beats = tracking.interpolated(times, np.arange(2 * len(times) - 1) / 2)
+    moved, _ = synchronised(song, notes, sampling_rate)
+    return {"beats": times.tolist(), "notes": quantised(moved, half_beats).tolist()}
+
+
 # --- training, §4.2 --------------------------------------------------------------------------------------------------
 
 
@@ -350,6 +510,8 @@ class Pop2PianoRecipe:
     batch_size: int = 32  # segments of two bars
     epochs: int = 2000  # passes over the songs
     clip: float = 3.0  # not in the paper; in the released code: largest norm of the gradient
+    melody_accuracy: float = 0.15  # §3.1: least `melody_chroma_accuracy` of a cover that is learnt from
+    length_difference: float = 0.2  # §3.1: largest difference between a song's and its cover's length, of the song's
 
     def optimizer(self) -> optax.GradientTransformation:
         """§4.2: Adafactor (arXiv 1804.04235) at a constant rate."""

@@ -350,7 +350,7 @@ class Arrangement(Objective):
     """Pop2Piano, §4.2: the piano notes of two bars, drawn at random, given the song and the arranger.
 
     A recording is known by the times of its `beats` in seconds, by `notes` as `[onset, offset, pitch, velocity]` with
-    times in half beats from the first beat on, and by its `composer`.
+    times in half beats from the first beat on, both as `pop2piano.paired` finds them (§3.1), and by its `composer`.
     """
 
     def padding(self, processor: Any) -> dict[str, Padding]:

@@ -279,6 +279,83 @@ def test_the_recipe_takes_a_step():
     assert np.all(np.asarray(updates["w"]) < 0)
 
 
+# --- data ------------------------------------------------------------------------------------------------------------
+
+TUNE = [[i, i + 1 + i % 3, 60 + (5 * i) % 12, 80] for i in range(32)]
+GRID = np.array(TUNE + [[4 * i, 4 * i + 4, 40 + i, 60] for i in range(8)])  # in half beats
+
+
+@pytest.fixture(scope="module")
+def covered():
+    """A piece at 100 beats a minute, as a song; and its cover: slower, slowing down, and three semitones higher."""
+    half_beats = 0.4 + 0.3 * np.arange(42)
+    in_song = np.column_stack([half_beats[GRID[:, 0]], half_beats[GRID[:, 1]], GRID[:, 2:]]).astype(float)
+    midi = pretty_midi.PrettyMIDI()
+    midi.instruments.append(pretty_midi.Instrument(0))
+    for onset, end, pitch, velocity in in_song:
+        midi.instruments[0].notes.append(pretty_midi.Note(int(velocity), int(pitch), onset, end))
+    cover = np.add(in_song, [0, 0, 3, 0])
+    cover[:, :2] = 1.05 * (in_song[:, :2] - 0.4) + 0.004 * in_song[:, :2] ** 2
+    return rendering.played(midi, 22_050), half_beats, in_song, cover
+
+
+def test_a_cover_is_brought_together_with_its_song(covered):
+    song, half_beats, in_song, cover = covered
+    moved, key = pop2piano.synchronised(song, cover)
+    assert key == -3
+    np.testing.assert_array_equal(moved[:, 2:], in_song[:, 2:])
+    assert np.median(np.abs(moved[:, 0] - in_song[:, 0])) < 0.06
+    found = pop2piano.paired(song, cover, beats=half_beats[::2])
+    wanted, notes = GRID[np.lexsort((GRID[:, 2], GRID[:, 0]))], np.array(found["notes"])
+    np.testing.assert_array_equal(notes[:, 2], wanted[:, 2])
+    assert np.mean(notes[:, 0] == wanted[:, 0]) > 0.9
+    assert found["beats"] == half_beats[::2].tolist()
+    with pytest.raises(UsageError, match="not one of the whole song"):
+        pop2piano.paired(song, cover * [1.4, 1.4, 1, 1], beats=half_beats[::2])
+    with pytest.raises(UsageError, match="without a note"):
+        pop2piano.synchronised(song, [])
+
+
+def test_notes_at_the_nearest_half_beats():
+    """At least one long; the later of two that coincide is left out."""
+    times = np.array([0.0, 0.5, 1.0, 2.0])
+    notes = [[0.2, 0.3, 60, 50.4], [0.75, 1.4, 62, 70], [0.8, 3.0, 62, 90], [1.6, 9.0, 64, 1]]
+    np.testing.assert_array_equal(pop2piano.quantised(notes, times), [[0, 1, 60, 50], [2, 3, 62, 70], [3, 4, 64, 1]])
+
+
+def test_melody_chroma_accuracy(covered):
+    """In every octave, within half a semitone, of what is sung alone; a tune of another key is no melody."""
+    _, _, in_song, _ = covered
+    hop, frames = 0.02, 500
+    at = np.arange(frames) * hop
+    highest = np.full(frames, np.nan)
+    for onset, end, pitch, _ in in_song:
+        inside = (at >= onset) & (at < end)
+        highest[inside] = np.fmax(highest[inside], pitch)
+    melody = 440 * 2 ** ((highest + 12.3 - 69) / 12)
+    melody[::5] = np.nan
+    assert pop2piano.melody_chroma_accuracy(melody, in_song, hop) == 1.0
+    assert pop2piano.melody_chroma_accuracy(2 ** (0.5 / 12) * melody, in_song, hop) == 0.0
+    half = np.where(at < 5, melody, 2 ** (5 / 12) * melody)
+    share = np.isfinite(half[at < 5]).sum() / np.isfinite(half).sum()
+    assert pop2piano.melody_chroma_accuracy(half, in_song, hop) == pytest.approx(share)
+    assert pop2piano.melody_chroma_accuracy(np.full(9, np.nan), in_song, hop) == 0.0
+    assert pop2piano.melody_chroma_accuracy(melody[20:], in_song[:0], hop) == 0.0
+
+
+def test_notes_of_midi_hold_with_the_pedal():
+    midi = pretty_midi.PrettyMIDI()
+    piano = pretty_midi.Instrument(0)
+    for pitch, start, end in ((60, 0.0, 0.5), (64, 0.5, 1.0), (60, 1.5, 1.8), (67, 3.0, 3.5)):
+        piano.notes.append(pretty_midi.Note(80, pitch, start, end))
+    piano.control_changes += [pretty_midi.ControlChange(64, v, t) for v, t in ((100, 0.2), (10, 2.0), (127, 3.4))]
+    midi.instruments.append(piano)
+    np.testing.assert_allclose(
+        rendering.notes_of(midi), [[0, 1.5, 60, 80], [0.5, 2.0, 64, 80], [1.5, 2.0, 60, 80], [3.0, 3.5, 67, 80]]
+    )
+    assert rendering.notes_of(pretty_midi.PrettyMIDI()).shape == (0, 4)
+
+
 # --- processor -------------------------------------------------------------------------------------------------------
 
 
