@@ -102,6 +102,8 @@ class MBartScaledWordEmbedding(Embed):
 class MBartDecoderLayer(nnx.Module):
     """§2.2, a block: causal self-attention, attention to the encoder, MLP; each after a LayerNorm, each residual."""
 
+    norm_first: bool = True  # in follow-ups also false: $\mathrm{LN}(x + f(x))$, not $x + f(\mathrm{LN}(x))$
+
     def __init__(self, config: MBartConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         width, heads = config.d_model, config.decoder_attention_heads
@@ -112,7 +114,13 @@ class MBartDecoderLayer(nnx.Module):
         self.fc1 = Linear(width, config.decoder_ffn_dim, **kwargs)
         self.fc2 = Linear(config.decoder_ffn_dim, width, **kwargs)
         self.final_layer_norm = LayerNorm(width, **kwargs)
-        self.config = config
+        self.config, self.dropout_rate = config, config.dropout
+
+    def mlp(self, x: Float[Array, "batch time d_model"], dropout: Dropout) -> Float[Array, "batch time d_model"]:
+        """Each token by itself."""
+        hidden = activation(self.config.activation_function)(self.fc1(x))
+        hidden = self.fc2(dropout(hidden, self.config.activation_dropout))
+        return dropout(hidden, self.dropout_rate)
 
     def __call__(
         self,
@@ -126,23 +134,27 @@ class MBartDecoderLayer(nnx.Module):
         need_weights: bool = True,
     ) -> tuple[Float[Array, "batch time d_model"], KeyValues, jax.Array | None, jax.Array | None]:
         """One block: its output, its keys and values so far and, if needed, the self- and cross-attention weights."""
-        config = self.config
-        y = self.self_attn_layer_norm(x)
+
+        def before(norm: LayerNorm, x: jax.Array) -> jax.Array:
+            return norm(x) if self.norm_first else x
+
+        def after(norm: LayerNorm, x: jax.Array) -> jax.Array:
+            return x if self.norm_first else norm(x)
+
+        options: dict[str, Any] = {"dropout": dropout, "need_weights": need_weights}
+        y = before(self.self_attn_layer_norm, x)
         key_values = self.self_attn.key_values(y)
         if past is not None:
             key_values = past.write(key_values, position)
-        attention, weights = self.self_attn(y, key_values, mask=mask, dropout=dropout, need_weights=need_weights)
-        x = x + dropout(attention, config.dropout)
+        y, weights = self.self_attn(y, key_values, mask=mask, **options)
+        x = after(self.self_attn_layer_norm, x + dropout(y, self.dropout_rate))
         cross_weights = None
         if source is not None:
-            y = self.encoder_attn_layer_norm(x)
-            attention, cross_weights = self.encoder_attn(
-                y, source, mask=source_mask, dropout=dropout, need_weights=need_weights
-            )
-            x = x + dropout(attention, config.dropout)
-        hidden = activation(config.activation_function)(self.fc1(self.final_layer_norm(x)))
-        hidden = self.fc2(dropout(hidden, config.activation_dropout))
-        return x + dropout(hidden, config.dropout), key_values, weights, cross_weights
+            y = before(self.encoder_attn_layer_norm, x)
+            y, cross_weights = self.encoder_attn(y, source, mask=source_mask, **options)
+            x = after(self.encoder_attn_layer_norm, x + dropout(y, self.dropout_rate))
+        y = self.mlp(before(self.final_layer_norm, x), dropout)
+        return after(self.final_layer_norm, x + y), key_values, weights, cross_weights
 
 
 def empty_cache(
@@ -162,13 +174,13 @@ def decode_blocks(
     encoder_hidden_states: Float[Array, "batch frames d_model"] | None,
     encoder_attention_mask: Bool[Array, "batch *queries frames"] | Int[Array, "batch *queries frames"] | None,
     *,
-    past_key_values: MBartCache | None,
-    cache_position: int | Int[Array, ""],
-    output_attentions: bool,
-    output_hidden_states: bool,
-    drop_rate: float,
-    dropout: Dropout,
-    norm: LayerNorm | None,
+    past_key_values: MBartCache | None = None,
+    cache_position: int | Int[Array, ""] = 0,
+    output_attentions: bool = False,
+    output_hidden_states: bool = False,
+    drop_rate: float = 0.0,
+    dropout: Dropout | None = None,
+    norm: LayerNorm | None = None,
 ) -> DecoderOutput:
     """§2.2: embedded tokens through the blocks of a decoder; for the arguments see `MBartDecoder`.
 
@@ -186,7 +198,7 @@ def decode_blocks(
         dropout: source of keys.
         norm: behind the last block, if there is one.
     """
-    time = x.shape[1]
+    time, dropout = x.shape[1], dropout or Dropout(None)
     keys, first = (time, 0) if past_key_values is None else (past_key_values.length, cache_position)
     mask = causal_mask(time, keys, first)
     if attention_mask is not None:

@@ -46,11 +46,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from audiozoo.decoding import GenerateOutput, GenerationConfig
 from audiozoo.errors import UsageError
-from audiozoo.layers import Dropout, KeyValues, Linear, activation
+from audiozoo.layers import Linear
 from audiozoo.models.mbart import MBartCache, MBartConfig, MBartDecoderLayer, MBartForCausalLM, continue_text
 from audiozoo.models.speech_to_text import Speech2TextDecoder
 
@@ -107,33 +107,7 @@ class Speech2Text2Config:
 class Speech2Text2DecoderLayer(MBartDecoderLayer):
     r"""§2: $x \leftarrow \operatorname{LN}(x + f(x))$ for self-attention, attention to the encoder and MLP."""
 
-    def __call__(
-        self,
-        x: Float[Array, "batch time d_model"],
-        dropout: Dropout,
-        past: KeyValues | None,
-        position: int | Int[Array, ""],
-        mask: Bool[Array, "#batch 1 time keys"],
-        source: KeyValues | None,
-        source_mask: Bool[Array, "#batch 1 #time frames"] | None,
-        need_weights: bool = True,
-    ) -> tuple[Float[Array, "batch time d_model"], KeyValues, jax.Array | None, jax.Array | None]:
-        """One block: its output, its keys and values so far and, if needed, the self- and cross-attention weights."""
-        config = self.config
-        key_values = self.self_attn.key_values(x)
-        if past is not None:
-            key_values = past.write(key_values, position)
-        attention, weights = self.self_attn(x, key_values, mask=mask, dropout=dropout, need_weights=need_weights)
-        x = self.self_attn_layer_norm(x + dropout(attention, config.dropout))
-        cross_weights = None
-        if source is not None:
-            attention, cross_weights = self.encoder_attn(
-                x, source, mask=source_mask, dropout=dropout, need_weights=need_weights
-            )
-            x = self.encoder_attn_layer_norm(x + dropout(attention, config.dropout))
-        hidden = activation(config.activation_function)(self.fc1(x))
-        hidden = self.fc2(dropout(hidden, config.activation_dropout))
-        return self.final_layer_norm(x + dropout(hidden, config.dropout)), key_values, weights, cross_weights
+    norm_first = False
 
 
 class Speech2Text2Decoder(Speech2TextDecoder):

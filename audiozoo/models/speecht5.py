@@ -55,7 +55,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -67,12 +67,11 @@ from audiozoo.decoding import GenerateOutput, GenerationConfig, while_loop
 from audiozoo.decoding.ctc_prefix import PrefixScorer
 from audiozoo.decoding.generate import Streamer
 from audiozoo.decoding.synthesis import bucket
-from audiozoo.errors import CheckpointError, UsageError
+from audiozoo.errors import UsageError
 from audiozoo.layers import (
     Conv1d,
     Dropout,
     Embed,
-    KeyValues,
     LayerNorm,
     Linear,
     MultiHeadAttention,
@@ -85,18 +84,9 @@ from audiozoo.layers import (
 )
 from audiozoo.layers.batch_norm import BatchNorm
 from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy, ctc_loss
-from audiozoo.models.hubert import cluster_logits, masked_prediction, targets_of_frames
-from audiozoo.models.mbart import MBartCache, continue_text, decode_blocks, empty_cache
+from audiozoo.models import hubert, wav2vec2
+from audiozoo.models.mbart import MBartCache, MBartDecoderLayer, continue_text, decode_blocks, empty_cache
 from audiozoo.models.speech_to_text import shift_tokens_right
-from audiozoo.models.wav2vec2 import (
-    Wav2Vec2FeatureEncoder,
-    Wav2Vec2FeatureProjection,
-    Wav2Vec2FeedForward,
-    Wav2Vec2GumbelVectorQuantizer,
-    Wav2Vec2Model,
-    Wav2Vec2PositionalConvEmbedding,
-    scale_gradient,
-)
 from audiozoo.outputs import (
     BaseModelOutput,
     DecoderOutput,
@@ -183,11 +173,7 @@ class SpeechT5Config:
     codebook_prob: float = 0.1  # share of the time steps at which codes replace states
 
     def __post_init__(self) -> None:
-        if not len(self.conv_dim) == len(self.conv_stride) == len(self.conv_kernel):
-            raise CheckpointError(
-                f"conv_dim, conv_stride and conv_kernel describe {len(self.conv_dim)}, {len(self.conv_stride)} and "
-                f"{len(self.conv_kernel)} convolutions; they must describe the same ones."
-            )
+        wav2vec2.check_convolutions(self)
 
     @property
     def num_labels(self) -> int:
@@ -260,9 +246,9 @@ def interleaved_sinusoids(count: int, channels: int) -> np.ndarray:
 class SpeechT5ScaledPositionalEncoding(nnx.Module):
     r"""§2.1, positions of text encoder and speech decoder: $x + \alpha\,\mathrm{PE}$ (arXiv 1809.08895, §3.2)."""
 
-    def __init__(self, config: SpeechT5Config, *, param_dtype: Any):
+    def __init__(self, config: SpeechT5Config, *, param_dtype: Any, **_: Any):
         self.alpha = nnx.Param(jnp.ones((), param_dtype))
-        self.config = config
+        self.rate = config.positional_dropout
 
     def __call__(
         self,
@@ -274,7 +260,7 @@ class SpeechT5ScaledPositionalEncoding(nnx.Module):
         """Add positions from `position` on, all of them less than `limit`, the number of steps by default."""
         table = jnp.asarray(interleaved_sinusoids(limit or x.shape[1], x.shape[2]), x.dtype)
         rows = jax.lax.dynamic_slice_in_dim(table, position, x.shape[1])
-        return dropout(x + self.alpha[...].astype(x.dtype) * rows, self.config.positional_dropout)
+        return dropout(x + self.alpha[...].astype(x.dtype) * rows, self.rate)
 
 
 class SpeechT5RelativePositionalEncoding(nnx.Module):
@@ -307,22 +293,20 @@ def relative_scores(
 # --- §2.1, pre-nets and post-nets ------------------------------------------------------------------------------------
 
 
-class SpeechT5SpeechEncoderPrenet(Wav2Vec2Model):
+class SpeechT5SpeechEncoderPrenet(wav2vec2.Wav2Vec2Model):
     """§2.1, speech-encoder pre-net: wav2vec 2.0 up to its Transformer, and sinusoidal positions.
 
     Unlike there, padded frames are not zeroed before the positional convolution, so the last frames of a shorter item
     see a little of its padding.
     """
 
-    def __init__(
-        self, config: SpeechT5Config, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: SpeechT5Config, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.feature_encoder = Wav2Vec2FeatureEncoder(config, **kwargs)
-        self.feature_projection = Wav2Vec2FeatureProjection(config, **kwargs)
+        self.feature_encoder = wav2vec2.Wav2Vec2FeatureEncoder(config, **kwargs)
+        self.feature_projection = wav2vec2.Wav2Vec2FeatureProjection(config, **kwargs)
         if config.mask_time_prob > 0 or config.mask_feature_prob > 0:
             self.masked_spec_embed = nnx.Param(jax.random.uniform(rngs.params(), (config.hidden_size,), param_dtype))
-        self.pos_conv_embed = Wav2Vec2PositionalConvEmbedding(config, **kwargs)
+        self.pos_conv_embed = wav2vec2.Wav2Vec2PositionalConvEmbedding(config, **kwargs)
         self.config = config
 
     @property
@@ -337,12 +321,13 @@ class SpeechT5SpeechEncoderPrenet(Wav2Vec2Model):
         *,
         masked_group_norm: bool = False,
         feature_grad_mult: float | Float[Array, ""] = 1.0,
-    ) -> Float[Array, "batch frames channels"]:
-        """What the convolutions make of waveforms; for the options see `Wav2Vec2Model`."""
+    ) -> tuple[Float[Array, "batch frames channels"], Bool[Array, "batch frames"] | None]:
+        """What the convolutions make of waveforms, and which of it is speech; for the options see `Wav2Vec2Model`."""
         lengths = None
         if masked_group_norm and attention_mask is not None:
             lengths = attention_mask.astype(jnp.int32).sum(axis=-1)
-        return scale_gradient(self.feature_encoder(input_values, lengths), feature_grad_mult)
+        features = wav2vec2.scale_gradient(self.feature_encoder(input_values, lengths), feature_grad_mult)
+        return features, None if attention_mask is None else self.frame_mask(attention_mask, features.shape[1])
 
     def embed(
         self,
@@ -351,15 +336,17 @@ class SpeechT5SpeechEncoderPrenet(Wav2Vec2Model):
         dropout: Dropout,
         spans: Bool[Array, "batch frames"] | None = None,
         channels: Bool[Array, "batch hidden"] | None = None,
-    ) -> Float[Array, "batch frames hidden"]:
-        """Project features, hide spans of them and add positions."""
-        batch, frames, _ = features.shape
+    ) -> tuple[Float[Array, "batch frames hidden"], Bool[Array, "batch frames"] | None]:
+        """Project features, hide spans and channels, which training draws, add positions; returns the spans too."""
+        if (key := dropout.next_key()) is not None:
+            drawn = self.draw_masks(key, features.shape[0], features.shape[1], mask)
+            spans, channels = drawn[0] if spans is None else spans, drawn[1] if channels is None else channels
         x, _ = self.feature_projection(features, dropout)
         x = self.mask(x, spans, channels)
         x = x + self.pos_conv_embed(x)
-        real = jnp.ones((batch, frames), bool) if mask is None else mask
-        table = padded_sinusoids(frames, self.config.hidden_size, self.config.pad_token_id)
-        return x + jnp.asarray(table, x.dtype)[jnp.cumsum(real, axis=1) * real]
+        real = jnp.ones(x.shape[:2], bool) if mask is None else mask
+        table = padded_sinusoids(x.shape[1], self.config.hidden_size, self.config.pad_token_id)
+        return x + jnp.asarray(table, x.dtype)[jnp.cumsum(real, axis=1) * real], spans
 
     def __call__(  # type: ignore[override]
         self,
@@ -371,38 +358,19 @@ class SpeechT5SpeechEncoderPrenet(Wav2Vec2Model):
         dropout: Dropout | None = None,
         **options: Any,
     ) -> tuple[Float[Array, "batch frames hidden"], Bool[Array, "batch frames"] | None]:
-        """The encoder's input, and which of its frames are speech.
-
-        Args:
-            input_values: waveforms at 16 kHz.
-            attention_mask: 1 for a sample of the recording, 0 for padding behind it.
-            mask_time_indices: frames to hide; drawn in training.
-            mask_feature_indices: channels to hide; drawn in training.
-            dropout: source of dropout keys.
-            options: see `features`.
-        """
-        dropout = dropout or Dropout(None)
-        features = self.features(input_values, attention_mask, **options)
-        batch, frames, _ = features.shape
-        mask = None if attention_mask is None else self.frame_mask(attention_mask, frames)
-        if (mask_key := dropout.next_key()) is not None:
-            spans, channels = self.draw_masks(mask_key, batch, frames, mask)
-            mask_time_indices = spans if mask_time_indices is None else mask_time_indices
-            mask_feature_indices = channels if mask_feature_indices is None else mask_feature_indices
-        return self.embed(features, mask, dropout, mask_time_indices, mask_feature_indices), mask
+        """The encoder's input, and which of its frames are speech; what is to be hidden is drawn in training."""
+        features, mask = self.features(input_values, attention_mask, **options)
+        x, _ = self.embed(features, mask, dropout or Dropout(None), mask_time_indices, mask_feature_indices)
+        return x, mask
 
 
 class SpeechT5TextEncoderPrenet(nnx.Module):
     """§2.1, text-encoder pre-net: an embedding of characters, and positions."""
 
-    def __init__(
-        self, config: SpeechT5Config, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: SpeechT5Config, **kwargs: Any):
         init = nnx.initializers.normal(config.initializer_range)
-        self.embed_tokens = Embed(
-            config.vocab_size, config.hidden_size, embedding_init=init, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
-        self.encode_positions = SpeechT5ScaledPositionalEncoding(config, param_dtype=param_dtype)
+        self.embed_tokens = Embed(config.vocab_size, config.hidden_size, embedding_init=init, **kwargs)
+        self.encode_positions = SpeechT5ScaledPositionalEncoding(config, **kwargs)
 
     def __call__(
         self,
@@ -438,19 +406,14 @@ class SpeechT5SpeechDecoderPrenet(nnx.Module):
     Dropout behind the first two is never switched off. The speaker's x-vector, of unit length, joins every frame.
     """
 
-    def __init__(
-        self, config: SpeechT5Config, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
-    ) -> None:
-        kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        units = config.speech_decoder_prenet_units
+    def __init__(self, config: SpeechT5Config, **kwargs: Any):
+        units, hidden, speaker = config.speech_decoder_prenet_units, config.hidden_size, config.speaker_embedding_dim
         inputs = [config.num_mel_bins] + [units] * (config.speech_decoder_prenet_layers - 1)
         self.layers = nnx.List([Linear(width, units, **kwargs) for width in inputs])
-        self.final_layer = Linear(units, config.hidden_size, **kwargs)
-        self.encode_positions = SpeechT5ScaledPositionalEncoding(config, param_dtype=param_dtype)
-        self.speaker_embeds_layer = Linear(
-            config.speaker_embedding_dim + config.hidden_size, config.hidden_size, **kwargs
-        )
-        self.config, self.dtype = config, dtype
+        self.final_layer = Linear(units, hidden, **kwargs)
+        self.encode_positions = SpeechT5ScaledPositionalEncoding(config, **kwargs)
+        self.speaker_embeds_layer = Linear(speaker + hidden, hidden, **kwargs)
+        self.rate, self.dtype = config.speech_decoder_prenet_dropout, kwargs["dtype"]
 
     def __call__(
         self,
@@ -472,11 +435,10 @@ class SpeechT5SpeechDecoderPrenet(nnx.Module):
             limit: more than any position; by default the number of steps.
             dropout: source of keys for the dropout of training.
         """
-        rate = self.config.speech_decoder_prenet_dropout
         x = frames if self.dtype is None else frames.astype(self.dtype)
         for layer, kept in zip(self.layers, masks, strict=True):
             x = jax.nn.relu(layer(x))
-            x = jnp.where(kept, x / (1 - rate), jnp.zeros((), x.dtype)) if rate else x
+            x = jnp.where(kept, x / (1 - self.rate), jnp.zeros((), x.dtype)) if self.rate else x
         x = self.encode_positions(self.final_layer(x), dropout or Dropout(None), position, limit)
         if speaker_embeddings is None:
             return x
@@ -489,13 +451,9 @@ class SpeechT5SpeechDecoderPrenet(nnx.Module):
 class SpeechT5TextDecoderPrenet(nnx.Module):
     """§2.1, text-decoder pre-net: an embedding of characters, and positions; the post-net has the same embedding."""
 
-    def __init__(
-        self, config: SpeechT5Config, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: SpeechT5Config, **kwargs: Any):
         init = nnx.initializers.normal(config.initializer_range)
-        self.embed_tokens = Embed(
-            config.vocab_size, config.hidden_size, embedding_init=init, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
+        self.embed_tokens = Embed(config.vocab_size, config.hidden_size, embedding_init=init, **kwargs)
         self.config = config
 
     def __call__(
@@ -526,8 +484,7 @@ class SpeechT5BatchNormConvLayer(nnx.Module):
         outputs = config.num_mel_bins if index == last else config.speech_decoder_postnet_units
         self.conv = Conv1d(inputs, outputs, taps, padding=(taps - 1) // 2, use_bias=False, **kwargs)
         self.batch_norm = BatchNorm(outputs, **kwargs)
-        self.squash = index < last
-        self.rate = config.speech_decoder_postnet_dropout
+        self.squash, self.rate = index < last, config.speech_decoder_postnet_dropout
 
     def __call__(
         self, x: Float[Array, "batch frames inputs"], dropout: Dropout
@@ -540,10 +497,7 @@ class SpeechT5BatchNormConvLayer(nnx.Module):
 class SpeechT5SpeechDecoderPostnet(nnx.Module):
     """§2.1, speech-decoder post-net: frames, what five convolutions add to them, and when to stop."""
 
-    def __init__(
-        self, config: SpeechT5Config, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
-    ) -> None:
-        kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    def __init__(self, config: SpeechT5Config, **kwargs: Any):
         self.feat_out = Linear(config.hidden_size, config.num_mel_bins * config.reduction_factor, **kwargs)
         self.prob_out = Linear(config.hidden_size, config.reduction_factor, **kwargs)
         count = config.speech_decoder_postnet_layers
@@ -557,7 +511,8 @@ class SpeechT5SpeechDecoderPostnet(nnx.Module):
         dropout: Dropout | None = None,
     ) -> Float[Array, "batch frames mels"]:
         """Refine a spectrogram; with `lengths` as if each item stood alone, and zeros behind it."""
-        inside = None if lengths is None else (jnp.arange(frames.shape[1]) < lengths[:, None])[..., None]
+
+        inside: Any = None if lengths is None else (jnp.arange(frames.shape[1]) < lengths[:, None])[..., None]
 
         def cut(x: jax.Array) -> jax.Array:
             return x if inside is None else jnp.where(inside, x, jnp.zeros((), x.dtype))
@@ -571,9 +526,8 @@ class SpeechT5SpeechDecoderPostnet(nnx.Module):
         self, states: Float[Array, "batch steps hidden"], dropout: Dropout | None = None
     ) -> tuple[Float[Array, "batch frames mels"], Float[Array, "batch frames mels"], Float[Array, "batch frames"]]:
         """Frames before and after the convolutions, and each one's logit of being the last."""
-        batch = states.shape[0]
-        before = self.feat_out(states).reshape(batch, -1, self.config.num_mel_bins)
-        return before, self.postnet(before, dropout=dropout), self.prob_out(states).reshape(batch, -1)
+        before = self.feat_out(states).reshape(len(states), -1, self.config.num_mel_bins)
+        return before, self.postnet(before, dropout=dropout), self.prob_out(states).reshape(len(states), -1)
 
 
 class SpeechT5TextDecoderPostnet(nnx.Module):
@@ -603,27 +557,10 @@ class SpeechT5RelativeAttention(MultiHeadAttention):
     ) -> tuple[Float[Array, "batch time hidden"], Float[Array, "batch heads time time"]]:
         """Attend; returns the output and the attention weights."""
         query, own = split_heads(self.q_proj(x), self.heads), self.key_values(x)
-        output, weights = attend(
-            query,
-            own.key,
-            own.value,
-            scale=self.scale,
-            mask=mask,
-            bias=relative_scores(query * self.scale, distances),
-            dropout_rate=self.dropout_rate,
-            dropout=dropout,
-        )
+        bias, options = relative_scores(query * self.scale, distances), {"scale": self.scale, "mask": mask}
+        options |= {"dropout_rate": self.dropout_rate, "dropout": dropout}
+        output, weights = attend(query, own.key, own.value, bias=bias, **options)
         return self.out_proj(merge_heads(output)), weights
-
-
-class SpeechT5FeedForward(Wav2Vec2FeedForward):
-    """§2.1, the MLP of a block, wav2vec 2.0's, of the encoder's or the decoder's width."""
-
-    def __init__(self, config: SpeechT5Config, width: int, **kwargs: Any):
-        kwargs["kernel_init"] = nnx.initializers.normal(config.initializer_range)
-        self.intermediate_dense = Linear(config.hidden_size, width, **kwargs)
-        self.output_dense = Linear(width, config.hidden_size, **kwargs)
-        self.config = config
 
 
 class SpeechT5EncoderLayer(nnx.Module):
@@ -636,7 +573,7 @@ class SpeechT5EncoderLayer(nnx.Module):
             width, heads, dropout=config.attention_dropout, kernel_init=init, **kwargs
         )
         self.layer_norm = LayerNorm(width, epsilon=eps, **kwargs)
-        self.feed_forward = SpeechT5FeedForward(config, config.encoder_ffn_dim, **kwargs)
+        self.feed_forward = wav2vec2.Wav2Vec2FeedForward(config, config.encoder_ffn_dim, **kwargs)
         self.final_layer_norm = LayerNorm(width, epsilon=eps, **kwargs)
         if config.layer_norm_first:
             self.norm_k = LayerNorm(width // heads, **kwargs)
@@ -663,10 +600,7 @@ class SpeechT5EncoderLayer(nnx.Module):
 class SpeechT5Encoder(nnx.Module):
     """§2.1, the shared encoder."""
 
-    def __init__(
-        self, config: SpeechT5Config, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
-    ) -> None:
-        kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    def __init__(self, config: SpeechT5Config, **kwargs: Any):
         self.layer_norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, **kwargs)
         self.layers = nnx.List([SpeechT5EncoderLayer(config, **kwargs) for _ in range(config.encoder_layers)])
         self.embed_positions = SpeechT5RelativePositionalEncoding(config, **kwargs)
@@ -681,15 +615,7 @@ class SpeechT5Encoder(nnx.Module):
         output_hidden_states: bool = False,
         dropout: Dropout | None = None,
     ) -> BaseModelOutput:
-        """Encode.
-
-        Args:
-            x: what a pre-net made.
-            mask: True where a time step is real.
-            output_attentions: return every block's attention weights.
-            output_hidden_states: return the input of every block, and the output.
-            dropout: source of dropout keys.
-        """
+        """Encode what a pre-net made, where `mask` is True; for the options see `SpeechT5Model`."""
         config, dropout = self.config, dropout or Dropout(None)
         keys = None if mask is None else mask[:, None, None, :]
         if not config.layer_norm_first:
@@ -710,69 +636,29 @@ class SpeechT5Encoder(nnx.Module):
         )
 
 
-class SpeechT5DecoderLayer(nnx.Module):
-    """§2.1, a block of the decoder: causal self-attention, attention to the encoder, MLP; norms last, or first."""
+class SpeechT5DecoderLayer(MBartDecoderLayer):
+    """§2.1, a block of the decoder, made as mBART's: but norms last, in LARGE first as there."""
 
     def __init__(self, config: SpeechT5Config, **kwargs: Any):
-        width, heads = config.hidden_size, config.decoder_attention_heads
-        eps: dict[str, Any] = {"epsilon": config.layer_norm_eps, **kwargs}
-        attention: dict[str, Any] = {
-            "dropout": config.attention_dropout,
-            "kernel_init": nnx.initializers.normal(config.initializer_range),
-            **kwargs,
-        }
-        self.self_attn = MultiHeadAttention(width, heads, **attention)
-        self.self_attn_layer_norm = LayerNorm(width, **eps)
-        self.encoder_attn = MultiHeadAttention(width, heads, **attention)
-        self.encoder_attn_layer_norm = LayerNorm(width, **eps)
-        self.feed_forward = SpeechT5FeedForward(config, config.decoder_ffn_dim, **kwargs)
-        self.final_layer_norm = LayerNorm(width, **eps)
-        self.config = config
+        width, heads, init = config.hidden_size, config.decoder_attention_heads, config.initializer_range
+        norm = partial(LayerNorm, width, epsilon=config.layer_norm_eps, **kwargs)
+        kwargs["kernel_init"] = nnx.initializers.normal(init)
+        attention = partial(MultiHeadAttention, width, heads, dropout=config.attention_dropout, **kwargs)
+        self.self_attn, self.self_attn_layer_norm = attention(), norm()
+        self.encoder_attn, self.encoder_attn_layer_norm = attention(), norm()
+        self.feed_forward = wav2vec2.Wav2Vec2FeedForward(config, config.decoder_ffn_dim, **kwargs)
+        self.final_layer_norm = norm()
+        self.norm_first, self.dropout_rate = config.layer_norm_first, config.hidden_dropout
 
-    def __call__(
-        self,
-        x: Float[Array, "batch time hidden"],
-        dropout: Dropout,
-        past: KeyValues | None,
-        position: int | Int[Array, ""],
-        mask: Bool[Array, "#batch 1 time keys"],
-        source: KeyValues | None,
-        source_mask: Bool[Array, "batch 1 1 frames"] | None,
-        need_weights: bool = True,
-    ) -> tuple[Float[Array, "batch time hidden"], KeyValues, jax.Array | None, jax.Array | None]:
-        """One block: its output, its keys and values so far and, if needed, the self- and cross-attention weights."""
-        first, rate = self.config.layer_norm_first, self.config.hidden_dropout
-
-        def before(norm: LayerNorm, x: jax.Array) -> jax.Array:
-            return norm(x) if first else x
-
-        def after(norm: LayerNorm, x: jax.Array) -> jax.Array:
-            return x if first else norm(x)
-
-        y = before(self.self_attn_layer_norm, x)
-        key_values = self.self_attn.key_values(y)
-        if past is not None:
-            key_values = past.write(key_values, position)
-        y, weights = self.self_attn(y, key_values, mask=mask, dropout=dropout, need_weights=need_weights)
-        x = after(self.self_attn_layer_norm, x + dropout(y, rate))
-        cross_weights = None
-        if source is not None:
-            y = before(self.encoder_attn_layer_norm, x)
-            y, cross_weights = self.encoder_attn(
-                y, source, mask=source_mask, dropout=dropout, need_weights=need_weights
-            )
-            x = after(self.encoder_attn_layer_norm, x + dropout(y, rate))
-        y = self.feed_forward(before(self.final_layer_norm, x), dropout)
-        return after(self.final_layer_norm, x + y), key_values, weights, cross_weights
+    def mlp(self, x: Float[Array, "batch time hidden"], dropout: Dropout) -> Float[Array, "batch time hidden"]:
+        """wav2vec 2.0's, as in the encoder."""
+        return self.feed_forward(x, dropout)
 
 
 class SpeechT5Decoder(nnx.Module):
     """§2.1, the shared decoder."""
 
-    def __init__(
-        self, config: SpeechT5Config, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
-    ) -> None:
-        kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    def __init__(self, config: SpeechT5Config, **kwargs: Any):
         self.layers = nnx.List([SpeechT5DecoderLayer(config, **kwargs) for _ in range(config.decoder_layers)])
         width, eps = config.hidden_size, config.layer_norm_eps
         self.layer_norm = LayerNorm(width, epsilon=eps, **kwargs) if config.layer_norm_first else None
@@ -785,43 +671,14 @@ class SpeechT5Decoder(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch time hidden"],
-        attention_mask: Int[Array, "batch time"] | None = None,
+        attention_mask: Int[Array, "batch time"] | Bool[Array, "batch time"] | None = None,
         encoder_hidden_states: Float[Array, "batch frames hidden"] | None = None,
         encoder_attention_mask: Bool[Array, "batch frames"] | None = None,
-        *,
-        past_key_values: MBartCache | None = None,
-        cache_position: int | Int[Array, ""] = 0,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
-        dropout: Dropout | None = None,
+        **options: Any,
     ) -> DecoderOutput:
-        """Decode what a pre-net made, against the encoder's states.
-
-        Args:
-            x: the steps so far; with a cache, those that are new.
-            attention_mask: 1 where a step is real.
-            encoder_hidden_states: not needed with a cache, which holds their keys and values.
-            encoder_attention_mask: which of them are real.
-            past_key_values: cache from `start` or from the last call; returned with these steps added.
-            cache_position: where in the cache the first of these steps stands.
-            output_attentions: return attention weights.
-            output_hidden_states: return the input of every block, and the output.
-            dropout: source of dropout keys.
-        """
-        return decode_blocks(
-            self.layers,
-            x,
-            attention_mask,
-            encoder_hidden_states,
-            encoder_attention_mask,
-            past_key_values=past_key_values,
-            cache_position=cache_position,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            drop_rate=self.config.decoder_layerdrop,
-            dropout=dropout or Dropout(None),
-            norm=self.layer_norm,
-        )
+        """Decode what a pre-net made, against the encoder's states; for the options see `decode_blocks`."""
+        source, rate = (encoder_hidden_states, encoder_attention_mask), self.config.decoder_layerdrop
+        return decode_blocks(self.layers, x, attention_mask, *source, drop_rate=rate, norm=self.layer_norm, **options)
 
 
 class SpeechT5EncoderWithPrenet(nnx.Module):
@@ -829,10 +686,16 @@ class SpeechT5EncoderWithPrenet(nnx.Module):
 
     def __init__(self, config: SpeechT5Config, modality: Modality | None, **kwargs: Any):
         if modality is not None:
-            self.prenet: Any = (SpeechT5SpeechEncoderPrenet if modality == "speech" else SpeechT5TextEncoderPrenet)(
-                config, **kwargs
-            )
+            net: Any = SpeechT5SpeechEncoderPrenet if modality == "speech" else SpeechT5TextEncoderPrenet
+            self.prenet = net(config, **kwargs)
         self.wrapped_encoder = SpeechT5Encoder(config, **kwargs)
+        self.modality = modality
+
+    def mask(self, attention_mask: Int[Array, "batch time"] | None, states: int) -> Bool[Array, "batch states"] | None:
+        """Which of so many states are real."""
+        if attention_mask is None or self.modality != "speech":
+            return None if attention_mask is None else jnp.asarray(attention_mask) != 0
+        return self.prenet.frame_mask(attention_mask, states)
 
     def __call__(
         self,
@@ -843,21 +706,15 @@ class SpeechT5EncoderWithPrenet(nnx.Module):
         output_hidden_states: bool = False,
         key: jax.Array | None = None,
         **options: Any,
-    ) -> tuple[BaseModelOutput, Bool[Array, "batch frames"] | None]:
+    ) -> tuple[BaseModelOutput, Bool[Array, "batch states"] | None]:
         """Encode waveforms, tokens or states; returns the states, and which of them are real."""
+        asked: dict[str, Any] = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         dropout = Dropout(key)
-        if hasattr(self, "prenet"):
-            x, mask = self.prenet(input_values, attention_mask, dropout=dropout, **options)
+        if self.modality is None:
+            x, mask = input_values, self.mask(attention_mask, 0)
         else:
-            x, mask = input_values, None if attention_mask is None else attention_mask != 0
-        encoded = self.wrapped_encoder(
-            x,
-            mask,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            dropout=dropout,
-        )
-        return encoded, mask
+            x, mask = self.prenet(input_values, attention_mask, dropout=dropout, **options)
+        return self.wrapped_encoder(x, mask, dropout=dropout, **asked), mask
 
 
 class SpeechT5DecoderWithPrenet(nnx.Module):
@@ -865,48 +722,21 @@ class SpeechT5DecoderWithPrenet(nnx.Module):
 
     def __init__(self, config: SpeechT5Config, modality: Modality | None, **kwargs: Any):
         if modality is not None:
-            self.prenet: Any = (SpeechT5SpeechDecoderPrenet if modality == "speech" else SpeechT5TextDecoderPrenet)(
-                config, **kwargs
-            )
+            net: Any = SpeechT5SpeechDecoderPrenet if modality == "speech" else SpeechT5TextDecoderPrenet
+            self.prenet = net(config, **kwargs)
         self.wrapped_decoder = SpeechT5Decoder(config, **kwargs)
+        self.modality = modality
 
 
 class SpeechT5Model(nnx.Module):
     """§2.1 and Figure 2: encoder and decoder, each with a pre-net; by itself without, from states to states."""
 
     def __init__(
-        self,
-        config: SpeechT5Config,
-        encoder: Modality | None = None,
-        decoder: Modality | None = None,
-        *,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
+        self, config: SpeechT5Config, encoder: Modality | None = None, decoder: Modality | None = None, **kwargs: Any
     ):
-        kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.encoder = SpeechT5EncoderWithPrenet(config, encoder, **kwargs)
         self.decoder = SpeechT5DecoderWithPrenet(config, decoder, **kwargs)
-        self.config, self.speaks = config, decoder == "speech"
-
-    def encode(
-        self,
-        input_values: Any,
-        attention_mask: Int[Array, "batch time"] | None,
-        encoder_outputs: BaseModelOutput | None,
-        **options: Any,
-    ) -> tuple[BaseModelOutput, Bool[Array, "batch frames"] | None]:
-        """The encoder's output, or the given one, and which of its states are real."""
-        if encoder_outputs is None:
-            if input_values is None:
-                raise UsageError("Give the model its input, or encoder_outputs of an earlier call.")
-            return self.encoder(input_values, attention_mask, **options)
-        if attention_mask is None:
-            return encoder_outputs, None
-        prenet = getattr(self.encoder, "prenet", None)
-        if isinstance(prenet, SpeechT5SpeechEncoderPrenet):
-            return encoder_outputs, prenet.frame_mask(attention_mask, encoder_outputs.last_hidden_state.shape[1])
-        return encoder_outputs, attention_mask != 0
+        self.config = config
 
     def __call__(
         self,
@@ -937,16 +767,25 @@ class SpeechT5Model(nnx.Module):
             output_hidden_states: return the input of every block, and the output.
             key: switches dropout, layer drop and masking on.
             options: of the speech-encoder pre-net.
+
+        Raises:
+            UsageError: without an input.
         """
         keys: Any = (None, None, jax.random.key(0)) if key is None else jax.random.split(key, 3)
         asked: dict[str, Any] = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        encoded, mask = self.encode(input_values, attention_mask, encoder_outputs, key=keys[0], **asked, **options)
+        if encoder_outputs is not None:
+            encoded = encoder_outputs
+            mask = self.encoder.mask(attention_mask, encoded.last_hidden_state.shape[1])
+        elif input_values is None:
+            raise UsageError("Give the model its input, or encoder_outputs of an earlier call.")
+        else:
+            encoded, mask = self.encoder(input_values, attention_mask, key=keys[0], **asked, **options)
         x, dropout = decoder_input_values, Dropout(keys[1])
-        if self.speaks:
+        if self.decoder.modality == "speech":
             if prenet_masks is None:
                 prenet_masks = draw_prenet_masks(self.config, keys[2], x.shape[1])
             x = self.decoder.prenet(x, speaker_embeddings, prenet_masks, dropout=dropout)
-        elif hasattr(self.decoder, "prenet"):
+        elif self.decoder.modality == "text":
             x = self.decoder.prenet(x, dropout=dropout)
         decoded = self.decoder.wrapped_decoder(
             x, decoder_attention_mask, encoded.last_hidden_state, mask, dropout=dropout, **asked
@@ -964,7 +803,7 @@ class SpeechT5Model(nnx.Module):
 
 def _states(outputs: Seq2SeqModelOutput) -> dict[str, Any]:
     """What a head passes on of the model's output."""
-    return {f.name: getattr(outputs, f.name) for f in dataclasses.fields(outputs) if f.name != "last_hidden_state"}
+    return {name: outputs[name] for name in outputs.keys() if name != "last_hidden_state"}  # noqa: SIM118
 
 
 # --- §3.2 and §3.4, speech to text ------------------------------------------------------------------------------------
@@ -979,9 +818,7 @@ class SpeechT5SpeechToTextOutput(Seq2SeqLMOutput):
 class SpeechT5ForSpeechToText(nnx.Module):
     r"""§3.2, recognition, and §3.4, translation: $\mathcal L = (1 - w)\,\mathcal L_{CE} + w\,\mathcal L_{CTC}$."""
 
-    def __init__(
-        self, config: SpeechT5Config, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: SpeechT5Config, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.speecht5 = SpeechT5Model(config, "speech", "text", **kwargs)
         if not config.tie_word_embeddings:
@@ -1032,38 +869,26 @@ class SpeechT5ForSpeechToText(nnx.Module):
             UsageError: if there are neither tokens nor labels.
         """
         config = self.config
+        keys: Any = (None, None) if key is None else jax.random.split(key)
         if decoder_input_ids is None:
             if labels is None:
                 raise UsageError("Give decoder_input_ids or labels; generate makes text without them.")
-            decoder_input_ids = shift_tokens_right(
-                jnp.asarray(labels), config.pad_token_id, config.decoder_start_token_id
-            )
-        keys: Any = (None, None) if key is None else jax.random.split(key)
-        outputs = self.speecht5(
-            input_values,
-            attention_mask,
-            decoder_input_ids,
-            decoder_attention_mask,
-            encoder_outputs,
-            key=keys[0],
-            **options,
-        )
-        logits, ctc_logits, loss = self.head(outputs.last_hidden_state), None, None
-        encoded: Any = outputs.encoder_last_hidden_state
-        if hasattr(self, "ctc_proj"):
-            states = Dropout(keys[1])(encoded, config.hidden_dropout)
-            ctc_logits = self.ctc_proj(states)
+            start = config.decoder_start_token_id
+            decoder_input_ids = shift_tokens_right(jnp.asarray(labels), config.pad_token_id, start)
+        given = (input_values, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs)
+        outputs = self.speecht5(*given, key=keys[0], **options)
+        logits, encoded = self.head(outputs.last_hidden_state), outputs.encoder_last_hidden_state
+        ctc_logits = loss = None
+        if hasattr(self, "ctc_proj") and encoded is not None:
+            ctc_logits = self.ctc_proj(Dropout(keys[1])(encoded, config.hidden_dropout))
         if labels is not None:
             labels = jnp.asarray(labels)
             loss = cross_entropy(logits, labels)
             if ctc_logits is not None:
-                lengths = None
-                if attention_mask is not None:
-                    prenet = self.speecht5.encoder.prenet
-                    lengths = prenet.frame_mask(attention_mask, ctc_logits.shape[1]).sum(axis=-1)
-                letters = jnp.where(
-                    (labels == config.eos_token_id) | (labels == config.pad_token_id), IGNORED_LABEL, labels
-                )
+                mask: Any = self.speecht5.encoder.mask(attention_mask, ctc_logits.shape[1])
+                lengths = None if mask is None else mask.sum(axis=-1)
+                ends = jnp.asarray((config.eos_token_id, config.pad_token_id))
+                letters = jnp.where(jnp.isin(labels, ends), IGNORED_LABEL, labels)
                 ctc = ctc_loss(ctc_logits, letters, lengths, blank=config.ctc_blank_id, zero_infinity=True)
                 tokens = jnp.maximum((labels != IGNORED_LABEL).sum(), 1)
                 loss = (1 - config.ctc_weight) * loss + config.ctc_weight * ctc / tokens
@@ -1101,31 +926,27 @@ class SpeechT5ForSpeechToText(nnx.Module):
         Raises:
             UsageError: for a `ctc_weight` outside of 0 to 1, or of a model without a CTC head.
         """
-        config = self.config
+        ours = self.config
         if not 0 <= ctc_weight <= 1:
             raise UsageError(f"ctc_weight must be between 0 and 1; it is {ctc_weight}.")
         if ctc_weight and not hasattr(self, "ctc_proj"):
             raise UsageError("This model has no CTC head, so ctc_weight must be 0.")
-        defaults = {
-            "max_length": config.max_text_positions,
-            "eos_token_id": config.eos_token_id,
-            "pad_token_id": config.pad_token_id,
-        }
-        chosen = GenerationConfig(**(defaults | options))
+        defaults = {"eos_token_id": ours.eos_token_id, "pad_token_id": ours.pad_token_id}
+        config = GenerationConfig(**(defaults | {"max_length": ours.max_text_positions} | options))
         if decoder_input_ids is None:
-            decoder_input_ids = np.full((len(input_values), 1), config.decoder_start_token_id)
+            decoder_input_ids = np.full((len(input_values), 1), ours.decoder_start_token_id)
         output = _generate(
             *nnx.split(self),
             jnp.asarray(input_values),
             None if attention_mask is None else jnp.asarray(attention_mask),
             jnp.asarray(decoder_input_ids, jnp.int32),
             key,
-            config=chosen,
+            config=config,
             ctc_weight=float(ctc_weight),
             masked_group_norm=masked_group_norm,
             streamer=streamer,
         ).trim()
-        return output if chosen.return_dict_in_generate else np.asarray(output.sequences)
+        return output if config.return_dict_in_generate else np.asarray(output.sequences)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "config", "ctc_weight", "masked_group_norm", "streamer"))
@@ -1143,7 +964,7 @@ def _generate(
     streamer: Streamer | None,
 ) -> GenerateOutput:
     model = nnx.merge(graphdef, state)
-    decoder = model.speecht5.decoder
+    decoder, ours = model.speecht5.decoder, model.config
     encoded, mask = model.speecht5.encoder(input_values, attention_mask, masked_group_norm=masked_group_norm)
     limit = prompt.shape[1] + config.new_tokens(prompt.shape[1])
 
@@ -1155,11 +976,8 @@ def _generate(
     processors: tuple[Any, ...] = ()
     if ctc_weight:
         log_probs = jax.nn.log_softmax(model.ctc_proj(encoded.last_hidden_state), axis=-1)
-        frames = None if mask is None else mask.sum(axis=-1)
-        ours = model.config
-        processors = (
-            PrefixScorer(log_probs, frames, ctc_weight, prompt.shape[1], ours.ctc_blank_id, ours.eos_token_id),
-        )
+        frames, ends = None if mask is None else mask.sum(axis=-1), (ours.ctc_blank_id, ours.eos_token_id)
+        processors = (PrefixScorer(log_probs, frames, ctc_weight, prompt.shape[1], *ends),)
     cache = decoder.wrapped_decoder.start(encoded.last_hidden_state, limit)
     return continue_text(decode, cache, mask, prompt, config, key=key, logits_processors=processors, streamer=streamer)
 
@@ -1178,7 +996,7 @@ def shift_spectrograms_right(
 
 def guided_attention_loss(
     attentions: Float[Array, "batch heads steps tokens"],
-    tokens: Bool[Array, "batch tokens"],
+    tokens: Bool[Array, "batch tokens"] | None,
     steps: Bool[Array, "batch steps"],
     sigma: float = 0.4,
     scale: float = 10.0,
@@ -1190,11 +1008,12 @@ def guided_attention_loss(
 
     Args:
         attentions: $A$ of all heads that are guided.
-        tokens: which inputs are real; there are $N$.
+        tokens: which inputs are real, by default all; there are $N$.
         steps: which outputs are real; there are $T$.
         sigma: width of the diagonal.
         scale: $\lambda$.
     """
+    tokens = jnp.ones((len(steps), attentions.shape[3]), bool) if tokens is None else tokens
     down = jnp.arange(steps.shape[1]) / steps.sum(axis=1, keepdims=True)
     across = jnp.arange(tokens.shape[1]) / tokens.sum(axis=1, keepdims=True)
     weights = 1 - jnp.exp(-jnp.square(across[:, None, :] - down[:, :, None]) / (2 * sigma**2))
@@ -1242,30 +1061,52 @@ class Seq2SeqSpectrogramOutput(ModelOutput):
 # --- §3.3, §3.5 and §3.6: speaking ------------------------------------------------------------------------------------
 
 
-class _Speaking(nnx.Module):
-    """What speaks: the shared model with a speech decoder, and its post-net."""
+class SpeechT5Speaking(nnx.Module):
+    """§3.3, §3.5 and §3.6, what speaks: the shared model with a speech decoder, and its post-net."""
 
-    modality: Modality = "text"
+    modality: ClassVar[Modality] = "text"
 
-    def __init__(
-        self, config: SpeechT5Config, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: SpeechT5Config, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.speecht5 = SpeechT5Model(config, self.modality, "speech", **kwargs)
         self.speech_decoder_postnet = SpeechT5SpeechDecoderPostnet(config, **kwargs)
         self.config = config
 
-    def _forward(
+    def decode(self, *arguments: Any, key: jax.Array | None, **options: Any) -> tuple[Seq2SeqModelOutput, Any]:
+        """The model's states, and the post-net's frames before and after its convolutions, and stops."""
+        keys: Any = (None, None) if key is None else jax.random.split(key)
+        outputs = self.speecht5(*arguments, key=keys[0], **options)
+        return outputs, self.speech_decoder_postnet(outputs.last_hidden_state, Dropout(keys[1]))
+
+    def forward(
         self,
-        inputs: Any,
-        attention_mask: Any,
-        decoder_input_values: Any,
-        decoder_attention_mask: Any,
-        encoder_outputs: BaseModelOutput | None,
-        labels: Any,
-        key: jax.Array | None,
+        inputs: Int[Array, "batch tokens"] | Float[Array, "batch samples"] | None = None,
+        attention_mask: Int[Array, "batch time"] | None = None,
+        decoder_input_values: Float[Array, "batch steps mels"] | None = None,
+        decoder_attention_mask: Int[Array, "batch frames"] | None = None,
+        encoder_outputs: BaseModelOutput | None = None,
+        *,
+        labels: Float[Array, "batch frames mels"] | None = None,
+        output_attentions: bool = False,
+        key: jax.Array | None = None,
         **options: Any,
     ) -> Seq2SeqSpectrogramOutput:
+        """The spectrogram given the one before each step and, with `labels`, the loss, guided attention included.
+
+        Args:
+            inputs: characters, called `input_ids`, or waveforms at 16 kHz, `input_values`.
+            attention_mask: 1 where one of them is real.
+            decoder_input_values: spectrogram so far, one frame a step; by default out of the labels.
+            decoder_attention_mask: 1 for the frames of the labels, or for the steps, that are real.
+            encoder_outputs: an earlier encoding.
+            labels: the wanted spectrogram, -100 behind its end.
+            output_attentions: return attention weights.
+            key: switches dropout, layer drop and masking on, and the statistics of the batch in the post-net.
+            options: see `SpeechT5Model`, `speaker_embeddings` above all.
+
+        Raises:
+            UsageError: if there is neither a spectrogram so far nor a wanted one.
+        """
         config, reduction = self.config, self.config.reduction_factor
         guided = config.use_guided_attention_loss and labels is not None
         if labels is not None:
@@ -1273,41 +1114,21 @@ class _Speaking(nnx.Module):
             if decoder_input_values is None:
                 decoder_input_values = shift_spectrograms_right(labels, reduction)
                 if decoder_attention_mask is not None:
-                    decoder_attention_mask = decoder_attention_mask[:, reduction - 1 :: reduction]
-                    decoder_attention_mask = decoder_attention_mask[:, : decoder_input_values.shape[1]]
+                    decoder_attention_mask = decoder_attention_mask[:, reduction - 1 : labels.shape[1] : reduction]
         if decoder_input_values is None:
             raise UsageError("Give decoder_input_values or labels; generate speaks without them.")
-        asked = options.pop("output_attentions", False)
-        keys: Any = (None, None) if key is None else jax.random.split(key)
-        outputs = self.speecht5(
-            inputs,
-            attention_mask,
-            decoder_input_values,
-            decoder_attention_mask,
-            encoder_outputs,
-            output_attentions=asked or guided,
-            key=keys[0],
-            **options,
-        )
-        before, after, stop = self.speech_decoder_postnet(outputs.last_hidden_state, Dropout(keys[1]))
-        loss: Any = None
-        if labels is not None:
-            loss = spectrogram_loss(before, after, stop, labels)
-        if guided:
-            heads = config.guided_attention_loss_num_heads
-            cross: Any = outputs.cross_attentions
+        given = (inputs, attention_mask, decoder_input_values, decoder_attention_mask, encoder_outputs)
+        options["output_attentions"] = output_attentions or guided
+        outputs, (before, after, stop) = self.decode(*given, key=key, **options)
+        loss: Any = None if labels is None else spectrogram_loss(before, after, stop, labels)
+        if labels is not None and guided:
+            heads, cross = config.guided_attention_loss_num_heads, outputs.cross_attentions or ()
             attentions = jnp.concatenate([a[:, : None if heads < 0 else heads] for a in cross], axis=1)
-            real: Any = jnp.ones((len(attentions), attentions.shape[3]), bool)
-            if attention_mask is not None:
-                real = self.speecht5.encode(None, attention_mask, _encoded(outputs))[1]
+            real = self.speecht5.encoder.mask(attention_mask, attentions.shape[3])
             steps = (labels != IGNORED_LABEL)[:, reduction - 1 :: reduction, 0]
-            loss = loss + guided_attention_loss(
-                attentions, real, steps, config.guided_attention_loss_sigma, config.guided_attention_loss_scale
-            )
-        states = _states(outputs)
-        states.pop("past_key_values")
-        if not asked:
-            states |= {name: None for name in states if name.endswith("attentions")}
+            shape = config.guided_attention_loss_sigma, config.guided_attention_loss_scale
+            loss = loss + guided_attention_loss(attentions, real, steps, *shape)
+        states = {name: x for name, x in _states(outputs).items() if output_attentions or "attentions" not in name}
         return Seq2SeqSpectrogramOutput(loss=loss, spectrogram=after, **states)
 
     def generate_speech(
@@ -1330,7 +1151,7 @@ class _Speaking(nnx.Module):
 
         Args:
             input_values: tokens, or waveforms at 16 kHz.
-            speaker_embeddings: x-vectors of the wanted voices, one for all or one an item.
+            speaker_embeddings: x-vectors of the wanted voices, one for all or one an item; of speech by default zeros.
             attention_mask: 1 where a token or sample is real; without it, tokens of padding are not.
             threshold: an item ends where the probabilities of a step's frames of being the last add up to this.
             minlenratio: least number of frames for each of the encoder's states.
@@ -1351,10 +1172,16 @@ class _Speaking(nnx.Module):
             UsageError: for speakers, limits or masks that do not fit.
         """
         config, reduction = self.config, self.config.reduction_factor
-        given = np.asarray(input_values)
-        batch = self._check(given, speaker_embeddings, threshold, minlenratio, maxlenratio)
-        inputs, mask = self._padded(given, attention_mask)
-        states = self._states_of(np.shape(input_values)[1])
+        given, mask, speaker = np.asarray(input_values), attention_mask, speaker_embeddings
+        self._check(given, speaker, threshold, minlenratio, maxlenratio)
+        batch, states = given.shape
+        if self.modality == "speech":
+            states = self.speecht5.encoder.prenet.frame_lengths(states)
+            speaker = jnp.zeros((1, config.speaker_embedding_dim)) if speaker is None else speaker
+        else:  # padded to one of a few lengths, which masks make as good as none: a new text compiles nothing anew
+            pad, more = config.pad_token_id, ((0, 0), (0, bucket(states, 32) - states))
+            mask = jnp.pad((given != pad) if mask is None else np.asarray(mask) != 0, more)
+            given = np.pad(given, more, constant_values=pad).astype(np.int32)
         limit, least = int(states * maxlenratio / reduction), int(states * minlenratio / reduction)
         if frames is not None:
             limit = least = -(-frames // reduction)
@@ -1365,13 +1192,12 @@ class _Speaking(nnx.Module):
             if prenet_masks.shape[1] < limit:
                 raise UsageError(f"prenet_masks are for {prenet_masks.shape[1]} steps; up to {limit} may be needed.")
             prenet_masks = jnp.pad(jnp.asarray(prenet_masks), ((0, 0), (0, max(steps - limit, 0)), (0, 0)))[:, :steps]
-        speaker = None
-        if speaker_embeddings is not None:
-            speaker = jnp.broadcast_to(jnp.asarray(speaker_embeddings), (batch, config.speaker_embedding_dim))
+        if speaker is not None:
+            speaker = jnp.broadcast_to(jnp.asarray(speaker), (batch, config.speaker_embedding_dim))
         spectrogram, counts, attentions = _speak(
             *nnx.split(self),
-            inputs,
-            mask,
+            jnp.asarray(given),
+            None if mask is None else jnp.asarray(mask),
             speaker,
             prenet_masks,
             jax.random.key(0) if key is None else key,
@@ -1380,61 +1206,37 @@ class _Speaking(nnx.Module):
             attentions=output_cross_attentions,
         )
         counts = np.asarray(counts)
-        longest = int(counts.max())
+        longest, lengths = int(counts.max()), counts * reduction
+        hop = 1 if vocoder is None else vocoder.config.samples_per_frame
         room = bucket(longest * reduction, 64)
         whole = spectrogram.reshape(batch, -1, config.num_mel_bins)[:, :room]
         whole = jnp.pad(whole, ((0, 0), (0, room - whole.shape[1]), (0, 0)))
-        lengths = counts * reduction
-        sound: Any = _refine(*nnx.split(self.speech_decoder_postnet), whole, jnp.asarray(lengths))
-        hop = 1
-        if vocoder is not None:
-            sound = _vocode(*nnx.split(vocoder), sound, jnp.asarray(lengths))
-            hop = vocoder.config.samples_per_frame
-        sound = np.asarray(sound)[:, : longest * reduction * hop]
-        single = batch == 1 and not return_output_lengths
-        result: tuple[Any, ...] = (sound[0] if single else sound,)
-        if return_output_lengths:
-            result += ((lengths * hop).tolist(),)
+        sound = _finish(*nnx.split((self.speech_decoder_postnet, vocoder)), whole, jnp.asarray(lengths))
+        result: list[Any] = [np.asarray(sound)[:, : longest * reduction * hop]]
         if output_cross_attentions:
             cross = np.moveaxis(np.asarray(attentions), 0, 3)  # (layers, batch, heads, steps, inputs)
-            cross = np.moveaxis(cross[..., :longest, : self._states_of(np.shape(input_values)[1])], 1, 0)
-            result += (cross[0] if single else cross,)
-        return result if len(result) > 1 else result[0]
+            result.append(np.moveaxis(cross[..., :longest, :states], 1, 0))
+        if batch == 1 and not return_output_lengths:
+            result = [array[0] for array in result]
+        if return_output_lengths:
+            result.insert(1, (lengths * hop).tolist())
+        return tuple(result) if len(result) > 1 else result[0]
 
-    def _check(self, given: np.ndarray, speaker: Any, threshold: float, least: float, most: float) -> int:
-        """The number of items, after everything has been looked at."""
+    def _check(self, given: np.ndarray, speaker: Any, threshold: float, least: float, most: float) -> None:
+        """Refuse what cannot be spoken."""
+        last, width = self.config.vocab_size - 1, self.config.speaker_embedding_dim
         if given.ndim != 2 or not given.size:
             raise UsageError(f"Inputs of shape (batch, time) are wanted, at least one; these have {given.shape}.")
-        if not np.issubdtype(given.dtype, np.floating) and not 0 <= given.min() <= given.max() < self.config.vocab_size:
-            raise UsageError(
-                f"This model's tokens run from 0 to {self.config.vocab_size - 1}; these from {given.min()} to "
-                f"{given.max()}."
-            )
+        if not np.issubdtype(given.dtype, np.floating) and not 0 <= given.min() <= given.max() <= last:
+            raise UsageError(f"This model's tokens run from 0 to {last}; these from {given.min()} to {given.max()}.")
         if not (threshold > 0 and least >= 0 and most > 0):
             raise UsageError(
                 f"threshold and maxlenratio must be above 0 and minlenratio at least 0; they are {threshold}, {most} "
                 f"and {least}."
             )
-        if speaker is not None:
-            shape, width = np.shape(speaker), self.config.speaker_embedding_dim
-            if len(shape) != 2 or shape[0] not in (1, len(given)) or shape[1] != width:
-                raise UsageError(
-                    f"speaker_embeddings of shape ({len(given)}, {width}) or (1, {width}) are wanted, not {shape}."
-                )
-        return len(given)
-
-    def _padded(self, given: np.ndarray, attention_mask: Any) -> tuple[jax.Array, jax.Array | None]:
-        """The input as the compiled program takes it, and its mask."""
-        return jnp.asarray(given), None if attention_mask is None else jnp.asarray(attention_mask)
-
-    def _states_of(self, inputs: int) -> int:
-        """How many states the encoder makes."""
-        return inputs
-
-
-def _encoded(outputs: Seq2SeqModelOutput) -> BaseModelOutput:
-    states: Any = outputs.encoder_last_hidden_state
-    return BaseModelOutput(last_hidden_state=states)
+        if speaker is not None and np.shape(speaker) not in ((1, width), (len(given), width)):
+            wanted = f"speaker_embeddings of shape ({len(given)}, {width}) or (1, {width}) are wanted"
+            raise UsageError(f"{wanted}, not {np.shape(speaker)}.")
 
 
 @partial(jax.jit, static_argnames=("graphdef", "steps", "attentions"))
@@ -1465,17 +1267,11 @@ def _speak(
         index, frame, cache, spectrogram, counts, seen = carry
         kept = jax.lax.dynamic_slice_in_dim(prenet_masks, index, 1, axis=1)
         x = decoder.prenet(frame[:, None], speaker, kept, position=index, limit=steps)
-        decoded = decoder.wrapped_decoder(
-            x,
-            encoder_attention_mask=mask,
-            past_key_values=cache,
-            cache_position=index,
-            output_attentions=attentions,
-        )
-        state = decoded.last_hidden_state[:, 0]
+        past: dict[str, Any] = {"past_key_values": cache, "cache_position": index}
+        decoded = decoder.wrapped_decoder(x, encoder_attention_mask=mask, output_attentions=attentions, **past)
+        state, done = decoded.last_hidden_state[:, 0], index + 1
         frames = out.feat_out(state)
         stop = jax.nn.sigmoid(out.prob_out(state)).sum(axis=-1)
-        done = index + 1
         ends = ((stop >= threshold) | (done >= limit)) & (done >= least)
         spectrogram = jax.lax.dynamic_update_index_in_dim(spectrogram, frames, index, axis=1)
         counts = jnp.where((counts == 0) & ends, done, counts)
@@ -1485,79 +1281,35 @@ def _speak(
         return done, frames[:, -config.num_mel_bins :], decoded.past_key_values, spectrogram, counts, seen
 
     dtype = jnp.result_type(memory, out.feat_out.kernel[...]) if out.feat_out.dtype is None else out.feat_out.dtype
-    heads = config.decoder_attention_heads
+    of_attentions = (steps, config.decoder_layers, batch, config.decoder_attention_heads, states)
     start = (
         jnp.zeros((), jnp.int32),
         jnp.zeros((batch, config.num_mel_bins), dtype),
         decoder.wrapped_decoder.start(memory, steps),
         jnp.zeros((batch, steps, config.reduction_factor * config.num_mel_bins), dtype),
         jnp.zeros((batch,), jnp.int32),
-        jnp.zeros((steps, config.decoder_layers, batch, heads, states), memory.dtype) if attentions else None,
+        jnp.zeros(of_attentions, memory.dtype) if attentions else None,
     )
     _, _, _, spectrogram, counts, seen = while_loop(lambda carry: (carry[4] == 0).any(), step, start)
     return spectrogram, counts, seen
 
 
 @partial(jax.jit, static_argnames="graphdef")
-def _refine(graphdef: Any, state: Any, spectrogram: jax.Array, lengths: jax.Array) -> jax.Array:
-    return nnx.merge(graphdef, state).postnet(spectrogram, lengths)
+def _finish(graphdef: Any, state: Any, spectrogram: jax.Array, lengths: jax.Array) -> jax.Array:
+    """The post-net's convolutions and, if there is one, the vocoder."""
+    net, vocoder = nnx.merge(graphdef, state)
+    refined = net.postnet(spectrogram, lengths)
+    return refined if vocoder is None else vocoder(refined, lengths=lengths)
 
 
-@partial(jax.jit, static_argnames="graphdef")
-def _vocode(graphdef: Any, state: Any, spectrogram: jax.Array, lengths: jax.Array) -> jax.Array:
-    return nnx.merge(graphdef, state)(spectrogram, lengths=lengths)
-
-
-class SpeechT5ForTextToSpeech(_Speaking):
+class SpeechT5ForTextToSpeech(SpeechT5Speaking):
     """§3.3: text in, a spectrogram in a given voice out."""
 
     def __call__(
-        self,
-        input_ids: Int[Array, "batch tokens"] | None = None,
-        attention_mask: Int[Array, "batch tokens"] | None = None,
-        decoder_input_values: Float[Array, "batch steps mels"] | None = None,
-        decoder_attention_mask: Int[Array, "batch frames"] | None = None,
-        encoder_outputs: BaseModelOutput | None = None,
-        *,
-        speaker_embeddings: Float[Array, "batch speaker"] | None = None,
-        labels: Float[Array, "batch frames mels"] | None = None,
-        key: jax.Array | None = None,
-        **options: Any,
+        self, input_ids: Int[Array, "batch tokens"] | None = None, *arguments: Any, **options: Any
     ) -> Seq2SeqSpectrogramOutput:
-        """The spectrogram given the one before each step and, with `labels`, the loss, guided attention included.
-
-        Args:
-            input_ids: characters.
-            attention_mask: 1 where a character is real.
-            decoder_input_values: spectrogram so far, one frame a step; by default out of the labels.
-            decoder_attention_mask: 1 for the frames of the labels, or for the steps, that are real.
-            encoder_outputs: an earlier encoding.
-            speaker_embeddings: x-vectors.
-            labels: the wanted spectrogram, -100 behind its end.
-            key: switches dropout and layer drop on, and the statistics of the batch in the post-net.
-            options: see `SpeechT5Model`.
-
-        Raises:
-            UsageError: if there is neither a spectrogram so far nor a wanted one.
-        """
-        return self._forward(
-            input_ids,
-            attention_mask,
-            decoder_input_values,
-            decoder_attention_mask,
-            encoder_outputs,
-            labels,
-            key,
-            speaker_embeddings=speaker_embeddings,
-            **options,
-        )
-
-    def _padded(self, given: np.ndarray, attention_mask: Any) -> tuple[jax.Array, jax.Array | None]:
-        """Padded to one of a few lengths, which masks make as good as none: a new text compiles nothing anew."""
-        pad = self.config.pad_token_id
-        mask = (given != pad) if attention_mask is None else np.asarray(attention_mask) != 0
-        more = ((0, 0), (0, bucket(given.shape[1], 32) - given.shape[1]))
-        return jnp.asarray(np.pad(given, more, constant_values=pad), jnp.int32), jnp.asarray(np.pad(mask, more))
+        """The spectrogram given the one before each step, and its loss; see `forward`."""
+        return self.forward(input_ids, *arguments, **options)
 
     def generate(
         self,
@@ -1579,62 +1331,16 @@ class SpeechT5ForTextToSpeech(_Speaking):
         return self.generate_speech(input_ids, speaker_embeddings, attention_mask, **options)
 
 
-class SpeechT5ForSpeechToSpeech(_Speaking):
+class SpeechT5ForSpeechToSpeech(SpeechT5Speaking):
     """§3.5, voice conversion, and §3.6, enhancement: speech in, a spectrogram in another voice or without noise out."""
 
     modality = "speech"
 
     def __call__(
-        self,
-        input_values: Float[Array, "batch samples"] | None = None,
-        attention_mask: Int[Array, "batch samples"] | None = None,
-        decoder_input_values: Float[Array, "batch steps mels"] | None = None,
-        decoder_attention_mask: Int[Array, "batch frames"] | None = None,
-        encoder_outputs: BaseModelOutput | None = None,
-        *,
-        speaker_embeddings: Float[Array, "batch speaker"] | None = None,
-        labels: Float[Array, "batch frames mels"] | None = None,
-        key: jax.Array | None = None,
-        **options: Any,
+        self, input_values: Float[Array, "batch samples"] | None = None, *arguments: Any, **options: Any
     ) -> Seq2SeqSpectrogramOutput:
-        """The spectrogram given the one before each step and, with `labels`, the loss, which `transformers` lacks.
-
-        Args:
-            input_values: waveforms at 16 kHz.
-            attention_mask: 1 for a sample of the recording, 0 for padding behind it.
-            decoder_input_values: spectrogram so far, one frame a step; by default out of the labels.
-            decoder_attention_mask: 1 for the frames of the labels, or for the steps, that are real.
-            encoder_outputs: an earlier encoding.
-            speaker_embeddings: x-vectors.
-            labels: the wanted spectrogram, -100 behind its end.
-            key: switches dropout, layer drop and masking on, and the statistics of the batch in the post-net.
-            options: see `SpeechT5Model`.
-
-        Raises:
-            UsageError: if there is neither a spectrogram so far nor a wanted one.
-        """
-        return self._forward(
-            input_values,
-            attention_mask,
-            decoder_input_values,
-            decoder_attention_mask,
-            encoder_outputs,
-            labels,
-            key,
-            speaker_embeddings=speaker_embeddings,
-            **options,
-        )
-
-    def generate_speech(  # type: ignore[override]
-        self, input_values: Any, speaker_embeddings: Any = None, attention_mask: Any = None, **options: Any
-    ) -> Any:
-        """Convert; see `SpeechT5ForTextToSpeech.generate_speech`. Without a speaker its embedding is zero."""
-        if speaker_embeddings is None:
-            speaker_embeddings = np.zeros((1, self.config.speaker_embedding_dim), np.float32)
-        return super().generate_speech(input_values, speaker_embeddings, attention_mask, **options)
-
-    def _states_of(self, inputs: int) -> int:
-        return self.speecht5.encoder.prenet.frame_lengths(inputs)
+        """The spectrogram given the one before each step, and its loss, which `transformers` lacks; see `forward`."""
+        return self.forward(input_values, *arguments, **options)
 
 
 class SpeechT5ForSpeechEnhancement(SpeechT5ForSpeechToSpeech):
@@ -1650,7 +1356,6 @@ class SpeechT5ForSpeechEnhancement(SpeechT5ForSpeechToSpeech):
         attention_mask: Int[Array, "batch samples"] | None = None,
         *,
         predict: Literal["target", "masking", "delta"] = "target",
-        speaker_embeddings: Float[Array, "batch speaker"] | None = None,
         labels: Float[Array, "batch frames mels"] | None = None,
         key: jax.Array | None = None,
         **options: Any,
@@ -1662,7 +1367,6 @@ class SpeechT5ForSpeechEnhancement(SpeechT5ForSpeechToSpeech):
             spectrogram: their log-mel spectrograms.
             attention_mask: 1 for a sample of the recording, 0 for padding behind it.
             predict: what the post-net gives: the clean spectrogram; what a sigmoid makes a factor; or what exceeds it.
-            speaker_embeddings: x-vectors.
             labels: the clean spectrogram, -100 behind its end.
             key: switches dropout, layer drop and masking on.
             options: see `SpeechT5Model`.
@@ -1674,26 +1378,16 @@ class SpeechT5ForSpeechEnhancement(SpeechT5ForSpeechToSpeech):
             raise UsageError(f"There is no prediction {predict!r}; there are target, masking and delta.")
         if self.config.reduction_factor != 1:
             raise UsageError("Enhancement in one pass needs a reduction_factor of 1.")
-        keys: Any = (None, None) if key is None else jax.random.split(key)
-        outputs = self.speecht5(
-            input_values,
-            attention_mask,
-            spectrogram,
-            speaker_embeddings=speaker_embeddings,
-            key=keys[0],
-            **options,
-        )
-        before, after, stop = self.speech_decoder_postnet(outputs.last_hidden_state, Dropout(keys[1]))
 
         def clean(x: jax.Array) -> jax.Array:
             if predict == "masking":
                 return jax.nn.sigmoid(x) * spectrogram
             return x - spectrogram if predict == "delta" else x
 
-        states = _states(outputs)
-        states.pop("past_key_values")
-        loss = None if labels is None else spectrogram_loss(clean(before), clean(after), stop, jnp.asarray(labels))
-        return Seq2SeqSpectrogramOutput(loss=loss, spectrogram=clean(after), **states)
+        outputs, (*made, stop) = self.decode(input_values, attention_mask, spectrogram, key=key, **options)
+        before, after = map(clean, made)
+        loss = None if labels is None else spectrogram_loss(before, after, stop, jnp.asarray(labels))
+        return Seq2SeqSpectrogramOutput(loss=loss, spectrogram=after, **_states(outputs))
 
 
 # --- §3.7, speaker identification -------------------------------------------------------------------------------------
@@ -1705,9 +1399,7 @@ class SpeechT5ForSequenceClassification(nnx.Module):
     As in the released code that step reads a vector of zeros, and a linear map names the speaker.
     """
 
-    def __init__(
-        self, config: SpeechT5Config, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: SpeechT5Config, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.speecht5 = SpeechT5Model(config, "speech", None, **kwargs)
         self.classifier = Linear(config.hidden_size, config.num_labels, use_bias=False, **kwargs)
@@ -1718,8 +1410,6 @@ class SpeechT5ForSequenceClassification(nnx.Module):
         input_values: Float[Array, "batch samples"],
         attention_mask: Int[Array, "batch samples"] | None = None,
         labels: Int[Array, " batch"] | None = None,
-        *,
-        key: jax.Array | None = None,
         **options: Any,
     ) -> SequenceClassifierOutput:
         """Logits of the speakers and, with `labels`, their cross-entropy.
@@ -1728,12 +1418,10 @@ class SpeechT5ForSequenceClassification(nnx.Module):
             input_values: waveforms at 16 kHz.
             attention_mask: 1 for a sample of the recording, 0 for padding behind it.
             labels: the speaker of each item.
-            key: switches dropout, layer drop and masking on.
-            options: see `SpeechT5Model`.
+            options: see `SpeechT5Model`; `key` switches dropout, layer drop and masking on.
         """
-        dtype = self.classifier.kernel[...].dtype
-        nothing = jnp.zeros((len(input_values), 1, self.config.hidden_size), dtype)
-        outputs = self.speecht5(input_values, attention_mask, nothing, key=key, **options)
+        nothing = jnp.zeros((len(input_values), 1, self.config.hidden_size), self.classifier.kernel[...].dtype)
+        outputs = self.speecht5(input_values, attention_mask, nothing, **options)
         logits = self.classifier(outputs.last_hidden_state[:, 0])
         return SequenceClassifierOutput(
             loss=None if labels is None else cross_entropy(logits, jnp.asarray(labels)),
@@ -1761,21 +1449,16 @@ def text_infilling(
         ratio: share of the tokens that are covered.
         mean: $\lambda$.
     """
-    text = list(tokens)
-    inner = len(text) - 2
-    left = int(np.ceil(max(inner, 0) * ratio))
-    spans: list[int] = []
+    inner, last = max(len(tokens) - 2, 0), len(tokens) - 1
+    left, spans = int(np.ceil(inner * ratio)), []
     while left > 0:
         spans.append(min(int(rng.poisson(mean)), left))
         left -= spans[-1]
     lengths = [length for length in spans if length][:inner]
-    begins = 1 + rng.permutation(inner)[: len(lengths)] if lengths else np.zeros(0, int)
+    begins = (1 + rng.permutation(inner)[: len(lengths)]).tolist()
     gone = {i for begin, length in zip(begins, lengths, strict=True) for i in range(begin + 1, begin + length)}
-    masked = set(begins.tolist())
-    result = []
-    for i, token in enumerate(text):
-        if i in (0, len(text) - 1) or i not in gone:
-            result.append(mask_token_id if i in masked else token)
+    kept = [i for i in range(len(tokens)) if i in (0, last) or i not in gone]
+    result = [mask_token_id if i in begins else tokens[i] for i in kept]
     for _ in range(spans.count(0)):
         result.insert(int(rng.integers(1, len(result))), mask_token_id)
     return result
@@ -1802,18 +1485,16 @@ class SpeechT5ForPreTraining(nnx.Module):
     text decoder's and its head are one table.
     """
 
-    def __init__(
-        self, config: SpeechT5Config, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: SpeechT5Config, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.speech_encoder_prenet = SpeechT5SpeechEncoderPrenet(config, **kwargs)
-        self.text_encoder_positions = SpeechT5ScaledPositionalEncoding(config, param_dtype=param_dtype)
+        self.text_encoder_positions = SpeechT5ScaledPositionalEncoding(config, **kwargs)
         self.encoder = SpeechT5Encoder(config, **kwargs)
         self.final_proj = Linear(config.hidden_size, config.final_dim, **kwargs)
         shape = (config.num_clusters, config.final_dim)
         self.label_embeddings = nnx.Param(jax.random.uniform(rngs.params(), shape, param_dtype))
         states = dataclasses.replace(config, conv_dim=(config.hidden_size,) * len(config.conv_dim))
-        self.quantizer = Wav2Vec2GumbelVectorQuantizer(states, **kwargs)
+        self.quantizer = wav2vec2.Wav2Vec2GumbelVectorQuantizer(states, **kwargs)
         self.speech_decoder_prenet = SpeechT5SpeechDecoderPrenet(config, **kwargs)
         self.text_decoder_prenet = SpeechT5TextDecoderPrenet(config, **kwargs)
         self.decoder = SpeechT5Decoder(config, **kwargs)
@@ -1823,7 +1504,7 @@ class SpeechT5ForPreTraining(nnx.Module):
     def mix(
         self,
         states: Float[Array, "batch time hidden"],
-        chosen: Bool[Array, " time"] | None = None,
+        codebook_steps: Bool[Array, " time"] | None = None,
         *,
         temperature: float | Float[Array, ""] = 2.0,
         gumbel_noise: Float[Array, "batch time groups entries"] | None = None,
@@ -1833,8 +1514,8 @@ class SpeechT5ForPreTraining(nnx.Module):
 
         Args:
             states: the encoder's.
-            chosen: at which time steps; drawn if there is a `key`, a share of `codebook_prob` of them.
-            temperature: of the Gumbel softmax.
+            codebook_steps: at which time steps; drawn if there is a `key`, a share of `codebook_prob` of them.
+            temperature: of the Gumbel softmax; see `gumbel_temperature`.
             gumbel_noise: drawn if there is a `key`.
             key: source of both.
 
@@ -1845,12 +1526,12 @@ class SpeechT5ForPreTraining(nnx.Module):
         config, keys = self.config, (None, None) if key is None else jax.random.split(key)
         time = states.shape[1]
         codes, in_use, _ = self.quantizer(states, temperature=temperature, gumbel_noise=gumbel_noise, key=keys[0])
-        if chosen is None:
-            chosen = jnp.zeros(time, bool)
+        if codebook_steps is None:
+            codebook_steps = jnp.zeros(time, bool)
             if keys[1] is not None:
-                chosen = jax.random.permutation(keys[1], time) < int(time * config.codebook_prob)
+                codebook_steps = jax.random.permutation(keys[1], time) < int(time * config.codebook_prob)
         total = config.num_codevectors_per_group * config.num_codevector_groups
-        return jnp.where(chosen[:, None], codes.astype(states.dtype), states), (total - in_use) / total
+        return jnp.where(codebook_steps[:, None], codes.astype(states.dtype), states), (total - in_use) / total
 
     def speech(
         self,
@@ -1861,14 +1542,12 @@ class SpeechT5ForPreTraining(nnx.Module):
         *,
         speaker_embeddings: Float[Array, "batch speaker"] | None = None,
         mask_time_indices: Bool[Array, "batch frames"] | None = None,
-        codebook_steps: Bool[Array, " frames"] | None = None,
         prenet_masks: Bool[Array, "layers steps units"] | None = None,
-        gumbel_noise: Float[Array, "batch frames groups entries"] | None = None,
-        temperature: float | Float[Array, ""] = 2.0,
         features_pen_weight: float = 10.0,
         diversity_weight: float = 0.1,
         feature_grad_mult: float | Float[Array, ""] = 0.1,
         key: jax.Array | None = None,
+        **codes: Any,
     ) -> SpeechT5PreTrainingOutput:
         r"""§2.2, speech pre-training: name the units under the mask (Eq. 1), and say the speech again (Eq. 2).
 
@@ -1879,14 +1558,12 @@ class SpeechT5ForPreTraining(nnx.Module):
             spectrogram: their log-mel, -100 behind the end: what the decoder is to make.
             speaker_embeddings: x-vectors.
             mask_time_indices: frames to hide and to name; drawn if there is a `key`.
-            codebook_steps: where codes replace states; drawn if there is a `key`.
             prenet_masks: units of the speech-decoder pre-net that are kept.
-            gumbel_noise: of the codebook; drawn if there is a `key`.
-            temperature: of the codebook; see `gumbel_temperature`.
             features_pen_weight: not in the paper but in its recipe: weight of the mean square of the features.
             diversity_weight: $\gamma$.
             feature_grad_mult: factor on the gradient that reaches the convolutions.
             key: switches dropout, layer drop and all drawing on.
+            codes: options of `mix`.
 
         Raises:
             UsageError: without units, a spectrogram, and hidden frames.
@@ -1894,46 +1571,37 @@ class SpeechT5ForPreTraining(nnx.Module):
         if labels is None or spectrogram is None:
             raise UsageError("Pre-training on speech needs labels (hidden units) and a spectrogram.")
         config, reduction = self.config, self.config.reduction_factor
-        keys: Any = [None] * 4 + [jax.random.key(0)] if key is None else jax.random.split(key, 5)
+        keys: Any = (None, None, None, jax.random.key(0)) if key is None else jax.random.split(key, 4)
         prenet, dropout = self.speech_encoder_prenet, Dropout(keys[0])
-        features = prenet.features(input_values, attention_mask, feature_grad_mult=feature_grad_mult)
+        features, mask = prenet.features(input_values, attention_mask, feature_grad_mult=feature_grad_mult)
         features_pen = jnp.square(features.astype(jnp.promote_types(features.dtype, jnp.float32))).mean()
-        batch, frames, _ = features.shape
-        mask = None if attention_mask is None else prenet.frame_mask(attention_mask, frames)
-        channels = None
-        if keys[1] is not None:
-            spans, channels = prenet.draw_masks(keys[1], batch, frames, mask)
-            mask_time_indices = spans if mask_time_indices is None else mask_time_indices
-        if mask_time_indices is None:
+        x, hidden = prenet.embed(features, mask, dropout, mask_time_indices)
+        if hidden is None:
             raise UsageError("Pre-training on speech needs hidden frames: give mask_time_indices or a key.")
-        x = prenet.embed(features, mask, dropout, mask_time_indices, channels)
         states = self.encoder(x, mask, dropout=dropout).last_hidden_state
         # Eq. 1, by HuBERT's cosines
         ratio = config.label_rate * np.prod(config.conv_stride) / 16_000
-        targets = targets_of_frames(jnp.asarray(labels), frames, float(ratio))
-        counted = jnp.asarray(mask_time_indices, bool) & (True if mask is None else mask)
+        targets = hubert.targets_of_frames(jnp.asarray(labels), x.shape[1], float(ratio))
+        counted = jnp.asarray(hidden, bool) & (True if mask is None else mask)
         projected, embeddings = self.final_proj(states), self.label_embeddings[...]
-        total, count = masked_prediction(projected, embeddings, targets, counted, config.logit_temp)
+        total, count = hubert.masked_prediction(projected, embeddings, targets, counted, config.logit_temp)
         mlm = total / jnp.maximum(count, 1)
         # Eq. 4 and 5
-        memory, diversity = self.mix(
-            states, codebook_steps, temperature=temperature, gumbel_noise=gumbel_noise, key=keys[2]
-        )
+        memory, diversity = self.mix(states, key=keys[1], **codes)
         # Eq. 2
         wanted = jnp.asarray(spectrogram)[:, : spectrogram.shape[1] - spectrogram.shape[1] % reduction]
         before_each = shift_spectrograms_right(wanted, reduction)
         if prenet_masks is None:
-            prenet_masks = draw_prenet_masks(config, keys[4], before_each.shape[1])
+            prenet_masks = draw_prenet_masks(config, keys[3], before_each.shape[1])
         y = self.speech_decoder_prenet(before_each, speaker_embeddings, prenet_masks, dropout=dropout)
         real = (wanted != IGNORED_LABEL)[:, reduction - 1 :: reduction, 0]
         decoded = self.decoder(y, real, memory, mask, dropout=dropout).last_hidden_state
-        before, after, stop = self.speech_decoder_postnet(decoded, Dropout(keys[3]))
+        before, after, stop = self.speech_decoder_postnet(decoded, Dropout(keys[2]))
         reconstruction = spectrogram_loss(before, after, stop, wanted)
-        loss = mlm + reconstruction + diversity_weight * diversity + features_pen_weight * features_pen
         return SpeechT5PreTrainingOutput(
-            loss=loss,
+            loss=mlm + reconstruction + diversity_weight * diversity + features_pen_weight * features_pen,
             spectrogram=after,
-            logits=cluster_logits(projected, embeddings, config.logit_temp),
+            logits=hubert.cluster_logits(projected, embeddings, config.logit_temp),
             mlm_loss=mlm,
             reconstruction_loss=reconstruction,
             diversity_loss=diversity,
@@ -1946,11 +1614,9 @@ class SpeechT5ForPreTraining(nnx.Module):
         attention_mask: Int[Array, "batch tokens"] | None = None,
         labels: Int[Array, "batch tokens"] | None = None,
         *,
-        codebook_steps: Bool[Array, " tokens"] | None = None,
-        gumbel_noise: Float[Array, "batch tokens groups entries"] | None = None,
-        temperature: float | Float[Array, ""] = 2.0,
         diversity_weight: float = 0.1,
         key: jax.Array | None = None,
+        **codes: Any,
     ) -> SpeechT5PreTrainingOutput:
         r"""§2.2, text pre-training: write the whole text, given one with spans masked (Eq. 3).
 
@@ -1958,35 +1624,27 @@ class SpeechT5ForPreTraining(nnx.Module):
             input_ids: characters, spans of them masked (`text_infilling`).
             attention_mask: 1 where a character is real.
             labels: the whole text, -100 behind its end.
-            codebook_steps: where codes replace states; drawn if there is a `key`.
-            gumbel_noise: of the codebook; drawn if there is a `key`.
-            temperature: of the codebook.
             diversity_weight: $\gamma$.
             key: switches dropout, layer drop and all drawing on.
+            codes: options of `mix`.
 
         Raises:
             UsageError: without labels.
         """
         if labels is None:
             raise UsageError("Pre-training on text needs labels: the text before spans of it were masked.")
-        config = self.config
-        keys: Any = (None, None) if key is None else jax.random.split(key)
+        config, keys = self.config, (None, None) if key is None else jax.random.split(key)
         dropout, table = Dropout(keys[0]), self.text_decoder_prenet.embed_tokens
         mask = None if attention_mask is None else jnp.asarray(attention_mask) != 0
         x = self.text_encoder_positions(table(input_ids), dropout)
         states = self.encoder(x, mask, dropout=dropout).last_hidden_state
-        memory, diversity = self.mix(
-            states, codebook_steps, temperature=temperature, gumbel_noise=gumbel_noise, key=keys[1]
-        )
+        memory, diversity = self.mix(states, key=keys[1], **codes)
         labels = jnp.asarray(labels)
         shifted = shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
         y = self.text_decoder_prenet(shifted, dropout=dropout)
-        decoded = self.decoder(y, None, memory, mask, dropout=dropout).last_hidden_state
-        logits = table.attend(decoded)
+        logits = table.attend(self.decoder(y, None, memory, mask, dropout=dropout).last_hidden_state)
         likelihood = cross_entropy(logits, labels)  # Eq. 3
+        loss = likelihood + diversity_weight * diversity
         return SpeechT5PreTrainingOutput(
-            loss=likelihood + diversity_weight * diversity,
-            logits=logits,
-            reconstruction_loss=likelihood,
-            diversity_loss=diversity,
+            loss=loss, logits=logits, reconstruction_loss=likelihood, diversity_loss=diversity
         )

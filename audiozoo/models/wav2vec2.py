@@ -76,6 +76,19 @@ from audiozoo.outputs import (
 )
 
 
+def check_convolutions(config: Any) -> None:
+    """Refuse sizes of a feature encoder (§2) that do not belong together.
+
+    Raises:
+        CheckpointError: if they describe different numbers of convolutions.
+    """
+    if not len(config.conv_dim) == len(config.conv_stride) == len(config.conv_kernel):
+        raise CheckpointError(
+            f"conv_dim, conv_stride and conv_kernel describe {len(config.conv_dim)}, {len(config.conv_stride)} and "
+            f"{len(config.conv_kernel)} convolutions; they must describe the same ones."
+        )
+
+
 @dataclass(frozen=True)
 class Wav2Vec2Config:
     """Sizes of one checkpoint (§4.2 of the paper for BASE and LARGE)."""
@@ -138,11 +151,7 @@ class Wav2Vec2Config:
     id2label: tuple[str, ...] = ("LABEL_0", "LABEL_1")  # names of the classifier's classes
 
     def __post_init__(self) -> None:
-        if not len(self.conv_dim) == len(self.conv_stride) == len(self.conv_kernel):
-            raise CheckpointError(
-                f"conv_dim, conv_stride and conv_kernel describe {len(self.conv_dim)}, {len(self.conv_stride)} and "
-                f"{len(self.conv_kernel)} convolutions; they must describe the same ones."
-            )
+        check_convolutions(self)
         if self.feat_extract_norm not in ("group", "layer"):
             raise CheckpointError(f"feat_extract_norm is {self.feat_extract_norm!r}; there are 'group' and 'layer'.")
         if self.codevector_dim % self.num_codevector_groups:
@@ -421,11 +430,11 @@ class Wav2Vec2PositionalConvEmbedding(nnx.Module):
 class Wav2Vec2FeedForward(nnx.Module):
     """§2, the MLP of a Transformer block (arXiv 1706.03762, Eq. 2, with GELU)."""
 
-    def __init__(self, config: Any, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    def __init__(self, config: Any, width: int | None = None, **kwargs: Any):
         kwargs["kernel_init"] = nnx.initializers.normal(config.initializer_range)
-        self.intermediate_dense = Linear(config.hidden_size, config.intermediate_size, **kwargs)
-        self.output_dense = Linear(config.intermediate_size, config.hidden_size, **kwargs)
+        width = width or config.intermediate_size
+        self.intermediate_dense = Linear(config.hidden_size, width, **kwargs)
+        self.output_dense = Linear(width, config.hidden_size, **kwargs)
         self.config = config
 
     def __call__(self, x: Float[Array, "batch frames hidden"], dropout: Dropout) -> Float[Array, "batch frames hidden"]:

@@ -24,6 +24,7 @@ from audiozoo.models.speecht5 import SpeechT5Config
 from audiozoo.processors.speecht5 import SpeechT5FeatureExtractor, SpeechT5Processor, SpeechT5Tokenizer
 from audiozoo.text.numbers import spell_numbers
 from tests.models.tiny_speecht5 import SIZES, build, train_characters, vocoder, wave
+from tests.shapes import enforce
 from tests.tolerances import tolerance
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -357,6 +358,30 @@ def test_identification_and_enhancement():
     assert target.loss != factor.loss != excess.loss
     with pytest.raises(UsageError, match="reduction_factor of 1"):
         build("ForSpeechEnhancement").enhance(waves, noisy)
+
+
+def test_shapes_are_what_the_annotations_say(monkeypatch):
+    checked = enforce(monkeypatch, speecht5)
+    assert {"SpeechT5Speaking.forward", "SpeechT5Model.__call__", "SpeechT5ForPreTraining.speech"} <= set(checked)
+    ids, who, labels = jnp.asarray(IDS), jnp.asarray(WHO), jnp.asarray(spectrogram_target())
+    waves, mask, tokens = jnp.zeros((2, 4000)), jnp.ones((2, 4000), jnp.int32), jnp.asarray([[5, 9, 2], [7, 2, -100]])
+    key, wanted = jax.random.key(0), {"speaker_embeddings": who, "labels": labels}
+
+    def of(head, call, **changes):
+        return jax.eval_shape(call, build(head, **changes))
+
+    spoken = of("ForTextToSpeech", lambda m: m(ids, (ids != 1).astype(jnp.int32), key=key, **wanted))
+    assert (spoken.loss.shape, spoken.spectrogram.shape) == ((), (2, 12, 8))
+    assert of("ForSpeechToSpeech", lambda m: m(waves, mask, key=key, **wanted)).spectrogram.shape == (2, 12, 8)
+    written = of("ForSpeechToText", lambda m: m(waves, mask, labels=tokens, key=key))
+    assert (written.logits.shape, written.ctc_logits.shape) == ((2, 3, 81), (2, 13, 81))
+    told = of("ForSequenceClassification", lambda m: m(waves, mask, jnp.asarray([0, 1]), key=key))
+    assert told.logits.shape == (2, 2)
+    units = {"labels": jnp.zeros((2, 12), jnp.int32), "spectrogram": labels, "key": key}
+    assert of("ForPreTraining", lambda m: m.speech(waves, mask, **units), mask_time_prob=0.5).logits.shape == (2, 13, 7)
+    assert of("ForPreTraining", lambda m: m.text(ids, None, ids, key=key)).logits.shape == (2, 5, 81)
+    with pytest.raises(Exception, match="speaker_embeddings"):
+        of("ForTextToSpeech", lambda m: m(ids, speaker_embeddings=who[:1], labels=labels))
 
 
 def test_bfloat16_and_jit(voice):

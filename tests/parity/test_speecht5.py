@@ -485,17 +485,19 @@ LEFT_OVER = {
         ("s2t", "ForSpeechToText"),
         ("s2c", "ForSequenceClassification"),
         ("pretrain", "ForPreTraining"),
+        ("pretrain", "ForPreTraining of LARGE"),
     ],
 )
 def test_the_authors_files(task, head, tmp_path):
     """A file with the authors' names, of our own weights, loads by its task to the same bits."""
     from audiozoo.loading import convert, paper_of, variables
 
-    name = f"SpeechT5{head}"
+    name, large = f"SpeechT5{head.removesuffix(' of LARGE')}", head.endswith("LARGE")
     with harness.precision("float32"):
         joint = {"ctc_weight": 0.5} if task == "s2t" else {}
+        joint |= {"layer_norm_first": True, "feat_extract_norm": "layer"} if large else {}
         config = SpeechT5Config(
-            **FAMILY.tiny, **joint, frame_rule="samples", num_clusters=9, final_dim=6, codevector_dim=24,
+            **(FAMILY.tiny | joint), frame_rule="samples", num_clusters=9, final_dim=6, codevector_dim=24,
             num_codevectors_per_group=5, id2label=("a", "b", "c"),
         )  # fmt: skip
         model = getattr(speecht5, name)(config, rngs=nnx.Rngs(3))
@@ -525,6 +527,7 @@ def test_the_authors_files(task, head, tmp_path):
         for path, value in variables(model).items():
             np.testing.assert_array_equal(variables(again)[path][...], value[...], err_msg=path)
         assert again.config.ctc_weight == (0.5 if task == "s2t" else 0)
+        assert again.config.layer_norm_first == large
 
 
 def registered():
