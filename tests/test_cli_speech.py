@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -130,7 +131,7 @@ def test_as_a_user_runs_it(voice, tmp_path):
     assert list((tmp_path / "jax").iterdir())
 
 
-def test_mistakes_get_a_sentence(run, voice, tmp_path):
+def test_mistakes_get_a_sentence(run, voice, tmp_path, monkeypatch):
     kept = tmp_path / "kept.wav"
     kept.write_bytes(b"as it was")
     for arguments, sentence in (
@@ -160,6 +161,10 @@ def test_mistakes_get_a_sentence(run, voice, tmp_path):
     assert kept.read_bytes() == b"as it was"
     assert os.listdir(tmp_path) == ["kept.wav"]
     assert_refused(run("speak", "-", "--model", voice, "-o", kept, stdin=b"\xff\xfe\x00"), "UTF-8")
+    one = audiozoo.load(voice)
+    one.config = dataclasses.replace(one.config, num_speakers=1, speaker_embedding_size=0)
+    monkeypatch.setattr(audiozoo, "load", lambda source: one)
+    assert_refused(run("speak", "a", "--speaker", "0", "--model", voice, "-o", kept), "has one voice")
 
 
 @pytest.fixture(scope="module")

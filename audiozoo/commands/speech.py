@@ -76,6 +76,8 @@ def speak(
     processor = audiozoo.load_processor(source)
     speaking: Iterator[Any]
     if name == "VitsModel":
+        if speaker is not None and voice.config.num_speakers <= 1:
+            raise UsageError(f"{source} has one voice; leave --speaker out.")
         sentences = processor.sentences(said, is_phonemes=phonemes)
         speaking = speak(
             Synthesizer(voice),

@@ -15,8 +15,8 @@ from audiozoo.processors import check_return_tensors, extractor_settings, read_j
 from audiozoo.processors.hifigan import HifiGanProcessor
 from audiozoo.processors.wav2vec2 import Wav2Vec2FeatureExtractor
 from audiozoo.text.numbers import spell_numbers
+from audiozoo.text.sentences import pieces, sentences
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 LONGEST = 300  # characters of a sentence that is said at once; the released voice was trained on up to 600
 
 
@@ -280,10 +280,8 @@ class SpeechT5Processor:
         Raises:
             UsageError: if there is nothing to say.
         """
-        pieces: list[str] = []
-        for sentence in _SENTENCE_END.split(" ".join(text.split())):
-            pieces += _cut(sentence, longest)
-        found = [(piece, self.tokenizer.encode(piece, normalize)) for piece in pieces]
+        said = (" ".join(sentence.split()) for sentence in sentences(text))
+        found = [(p, self.tokenizer.encode(p, normalize)) for sentence in said for p in pieces(sentence, longest)]
         unknown = {self.tokenizer.special["<unk>"], self.tokenizer.pieces.piece_to_id("▁"), self.tokenizer.eos_token_id}
         found = [(piece, ids) for piece, ids in found if set(ids) - unknown]
         if not found:
@@ -302,15 +300,3 @@ class SpeechT5Processor:
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False) -> list[str]:
         """The text of every row of ids."""
         return self.tokenizer.batch_decode(sequences, skip_special_tokens)
-
-
-def _cut(sentence: str, longest: int) -> list[str]:
-    """A sentence in pieces of at most so many characters, cut behind a comma where there is one, else between words."""
-    pieces = []
-    while len(sentence) > longest:
-        window = sentence[: longest + 1]
-        place = max(window.rfind(", ") + 1, window.rfind("— ") + 1) or window.rfind(" ")
-        place = place if place > 0 else longest
-        pieces.append(sentence[:place].strip())
-        sentence = sentence[place:].strip()
-    return [*pieces, sentence] if sentence else pieces

@@ -15,6 +15,7 @@ import numpy as np
 from audiozoo.errors import CheckpointError, SourceError, UsageError
 from audiozoo.processors import check_return_tensors, read_json, write_json
 from audiozoo.text import phonemes
+from audiozoo.text.sentences import pieces, sentences
 
 # The symbols of the authors' English voices: padding, punctuation, letters, phonemes.
 AUTHORS_SYMBOLS = (
@@ -23,7 +24,7 @@ AUTHORS_SYMBOLS = (
     "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
     "ɑɐɒæɓʙβɔɕçɗɖðʤəɘɚɛɜɝɞɟʄɡɠɢʛɦɧħɥʜɨɪʝɭɬɫɮʟɱɯɰŋɳɲɴøɵɸθœɶʘɹɺɾɻʀʁɽʂʃʈʧʉʊʋⱱʌɣɤʍχʎʏʑʐʒʔʡʕʢǀǁǂǃˈˌːˑʼʴʰʱʲʷˠˤ˞↓↑→↗↘'̩'ᵻ"
 )
-_SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+")
+LONGEST = 600  # characters of a sentence that is said at once; what attention needs grows with the square
 
 
 @lru_cache(maxsize=1)
@@ -186,8 +187,9 @@ class VitsTokenizer:
 
     def sentences(self, text: str) -> list[tuple[str, list[int]]]:
         """The sentences of a text, each with its ids; those without a symbol are left out."""
-        pieces = [(piece, self.encode(self.prepare(piece))) for piece in _SENTENCE_END.split(text.strip()) if piece]
-        return [(piece, ids) for piece, ids in pieces if len(ids) > int(self.add_blank)]
+        said = [piece for sentence in sentences(text) for piece in pieces(sentence, LONGEST)]
+        found = [(piece, self.encode(self.prepare(piece))) for piece in said]
+        return [(piece, ids) for piece, ids in found if len(ids) > int(self.add_blank)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The symbols of ids, without the blanks between."""
@@ -262,14 +264,18 @@ class PiperTokenizer:
 
     def sentences(self, text: str) -> list[tuple[str, list[int]]]:
         """The sentences of a text, each with its ids; espeak-ng says where a sentence ends."""
+        written = sentences(text)
+        if max(map(len, written), default=0) > LONGEST:
+            said = (piece for sentence in written for piece in pieces(sentence, LONGEST))
+            return [row for piece in said for row in self.sentences(piece)]
         if self.phoneme_type == "text":
-            pieces = [(piece, self.prepare(piece)) for piece in _SENTENCE_END.split(text.strip()) if piece]
+            spoken = [self.prepare(sentence) for sentence in written]
         else:
             spoken = phonemes.sentences(text, self.voice)
-            written = [piece for piece in _SENTENCE_END.split(text.strip()) if piece]
             # An abbreviation ends a sentence for espeak-ng and not here; then the phonemes have to do.
-            pieces = list(zip(written if len(written) == len(spoken) else spoken, spoken, strict=True))
-        return [(piece, self.encode(prepared)) for piece, prepared in pieces if prepared.strip()]
+            written = written if len(written) == len(spoken) else spoken
+        found = zip(written, spoken, strict=True)
+        return [(sentence, self.encode(prepared)) for sentence, prepared in found if prepared.strip()]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The phonemes of ids, without blanks and marks."""
@@ -327,8 +333,7 @@ class VitsProcessor:
             PhonemizerMissingError: if the voice reads phonemes and espeak-ng is not installed.
         """
         if is_phonemes:
-            pieces = [piece for piece in _SENTENCE_END.split(text.strip()) if piece]
-            found = [(piece, self.tokenizer.encode(piece)) for piece in pieces]
+            found = [(sentence, self.tokenizer.encode(sentence)) for sentence in sentences(text)]
         else:
             found = self.tokenizer.sentences(text)
         if not found:

@@ -31,6 +31,7 @@ _SYNTH_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short),
 
 _LANGUAGE_SWITCH = re.compile(r"\([^)]+\)")  # "(en)" around words of another language
 _PUNCTUATION = re.compile(r"""[;:,.!?¡¿—…"«»“”(){}\[\]]+""")
+_BLANK_LINE = re.compile(r"\n\s*\n\s*$")  # behind a heading or a paragraph, which it ends
 # The run of marks that ended a clause, maybe before a closing quotation mark.
 _CLAUSE_END = re.compile(r"""([.!?,;:…—–。！？，；：]+)["'”’»)\]]*\s*$""")
 _MARKS = {"…": "", "—": ";", "–": ";", "。": ".", "！": "!", "？": "?", "，": ",", "；": ";", "：": ":"}
@@ -164,7 +165,8 @@ def available() -> bool:
 def sentences(text: str, voice: str = "en-us") -> list[str]:
     """The phonemes of each sentence, as Piper's voices were trained on.
 
-    Marks that end a clause stay, a space after those inside a sentence; accents are code points of their own (NFD).
+    Marks that end a clause stay, a space after those inside a sentence; a blank line ends a sentence too. Accents are
+    code points of their own (NFD).
 
     Args:
         text: any text.
@@ -180,12 +182,11 @@ def sentences(text: str, voice: str = "en-us") -> list[str]:
         current += _LANGUAGE_SWITCH.sub("", phonemes) + mark
         if mark in (",", ":", ";"):
             current += " "
-        if mark in (".", "!", "?"):
-            found.append(current)
+        if mark in (".", "!", "?") or _BLANK_LINE.search(source):
+            found.append(current.rstrip())
             current = ""
-    if current.strip():
-        found.append(current)
-    return [unicodedata.normalize("NFD", sentence) for sentence in found]
+    found.append(current)
+    return [unicodedata.normalize("NFD", sentence) for sentence in found if sentence.strip()]
 
 
 def _terminator(source: str) -> str:

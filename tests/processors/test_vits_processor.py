@@ -74,6 +74,22 @@ def test_piper_voice(tmp_path):
     assert processor.batch_decode(processor("ab")["input_ids"]) == ["ab"]
 
 
+def test_where_a_sentence_ends(tmp_path):
+    """A heading has no mark but a blank line; a text without any mark is cut before it is too long."""
+    letters = VitsProcessor.from_directory(mms(tmp_path, "_ abc"))
+    assert [text for text, _ in letters.sentences("a b\n\nb\nc. c")] == ["a b", "b\nc.", "c"]
+    assert [text for text, _ in letters.sentences("a。b！c")] == ["a。", "b！", "c"]
+    endless = " ".join(["abc"] * 400)
+    parts = [text for text, _ in letters.sentences(endless)]
+    assert " ".join(parts) == endless
+    assert max(map(len, parts)) <= vits.LONGEST
+    (tmp_path / "piper").mkdir()
+    piper = VitsProcessor.from_directory(voice_file(tmp_path / "piper"))
+    assert [text for text, _ in piper.sentences(f"a b\n\n{endless}")] == ["a b", *parts]
+    if phonemes.available():
+        assert phonemes.sentences("One\n\nIt was late, \n\nso\nwe left") == ["wˌʌn", "ɪt wʌz lˈeɪt,", "sˌoʊ wiː lˈɛft"]
+
+
 def test_what_cannot_be_read(tmp_path):
     with pytest.raises(SourceError, match="no directory"):
         VitsProcessor.from_directory(tmp_path / "nowhere")
