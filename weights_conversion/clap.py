@@ -184,7 +184,7 @@ def _defaults(config: Any, without: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 _TEXT_DEFAULTS = _defaults(ClapConfig().text_config)
-_AUDIO_DEFAULTS = _defaults(ClapAudioConfig(), ("tagging_head", "fusion_type"))
+_AUDIO_DEFAULTS = _defaults(ClapAudioConfig(), ("tagging_head", "spec_augment", "fusion_type"))
 _OWN_DEFAULTS = _defaults(ClapConfig(), ("text_config", "audio_config", "embedding_mlps"))
 
 
@@ -229,7 +229,7 @@ def hugging_face(model: Any) -> HuggingFaceForm:
         )
     text = {**dataclasses.asdict(config.text_config), "model_type": _TOWER_TYPES[TEXT]}
     audio = {**dataclasses.asdict(config.audio_config), "model_type": _TOWER_TYPES[AUDIO]}
-    del audio["tagging_head"]
+    del audio["tagging_head"], audio["spec_augment"]
     shared = {n: getattr(config, n) for n in ("projection_dim", "projection_hidden_act")}
     if name == BOTH:
         file = {"text_config": text | shared, "audio_config": audio | shared, "model_type": MODEL_TYPE, **shared}
@@ -347,6 +347,7 @@ def config_from_original(tensors: Tensors) -> ClapConfig:
         mlp_ratio=shapes[f"{audio}layers.0.blocks.0.mlp.fc1.bias"][0] / width,
         aff_block_r=narrow[1] // narrow[0],
         tagging_head=f"{audio}tscam_conv.weight" in names,
+        spec_augment=True,
     )
     layers = [int(m[1]) for n in names if (m := re.match(r"text_branch\.encoder\.layer\.(\d+)\.", n))]
     words = shapes[f"{text}embeddings.word_embeddings.weight"]

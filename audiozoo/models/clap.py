@@ -26,7 +26,9 @@ shrunk, and through three windows, fused by attention.
 | §3.4, label templates (keyword-to-caption's baseline) | `caption_of_labels` |
 | §4.2 and §4.3, retrieval and zero-shot classification | `embed_audio`, `embed_text`, `zero_shot` |
 | §4.1, Adam, warm-up and cosine decay | `ClapRecipe` |
-| not in the paper; in the released code | `embedding_mlps`, `mlp_contrastive_loss`, `clamp_logit_scales` |
+| §4.3, supervised classification on what is heard | `LinearProbe`, `fit_probe` |
+| not in the paper; in the released code: a loss of four terms | `embedding_mlps`, `mlp_contrastive_loss` |
+| the same: scales that are kept in bounds, frames and bands hidden in training | `clamp_logit_scales`, `drop_stripes` |
 
 Three things differ from `transformers` on purpose; a test shows both sides of each. Its loss takes the cross-entropy of
 `logits_per_audio` transposed, hence asks twice which sound a text belongs to and never which text a sound; here Eq. 2
@@ -66,6 +68,7 @@ from audiozoo.audio.features import covering
 from audiozoo.errors import UsageError
 from audiozoo.layers import Conv1d, Dropout, LayerNorm, Linear, activation, promote
 from audiozoo.layers.batch_norm import BatchNorm
+from audiozoo.layers.losses import cross_entropy
 from audiozoo.models.roberta import RobertaConfig, RobertaModel
 from audiozoo.models.swin import SwinStage
 from audiozoo.outputs import ABSENT, BaseModelOutputWithPooling, ModelOutput
@@ -102,6 +105,7 @@ class ClapAudioConfig:
     aff_block_r: int = 4  # how much narrower the fusion's attention is
     layer_norm_eps: float = 1e-5  # of the blocks' LayerNorms
     tagging_head: bool = False  # whether the token-semantic head is there; Hugging Face's files lack it
+    spec_augment: bool = False  # whether training hides frames and bands, `drop_stripes`; LAION's code does
 
     def __post_init__(self) -> None:
         if self.enable_fusion and self.fusion not in FUSIONS:
@@ -493,6 +497,29 @@ class ClapTaggingHead(nnx.Module):
         return self.tscam_conv(x)[:, 0]
 
 
+def drop_stripes(
+    x: Float[Array, "batch views frames mels"], key: jax.Array, axis: int, widest: int, count: int = 2
+) -> Float[Array, "batch views frames mels"]:
+    """Not in the paper; in the released code: some spans of frames (`axis` 2) or bands (3) are 0, others for each item.
+
+    Args:
+        x: spectrograms whose bands are normalised, so that 0 is their mean.
+        key: of the draw.
+        axis: 2 or 3.
+        widest: a span is shorter than that.
+        count: spans, which may overlap.
+    """
+    batch, length = x.shape[0], x.shape[axis]
+    of_widths, of_starts = jax.random.split(key)
+    widths = jax.random.randint(of_widths, (batch, count, 1), 0, min(widest, length))
+    starts = (jax.random.uniform(of_starts, (batch, count, 1)) * (length - widths)).astype(jnp.int32)
+    at = jnp.arange(length)
+    hidden = ((at >= starts) & (at < starts + widths)).any(axis=1)  # (batch, length)
+    shape = [batch, 1, 1, 1]
+    shape[axis] = length
+    return jnp.where(hidden.reshape(shape), jnp.zeros((), x.dtype), x)
+
+
 class ClapAudioEncoder(nnx.Module):
     """HTSAT §2.1 and Figure 1: batch normalisation of each band, folding, patches, four Swin stages, LayerNorm."""
 
@@ -553,6 +580,9 @@ class ClapAudioEncoder(nnx.Module):
         x = self.batch_norm(input_features, train)
         if self.mel_fusion is not None and longer is not None:
             x = self.mel_fusion(x, longer, train)
+        if config.spec_augment and (augmenting := dropout.next_key()) is not None:
+            frames, bands = jax.random.split(augmenting)
+            x = drop_stripes(drop_stripes(x, frames, 2, 64), bands, 3, 8)
         x = self.patch_embed(fold(x, config), longer, train)
         hidden_states: list[Any] = [x]
         attentions: list[Any] = []
@@ -934,6 +964,62 @@ class ClapRecipe:
         warmup = min(self.warmup_steps, max(steps - 1, 1))
         schedule = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, steps)
         return optax.adamw(schedule, b1=self.beta1, b2=self.beta2, weight_decay=self.weight_decay)
+
+
+class LinearProbe(nnx.Module):
+    """§4.3, supervised classification, here with both towers frozen: a linear layer on a sound's embedding."""
+
+    def __init__(self, dim: int, classes: int, **kwargs: Any):
+        self.linear = Linear(dim, classes, **kwargs)
+
+    def __call__(self, embeddings: Float[Array, "sounds dim"]) -> Float[Array, "sounds classes"]:
+        """Logits."""
+        return self.linear(embeddings)
+
+
+def fit_probe(
+    embeddings: Float[np.ndarray, "sounds dim"],
+    labels: np.ndarray,
+    classes: int,
+    *,
+    steps: int = 1000,
+    learning_rate: float = 1e-2,
+    seed: int = 0,
+) -> LinearProbe:
+    """§4.3: a linear layer that tells classes from embeddings, by Adam on all sounds at once, in one compiled loop.
+
+    Args:
+        embeddings: of `embed_audio`.
+        labels: class numbers `(sounds,)`, or 1 where a sound is of a class `(sounds, classes)` if it may be of several.
+        classes: how many there are.
+        steps: of Adam.
+        learning_rate: of Adam; it falls along a cosine.
+        seed: of the weights.
+
+    Raises:
+        UsageError: if there is not one label, or row of labels, for every sound.
+    """
+    x, y = jnp.asarray(embeddings), jnp.asarray(labels)
+    one = y.ndim == 1 and jnp.issubdtype(y.dtype, jnp.integer)
+    if y.shape != ((len(x),) if one else (len(x), classes)):
+        raise UsageError(
+            f"There are {len(x)} embeddings and labels of shape {y.shape}; give one class number for each, or a row "
+            f"of {classes}."
+        )
+    graphdef, params = nnx.split(LinearProbe(x.shape[1], classes, rngs=nnx.Rngs(seed)))
+    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
+
+    def loss(params: Any) -> jax.Array:
+        logits = nnx.merge(graphdef, params)(x)
+        return cross_entropy(logits, y) if one else tagging_loss(logits, y)
+
+    def step(carry: Any, _: None) -> tuple[Any, None]:
+        params, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps)[0])
+    return nnx.merge(graphdef, run((params, optimizer.init(params)))[0])
 
 
 def caption_of_labels(labels: Sequence[str]) -> str:

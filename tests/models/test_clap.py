@@ -336,6 +336,42 @@ def test_a_model_that_fuses_learns_from_four_views():
     assert float(found.total) == pytest.approx(2 * float(wanted.loss), rel=1e-5)
 
 
+def test_frames_and_bands_are_hidden_in_training(monkeypatch):
+    x = jnp.ones((300, 2, 50, 16))
+    for axis, widest in ((2, 20), (3, 8)):
+        y = np.moveaxis(np.asarray(clap.drop_stripes(x, jax.random.key(0), axis, widest)), axis, 1)
+        assert (y == y[:, :, :1, :1]).all()  # the same in every view and along the other axis
+        hidden = y[:, :, 0, 0] == 0
+        assert hidden.sum(axis=1).max() <= 2 * (widest - 1)
+        assert 0.8 < hidden.sum() / (300 * 2 * (widest - 1) / 2) <= 1  # two spans, half the widest, some of it shared
+        edges = (np.diff(hidden.astype(int), axis=1) != 0).sum(axis=1)
+        assert edges.max() == 4
+        assert hidden[:, [0, -1]].any()
+        assert len({tuple(row) for row in hidden.tolist()}) > 100
+    drawn, draw = [], clap.drop_stripes
+    monkeypatch.setattr(clap, "drop_stripes", lambda *given: drawn.append(given[2:]) or draw(*given))
+    model, features = tiny(spec_augment=True), jnp.zeros((1, 1, 60, 16))
+    encode = jax.eval_shape(lambda: model.audio_model(features))
+    assert not drawn
+    graphdef, state = nnx.split(model.audio_model)
+    trained = jax.eval_shape(lambda s: nnx.merge(graphdef, writable(s))(features, key=jax.random.key(0)), state)
+    assert drawn == [(2, 64), (3, 8)]
+    assert trained.pooler_output.shape == encode.pooler_output.shape
+
+
+def test_a_probe_tells_classes_from_embeddings():
+    rng = np.random.default_rng(0)
+    x, labels = rng.normal(size=(60, 6)).astype(np.float32), np.arange(60) % 3
+    x[np.arange(60), labels] += 4
+    probe = clap.fit_probe(x, labels, 3, steps=200)
+    assert (np.asarray(probe(x)).argmax(axis=1) == labels).mean() > 0.95
+    several = np.stack([x[:, 0] > 1, x[:, 1] > 1], axis=1).astype(np.float32)
+    tags = clap.fit_probe(x, several, 2, steps=200)
+    assert ((np.asarray(tags(x)) > 0) == several).mean() > 0.9
+    with pytest.raises(UsageError, match="60 embeddings and labels of shape"):
+        clap.fit_probe(x, labels[:9], 3)
+
+
 def test_the_recipe_warms_up_and_decays():
     optimiser = clap.ClapRecipe(warmup_steps=10).optimizer(100)
     params = {"w": jnp.ones(())}
