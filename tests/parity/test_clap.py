@@ -53,15 +53,14 @@ AUDIO = {
     "num_mel_bins": 16,
     "spec_size": 32,
     "patch_size": 4,
-    "hidden_size": 32,
-    "depths": [2, 2, 1],
-    "num_attention_heads": [2, 2, 4],
+    "hidden_size": 16,
+    "depths": [2, 1],
+    "num_attention_heads": [2, 4],
     "patch_embeds_hidden_size": 8,
     "aff_block_r": 2,
     "hidden_dropout_prob": 0.0,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
 }
-TWO_STAGES = {"depths": [2, 2], "num_attention_heads": [2, 4], "hidden_size": 16}
 FRAMES = 50  # of 64 that the folded spectrogram holds
 
 
@@ -147,7 +146,7 @@ def test_every_tap_and_output(fused):
     compared = harness.compare_outputs(taps.ours, taps.reference)
     assert {
         "output.logits_per_audio",
-        "output.audio_model_output.hidden_states[3]",
+        "output.audio_model_output.hidden_states[2]",
         "output.audio_model_output.attentions[1]",
         "output.text_model_output.attentions[1]",
     } <= set(compared)
@@ -156,9 +155,9 @@ def test_every_tap_and_output(fused):
 @pytest.mark.parametrize(
     "changes",
     [
-        TWO_STAGES
-        | {"window_size": 4, "hidden_act": "relu", "qkv_bias": False},  # the second is one window, not shifted
-        TWO_STAGES | {"spec_size": 48, "window_size": 5},
+        # The second stage is one window, not shifted.
+        {"depths": [2, 2], "window_size": 4, "hidden_act": "relu", "qkv_bias": False},
+        {"depths": [2, 2], "spec_size": 48, "window_size": 5},
         {"patch_size": 6, "enable_patch_layer_norm": False, "mlp_ratio": 2.0},
     ],
     ids=["one window", "grids that windows do not divide", "patches that overlap"],
@@ -484,7 +483,7 @@ class Released(torch.nn.Module):
         elif fusion in ("daf_1d", "aff_1d", "iaff_1d"):
             self.mel_conv1d = torch.nn.Sequential(torch.nn.Conv1d(bins, bins, 5, 3, 2), torch.nn.BatchNorm1d(bins))
             self.fusion_model = Fusion(fusion, bins, 4)
-        self.tscam_conv = torch.nn.Conv2d(audio.hidden_size, classes, (1, 3), padding=(0, 1))
+        self.tscam_conv = torch.nn.Conv2d(audio.hidden_size, classes, (2, 3), padding=(0, 1))
         self.head = torch.nn.Linear(classes, classes)
         self.text_projection = torch.nn.Sequential(
             torch.nn.Linear(body.config.text_config.hidden_size, dim), torch.nn.ReLU(), torch.nn.Linear(dim, dim)
@@ -628,7 +627,7 @@ def test_laions_files(tmp_path, fusion):
     model = audiozoo.load(tmp_path / "630k-best.pt", param_dtype=jnp.float64)
     config = model.config.audio_config
     assert config.fusion == fusion
-    assert (config.spec_size, config.depths, config.window_size) == (32, (2, 2, 1), 2)
+    assert (config.spec_size, config.depths, config.window_size) == (32, (2, 1), 2)
     assert config.tagging_head
     assert model.config.embedding_mlps
     x = inputs(fusion=fusion is not None)
