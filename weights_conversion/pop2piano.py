@@ -10,6 +10,7 @@ from typing import Any
 
 from audiozoo.errors import CheckpointError
 from audiozoo.models.pop2piano import Pop2PianoConfig, Pop2PianoGenerationConfig
+from audiozoo.processors.pop2piano import Pop2PianoProcessor
 from weights_conversion import ForeignCheckpoint, HuggingFaceForm, read_json, take
 from weights_conversion.readers import open_tensors
 from weights_conversion.rules import Ignore, Rule, Table, Tensors, Tied, transpose
@@ -130,6 +131,11 @@ def config_from_original(tensors: Tensors) -> Pop2PianoConfig:
         feed_forward_proj="gated-gelu" if gated else "relu",
         dense_act_fn="gelu_new" if gated else "relu",
     )
+
+
+def processor_of_file(path: Path) -> Pop2PianoProcessor:
+    """What belongs to the authors' file, which holds none of it: what lies beside it, else what they released."""
+    return Pop2PianoProcessor.from_directory(path.parent)
 
 
 _MARKS = {"transformer.shared.weight", "mel_conditioner.embedding.weight", "transformer.lm_head.weight"}

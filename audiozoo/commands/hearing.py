@@ -156,10 +156,11 @@ def search(
     source = model or MATCHER
     cache = terminal.cache_directory() / "embeddings" / f"{_identity(hub.resolve(source))}.npz"
     matcher, processor = _matcher(source)
+    wanted = embed_text(matcher, processor, [query])[0]
     found, rows = embeddings_of(files, lambda file: _embedding(matcher, processor, str(file)), cache)
     if not found:
         raise SourceError(f"None of the {len(files)} sound files in {directory} can be read.")
-    scores = np.stack(rows) @ embed_text(matcher, processor, [query])[0]
+    scores = np.stack(rows) @ wanted
     order = np.argsort(-scores, kind="stable")[:top]
     if as_json:
         print(json.dumps([{"file": str(found[i]), "score": float(scores[i])} for i in order], indent=2))

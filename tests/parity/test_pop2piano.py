@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -303,6 +305,30 @@ def test_the_authors_checkpoint(tmp_path):
     assert (config.d_kv, config.num_heads, config.relative_attention_num_buckets) == (5, 3, 8)
     for name, array in dict(ORIGINAL_TABLE.write(harness.parameters(model))).items():
         np.testing.assert_array_equal(array, state[name].numpy(), err_msg=name)
+    # What it needs besides, it does not hold; the original takes what is written of it.
+    processor = audiozoo.load_processor(tmp_path / "model-1999-val_0.67311615.ckpt")
+    processor.save(tmp_path / "out")
+    extract = TheirExtractor.from_pretrained(tmp_path / "out")
+    assert (extract.sampling_rate, extract.feature_size, extract.num_bars) == (22_050, 512, 2)
+    their_tokenizer = TheirTokenizer.from_pretrained(tmp_path / "out")
+    assert their_tokenizer.encoder == processor.tokenizer.encoder
+    assert their_tokenizer.default_velocity == processor.tokenizer.default_velocity
+
+
+T5_SIZES = {"small": 60_506_624, "base": 222_903_552, "large": 737_668_096, "xl": 2_851_598_336, "xxl": 11_307_321_344}
+
+
+@pytest.mark.parametrize("size", T5_SIZES)
+def test_t5s_published_sizes(size):
+    """Encoder, decoder and one table for words and head, by shapes."""
+    config = getattr(t5.T5Config, size)()
+    names = {f.name for f in dataclasses.fields(config)} - {"gated"}
+    theirs = transformers.T5Config(**{name: getattr(config, name) for name in names}, feed_forward_proj="relu")
+    with torch.device("meta"):
+        reference = sum(p.numel() for p in transformers.T5ForConditionalGeneration(theirs).parameters())
+    stacks = [abstract(lambda rngs, d=decoder: t5.T5Stack(config, d, rngs=rngs)) for decoder in (False, True)]
+    count = sum(int(np.prod(v.shape)) for stack in stacks for v in jax.tree.leaves(nnx.state(stack)))
+    assert count + config.vocab_size * config.d_model == reference == T5_SIZES[size]
 
 
 def test_the_published_size():
