@@ -1107,10 +1107,12 @@ def zero_shot(
         Labels and their probabilities over all labels: a softmax of the scaled products.
 
     Raises:
-        UsageError: without labels, for a template without {}, or a `top` below 1.
+        UsageError: without labels, for an empty one, a template without {}, or a `top` below 1.
     """
     if not labels:
         raise UsageError("There is no label to choose from.")
+    if not all(label.strip() for label in labels):
+        raise UsageError("A label is empty; say in words what may be heard.")
     if top < 1:
         raise UsageError(f"top is {top}; at least one label is to be named.")
     if "{}" not in template:

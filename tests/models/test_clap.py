@@ -132,7 +132,12 @@ def test_mistakes_get_a_sentence():
         jax.eval_shape(lambda: model(x["input_ids"][:1], x["input_features"], return_loss=True))
     with pytest.raises(UsageError, match="79 tokens"):
         model.get_text_features(jnp.zeros((1, 79), jnp.int32))
-    for wrong, words in (({"top": 0}, "top is 0"), ({"labels": []}, "no label"), ({"template": "x"}, "no {}")):
+    for wrong, words in (
+        ({"top": 0}, "top is 0"),
+        ({"labels": []}, "no label"),
+        ({"labels": ["a", " "]}, "label is empty"),
+        ({"template": "x"}, "no {}"),
+    ):
         with pytest.raises(UsageError, match=words):
             clap.zero_shot(model, tiny_processor(), sound("low", 0), **({"labels": ["a"]} | wrong))
     with pytest.raises(UsageError, match="no label"):
