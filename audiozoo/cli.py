@@ -259,8 +259,8 @@ def transcribe(
     import audiozoo
     from audiozoo.decoding import long_form
 
-    # What is wrong with the call is said before the model is read.
-    long_form.TranscriptionOptions.of(options)
+    # What is wrong with the call is said before the model is read. Another model's languages may not be Whisper's.
+    long_form.TranscriptionOptions.of(options | {"language": language if model is None else None})
     outputs = _outputs(files, output_dir, output_format)
     source = model or packaged.whisper()
     recogniser = audiozoo.load(source, dtype=dtype if dtype != "float32" else None)

@@ -8,16 +8,19 @@ import json
 import numpy as np
 import pytest
 import soundfile
+from safetensors.numpy import save_file
 
 import audiozoo
 from audiozoo.decoding import ctc, encoders
 from audiozoo.decoding.units import KMeans, deduplicate, units
+from audiozoo.loading import variables
 from audiozoo.models import hubert, sew, wav2vec2, wavlm
 from audiozoo.models.hubert import HubertConfig
 from audiozoo.models.wav2vec2 import Wav2Vec2Config
 from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 from tests.models.random_model import random_model
 from tests.test_cli import Run, assert_refused, audiozoo_command  # noqa: F401 - a fixture
+from weights_conversion import wav2vec2 as conversion
 
 NETWORK = {
     "hidden_size": 16,
@@ -127,11 +130,42 @@ def test_align(run, checkpoints, tmp_path):
     (tmp_path / "text.txt").write_text("abba <star> cafe")
     found = json.loads(run("align", sound, "--file", tmp_path / "text.txt", "--model", source, "--format", "json").out)
     assert [w["text"] for w in found["words"]] == ["abba", "cafe"]
+    glued = run("align", sound, "abba<star>cafe", "--model", source, "--format", "json").out
+    assert json.loads(glued) == found
     assert "-->" in run("align", sound, "abba", "--model", source, "--format", "vtt", "--star").out
     assert_refused(run("align", sound, "--model", source), "either as an argument or with --file")
     assert_refused(run("align", tmp_path / "no.wav", "abba", "--model", source), "no file")
     assert_refused(run("align", sound, "xyz", "--model", source), "no letter that the model knows")
     assert_refused(run("align", sound, "abba", "--model", checkpoints / "classifier"), "does not align")
+
+
+def test_languages_of_mms(run, checkpoints, tmp_path):
+    """ISO 639-3 codes, which are not Whisper's: adapters, head and letters change together."""
+    alphabets = {"eng": "ab", "fra": "éèç"}
+    vocabularies = {
+        language: {token: index for index, token in enumerate([*TOKENS[:5], *letters])}
+        for language, letters in alphabets.items()
+    }
+    for language in ("fra", "eng"):
+        config = Wav2Vec2Config(**NETWORK, vocab_size=len(vocabularies[language]), adapter_attn_dim=4)
+        model = random_model(lambda rngs: wav2vec2.Wav2Vec2ForCTC(config, rngs=rngs))  # noqa: B023
+        if language == "eng":
+            audiozoo.export(model, tmp_path / "mms")
+            break
+        values = {n: leaf[...] for n, leaf in variables(model).items() if ".adapter_layer." in n or "lm_head" in n}
+        own = dict(conversion.adapter_table().write(values))
+    save_file(own, tmp_path / "mms" / "adapter.fra.safetensors")
+    tokenizer = Wav2Vec2CTCTokenizer(vocabularies, target_lang="eng")
+    Wav2Vec2Processor(Wav2Vec2FeatureExtractor(), tokenizer).save(tmp_path / "mms")
+    sound, options = checkpoints / "noise.wav", ("--model", tmp_path / "mms")
+    english = run("transcribe", sound, *options)
+    french = run("transcribe", sound, *options, "--language", "fra")
+    assert french.code == 0, french.err
+    assert set(english.out) - set(" \n") <= set("ab")
+    assert set(french.out) - set(" \n") <= set("éèç")
+    assert french.out.strip()
+    assert run("align", sound, "éç", *options, "--language", "fra").code == 0
+    assert_refused(run("transcribe", sound, *options, "--language", "deu"), "no adapter for 'deu'; it has fra")
 
 
 def test_align_with_whisper(run, recordings):
@@ -215,4 +249,4 @@ def test_the_family_speaks_the_same_commands(run, checkpoints, tmp_path):
     assert_refused(run("embed", sound, "--layer", "5", "--model", tmp_path / "sew"), "no layer 5")
     soundfile.write(tmp_path / "short.wav", np.ones(4000) * 0.1, 16_000)
     short = run("embed", tmp_path / "short.wav", "--model", tmp_path / "wavlm")
-    assert_refused(short, "has 12 frames; the vector of a speaker needs 16")
+    assert_refused(short, "has 12 frames, and WavLMForXVector needs 16")

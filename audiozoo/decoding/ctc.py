@@ -954,7 +954,8 @@ def align(
     any_token = len(vocabulary)
     targets: list[int] = []
     words: list[tuple[str, int, int]] = []
-    for word in [*([STAR] if star else []), *text.split(), *([STAR] if star else [])]:
+    around = [STAR] if star else []
+    for word in [*around, *text.replace(STAR, f" {STAR} ").split(), *around]:
         ids = [any_token] if word == STAR else tokenizer.word_ids(word)
         if not ids:
             continue

@@ -61,7 +61,9 @@ def embed(
     together = getattr(model.config, "squeeze_factor", 1)  # SEW's Transformer sees one frame for each two
     count = int(backbone.frame_lengths(len(audio), adapter=False)) // together
     if (least := getattr(model, "least_frames", 1)) > count:
-        raise UsageError(f"The recording has {count} frames; the vector of a speaker needs {least}.")
+        raise UsageError(
+            f"The recording is too short: it has {count} frames, and {type(model).__name__} needs {least}."
+        )
     output = _run(model, processor, [audio], output_hidden_states=True)
     frames = np.asarray(output.hidden_states[-1 if layer is None else layer][0, :count], np.float32)
     step = (
