@@ -75,8 +75,8 @@ def processor_of(path: Path) -> Any:
     """The processor of what lies at a path: out of the files in a directory; of an author's file, out of that too."""
     paper = paper_of(path)
     make = getattr(paper.conversion, "processor_of_file", None)
-    if path.is_file() and make is not None:
-        return make(path)
+    if path.is_file() and make is not None and (made := make(path)) is not None:
+        return made
     return paper.processor_class.from_directory(path if path.is_dir() else path.parent)
 
 

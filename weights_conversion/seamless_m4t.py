@@ -2,7 +2,8 @@
 
 The authors' file has the names of fairseq, or of fairseq2 after it. Both become those of `transformers` first, by
 `ORIGINAL_NAMES`, which serve the second version's file as well. In fairseq's the first four rows of the tokens are in
-another order, and the large model's has one row too many.
+another order, and the large model's has one row too many. Which languages the rows behind the pieces stand for is in
+the authors' code, and here in `TEXT_LANGUAGES`; the pieces are in the `tokenizer.model` that lies beside the file.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from audiozoo.decoding import GenerationConfig
 from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.models.seamless_m4t import SeamlessM4TConfig, SeamlessM4TGenerationConfig
 from audiozoo.models.speech_resynthesis import CodeHifiGanConfig
+from audiozoo.processors.seamless_m4t import SeamlessM4TFeatureExtractor, SeamlessM4TProcessor, SeamlessM4TTokenizer
 from weights_conversion import ForeignCheckpoint, HuggingFaceForm, read_json, take
 from weights_conversion import code_hifigan_names as vocoder
 from weights_conversion.hifigan import WEIGHT_NORM_RENAMES
@@ -215,6 +217,75 @@ def hugging_face(model: Any) -> HuggingFaceForm:
     generation |= {n: getattr(config, n) for n in ("pad_token_id", "bos_token_id", "eos_token_id")}
     generation |= {"decoder_start_token_id": config.decoder_start_token_id}
     return HuggingFaceForm({"config.json": raw, "generation_config.json": generation}, hugging_face_table(config, name))
+
+
+# --- languages of the authors' files ---------------------------------------------------------------------------------
+
+# NLLB's tokens behind the pieces, in the order of their rows, by the number of rows in the table.
+TEXT_LANGUAGES = {
+    256_102: """
+        afr amh arb ary arz asm azj bel ben bos bul cat ceb ces ckb cmn cmn_Hant cym dan deu ell eng est eus fin fra fuv
+        gaz gle glg guj heb hin hrv hun hye ibo ind isl ita jav jpn kan kat kaz khk khm kir kor lao lit lug luo lvs mai
+        mal mar mkd mlt mni mya nld nno nob npi nya ory pan pbt pes pol por ron rus sat slk slv sna snd som spa srp swe
+        swh tam tel tgk tgl tha tur ukr urd uzn vie yor yue zlm zul
+    """,
+    256_206: """
+        ace ace_Latn acm acq aeb afr ajp aka amh apc arb ars ary arz asm ast awa ayr azb azj bak bam ban bel bem ben bho
+        bjn bjn_Latn bod bos bug bul cat ceb ces cjk ckb crh cym dan deu dik dyu dzo ell eng epo est eus ewe fao pes fij
+        fin fon fra fur fuv gla gle glg grn guj hat hau heb hin hne hrv hun hye ibo ilo ind isl ita jav jpn kab kac kam
+        kan kas kas_Deva kat knc knc_Latn kaz kbp kea khm kik kin kir kmb kon kor kmr lao lvs lij lim lin lit lmo ltg
+        ltz lua lug luo lus mag mai mal mar min mkd plt mlt mni khk mos mri zsm mya nld nno nob npi nso nus nya oci gaz
+        ory pag pan pap pol por prs pbt quy ron run rus sag san sat scn shn sin slk slv smo sna snd som sot spa als srd
+        srp ssw sun swe swh szl tam tat tel tgk tgl tha tir taq taq_Tfng tpi tsn tso tuk tum tur twi tzm uig ukr umb urd
+        uzn vec vie war wol xho ydd yor yue cmn cmn_Hant zul
+    """,
+}
+MARKS_BEHIND = 3  # rows behind the languages: for mined texts, and for two kinds of back-translated ones
+UNIT_LANGUAGES = """
+    arb ben cat ces cmn cym dan deu eng est fin fra hin ind ita jpn kan kor mlt nld pes pol por ron rus slk spa swe swh
+    tam tel tgl tha tur ukr urd uzn vie
+"""
+UNVOICED = ("kan", "tam")  # languages that have units, and no voice
+
+
+def original_languages(config: SeamlessM4TConfig) -> dict[str, dict[str, int]]:
+    """The language tables of a `generation_config.json`, for one of the authors' files; empty for other sizes.
+
+    A table of units ends with [mask, languages, languages, mask]; the second languages are used.
+    """
+    languages, of_units = TEXT_LANGUAGES.get(config.vocab_size, "").split(), UNIT_LANGUAGES.split()
+    if not languages:
+        return {}
+    text, unit = config.vocab_size - MARKS_BEHIND - len(languages), config.t2u_vocab_size - 1 - len(of_units)
+    voiced = [language for language in of_units if language not in UNVOICED]
+    starts = ((languages, text), (of_units, unit), (voiced, 0))
+    return {
+        table: {language: first + i for i, language in enumerate(names)}
+        for table, (names, first) in zip(LANGUAGES, starts, strict=True)
+    }
+
+
+def original_processor(path: Path, config: SeamlessM4TConfig) -> SeamlessM4TProcessor:
+    """The processor of one of the authors' files: its tokenizer lies beside it, and knows no languages.
+
+    Raises:
+        SourceError: if the tokenizer is not there.
+        CheckpointError: if nothing says which languages there are.
+    """
+    if any((path.parent / name).is_file() for name in ("tokenizer.json", "sentencepiece.bpe.model")):
+        return SeamlessM4TProcessor.from_directory(path.parent)
+    file, languages = path.parent / "tokenizer.model", original_languages(config)
+    if not file.is_file():
+        raise SourceError(f"The tokenizer is a file of its own: put tokenizer.model beside {path}.")
+    if not languages:
+        raise CheckpointError(f"{path} has {config.vocab_size} tokens, which no language list here fits.")
+    added = {f"__{language}__": i for language, i in languages[LANGUAGES[0]].items()}
+    return SeamlessM4TProcessor(SeamlessM4TFeatureExtractor(), SeamlessM4TTokenizer(file, added=added))
+
+
+def processor_of_file(path: Path) -> SeamlessM4TProcessor:
+    """The processor of the authors' file."""
+    return original_processor(path, config_from_original(open_tensors(path)))
 
 
 # --- the authors' files ----------------------------------------------------------------------------------------------
@@ -497,7 +568,7 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
     names = bare(tensors)
     dummy = any(tensors.shape(n)[0] == NLLB_100_ROWS for n in tensors.names() if n.endswith("output_projection.weight"))
     table = original_table(config, name, fairseq=FAIRSEQ_MARK in names, dummy_row=dummy)
-    side, attributes = path.parent / "generation_config.json", {}
-    if side.is_file():
-        attributes = {"generation_config": generation_from_hugging_face(read_json(side), {}, str(side))}
+    side = path.parent / "generation_config.json"
+    given = read_json(side) if side.is_file() else original_languages(config)
+    attributes = {"generation_config": generation_from_hugging_face(given, {}, str(side))}
     return ForeignCheckpoint(name, config, source, table, path, attributes)

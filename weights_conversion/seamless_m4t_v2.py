@@ -16,6 +16,7 @@ from typing import Any
 from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.models.seamless_m4t_v2 import SeamlessM4Tv2Config, SeamlessM4Tv2GenerationConfig
 from audiozoo.models.speech_resynthesis import CodeHifiGanConfig
+from audiozoo.processors.seamless_m4t import SeamlessM4TProcessor
 from weights_conversion import ForeignCheckpoint, HuggingFaceForm, read_json, take
 from weights_conversion import code_hifigan_names as vocoder
 from weights_conversion.hifigan import WEIGHT_NORM_RENAMES
@@ -36,6 +37,8 @@ from weights_conversion.seamless_m4t import (
     attention,
     bare,
     below,
+    original_languages,
+    original_processor,
     reordered,
     search_options,
     table_of,
@@ -172,6 +175,9 @@ def hugging_face(model: Any) -> HuggingFaceForm:
 # --- the authors' files ----------------------------------------------------------------------------------------------
 
 
+CHARACTERS = "spm_char_lang38_tc.model"
+
+
 def character_order(pieces: Sequence[str]) -> list[int]:
     """fairseq's row of each character of a SentencePiece model, whose first four pieces are control symbols."""
     row = {character: i for i, character in enumerate(sorted(pieces[4:]), start=4)}
@@ -199,7 +205,7 @@ def character_pieces(directory: Path) -> list[str]:
     Raises:
         SourceError: if it is not there.
     """
-    path = directory / "spm_char_lang38_tc.model"
+    path = directory / CHARACTERS
     if not path.is_file():
         raise SourceError(
             f"The characters of this checkpoint are in fairseq's order; {path}, which says ours, is missing."
@@ -208,6 +214,27 @@ def character_pieces(directory: Path) -> list[str]:
 
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     return [model.id_to_piece(i) for i in range(model.get_piece_size())]
+
+
+def original_generation(path: Path, config: SeamlessM4Tv2Config) -> dict[str, Any]:
+    """What a `generation_config.json` would say of the authors' file: languages, and how the tokens are spelt.
+
+    The spelling is that of the two SentencePiece models beside it; without them there is none.
+    """
+    tables: dict[str, Any] = dict(original_languages(config))
+    files = (path.parent / "tokenizer.model", path.parent / CHARACTERS)
+    if tables and all(file.is_file() for file in files):
+        tokenizer = original_processor(path, config).tokenizer
+        spelt = ((i, tokenizer.token(i)) for i in range(config.vocab_size))
+        tables["id_to_text"] = {i: text for i, text in spelt if text is not None}
+        tables["char_to_id"] = {character: i for i, character in enumerate(character_pieces(path.parent))}
+    return tables
+
+
+def processor_of_file(path: Path) -> SeamlessM4TProcessor | None:
+    """The processor of the authors' translator; None for a vocoder."""
+    tensors = open_tensors(path)
+    return None if vocoder.is_original(tensors) else original_processor(path, config_from_original(tensors))
 
 
 def _is_original(tensors: Tensors) -> bool:
@@ -322,8 +349,7 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
         source = WithVoice(tensors, voice, vocoder.original_table(config.vocoder))
     pieces = character_pieces(path.parent) if FAIRSEQ_MARK in bare(tensors) else None
     table = original_table(config, name, pieces)
-    attributes = {}
     side = path.parent / "generation_config.json"
-    if side.is_file():
-        attributes = {"generation_config": generation_from_hugging_face(read_json(side), {}, str(side))}
+    given = read_json(side) if side.is_file() else original_generation(path, config)
+    attributes = {"generation_config": generation_from_hugging_face(given, {}, str(side))}
     return ForeignCheckpoint(name, config, source, table, path, attributes)

@@ -10,6 +10,7 @@ from typing import Any
 
 from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.models.speech_to_text import Speech2TextConfig, Speech2TextGenerationConfig
+from audiozoo.processors.speech_to_text import Speech2TextProcessor
 from weights_conversion import ForeignCheckpoint, HuggingFaceForm, read_json, take
 from weights_conversion.readers import TensorSource, open_tensors
 from weights_conversion.rules import Ignore, Rule, Table, Tied, transpose
@@ -180,6 +181,15 @@ _MARKS = {"encoder.subsample.conv_layers.0.weight", "encoder.transformer_layers.
 def recognise(path: Path) -> bool:
     """Is this a `.pt` file of fairseq's `s2t_transformer`?"""
     return path.is_file() and path.suffix in {".pt", ".pth"} and set(open_tensors(path).names()) >= _MARKS
+
+
+def processor_of_file(path: Path) -> Speech2TextProcessor:
+    """The processor of a fairseq file, from what lies beside it.
+
+    Raises:
+        SourceError: if there is no dictionary with its SentencePiece model.
+    """
+    return Speech2TextProcessor.from_directory(path.parent)
 
 
 def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckpoint:

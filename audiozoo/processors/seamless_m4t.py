@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,64 +126,149 @@ class SeamlessM4TFeatureExtractor(FeatureExtractor):
         return inputs | {"attention_mask": mask[:, : steps * self.stride][:, 1 :: self.stride]}
 
 
+class SentencePieces:
+    """A SentencePiece model with NLLB's numbers: padding in front of its pieces, added tokens behind them.
+
+    Args:
+        content: of the model's file.
+        added: tokens that are not in it, and their numbers: languages above all.
+    """
+
+    def __init__(self, content: bytes, added: Mapping[str, int]) -> None:
+        import sentencepiece
+
+        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=content)
+        self.special = dict(added) | {"<pad>": 0, "<unk>": 1, "<s>": 2, "</s>": 3}
+        self._names = {index: token for token, index in self.special.items()}
+        self._cut = re.compile("(" + "|".join(map(re.escape, self.special)) + ")")
+
+    def __len__(self) -> int:
+        return max(self.pieces.get_piece_size(), *self.special.values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """The numbers of a text's pieces; special tokens written out in it stay whole."""
+        parts = self._cut.split(text)
+        return [i for part in parts for i in ([self.special[part]] if part in self.special else self._encoded(part))]
+
+    def _encoded(self, text: str) -> list[int]:
+        return [index + 1 for index in self.pieces.encode(text)]
+
+    def token(self, index: int) -> str | None:
+        """The piece or special token of a number, or None if there is none."""
+        if index in self._names:
+            return self._names[index]
+        return self.pieces.id_to_piece(index - 1) if 0 < index <= self.pieces.get_piece_size() else None
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        """The text of numbers; what has none is left out."""
+        tokens = [self.token(i) or "" for i in ids if not (skip_special_tokens and i in self._names)]
+        if tokens:
+            tokens[0] = tokens[0].removeprefix("▁")
+        return "".join(tokens).replace("▁", " ")
+
+
 class SeamlessM4TTokenizer:
     """NLLB's pieces of words, with a language in front: `<language> … </s>`, or `</s> <language> … </s>` for targets.
 
     Args:
-        file: a `tokenizer.json`.
+        file: a `tokenizer.json`, or a SentencePiece model (`….model`).
         src_lang: language of the texts to translate, until another is named.
         tgt_lang: language of target texts, likewise.
+        added: for a SentencePiece model: `__eng__` and all the other tokens that are not in it, and their numbers.
 
     Raises:
         SourceError: if there is no such file.
         CheckpointError: if it is damaged or lacks special tokens.
     """
 
-    def __init__(self, file: str | os.PathLike[str], src_lang: str = "eng", tgt_lang: str = "fra") -> None:
-        import tokenizers
+    _encode: Callable[[str], list[int]]
+    _decode: Callable[[list[int], bool], str]
+    _token: Callable[[int], str | None]
 
+    def __init__(
+        self,
+        file: str | os.PathLike[str],
+        src_lang: str = "eng",
+        tgt_lang: str = "fra",
+        added: Mapping[str, int] | None = None,
+    ) -> None:
         if not Path(file).is_file():
             raise SourceError(f"There is no file {file}.")
-        try:
-            self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing narrower
-            raise CheckpointError(f"'{file}' is no tokenizer of the library tokenizers ({error}).") from None
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
-        found: dict[str, Any] = {
-            token: self.tokenizer.token_to_id(token) for token in ("<pad>", "<unk>", "<s>", "</s>")
-        }
-        if missing := [token for token, index in found.items() if index is None]:
-            raise CheckpointError(f"'{file}' has no {', '.join(missing)}.")
-        self.pad_token_id, self.unk_token_id = int(found["<pad>"]), int(found["<unk>"])
-        self.bos_token_id, self.eos_token_id = int(found["<s>"]), int(found["</s>"])
-        added = self.tokenizer.get_added_tokens_decoder()
-        names = {index: token.content for index, token in added.items()}
-        self.lang_code_to_id = {
-            name.strip("_"): index for index, name in names.items() if name.startswith("__") and name.endswith("__")
-        }
         self.file, self.src_lang, self.tgt_lang = Path(file), src_lang.strip("_"), tgt_lang.strip("_")
+        read = self._from_sentencepiece if self.file.suffix == ".model" else self._from_tokenizers
+        try:
+            special = read(added or {})
+        except Exception as error:  # the libraries raise nothing narrower
+            library = "sentencepiece" if self.file.suffix == ".model" else "tokenizers"
+            raise CheckpointError(f"'{file}' is no tokenizer of the library {library} ({error}).") from None
+        if missing := [token for token in ("<pad>", "<unk>", "<s>", "</s>") if token not in special]:
+            raise CheckpointError(f"'{file}' has no {', '.join(missing)}.")
+        self.special = special
+        self.pad_token_id, self.unk_token_id = special["<pad>"], special["<unk>"]
+        self.bos_token_id, self.eos_token_id = special["<s>"], special["</s>"]
+        self.lang_code_to_id = {
+            name.strip("_"): index for name, index in special.items() if name.startswith("__") and name.endswith("__")
+        }
+
+    def _from_tokenizers(self, added: Mapping[str, int]) -> dict[str, int]:
+        import tokenizers
+
+        backend = tokenizers.Tokenizer.from_file(str(self.file))
+        backend.no_padding()
+        backend.no_truncation()
+        self._size = backend.get_vocab_size()
+        self._encode = lambda text: backend.encode(text, add_special_tokens=False).ids
+        self._decode = lambda ids, skip: backend.decode(ids, skip_special_tokens=skip)
+        self._token = backend.id_to_token
+        special = {token.content: index for index, token in backend.get_added_tokens_decoder().items()}
+        control = {token: backend.token_to_id(token) for token in ("<pad>", "<unk>", "<s>", "</s>")}
+        return special | {token: index for token, index in control.items() if index is not None}
+
+    def _from_sentencepiece(self, added: Mapping[str, int]) -> dict[str, int]:
+        backend = SentencePieces(self.file.read_bytes(), added)
+        self._size, self._token = len(backend), backend.token
+        self._encode, self._decode = backend.encode, backend.decode
+        return backend.special
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike[str]) -> SeamlessM4TTokenizer:
-        """From `tokenizer.json`, with the languages of `tokenizer_config.json`."""
+        """From `tokenizer.json`, or from `sentencepiece.bpe.model`, with the languages of `tokenizer_config.json`."""
         folder = Path(directory)
-        if not (folder / "tokenizer.json").is_file():
-            raise SourceError(f"'{folder}' has no tokenizer.json.")
         config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-        languages = {name: str(config[name]) for name in ("src_lang", "tgt_lang") if config.get(name)}
-        return cls(folder / "tokenizer.json", **languages)
+        languages: dict[str, Any] = {name: str(config[name]) for name in ("src_lang", "tgt_lang") if config.get(name)}
+        if (folder / "tokenizer.json").is_file():
+            return cls(folder / "tokenizer.json", **languages)
+        file = folder / "sentencepiece.bpe.model"
+        if not file.is_file():
+            raise SourceError(f"'{folder}' has no tokenizer.json and no sentencepiece.bpe.model.")
+        if "added_tokens_decoder" in config:
+            added = {str(token["content"]): int(i) for i, token in config["added_tokens_decoder"].items()}
+        elif (folder / "added_tokens.json").is_file():
+            added = read_json(folder / "added_tokens.json")
+        else:
+            raise CheckpointError(f"'{folder}' does not say which tokens its languages are: see added_tokens.json.")
+        return cls(file, **languages, added=added)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the files that `from_directory` and `transformers` read."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_bytes(self.file.read_bytes())
-        fields = {"src_lang": self.src_lang, "tgt_lang": self.tgt_lang, "tokenizer_class": type(self).__name__}
+        fields: dict[str, Any] = {"src_lang": self.src_lang, "tgt_lang": self.tgt_lang}
+        fields["tokenizer_class"] = type(self).__name__
+        name = self.file.name
+        if self.file.suffix == ".model":
+            name = "sentencepiece.bpe.model"
+            fields["added_tokens_decoder"] = {str(i): {"content": t, "special": True} for t, i in self.special.items()}
+            fields["additional_special_tokens"] = [f"__{language}__" for language in self.lang_code_to_id]
+        (folder / name).write_bytes(self.file.read_bytes())
         write_json(folder / "tokenizer_config.json", fields)
 
     def __len__(self) -> int:
-        return self.tokenizer.get_vocab_size()
+        return self._size
+
+    def token(self, index: int) -> str | None:
+        """The piece of a number, "▁" for its spaces; None if there is none."""
+        return self._token(index)
 
     def language(self, name: str) -> int:
         """The token of a language; `eng` and `__eng__` are the same.
@@ -200,8 +286,7 @@ class SeamlessM4TTokenizer:
         texts = [text] if isinstance(text, str) else list(text)
         if not texts or not all(isinstance(line, str) for line in texts):
             raise UsageError("Give one text, or a list of texts.")
-        encoded = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-        return [[*prefix, *row.ids, self.eos_token_id] for row in encoded]
+        return [[*prefix, *self._encode(line), self.eos_token_id] for line in texts]
 
     def _padded(self, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         longest = max(map(len, rows))
@@ -248,7 +333,7 @@ class SeamlessM4TTokenizer:
 
     def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
         """The text of tokens."""
-        return self.tokenizer.decode(np.asarray(ids).reshape(-1).tolist(), skip_special_tokens=skip_special_tokens)
+        return self._decode(np.asarray(ids).reshape(-1).tolist(), skip_special_tokens)
 
     def batch_decode(self, ids: Any, skip_special_tokens: bool = False) -> list[str]:
         """The text of each row."""

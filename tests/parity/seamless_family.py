@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -158,6 +159,34 @@ def fairseq2_names(name: str) -> str | None:
     name = re.sub(r"pos_bias_([uv])", r"sdpa.\1_bias", re.sub(r"linear_([qkv])", r"\1_proj", name))
     name = name.replace("intermediate_dense", "inner_proj").replace("output_dense", "output_proj")
     return name.replace("encoder.layers", "inner.layers").replace("adapter.layers", "adaptor_layers")
+
+
+def write_pieces(file: Path) -> None:
+    """A small SentencePiece model of letters, which begins with <unk>, <s> and </s> as the authors' do."""
+    import sentencepiece
+
+    text = iter(["abc de fg", "ab cde", "g f e d c b a"] * 9)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=text, model_prefix=str(file.with_suffix("")), model_type="bpe", vocab_size=24,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+
+
+def vocoder_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A vocoder of `transformers` in the authors' names, its kernels as magnitude and direction."""
+    names = {"unit_embedding": "dict", "speaker_embedding": "spkr", "language_embedding": "lang", "hifi_gan.": ""}
+    result = {}
+    for name, tensor in state.items():
+        for theirs, original in (*names.items(), ("upsampler", "ups")):
+            name = name.replace(theirs, original)
+        if "dur_predictor.conv" in name:
+            name = name.replace(".weight", ".0.weight").replace(".bias", ".0.bias")
+        if name.endswith(".weight") and ("conv" in name or "ups" in name) and "dur" not in name:
+            result[name + "_v"] = tensor.clone()
+            result[name + "_g"] = tensor.flatten(1).norm(dim=1).view(-1, 1, 1)
+        else:
+            result[name] = tensor.clone()
+    return result
 
 
 # How fairseq calls what is alike in both versions, by fairseq2's names.

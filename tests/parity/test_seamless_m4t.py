@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import jax
@@ -14,6 +15,7 @@ from flax import nnx
 
 import audiozoo
 from audiozoo.errors import CheckpointError, SourceError, UsageError
+from audiozoo.loading import variables
 from audiozoo.models import seamless_m4t
 from audiozoo.models.seamless_m4t import SeamlessM4TConfig, finetuning_losses
 from tests.parity import harness
@@ -28,6 +30,8 @@ from tests.parity.seamless_family import (
     targets,
     text,
     torched,
+    vocoder_state,
+    write_pieces,
 )
 from tests.parity.seamless_family import TINY as SHARED
 from weights_conversion import seamless_m4t as conversion
@@ -409,6 +413,44 @@ def test_the_authors_files(tmp_path, whole, style, monkeypatch):
         assert getattr(foreign.config, field) == TINY[field], field
     with pytest.raises(SourceError, match=r"put vocoder_36langs\.pt beside"):
         conversion.open_checkpoint(path)
+    # Beside the vocoder it is whole, and with the authors' tokenizer it knows languages.
+    voice = {n.removeprefix("vocoder."): t for n, t in state.items() if n.startswith("vocoder.")}
+    torch.save({"generator": vocoder_state(voice)}, tmp_path / "vocoder_36langs.pt")
+    monkeypatch.setitem(conversion.TEXT_LANGUAGES, TINY["vocab_size"], "eng spa")
+    foreign = conversion.open_checkpoint(path)
+    kept = {n: TINY[n] for n in TINY if n.startswith(("upsample_r", "upsample_k", "resblock"))}  # no shape tells them
+    config = dataclasses.replace(foreign.config, vocoder=dataclasses.replace(foreign.config.vocoder, **kept))
+    table = conversion.original_table(
+        config, "SeamlessM4TModel", fairseq=style == "fairseq", dummy_row=style == "fairseq"
+    )
+    blank = variables(harness.abstract(lambda: seamless_m4t.SeamlessM4TModel(config, rngs=nnx.Rngs(0))))
+    values = dict(table.read(foreign.tensors, table.plan(foreign.tensors, blank)))
+    assert set(values) == set(blank)
+    for n in set(values) & set(ours):
+        np.testing.assert_array_equal(values[n], ours[n], err_msg=n)
+    assert foreign.attributes["generation_config"].text_language("spa") == TINY["vocab_size"] - 4
+    with pytest.raises(SourceError, match=r"put tokenizer\.model beside"):
+        audiozoo.load_processor(path)
+    write_pieces(tmp_path / "tokenizer.model")
+    processor = audiozoo.load_processor(path)
+    assert processor(text="ab", src_lang="spa")["input_ids"][0, 0] == TINY["vocab_size"] - 4
+    assert processor.decode(processor(text="ab", src_lang="spa")["input_ids"][0], skip_special_tokens=True) == "ab"
+
+
+def test_languages_of_the_authors_files():
+    """The numbers that the published `generation_config.json`s have: `eng` and its neighbours, and the last ones."""
+    for config, counts, english, chinese in (
+        (SeamlessM4TConfig.large(), (98, 38, 36), 256_022, 256_017),
+        (SeamlessM4TConfig.medium(), (202, 38, 36), 256_047, 256_201),
+    ):
+        tables = conversion.original_languages(config)
+        text, units, voices = (tables[name] for name in conversion.LANGUAGES)
+        assert (len(text), len(units), len(voices)) == counts
+        assert (text["eng"], text["cmn_Hant"]) == (english, chinese)
+        assert list(text.values()) == list(range(256_001, 256_001 + len(text)))
+        assert (units["arb"], units["vie"], voices["eng"], voices["vie"]) == (10_043, 10_080, 8, 35)
+        assert set(voices) < set(units) < set(text)
+    assert conversion.original_languages(SeamlessM4TConfig(vocab_size=60)) == {}
 
 
 def test_published_sizes():

@@ -8,6 +8,7 @@ import tokenizers
 import transformers
 
 from audiozoo.errors import AudioError, CheckpointError, SourceError, UsageError
+from audiozoo.processors import write_json
 from audiozoo.processors.seamless_m4t import SeamlessM4TFeatureExtractor, SeamlessM4TProcessor, SeamlessM4TTokenizer
 from tests.parity import harness
 
@@ -59,6 +60,54 @@ def test_tokens_and_texts(directory):
     ids = found["input_ids"]
     for skip in (True, False):
         assert ours.batch_decode(ids, skip_special_tokens=skip) == theirs.batch_decode(ids, skip_special_tokens=skip)
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    """A SentencePiece model as NLLB's, which begins with <unk>, <s> and </s>, in a directory as the hub has them."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("pieces")
+    (folder / "text.txt").write_text("\n".join(LINES[:3] * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=110,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    size = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).get_piece_size()
+    (folder / "hub").mkdir()
+    (folder / "hub" / "sentencepiece.bpe.model").write_bytes((folder / "tokenizer.model").read_bytes())
+    names = {0: "<pad>", 1: "<unk>", 2: "<s>", 3: "</s>", **{size + 1 + i: name for i, name in enumerate(LANGUAGES)}}
+    added = {str(i): {"content": name, "special": True} for i, name in names.items()}
+    config = {"added_tokens_decoder": added, "additional_special_tokens": LANGUAGES, "src_lang": "eng"}
+    write_json(folder / "hub" / "tokenizer_config.json", config | {"tokenizer_class": "SeamlessM4TTokenizer"})
+    transformers.SeamlessM4TFeatureExtractor().save_pretrained(folder / "hub")
+    return folder
+
+
+def test_sentencepiece_files(pieces, tmp_path):
+    """Directories without a `tokenizer.json`, as the published ones are; and what is saved of one."""
+    theirs = transformers.SeamlessM4TTokenizer.from_pretrained(pieces / "hub")
+    ours = SeamlessM4TProcessor.from_directory(pieces / "hub")
+    ours.save(tmp_path)
+    saved = SeamlessM4TProcessor.from_directory(tmp_path)
+    back = transformers.SeamlessM4TTokenizer.from_pretrained(tmp_path)
+    assert len(ours.tokenizer) == len(theirs)
+    lines = [LINES[0], LINES[2], "Où est la bibliothèque ?", "a __deu__ b", "Zwölf"]
+    for language in ("eng", "deu"):
+        wanted = theirs(lines, src_lang=language, padding=True, return_tensors="np")["input_ids"]
+        np.testing.assert_array_equal(ours(text=lines, src_lang=language)["input_ids"], wanted)
+        np.testing.assert_array_equal(saved(text=lines, src_lang=language)["input_ids"], wanted)
+        np.testing.assert_array_equal(
+            back(lines, src_lang=language, padding=True, return_tensors="np")["input_ids"], wanted
+        )
+    for skip in (True, False):
+        assert ours.batch_decode(wanted, skip) == theirs.batch_decode(wanted, skip_special_tokens=skip)
+    # Older files: the added tokens in a file of their own.
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"see added_tokens\.json"):
+        SeamlessM4TTokenizer.from_directory(tmp_path)
+    write_json(tmp_path / "added_tokens.json", {n: i for n, i in ours.tokenizer.special.items() if i > 3})
+    assert SeamlessM4TTokenizer.from_directory(tmp_path).lang_code_to_id == ours.tokenizer.lang_code_to_id
 
 
 def test_features(directory):

@@ -31,8 +31,11 @@ from tests.parity.seamless_family import (
     targets,
     text,
     torched,
+    vocoder_state,
+    write_pieces,
 )
 from tests.parity.seamless_family import TINY as SHARED
+from weights_conversion import seamless_m4t as first
 from weights_conversion import seamless_m4t_v2 as conversion
 from weights_conversion.seamless_m4t_v2 import (
     config_from_hugging_face,
@@ -556,23 +559,17 @@ def test_the_authors_files(tmp_path, whole, monkeypatch):
         assert set(values) == set(wanted)
         for n in ("t2u_model.model.decoder.embed_char.embedding", "text_decoder.embed_tokens.embedding"):
             np.testing.assert_array_equal(values[n], ours[n], err_msg=n)
-
-
-def vocoder_state(state):
-    """A vocoder of `transformers` in the authors' names, its kernels as magnitude and direction."""
-    names = {"unit_embedding": "dict", "speaker_embedding": "spkr", "language_embedding": "lang", "hifi_gan.": ""}
-    result = {}
-    for name, tensor in state.items():
-        for theirs, original in (*names.items(), ("upsampler", "ups")):
-            name = name.replace(theirs, original)
-        if "dur_predictor.conv" in name:
-            name = name.replace(".weight", ".0.weight").replace(".bias", ".0.bias")
-        if name.endswith(".weight") and ("conv" in name or "ups" in name) and "dur" not in name:
-            result[name + "_v"] = tensor.clone()
-            result[name + "_g"] = tensor.flatten(1).norm(dim=1).view(-1, 1, 1)
-        else:
-            result[name] = tensor.clone()
-    return result
+    # With the authors' tokenizers beside it, it knows its languages and how to spell.
+    monkeypatch.setitem(first.TEXT_LANGUAGES, TINY["vocab_size"], "eng spa")
+    assert not conversion.open_checkpoint(path).attributes["generation_config"].char_to_id
+    write_pieces(path.parent / "tokenizer.model")
+    (path.parent / conversion.CHARACTERS).touch()
+    tables = conversion.open_checkpoint(path).attributes["generation_config"]
+    assert dict(tables.char_to_id) == {letter: i for i, letter in enumerate(letters)}
+    tokenizer = audiozoo.load_processor(path).tokenizer
+    spelling, ids = dict(tables.id_to_text), tokenizer("abc de")["input_ids"][0]
+    assert "".join(spelling[int(i)] for i in ids) == "__eng__▁abc▁de</s>"
+    assert tables.text_language("eng") == ids[0]
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
