@@ -168,7 +168,7 @@ def _written(
             chosen["generate_speech"] = False
         elif speaks:
             chosen["return_intermediate_token_ids"] = True
-        chosen["generate"] = _sequences(model.generate, chosen)
+        chosen["generate"] = _sequences(model.generate, {"batch_invariant": True} | chosen)
     texts = [write_pieces(model, processor, wave, batch_size=batch_size, **chosen)["text"] for wave in waveforms]
     return [(text, None) for text in texts]
 

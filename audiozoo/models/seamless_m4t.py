@@ -26,8 +26,10 @@ states and writes units, a phonetic alphabet learnt from speech; a vocoder speak
 
 What is not here: how w2v-BERT 2.0 and NLLB were trained beforehand, and the extractor of units (XLS-R and k-means).
 
-What differs from `transformers`: an item of a batch gives what it gives alone. There, a text that ends early in a beam
-search is filled up with its end instead of padding (0 is taken for "no padding"), and those ends are spoken too.
+What differs from `transformers`: an item of a batch gives what it gives alone; of speech, with `batch_invariant=True`,
+for without it the padding of a batch reaches an item's last state through the length adaptor, as there. There also, a
+text that ends early in a beam search is filled up with its end instead of padding (0 is taken for "no padding"), and
+those ends are spoken too.
 
 Checkpoints: `facebook/hf-seamless-m4t-medium`, `facebook/hf-seamless-m4t-large`, and the authors' own
 `multitask_unity_medium.pt` and `multitask_unity_large.pt`, with `vocoder_36langs.pt` beside them.
@@ -276,10 +278,16 @@ class SeamlessM4TAdapterLayer(nnx.Module):
         x: Float[Array, "batch time hidden"],
         dropout: Dropout,
         lengths: Int[Array, " batch"] | None = None,
+        real: Bool[Array, "batch time"] | None = None,
     ) -> Float[Array, "batch frames hidden"]:
-        """Fewer frames; `lengths` says how many of them are speech."""
-        residual = nnx.glu(self.residual_conv(self.residual_layer_norm(x)))  # (batch, time / stride, hidden)
-        x = nnx.glu(self.self_attn_conv(self.self_attn_layer_norm(x)))
+        """Fewer frames; `lengths` says how many of them are speech, and outside `real` the convolutions see zeros."""
+
+        def seen_by_convolutions(x: jax.Array) -> jax.Array:
+            return x if real is None else jnp.where(real[:, :, None], x, 0)
+
+        # (batch, time / stride, hidden)
+        residual = nnx.glu(self.residual_conv(seen_by_convolutions(self.residual_layer_norm(x))))
+        x = nnx.glu(self.self_attn_conv(seen_by_convolutions(self.self_attn_layer_norm(x))))
         seen = None if lengths is None else (jnp.arange(x.shape[1]) < lengths[:, None])[:, None, None, :]
         x = residual + dropout(self.self_attn(x, seen, dropout, need_weights=False)[0], self.rate)
         return x + self.ffn(self.ffn_layer_norm(x), dropout)
@@ -314,6 +322,7 @@ class SeamlessM4TSpeechEncoder(nnx.Module):
         input_features: Float[Array, "batch time bands"],
         attention_mask: Int[Array, "batch time"] | None = None,
         *,
+        batch_invariant: bool = False,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         key: jax.Array | None = None,
@@ -323,6 +332,8 @@ class SeamlessM4TSpeechEncoder(nnx.Module):
         Args:
             input_features: pairs of log-mel frames, 20 ms each.
             attention_mask: 1 for speech, 0 for padding behind it.
+            batch_invariant: keep the padding out of the length adaptor too, so that an item of a padded batch gives
+                what it gives alone.
             output_attentions: return the Conformer's attention weights.
             output_hidden_states: return the input of every Conformer block, and the output.
             key: switches dropout and layer drop on, and normalises batches by their own statistics.
@@ -339,8 +350,11 @@ class SeamlessM4TSpeechEncoder(nnx.Module):
         x = x + 0.5 * self.intermediate_ffn(x, dropout)
         lengths = None if attention_mask is None else (attention_mask != 0).sum(axis=1)
         for layer in self.adapter:
-            lengths = None if lengths is None else self.config.pooled(lengths)
-            x = layer(x, dropout, lengths)
+            real = None
+            if lengths is not None:
+                real = jnp.arange(x.shape[1]) < lengths[:, None] if batch_invariant else None
+                lengths = self.config.pooled(lengths)
+            x = layer(x, dropout, lengths, real)
         x = self.inner_layer_norm(x)
         states = encoded.hidden_states
         return BaseModelOutput(x, None if states is None else (*states[:-1], x), encoded.attentions)
@@ -531,6 +545,8 @@ class SeamlessM4TPreTrainedModel(nnx.Module):
         input_ids: Int[Array, "batch time"] | None = None,
         input_features: Float[Array, "batch time bands"] | None = None,
         attention_mask: Int[Array, "batch time"] | None = None,
+        *,
+        batch_invariant: bool = False,
         **options: Any,
     ) -> tuple[BaseModelOutput, Bool[Array, "batch frames"] | None]:
         """What the text decoder attends to, of speech or of text, and which of it is real.
@@ -539,6 +555,7 @@ class SeamlessM4TPreTrainedModel(nnx.Module):
             UsageError: if there is neither speech nor text.
         """
         if input_features is not None:
+            options["batch_invariant"] = batch_invariant  # the text encoder always is
             encoded = self.speech_encoder(input_features, attention_mask, **options)
             return encoded, self.speech_encoder.frame_mask(attention_mask, encoded.last_hidden_state.shape[1])
         if input_ids is None:
@@ -557,6 +574,7 @@ class SeamlessM4TPreTrainedModel(nnx.Module):
         input_features: Float[Array, "batch time bands"] | None = None,
         labels: Int[Array, "batch tokens"] | None = None,
         label_smoothing: float = 0.0,
+        batch_invariant: bool = False,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         key: jax.Array | None = None,
@@ -566,7 +584,9 @@ class SeamlessM4TPreTrainedModel(nnx.Module):
             decoder_input_ids = inputs_of(labels, config.pad_token_id, config.decoder_start_token_id)
         asked: dict[str, Any] = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         keys = [None, None] if key is None else list(jax.random.split(key))
-        encoded, mask = self.encode(input_ids, input_features, attention_mask, key=keys[0], **asked)
+        encoded, mask = self.encode(
+            input_ids, input_features, attention_mask, batch_invariant=batch_invariant, key=keys[0], **asked
+        )
         decoded = self.text_decoder(
             decoder_input_ids, decoder_attention_mask, encoded.last_hidden_state, mask, key=keys[1], **asked
         )
@@ -580,6 +600,7 @@ class SeamlessM4TPreTrainedModel(nnx.Module):
         *,
         attention_mask: Any = None,
         decoder_input_ids: Any = None,
+        batch_invariant: bool = False,
         key: jax.Array | None = None,
         streamer: Streamer | None = None,
         **options: Any,
@@ -591,6 +612,7 @@ class SeamlessM4TPreTrainedModel(nnx.Module):
             tgt_lang: into which language.
             attention_mask: 1 where the input is real.
             decoder_input_ids: the text's beginning, in place of `tgt_lang`.
+            batch_invariant: of speech, keep the padding out of the length adaptor too.
             key: randomness, for sampling.
             streamer: called on the host with every token.
             options: as for `transformers.generate`.
@@ -620,6 +642,7 @@ class SeamlessM4TPreTrainedModel(nnx.Module):
             jnp.asarray(prompt, jnp.int32),
             key,
             config=chosen,
+            batch_invariant=batch_invariant,
             streamer=streamer,
         )
         return output.trim(), memory, mask
@@ -638,8 +661,8 @@ class SeamlessM4TPreTrainedModel(nnx.Module):
             raise UsageError("Say into which language: speech needs tgt_lang.")
         language = self.generation_config.speech_language(tgt_lang)
         of_text, of_units = split_options(options)
-        of_units.pop("attention_mask", None)
-        of_units.pop("decoder_input_ids", None)
+        for name in ("attention_mask", "decoder_input_ids", "batch_invariant"):
+            of_units.pop(name, None)
         keys = [None, None] if key is None else list(jax.random.split(key))
         text, memory, mask = self.write_text(inputs, tgt_lang, key=keys[0], **of_text)
         sequences = np.asarray(text.sequences)
@@ -720,7 +743,7 @@ def write_units(
     return units, vocoder_units(units[:, 2:], spoken, config), lengths
 
 
-@partial(jax.jit, static_argnames=("graphdef", "config", "streamer"))
+@partial(jax.jit, static_argnames=("graphdef", "config", "batch_invariant", "streamer"))
 def _write(
     graphdef: Any,
     state: Any,
@@ -730,11 +753,12 @@ def _write(
     key: jax.Array | None,
     *,
     config: GenerationConfig,
+    batch_invariant: bool,
     streamer: Streamer | None,
 ) -> tuple[GenerateOutput, jax.Array, jax.Array | None]:
     """Encode once, and search for the text in one loop."""
     model = nnx.merge(graphdef, state)
-    encoded, mask = model.encode(attention_mask=attention_mask, **inputs)
+    encoded, mask = model.encode(attention_mask=attention_mask, batch_invariant=batch_invariant, **inputs)
     memory = encoded.last_hidden_state
     found = search(model.text_decoder, memory, mask, prompt, config, key=key, streamer=streamer)
     return found, memory, mask
@@ -799,8 +823,8 @@ class SeamlessM4TForTextToText(SeamlessM4TPreTrainedModel):
             attention_mask: 1 for tokens, 0 for padding.
             decoder_input_ids: tokens of the translation; by default `labels` shifted right.
             decoder_attention_mask: 1 where one of these is real.
-            options: `labels`, targets, -100 where there is none, with `label_smoothing`; `output_attentions`;
-                `output_hidden_states`; `key`, which switches dropout on.
+            options: `labels`, targets, -100 where there is none, with `label_smoothing`; `batch_invariant`, for speech;
+                `output_attentions`; `output_hidden_states`; `key`, which switches dropout on.
 
         Raises:
             UsageError: if there are neither tokens nor labels.
@@ -815,8 +839,8 @@ class SeamlessM4TForTextToText(SeamlessM4TPreTrainedModel):
         Args:
             input_ids: the text to translate.
             tgt_lang: into which language.
-            options: `attention_mask`; `decoder_input_ids` in place of `tgt_lang`; `key`, randomness for
-                `do_sample=True`; `streamer`, called on the host with every token; all others as for
+            options: `attention_mask`; `decoder_input_ids` in place of `tgt_lang`; `batch_invariant`, for speech; `key`,
+                randomness for `do_sample=True`; `streamer`, called on the host with every token; all others as for
                 `transformers.generate`.
 
         Returns:

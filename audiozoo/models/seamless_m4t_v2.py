@@ -31,10 +31,12 @@ from an aligner): the authors' code does not train this part. The expressive and
 rest of the paper, are not here.
 
 Differences from `transformers`, each shown by a test: a batch's waveforms equal those of its items and end where they
-do (see `audiozoo.models.speech_resynthesis`), and a subword without a text counts as one unknown character, there as
-the four letters of "None". As there, the last token of a batch's longest text, its end as a rule, is not spoken, while
-the ends of shorter texts are seen by the text-to-unit encoder. `transformers` lets the vocoder predict durations once
-more, which the authors' pipeline does not; `generate` follows the one, or with `dur_prediction=False` the other.
+do (see `audiozoo.models.speech_resynthesis`); `batch_invariant=True` keeps the padding of speech out of the length
+adaptor, where it reaches an item's last state otherwise; and a subword without a text counts as one unknown character,
+there as the four letters of "None". As there, the last token of a batch's longest text, its end as a rule, is not
+spoken, while the ends of shorter texts are seen by the text-to-unit encoder. `transformers` lets the vocoder predict
+durations once more, which the authors' pipeline does not; `generate` follows the one, or with `dur_prediction=False`
+the other.
 
 Checkpoints: `facebook/seamless-m4t-v2-large`; the authors' `seamlessM4T_v2_large.pt` and `vocoder_v2.pt`.
 
@@ -472,6 +474,10 @@ class SeamlessM4Tv2PreTrainedModel(SeamlessM4TPreTrainedModel):
             raise UsageError("Say into which language: speech needs tgt_lang.")
         tables, config = self.generation_config, self.config
         language = tables.speech_language(tgt_lang)
+        if not (tables.id_to_text and tables.char_to_id):
+            raise UsageError(
+                "The generation_config.json of this model does not say how words are spelt; it cannot speak."
+            )
         of_text, of_units = split_options(options)
         keys = [None, None] if key is None else list(jax.random.split(key))
         temperature = of_units.get("temperature") or 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from transformers import M2M100Config, M2M100Model
 from transformers import SeamlessM4TConfig as TheirConfig
 from transformers import SeamlessM4Tv2Config as TheirSecondConfig
 from transformers.models.seamless_m4t import modeling_seamless_m4t as first
@@ -42,6 +44,7 @@ TINY = {
     "adaptor_stride": 4,
 }
 OURS = SeamlessM4TConfig(**TINY)
+SIZES = ("layers", "attention_heads", "ffn_dim")
 SHAW = {"left_max_position_embeddings": 4, "right_max_position_embeddings": 2}
 
 
@@ -225,20 +228,28 @@ def test_other_positions(kind, frames):
     harness.assert_close(found.last_hidden_state, output.last_hidden_state, name="states")
 
 
-def test_padding_changes_nothing(frames):
-    """An item of a padded batch is the item alone, and a frame less makes as many frames as the formula says."""
-    cls, config, changes, ours = VERSIONS["first"]
-    _, model, _ = speech_encoder(cls, config(**(TINY | changes)), ours)
-    x, mask = frames
-    run = jax.jit(lambda m, x, mask: m(x, mask).last_hidden_state)
-    together = run(model, jnp.asarray(x), jnp.asarray(mask))
-    for length in (22, 21):
-        alone = run(model, jnp.asarray(x[1:, :length]), None)
-        assert alone.shape[1] == int(ours.pooled(np.array(length)))
-        if length == 22:
-            harness.assert_close(alone, together[1:, : alone.shape[1]], name="states")
-    real = model.frame_mask(jnp.asarray(mask), together.shape[1])
-    np.testing.assert_array_equal(real.sum(axis=1), ours.pooled(mask.sum(axis=1)))
+@pytest.mark.parametrize("version", ["first", "second"])
+def test_padding_changes_nothing(version, frames):
+    """Told so, an item of a padded batch is the item alone, however long; the original's padding leaks into its end."""
+    cls, config, changes, ours = VERSIONS[version]
+    reference, model, _ = speech_encoder(cls, config(**(TINY | changes), attn_implementation="sdpa"), ours)
+    x, leaks = frames[0], []
+    run = jax.jit(lambda m, x, mask, kept: m(x, mask, batch_invariant=kept).last_hidden_state, static_argnums=3)
+    alone = jax.jit(lambda m, x: m(x).last_hidden_state)
+    for length in (22, 21, 20, 1):
+        mask = (np.arange(37) < np.array([[37], [length]])).astype(np.int64)
+        wanted = alone(model, jnp.asarray(x[1:, :length]))
+        frames_out = wanted.shape[1]
+        assert frames_out == int(ours.pooled(np.array(length)))
+        together = run(model, jnp.asarray(x), jnp.asarray(mask), True)
+        harness.assert_close(together[1:, :frames_out], np.asarray(wanted), name=f"{length} frames")
+        leaking = run(model, jnp.asarray(x), jnp.asarray(mask), False)
+        with torch.no_grad():
+            theirs = reference(torch.tensor(x), torch.tensor(mask)).last_hidden_state
+        harness.assert_close(leaking[1:, :frames_out], theirs[1:, :frames_out], name=f"{length} frames, leaking")
+        leaks.append(np.abs(leaking[1, :frames_out] - wanted[0]).max() > 1e-3)
+        np.testing.assert_array_equal(model.frame_mask(jnp.asarray(mask), together.shape[1]).sum(axis=1)[1], frames_out)
+    assert leaks == [False, True, True, True]
 
 
 def test_gradients_of_the_encoders(frames):
@@ -296,6 +307,19 @@ def test_mutations_are_noticed(frames):
         harness.dropped(model, "encoder.layers.0.conv_module.batch_norm.mean"),
     ]
     harness.assert_detects(lambda: harness.assert_close(run(model), output), mutations)
+
+
+@pytest.mark.parametrize("size", ["dense_600m", "dense_1_3b", "dense_3_3b"])
+def test_published_sizes_of_nllb(size):
+    """Encoder, decoder and one embedding have as many parameters as the original with these sizes, at no memory."""
+    config = getattr(nllb.NllbConfig, size)()
+    fields = {"vocab_size", "d_model", *(f"{p}_{n}" for p in ("encoder", "decoder") for n in SIZES)}
+    with torch.device("meta"):
+        reference = M2M100Model(M2M100Config(**{name: getattr(config, name) for name in fields}))
+    parts = [harness.abstract(lambda c=c: c(config, rngs=nnx.Rngs(0))) for c in (nllb.NllbEncoder, nllb.NllbDecoder)]
+    count = sum(math.prod(v.shape) for part in parts for v in variables(part).values())
+    assert count == sum(p.numel() for p in reference.parameters())
+    assert abs(count / 1e9 - {"dense_600m": 0.615, "dense_1_3b": 1.37, "dense_3_3b": 3.34}[size]) < 0.01
 
 
 def test_tables_are_the_originals():
