@@ -35,6 +35,7 @@ class Request:
         speak: whether the translation is to be spoken.
         beams: of the search; None for the model's own choice.
         batch_size: pieces at a time.
+        speaker: whose voice speaks; None for the first.
     """
 
     file: str | None
@@ -44,6 +45,7 @@ class Request:
     speak: bool
     beams: int | None
     batch_size: int
+    speaker: int | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def seamless(model: Any, processor: Any, request: Request, progress: Callable[[f
     import numpy as np
 
     from audiozoo import audio
-    from audiozoo.decoding.pieces import write_pieces
+    from audiozoo.decoding.pieces import translate_pieces, write_pieces
 
     name, parts = type(model).__name__, type(model).parts
     if request.target is None:
@@ -135,7 +137,9 @@ def seamless(model: Any, processor: Any, request: Request, progress: Callable[[f
     options: dict[str, Any] = {"tgt_lang": request.target}
     if request.beams is not None:
         options["num_beams"] = request.beams
-    if not request.speak and wanted in parts and len(parts) == 3:
+    if request.speak:
+        options |= {"return_intermediate_token_ids": True, "speaker_id": request.speaker or 0}
+    elif len(parts) == 3:
         options["generate_speech"] = False
     elif "vocoder" in parts:
         options["return_intermediate_token_ids"] = True
@@ -150,6 +154,7 @@ def seamless(model: Any, processor: Any, request: Request, progress: Callable[[f
     if request.file is not None:
         if request.source is not None:
             raise UsageError(f"A {name} hears which language is spoken; leave --from out.")
+        options["batch_invariant"] = True
         wave = audio.read(request.file, processor.feature_extractor.sampling_rate)
         result = write_pieces(
             model, processor, wave, batch_size=request.batch_size, progress=progress, generate=generate
@@ -158,10 +163,16 @@ def seamless(model: Any, processor: Any, request: Request, progress: Callable[[f
     else:
         if request.source is None:
             raise UsageError(f"A {name} has to know the language of a text; say it with --from.")
-        tokens = generate(**processor(text=request.text, src_lang=request.source))
-        text = processor.decode(np.asarray(tokens)[0], skip_special_tokens=True).strip()
-        segments = [{"start": 0.0, "end": 0.0, "text": text}]
-        progress(1.0, 1.0)
+        texts = translate_pieces(
+            processor, request.text or "", generate, batch_size=request.batch_size, progress=progress,
+            src_lang=request.source,
+        )  # fmt: skip
+        # A text has times when it is spoken.
+        ends = np.cumsum([len(w) / model.config.sampling_rate for w in spoken[: len(texts)]] or [0.0] * len(texts))
+        starts = [0.0, *ends[:-1].tolist()]
+        timed = zip(starts, ends.tolist(), texts, strict=True)
+        segments = [{"start": start, "end": end, "text": piece} for start, end, piece in timed]
+        text = " ".join(filter(None, texts))
     # The last batch may be filled up with repetitions.
     waveform = np.concatenate(spoken[: len(segments)]) if spoken else None
     return Translation(text, segments, waveform, model.config.sampling_rate)
@@ -178,12 +189,42 @@ TRANSLATORS: dict[str, Translator] = {
 }
 
 
+def what_is_meant(source: str) -> tuple[str | None, str | None]:
+    """A sound file, or a text: what the user wrote, or what the file that is named holds.
+
+    Raises:
+        SourceError: if it is the name of something that is not there or cannot be translated.
+    """
+    path = Path(source)
+    try:
+        is_file, is_directory = path.is_file(), path.is_dir()
+    except OSError:  # a text may be too long for a name
+        return None, source
+    if is_directory and source.strip():
+        raise SourceError(f"{source} is a directory; name a file inside it.")
+    if is_file and path.suffix.lower() == ".txt":
+        try:
+            return None, path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            raise SourceError(f"{source} cannot be read as UTF-8 text.") from None
+    if is_file:
+        return source, None
+    if path.suffix.lower() in (*SOUNDS, ".txt"):
+        raise SourceError(f"There is no file {source}.")
+    if not source.strip():
+        raise SourceError("There is nothing to translate.")
+    return None, source
+
+
 def translate(
-    source: Annotated[str, typer.Argument(metavar="FILE|TEXT", help="a sound file, or a text for models that read")],
+    source: Annotated[
+        str, typer.Argument(metavar="FILE|TEXT", help="a sound file; for models that read also a text, or a .txt file")
+    ],
     to: Annotated[str | None, typer.Option("--to", help="language to translate into, as the model calls it")] = None,
     from_: Annotated[str | None, typer.Option("--from", help="language to translate from, if the model asks")] = None,
     model: Annotated[str, typer.Option(help="hub id, directory or file of a translator")] = MODEL,
     speech: Annotated[Path | None, typer.Option(help="speak the translation into this sound file")] = None,
+    speaker: Annotated[int | None, typer.Option(help="whose voice speaks it, by number")] = None,
     output: Annotated[Path | None, typer.Option(help="write the text there instead of to standard output")] = None,
     output_format: Annotated[str, typer.Option("--format", help="txt, srt, vtt, tsv or json")] = "txt",
     beams: Annotated[int | None, typer.Option(help="of the search; by default the model's own number")] = None,
@@ -199,9 +240,11 @@ def translate(
         raise UsageError(f"{dtype!r} is no dtype to compute in; take float32, bfloat16 or float16.")
     if beams is not None and beams < 1:
         raise UsageError("--beams counts from 1.")
-    is_file = Path(source).is_file()
-    if not is_file and (Path(source).suffix.lower() in SOUNDS or not source.strip()):
-        raise SourceError(f"There is no file {source}." if source.strip() else "There is nothing to translate.")
+    if batch_size < 1:
+        raise UsageError("--batch-size counts from 1.")
+    if speaker is not None and speech is None:
+        raise UsageError("--speaker says who speaks the translation; say with --speech where to.")
+    file, text = what_is_meant(source)
     if speech is not None:
         check_output(speech)
     terminal.keep_compiled_programs()
@@ -209,19 +252,19 @@ def translate(
 
     translator = audiozoo.load(model, dtype=dtype if dtype != "float32" else None)
     name = type(translator).__name__
+    if name.startswith("Whisper"):
+        raise UsageError(f"{model} holds a {name}; it translates into English by audiozoo transcribe --task translate.")
     if name not in TRANSLATORS:
         raise UsageError(f"{model} holds a {name}, which does not translate; {', '.join(TRANSLATORS)} do.")
     processor = audiozoo.load_processor(model)
-    request = Request(
-        source if is_file else None, None if is_file else source, to, from_, speech is not None, beams, batch_size
-    )
-    with progress_bar(Path(source).name if is_file else "translating", None, "s") as update:
+    request = Request(file, text, to, from_, speech is not None, beams, batch_size, speaker)
+    with progress_bar("translating" if file is None else Path(file).name, None, "s" if file else "pieces") as update:
         result = TRANSLATORS[name](translator, processor, request, update)
-    text = subtitles.render({"text": result.text, "segments": result.segments, "language": to}, output_format)
+    written = subtitles.render({"text": result.text, "segments": result.segments, "language": to}, output_format)
     if output is not None:
-        write_whole(output, text)
+        write_whole(output, written)
     elif speech is None or str(speech) != "-":
-        sys.stdout.write(text)
+        sys.stdout.write(written)
         sys.stdout.flush()
     if speech is not None:
         write_sound(speech, result.waveform, result.sampling_rate)

@@ -1,12 +1,13 @@
-"""Recordings of any length for models that write a text for a short one: cut where it is quiet, decode, join.
+"""Recordings and texts of any length for models that write a text for a short one: cut, decode, join.
 
 An encoder-decoder that was trained on sentences forgets the middle of a long recording. Cut into pieces of some twenty
 seconds, each cut in the quietest moment of its last third, it hears sentences again, and the pieces' times are the
-segments'.
+segments'. A long text is cut behind sentences.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from audiozoo.errors import AudioError, UsageError
 
 QUIET = 0.2  # seconds over which loudness is judged
 SHORTEST = 0.1  # seconds; what is shorter is not worth a text
+_SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])\s*")
 
 
 def quiet_cuts(waveform: Float[np.ndarray, " samples"], sampling_rate: int, longest: float) -> list[tuple[int, int]]:
@@ -99,3 +101,59 @@ def write_pieces(
         if progress is not None:
             progress(part[-1][1] / rate, len(waveform) / rate)
     return {"text": " ".join(s["text"] for s in segments if s["text"]), "segments": segments}
+
+
+def sentence_cuts(text: str, longest: int = 300) -> list[str]:
+    """A text's lines; one of more than `longest` characters as pieces of whole sentences, as many as fit in each."""
+    pieces = []
+    for line in filter(None, (" ".join(line.split()) for line in text.splitlines())):
+        start, ends = 0, [*(end.end() for end in _SENTENCE_END.finditer(line)), len(line)]
+        while start < len(line):
+            ends = [end for end in ends if end > start]
+            end = max((end for end in ends if end <= start + longest), default=ends[0])
+            pieces.append(line[start:end].strip())
+            start = end
+    return pieces
+
+
+def translate_pieces(
+    processor: Any,
+    text: str,
+    generate: Callable[..., Any],
+    *,
+    batch_size: int = 4,
+    progress: Callable[[float, float], None] | None = None,
+    **options: Any,
+) -> list[str]:
+    """Translate a text of any length, piece by piece (see `sentence_cuts`), in few shapes.
+
+    Args:
+        processor: makes a model's inputs of texts, and texts of tokens.
+        text: to be translated.
+        generate: gives tokens of inputs.
+        batch_size: pieces at a time.
+        progress: called with the pieces done and the pieces in all.
+        options: of the processor.
+
+    Returns:
+        The translation of each piece.
+
+    Raises:
+        UsageError: if there is nothing to translate.
+    """
+    pieces = sentence_cuts(text)
+    if not pieces:
+        raise UsageError("There is nothing to translate: the text is empty.")
+    batch_size = min(batch_size, len(pieces))
+    found: list[str] = []
+    for first in range(0, len(pieces), batch_size):
+        part = pieces[first : first + batch_size]
+        inputs = processor(text=part + part[:1] * (batch_size - len(part)), **options)
+        room = -inputs["input_ids"].shape[1] % 32
+        padding = {"input_ids": processor.tokenizer.pad_token_id, "attention_mask": 0}
+        inputs = {n: np.pad(inputs[n], ((0, 0), (0, room)), constant_values=v) for n, v in padding.items()}
+        tokens = np.asarray(generate(**inputs))
+        found += [processor.decode(row, skip_special_tokens=True).strip() for row in tokens[: len(part)]]
+        if progress is not None:
+            progress(first + len(part), len(pieces))
+    return found

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import audiozoo
 from audiozoo import audio
 from audiozoo.cli import app
+from audiozoo.decoding import pieces
 from audiozoo.errors import CheckpointError
 from audiozoo.layers.batch_norm import writable
 from audiozoo.models import conformer, nllb, seamless_m4t
@@ -240,9 +241,40 @@ def test_from_the_command_line(model, tmp_path):
     spoken = run("abc", "--to", "spa", "--from", "eng", "--speech", tmp_path / "out.wav")
     assert spoken.exit_code == 0, spoken.output
     assert len(audio.read(tmp_path / "out.wav", 16_000)) > 0
-    spoken = run(sound, "--to", "eng", "--speech", tmp_path / "long.wav", "--beams", "2")
+    # A recording in two pieces is spoken one after the other, by the voice that was asked for.
+    spoken = run(sound, "--to", "eng", "--speech", tmp_path / "long.wav", "--beams", "2", "--speaker", "3")
     assert spoken.exit_code == 0, spoken.output
+    loaded, processor, made = audiozoo.load(folder), audiozoo.load_processor(folder), []
+
+    def generate(**inputs):
+        options = {"tgt_lang": "eng", "num_beams": 2, "speaker_id": 3, "return_intermediate_token_ids": True}
+        output = loaded.generate(**inputs, **options)
+        made.extend(w[:n] for w, n in zip(output.waveform, output.waveform_lengths, strict=True))
+        return output.sequences
+
+    found = pieces.write_pieces(loaded, processor, audio.read(sound, 16_000), generate=generate)
+    assert spoken.stdout == "".join(segment["text"] + "\n" for segment in found["segments"])
+    np.testing.assert_allclose(audio.read(tmp_path / "long.wav", 16_000), np.concatenate(made), atol=1e-4)
+    # A text of many lines: a piece for each, however many are translated at a time.
+    (tmp_path / "lines.txt").write_text("abc\n\nx y\nabcd efg\n")
+    told = [
+        json.loads(run(tmp_path / "lines.txt", "--to", "spa", "--from", "eng", "--format", "json", *more).stdout)
+        for more in ((), ("--batch-size", "1"), ("--speech", tmp_path / "lines.wav"))
+    ]
+    texts = [[segment["text"] for segment in of["segments"]] for of in told]
+    assert len(texts[0]) == 3
+    assert texts[0] == texts[1] == texts[2]
+    ends = [segment["end"] for segment in told[2]["segments"]]
+    assert ends == sorted(ends)
+    assert ends[-1] * 16_000 == len(audio.read(tmp_path / "lines.wav", 16_000)) > 0
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     for arguments, message in (
+        ((tmp_path, "--to", "spa"), "is a directory"),
+        ((tmp_path / "bytes.txt", "--to", "spa", "--from", "eng"), "UTF-8"),
+        (("no.txt", "--to", "spa", "--from", "eng"), "There is no file no.txt"),
+        (("abc", "--to", "spa", "--from", "eng", "--batch-size", "0"), "counts from 1"),
+        (("abc", "--to", "spa", "--from", "eng", "--speaker", "1"), "--speech"),
+        (("abc", "--to", "spa", "--from", "eng", "--speech", tmp_path / "o.wav", "--speaker", "9"), "no speaker 9"),
         ((sound,), "say which with --to"),
         (("abc", "--to", "spa"), "say it with --from"),
         ((sound, "--to", "spa", "--from", "eng"), "leave --from out"),
@@ -252,6 +284,19 @@ def test_from_the_command_line(model, tmp_path):
         failed = run(*arguments)
         assert failed.exit_code == 1
         assert message in str(failed.exception)
+
+
+def test_long_texts_are_cut_behind_sentences():
+    assert pieces.sentence_cuts("One line.  It stays\twhole.\n\n  Another. ") == [
+        "One line. It stays whole.",
+        "Another.",
+    ]
+    long = "It is so. " * 40 + "And so on, " * 40
+    found = pieces.sentence_cuts(long)
+    assert " ".join(found) == long.strip()
+    assert [len(piece) for piece in found] == [299, 99, 439]  # a sentence stays whole, however long
+    assert pieces.sentence_cuts("好。" * 200) == ["好。" * 150, "好。" * 50]
+    assert pieces.sentence_cuts(" \n ") == []
 
 
 # --- memory and shards -----------------------------------------------------------------------------------------------
