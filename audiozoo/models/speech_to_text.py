@@ -14,7 +14,7 @@ of the last checkpoints; and one model for many target languages, told which by 
 
 | paper | here |
 | --- | --- |
-| §2, log-mel features, utterance-level CMVN | `processors.speech_to_text`, `audio.features.kaldi_fbank` |
+| §2, log-mel features; CMVN by utterance or by corpus | `processors.speech_to_text`, `audio.features.kaldi_fbank` |
 | §2, SpecAugment: LB, LD, SM, SS (arXiv 1904.08779, Table 1) | `SpecAugmentPolicy`, `spec_augment` |
 | §2, convolutional subsampling (arXiv 1911.08460) | `Conv1dSubsampler` |
 | §2, Transformer (arXiv 1706.03762), LayerNorm first | `Speech2TextEncoder`, `Speech2TextDecoder` |
@@ -723,7 +723,8 @@ def simultaneous(
     Args:
         model: the translator.
         pieces: log-mel frames `(time, mels)` in the order in which they come, of any lengths; normalised as in
-            training, by statistics that do not need the end (§2, global CMVN).
+            training, by statistics that do not need the end (§2, global CMVN): see
+            `audiozoo.processors.speech_to_text.stream_filterbanks`.
         k: pieces of `pre_decision_ratio` encoder frames to be ahead by.
         pre_decision_ratio: encoder frames of a piece; of 40 ms each.
         max_new_tokens: write at most that many.

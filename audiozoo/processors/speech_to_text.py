@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,70 @@ def utterance_cmvn(
     return x.astype(np.float32)
 
 
+@dataclass(frozen=True)
+class GlobalCMVN:
+    """Each band by its mean and deviation over a whole corpus, for speech whose end has not come yet.
+
+    Attributes:
+        mean: of each band.
+        std: standard deviation of each band.
+    """
+
+    mean: Float[np.ndarray, " mels"]
+    std: Float[np.ndarray, " mels"]
+
+    @classmethod
+    def of(cls, features: Iterable[Float[np.ndarray, "frames mels"]]) -> GlobalCMVN:
+        """The statistics of a corpus, recording by recording."""
+        count, total, squares = 0, 0.0, 0.0
+        for x in features:
+            count, total = count + len(x), total + x.sum(axis=0, dtype=np.float64)
+            squares = squares + np.square(x, dtype=np.float64).sum(axis=0)
+        mean = np.asarray(total) / max(count, 1)
+        return cls(mean, np.sqrt(np.maximum(np.asarray(squares) / max(count, 1) - mean**2, VARIANCE_FLOOR)))
+
+    @classmethod
+    def from_npz(cls, path: str | os.PathLike[str]) -> GlobalCMVN:
+        """From fairseq's `gcmvn.npz`.
+
+        Raises:
+            SourceError: if there is no such file, or something else in it.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return cls(file["mean"], file["std"])
+        except (OSError, ValueError, KeyError):
+            raise SourceError(f"{path} is no file of statistics (.npz with `mean` and `std`).") from None
+
+    def __call__(self, features: Float[np.ndarray, "frames mels"]) -> Float[np.ndarray, "frames mels"]:
+        """Normalised frames."""
+        return ((features - self.mean) / self.std).astype(np.float32)
+
+
+def stream_filterbanks(
+    blocks: Iterable[Float[np.ndarray, " samples"]],
+    cmvn: GlobalCMVN | None = None,
+    n_mels: int = 80,
+    sampling_rate: int = 16_000,
+) -> Iterator[Float[np.ndarray, "frames mels"]]:
+    """Filterbanks while the speaker speaks: of each block of samples the frames that it completes.
+
+    Args:
+        blocks: a waveform in [-1, 1], block by block, of any lengths.
+        cmvn: how the frames are normalised.
+        n_mels: bands.
+        sampling_rate: Hz.
+    """
+    hop, window = int(sampling_rate * 0.010), int(sampling_rate * 0.025)
+    rest = np.zeros(0, np.float32)
+    for block in blocks:
+        rest = np.concatenate([rest, np.asarray(block, np.float32)])
+        if len(rest) >= window:
+            (frames,) = filterbanks([rest], n_mels, sampling_rate)
+            rest = rest[len(frames) * hop :]
+            yield frames if cmvn is None else cmvn(frames)
+
+
 class Speech2TextFeatureExtractor(FeatureExtractor):
     """Waveforms to model inputs; the arguments are the fields of `preprocessor_config.json`.
 
@@ -132,9 +197,9 @@ class Speech2TextFeatureExtractor(FeatureExtractor):
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike[str]) -> Speech2TextFeatureExtractor:
-        """From `preprocessor_config.json` or `processor_config.json`; else the defaults."""
+        """From `preprocessor_config.json`, `processor_config.json` or fairseq's `config….yaml`; else the defaults."""
         folder = Path(directory)
-        config = extractor_settings(folder) or {}
+        config = extractor_settings(folder) or _fairseq_features(folder)
         kind = config.get("feature_extractor_type", cls.__name__)
         if kind != cls.__name__:
             raise CheckpointError(f"'{folder}' holds the settings of a {kind}, not of fairseq S2T's features.")
@@ -199,6 +264,42 @@ class Speech2TextFeatureExtractor(FeatureExtractor):
         )
         inputs = {"input_features": batch}
         return inputs if return_attention_mask is False else inputs | {"attention_mask": mask}
+
+
+def _fairseq_settings(folder: Path) -> dict[str, Any]:
+    """What fairseq's `config….yaml` says, or nothing if there is none, or several.
+
+    Raises:
+        CheckpointError: if it is no YAML.
+    """
+    import yaml
+
+    files = sorted(folder.glob("config*.yaml"))
+    if len(files) != 1:
+        return {}
+    try:
+        found = yaml.safe_load(files[0].read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise CheckpointError(f"'{files[0]}' is no YAML.") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _fairseq_features(folder: Path) -> dict[str, Any]:
+    """The settings of the features in fairseq's words.
+
+    Raises:
+        CheckpointError: for normalisation by a corpus, which no single recording has.
+    """
+    settings = _fairseq_settings(folder)
+    transforms = settings.get("transforms") or {}
+    used = set(transforms.get("*") or transforms.get("_eval") or ["utterance_cmvn"])
+    if "global_cmvn" in used:
+        raise CheckpointError(
+            f"The model in '{folder}' was trained on features that its corpus normalises: give it frames of "
+            "stream_filterbanks with GlobalCMVN.from_npz, in place of a processor's."
+        )
+    bands = int(settings.get("input_feat_per_channel") or 80)
+    return {"num_mel_bins": bands, "feature_size": bands, "do_ceptral_normalize": "utterance_cmvn" in used}
 
 
 class Speech2TextTokenizer:
@@ -270,6 +371,8 @@ class Speech2TextTokenizer:
                 target_lang or config.get("tgt_lang"),
             )
         models = [model for model in sorted(folder.glob("*.model")) if model.with_suffix(".txt").is_file()]
+        named = Path(str(_fairseq_settings(folder).get("vocab_filename", ""))).stem
+        models = [model for model in models if model.stem == named] or models
         if len(models) != 1:
             count = "several files" if models else "no file"
             raise SourceError(f"'{folder}' has no vocab.json, and {count} X.model with an X.txt beside it.")

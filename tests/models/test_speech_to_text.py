@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +33,12 @@ from audiozoo.models.speech_to_text import (
     spec_augment,
 )
 from audiozoo.processors.speech_to_text import (
+    GlobalCMVN,
     Speech2TextFeatureExtractor,
     Speech2TextProcessor,
     Speech2TextTokenizer,
     filterbanks,
+    stream_filterbanks,
 )
 from tests.models.random_model import random_model
 from tests.shapes import enforce
@@ -251,6 +256,60 @@ def test_filterbanks_of_any_lengths_at_once():
         for wave, features in zip(waves, found, strict=True):
             wanted = kaldi_fbank(jnp.asarray(wave, jnp.float64) * 2**15)
             np.testing.assert_allclose(features, wanted, rtol=1e-6)
+
+
+def test_features_while_someone_speaks(model, tmp_path):
+    """Frames of a waveform that comes in blocks are those of the whole, and so are the tokens written meanwhile."""
+    wave = (0.1 * np.random.default_rng(1).standard_normal(16_000)).astype(np.float32)
+    blocks = np.split(wave, [100, 399, 400, 5_000, 5_010, 12_345])
+    cmvn = GlobalCMVN.of(filterbanks([wave, wave[:4_000]]))
+    both = np.concatenate(filterbanks([wave, wave[:4_000]]))
+    np.testing.assert_allclose(cmvn.mean, both.mean(axis=0, dtype=np.float64), rtol=1e-6)
+    np.testing.assert_allclose(cmvn.std, both.std(axis=0, dtype=np.float64), rtol=1e-6)
+    np.savez(tmp_path / "gcmvn.npz", mean=cmvn.mean, std=cmvn.std)
+    cmvn = GlobalCMVN.from_npz(tmp_path / "gcmvn.npz")
+    whole = cmvn(filterbanks([wave])[0])
+    np.testing.assert_array_equal(np.concatenate(list(stream_filterbanks(blocks, cmvn))), whole)
+    assert np.abs(whole.mean()) < 0.1
+    assert np.isfinite(cmvn(np.zeros((2, 80)))).all()
+    options = {"k": 2, "pre_decision_ratio": 2, "max_new_tokens": 5, "bucket": 128}
+    spoken = list(speech_to_text.simultaneous(model, stream_filterbanks(blocks, cmvn), **options))
+    assert spoken == list(speech_to_text.simultaneous(model, [whole], **options))
+    with pytest.raises(SourceError, match="no file of statistics"):
+        GlobalCMVN.from_npz(tmp_path / "none.npz")
+    # fairseq's own settings: bands, and a normalisation that a processor cannot know.
+    settings = {"input_feat_per_channel": 40, "transforms": {"*": ["utterance_cmvn"], "_train": ["specaugment"]}}
+    (tmp_path / "config.yaml").write_text(json.dumps(settings))
+    assert Speech2TextFeatureExtractor.from_directory(tmp_path).num_mel_bins == 40
+    (tmp_path / "config.yaml").write_text(json.dumps({"transforms": {"*": ["global_cmvn"]}}))
+    with pytest.raises(CheckpointError, match="its corpus normalises"):
+        Speech2TextFeatureExtractor.from_directory(tmp_path)
+    (tmp_path / "config.yaml").write_text("a: [")
+    with pytest.raises(CheckpointError, match="no YAML"):
+        Speech2TextFeatureExtractor.from_directory(tmp_path)
+
+
+HOUR = """
+import time
+import numpy as np
+from audiozoo.processors.speech_to_text import filterbanks
+wave = np.random.default_rng(0).standard_normal(3600 * 16_000, np.float32) * 0.1
+filterbanks([wave[: 16_000 * 90]])
+start = time.perf_counter()
+(features,) = filterbanks([wave])
+print(time.perf_counter() - start)
+assert features.shape == (359_998, 80) and np.isfinite(features).all()
+"""
+
+
+@pytest.mark.slow
+def test_filterbanks_of_an_hour_take_less_than_ten_seconds():
+    """In a process of its own: tests are compiled with little optimisation."""
+    flags = ("XLA_FLAGS", "OMP_NUM_THREADS", "JAX_COMPILATION_CACHE_DIR")
+    env = {name: value for name, value in os.environ.items() if name not in flags}
+    found = subprocess.run([sys.executable, "-c", HOUR], capture_output=True, text=True, env=env)
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert float(found.stdout) < 10
 
 
 def test_what_the_processor_refuses():

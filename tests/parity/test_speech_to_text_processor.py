@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import transformers
 
+from audiozoo.errors import SourceError
 from audiozoo.processors.speech_to_text import (
     Speech2TextFeatureExtractor,
     Speech2TextProcessor,
@@ -168,3 +169,10 @@ def test_the_processor(vocabulary, tmp_path):
     (folder / "spm_unigram.model").write_bytes((vocabulary / "sentencepiece.bpe.model").read_bytes())
     again = Speech2TextProcessor.from_directory(folder, "de")
     assert again(text=TEXTS)["input_ids"] == ours(text=TEXTS)["input_ids"]
+    # Beside another one, its settings say which it is.
+    (folder / "spm_other.txt").write_text("a 1\n")
+    (folder / "spm_other.model").write_bytes((vocabulary / "sentencepiece.bpe.model").read_bytes())
+    with pytest.raises(SourceError, match="several files"):
+        Speech2TextProcessor.from_directory(folder)
+    (folder / "config_st.yaml").write_text("vocab_filename: spm_unigram.txt\n")
+    assert Speech2TextProcessor.from_directory(folder, "de")(text=TEXTS) == ours(text=TEXTS)
