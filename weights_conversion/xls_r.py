@@ -15,6 +15,7 @@ from typing import Any
 from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.models.mbart import MBartConfig
 from audiozoo.models.xls_r import SpeechEncoderDecoderConfig
+from audiozoo.processors.xls_r import XLSRProcessor
 from weights_conversion import (
     ForeignCheckpoint,
     HuggingFaceForm,
@@ -209,6 +210,11 @@ def recognise(path: Path) -> bool:
         tensors = open_tensors(path)
         return set(tensors.names()) >= _MARKS or xm.is_xm_transformer(tensors)
     return (path / "config.json").is_file() and read_json(path / "config.json").get("model_type") == MODEL_TYPE
+
+
+def processor_of_file(path: Path) -> XLSRProcessor:
+    """The processor of a fairseq file, from what lies beside it: Speech2Text2's `dict.X.txt`, or mBART-50's pieces."""
+    return XLSRProcessor.from_directory(path.parent)
 
 
 def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckpoint:
