@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -356,6 +356,10 @@ def _known_from_piper(path: Path) -> dict[str, Any]:
     return known
 
 
+def _minus_log(x: np.ndarray) -> np.ndarray:
+    return -np.log(x)
+
+
 class PiperGraph:
     """The tensors of an exported Piper voice under the authors' names, recovered through the graph."""
 
@@ -363,7 +367,7 @@ class PiperGraph:
         self.tensors, self.path = tensors, tensors.path
         nodes = tensors.metadata["graph"]["nodes"]
         self.named: dict[str, str] = {}
-        self.inverted: set[str] = set()
+        self.computed: dict[str, Callable[[np.ndarray], np.ndarray]] = {}  # what undoes what the export computed
         here = set(tensors.names())
         for name in here:
             if re.match(r"(enc_p|dp|flow|dec|emb_g|enc_q)\.", name):
@@ -384,11 +388,10 @@ class PiperGraph:
                 self.dilations[module] = (node["attributes"].get("dilations") or [1])[0]
             elif node["op_type"] == "Gather" and place in ("enc_p.emb.Gather", "emb_g.Gather") and data:
                 self.named[f"{place.removesuffix('.Gather')}.weight"] = data[0]
-        # exp(-log s) of the first flow was computed on export.
-        for name in here:
-            if re.fullmatch(r"/dp/flows\.0/Exp(_\d+)?_output_0", name) and "dp.flows.0.logs" not in here:
-                self.named["dp.flows.0.logs"] = name
-                self.inverted.add("dp.flows.0.logs")
+            elif re.fullmatch(r"dp\.flows\.0\.(Exp|Mul)(_\d+)?", place) and data:
+                # x · exp(-log s): PyTorch of one version computed the power on export, of another the negative alone.
+                self.named["dp.flows.0.logs"] = data[0]
+                self.computed["dp.flows.0.logs"] = _minus_log if node["op_type"] == "Mul" else np.negative
         # Heads: the query's channels over the width of the relative keys.
         if "enc_p.encoder.attn_layers.0.emb_rel_k" in self.named:
             width = self.shape("enc_p.encoder.attn_layers.0.emb_rel_k")[2]
@@ -409,7 +412,7 @@ class PiperGraph:
     def read(self, name: str) -> np.ndarray:
         """One tensor's values."""
         array = self.tensors.read(self.named[name])
-        return -np.log(array) if name in self.inverted else array
+        return self.computed[name](array) if name in self.computed else array
 
     def known(self) -> dict[str, Any]:
         """What the graph's attributes say about the sizes: strides, dilations, heads."""

@@ -21,6 +21,7 @@ from flax import nnx
 
 import audiozoo
 import audiozoo.loading
+from audiozoo.layers.weight_norm import fold_weight_norm
 from audiozoo.loading import convert
 from audiozoo.models import vits
 from audiozoo.models.hifigan import discriminator_loss, feature_loss, generator_loss
@@ -335,6 +336,35 @@ def authors(piper, *, resblock="1", speakers=3, stochastic=True):
     return reference, harness.ported(reference, lambda: double(config), table), table
 
 
+# Piper's qualities: channels of the latent and of the encoder's convolutions, residual blocks, voices.
+QUALITIES = {
+    "piper_x_low": (96, 384, "2", 1),
+    "piper_high": (192, 768, "1", 4),
+}
+
+
+@pytest.mark.parametrize("name", QUALITIES)
+def test_qualities_of_piper(piper, name):
+    """Names, shapes and numbers of parameters, training's included, as Piper's training makes them."""
+    width, inner, resblock, speakers = QUALITIES[name]
+    decoder = {"resblock_kernel_sizes": (3, 7, 11), "resblock_dilation_sizes": ((1, 3, 5),) * 3}
+    decoder |= {"upsample_rates": (8, 8, 2, 2), "upsample_kernel_sizes": (16, 16, 4, 4)}
+    if resblock == "2":
+        decoder = {"resblock_kernel_sizes": (3, 5, 7), "resblock_dilation_sizes": ((1, 2), (2, 6), (3, 12))}
+        decoder |= {"upsample_rates": (8, 8, 4), "upsample_kernel_sizes": (16, 16, 8)}
+    sizes = {"inter_channels": width, "hidden_channels": width, "filter_channels": inner, "n_heads": 2, "n_layers": 6}
+    sizes |= {"kernel_size": 3, "p_dropout": 0.1, "resblock": resblock, "use_sdp": True, "n_speakers": speakers}
+    sizes |= {"upsample_initial_channel": 256 if resblock == "2" else 512, "gin_channels": 512 if speakers > 1 else 0}
+    several = {"num_speakers": speakers, "speaker_embedding_size": 512} if speakers > 1 else {}
+    config = getattr(VitsConfig, name)(decoder_weight_norm=True, **several)
+    with harness.precision("float32"):
+        harness.assert_same_shapes(
+            lambda: piper.SynthesizerTrn(n_vocab=256, spec_channels=513, segment_size=32, **sizes, **decoder),
+            lambda: VitsModel(config, rngs=nnx.Rngs(0)),
+            original_table(config),
+        )
+
+
 @pytest.mark.parametrize(("resblock", "speakers"), [("1", 3), ("2", 1)])
 def test_the_authors_names_and_both_residual_blocks(piper, resblock, speakers):
     reference, model, _ = authors(piper, resblock=resblock, speakers=speakers)
@@ -591,3 +621,47 @@ def test_files_of_the_projects_load(piper, tmp_path):
     layer = reference.dec.ups[0]
     folded = torch._weight_norm(layer.weight_v, layer.weight_g, 0)
     harness.assert_close(written["decoder.upsampler.0.weight"], folded, name="folded kernel")
+
+
+def exported(reference, path):
+    """The graph that Piper makes of a voice: synthesis alone, weight normalisation folded."""
+    reference.float().dec.remove_weight_norm()
+
+    def infer(text, text_lengths, scales, sid=None):
+        options = {"noise_scale": scales[0], "length_scale": scales[1], "noise_scale_w": scales[2], "sid": sid}
+        return reference.infer(text, text_lengths, **options)[0].unsqueeze(1)
+
+    reference.forward = infer
+    given = (torch.tensor(IDS[:1]), torch.tensor([7]), torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0]))
+    torch.onnx.export(
+        reference,
+        given,
+        path,
+        opset_version=15,
+        dynamo=False,
+        input_names=["input", "input_lengths", "scales", "sid"],
+        output_names=["output"],
+        dynamic_axes={"input": {1: "phonemes"}, "output": {2: "time"}},
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_exported_graph_of_several_voices(piper, tmp_path):
+    """Every parameter that synthesis needs is found by the graph, as today's PyTorch exports it; rates and scales."""
+    pytest.importorskip("onnx", reason="onnx is part of the extra `reference`")
+    reference, model, _ = authors.__wrapped__(piper)  # one of its own to change
+    exported(reference, tmp_path / "voice.onnx")
+    side = {"audio": {"sample_rate": 16_000}, "inference": {"noise_scale": 0.5, "length_scale": 2, "noise_w": 0.25}}
+    (tmp_path / "voice.onnx.json").write_text(json.dumps(side))
+    with jax.enable_x64(False):
+        loaded = audiozoo.load(tmp_path / "voice.onnx")
+    changes = {"has_posterior": False, "decoder_weight_norm": False, "sampling_rate": 16_000, "noise_scale": 0.5}
+    kept = {"spectrogram_bins": loaded.config.spectrogram_bins}
+    kept["posterior_encoder_num_wavenet_layers"] = loaded.config.posterior_encoder_num_wavenet_layers
+    changes |= {"noise_scale_duration": 0.25, "speaking_rate": 0.5} | kept
+    assert loaded.config == dataclasses.replace(model.config, **changes)
+    wanted = audiozoo.loading.variables(fold_weight_norm(model))
+    found = audiozoo.loading.variables(fold_weight_norm(loaded))
+    assert len(found) > 100
+    for name, leaf in found.items():
+        np.testing.assert_allclose(leaf[...], wanted[name][...], rtol=2e-5, atol=2e-6, err_msg=name)

@@ -28,6 +28,12 @@ SENTENCES = {
         "ænd sˈoʊ, maɪ fˈɛloʊ ɐmˈɛɹɪkənz, ˈæsk nˌɑːt wʌt jʊɹ kˈʌntɹi kæn dˈuː fɔːɹ juː, "
         "ˈæsk wʌt juː kæn dˈuː fɔːɹ jʊɹ kˈʌntɹi."
     ),
+    "The birch canoe slid on the smooth planks, and the boy was there when the sun rose.": (
+        "ðə bˈɜːtʃ kənˈuː slˈɪd ɔnðə smˈuːð plˈæŋks, ænd ðə bˈɔɪ wʌz ðɛɹ wɛn ðə sˈʌn ɹˈoʊz."
+    ),
+    "On March the fourteenth, Doctor Smith paid forty two dollars for three books.": (
+        "ˌɔn mˈɑːɹtʃ ðə fˈɔːɹtiːnθ, dˈɑːktɚ smˈɪθ pˈeɪd fˈɔːɹɾi tˈuː dˈɑːlɚz fɔːɹ θɹˈiː bˈʊks."
+    ),
 }
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,7 +81,7 @@ def test_speaks_as_onnxruntime_does(voice, voice_file):
         assert np.max(np.abs(ours.waveform - theirs)) < 1e-4
         assert ours.durations.sum() == ours.waveform.size
         samples.append(theirs.size)
-    assert samples == [61_184, 125_184]
+    assert samples == [61_184, 125_184, 93_696, 96_256]
 
 
 def test_speaks_as_it_once_did(voice):
