@@ -782,6 +782,7 @@ class ASTRecipe:
     decay_every: int = 1  # epochs between decays
     decay: float = 0.5  # factor of each decay
     warmup: bool = True  # rise over the first 1000 steps, in steps of 50
+    balanced: bool = True  # whether samples are drawn by `balanced_sampling_weights`
     mixup_rate: float = 0.5  # share of mixed samples
     frequency_mask: int = 48  # widest SpecAugment span, mel bands
     time_mask: int = 192  # widest SpecAugment span, frames
@@ -797,7 +798,7 @@ class ASTRecipe:
     @classmethod
     def balanced_audioset(cls) -> ASTRecipe:
         """§3.1, the balanced set of 20 thousand samples."""
-        return cls(learning_rate=5e-5, epochs=25, decay_start=10, decay_every=5, average=(6, 25))
+        return cls(learning_rate=5e-5, epochs=25, decay_start=10, decay_every=5, balanced=False, average=(6, 25))
 
     @classmethod
     def esc50(cls, audioset: bool = True) -> ASTRecipe:
@@ -809,6 +810,7 @@ class ASTRecipe:
             decay_start=5,
             decay=0.85,
             warmup=False,
+            balanced=False,
             mixup_rate=0.0,
             frequency_mask=24,
             time_mask=96,
@@ -826,6 +828,7 @@ class ASTRecipe:
             decay_start=5,
             decay=0.85,
             warmup=False,
+            balanced=False,
             mixup_rate=0.6,
             time_mask=48,
             noise=True,

@@ -6,7 +6,7 @@ An objective knows the papers' models and losses; everything about steps, device
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from audiozoo.models import audio_spectrogram_transformer as ast
 from audiozoo.models import clap, encodec, hifigan, unispeech_sat, vits, wav2vec2, wavlm
 from audiozoo.processors import zero_mean_unit_variance
 from audiozoo.recipes.settings import Settings
-from audiozoo.training.data import Example, Padding
+from audiozoo.training.data import Example, Item, Padding
 from audiozoo.training.loop import Loss, Phase, Task, Turn
 from audiozoo.training.parameters import Trainable
 
@@ -63,6 +63,10 @@ class Objective:
     def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
         """One example."""
         raise NotImplementedError
+
+    def odds(self, config: Any, items: Sequence[Item]) -> np.ndarray | None:
+        """How often to draw each recording, where they are not drawn alike."""
+        return None
 
     def loss(self, processor: Any) -> Callable[[dict[str, Any], Any, Turn], Loss]:
         """The loss of the only phase."""
@@ -271,7 +275,12 @@ def _targets(config: Any, fields: Fields, several: bool) -> np.ndarray:
     if label is None:
         raise UsageError("This recipe learns labels, and a recording has none.")
     names = list(config.id2label)
-    given = label if isinstance(label, list) else str(label).split(",") if several else [label]
+    if isinstance(label, list):
+        given = label
+    elif several and str(label) not in names:  # several with commas between; a name may have a comma itself
+        given = [part.strip() for part in str(label).split(",")]
+    else:
+        given = [label]
     unknown = [str(name) for name in given if str(name) not in names]
     if unknown:
         raise UsageError(f"The model has no label {unknown[0]!r}; it has {len(names)}, from {names[0]} to {names[-1]}.")
@@ -283,7 +292,7 @@ def _targets(config: Any, fields: Fields, several: bool) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Spectrogram(Objective):
-    """AST, §3: spectrograms on the device, mixup, SpecAugment, one class or several.
+    """AST, §3: balanced sampling, spectrograms on the device, mixup, SpecAugment, one class or several.
 
     Attributes:
         recipe: the paper's numbers.
@@ -300,6 +309,13 @@ class Spectrogram(Objective):
     def padding(self, processor: Any) -> dict[str, Padding]:
         """See `Objective`."""
         return {}
+
+    def odds(self, config: Any, items: Sequence[Item]) -> np.ndarray | None:
+        """See `Objective`."""
+        if not self.recipe.balanced:
+            return None
+        targets = [_targets(config, item.fields, several=self.several) for item in items]
+        return ast.balanced_sampling_weights(np.stack(targets) if self.several else np.eye(config.num_labels)[targets])
 
     def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
         """See `Objective`."""

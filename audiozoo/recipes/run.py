@@ -56,6 +56,7 @@ class Run:
     def batches(self, items: Sequence[Item], *, evaluation: bool = False, **options: Any) -> Batches:
         """Batches of recordings as the recipe wants them."""
         prepare = partial(self.recipe.objective.prepare, self.processor, self.model.config)
+        odds = partial(self.recipe.objective.odds, self.model.config)
         return Batches(
             items,
             prepare,
@@ -65,6 +66,7 @@ class Run:
             seconds=self.settings.seconds,
             process=(jax.process_index(), jax.process_count()),
             whole=self.recipe.objective.whole,
+            odds=odds,
             **options,
         )
 

@@ -279,6 +279,7 @@ class Batches:
         threads: that read ahead.
         process: `(index, count)` of this host; it reads its own rows only.
         whole: whether what is longer is left out, text or not.
+        odds: `items` to how often each is to be drawn, in relation to the others; without, each comes once a pass.
 
     Raises:
         AudioError: too many recordings cannot be read, or none is of a length that is wanted.
@@ -300,6 +301,7 @@ class Batches:
         threads: int = 2,
         process: tuple[int, int] = (0, 1),
         whole: bool | None = None,
+        odds: Callable[[Sequence[Item]], np.ndarray | None] | None = None,
     ):
         if batch_size % process[1]:
             raise UsageError(f"A batch of {batch_size} cannot be divided among {process[1]} hosts.")
@@ -322,6 +324,8 @@ class Batches:
         if not kept:
             raise AudioError(f"Of {len(items)} recordings none can be used: {self.report()}.")
         self.items = kept
+        given = None if odds is None else odds(kept)
+        self.odds = None if given is None else np.asarray(given, np.float64) / np.sum(given)
         # The buckets' edges: quantiles of the lengths, in half seconds, so that few shapes are compiled.
         quantiles = np.quantile(lengths, np.linspace(0, 1, buckets + 1)[1:])
         edges = sorted({min(float(np.ceil(2 * q) / 2), max(seconds, 0.5)) for q in quantiles})
@@ -363,7 +367,8 @@ class Batches:
     def _pass(self, number: int) -> tuple[tuple[int, np.ndarray], ...]:
         """The batches of one pass, each a bucket and indices of items."""
         rng = np.random.default_rng([self.seed, number])
-        order = rng.permutation(len(self.items))
+        count = len(self.items)
+        order = rng.permutation(count) if self.odds is None else rng.choice(count, count, p=self.odds)
         if len(order) < self.batch_size:
             order = np.resize(order, self.batch_size)
         batches, left = [], np.zeros(0, int)

@@ -139,6 +139,21 @@ def test_each_pass_holds_every_recording_once_in_an_order_of_its_own(folder):
     assert not np.array_equal(other.batch(0)["number"], data.batch(0)["number"])
 
 
+def test_recordings_are_drawn_by_their_odds(folder):
+    """Twice as often as others, or never; as many in a pass, and at the same places whenever it is read."""
+    many = np.array([2.0] * 3 + [1.0] * 8 + [0.0])
+    data = batches(find_items(folder), odds=lambda items: many[[int(i.fields["text"].split()[1]) for i in items]])
+    assert len(data) == 4
+    drawn = np.concatenate([rows for number in range(400) for _, rows in data._pass(number)])
+    numbers = np.array([int(item.fields["text"].split()[1]) for item in data.items])[drawn]
+    assert len(drawn) == 12 * 400
+    share = np.bincount(numbers, minlength=12) / len(numbers)
+    np.testing.assert_allclose(share, many / many.sum(), atol=0.02)
+    again = batches(find_items(folder), odds=lambda items: many[[int(i.fields["text"].split()[1]) for i in items]])
+    np.testing.assert_array_equal(again.batch(7)["number"], data.batch(7)["number"])
+    assert batches(find_items(folder), odds=lambda items: None).odds is None
+
+
 def test_like_lengths_share_a_batch_and_few_shapes_occur(folder):
     data = batches(find_items(folder))
     shapes = {data.batch(i)["x"].shape for i in range(24)}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,10 @@ from flax import nnx
 
 import audiozoo
 from audiozoo.errors import AudioError, CheckpointError, UsageError
+from audiozoo.models.audio_spectrogram_transformer import ASTRecipe
 from audiozoo.recipes import RECIPES, ROWS, recipe, run
 from audiozoo.recipes.settings import SCHEDULES, Settings
-from audiozoo.training.data import find_items
+from audiozoo.training.data import Item, find_items
 from audiozoo.training.parameters import Lora, partition
 from tests.training import tiny
 
@@ -237,6 +239,20 @@ def test_what_a_recording_must_bring_is_named(corpus):
     row, model, processor = tiny.small(recipe("pop2piano"))
     with pytest.raises(UsageError, match="more than the 3 beats"):
         row.objective.prepare(processor, model.config, np.zeros(3200), {**fields, "beats": [0.0, 0.1, 0.2]}, rng)
+
+
+def test_rare_sounds_are_drawn_more_often():
+    """AST's balanced sampling, of full AudioSet alone; a class may have a comma in its name."""
+    names = ("rain", "speech, whispered", "owl")
+    config = SimpleNamespace(id2label=names, num_labels=3)
+    labels = ["rain", "speech, whispered", "rain, owl", ["rain", "speech, whispered"], "rain"]
+    items = [Item(str(i), Path("x.wav"), 1.0, {"label": label}) for i, label in enumerate(labels)]
+    rain, whispered, owl = 1000 / 4.01, 1000 / 2.01, 1000 / 1.01
+    odds = recipe("ast_tagging").objective.odds(config, items)
+    np.testing.assert_allclose(odds, [rain, whispered, rain + owl, rain + whispered, rain])
+    assert recipe("ast").objective.odds(config, items) is None
+    alone = dataclasses.replace(recipe("ast").objective, recipe=ASTRecipe(problem_type="single_label_classification"))
+    np.testing.assert_allclose(alone.odds(config, items[:2]), [1000 / 1.01] * 2)
 
 
 def test_encodecs_loss_has_the_balanced_gradient():
