@@ -1,4 +1,4 @@
-"""Nineteen audio papers, each in one readable JAX/Flax file that runs the real checkpoints.
+"""Audio papers, each in one readable JAX/Flax file that runs the real checkpoints.
 
     import audiozoo
 
@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +94,15 @@ def list_models(paper: str | None = None) -> list[ModelInfo]:
     ]
 
 
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """`audiozoo.audio`, `audiozoo.packaged` and `audiozoo.sharding` are imported when they are asked for."""
+        if name in ("audio", "packaged", "sharding"):
+            return importlib.import_module(f"audiozoo.{name}")
+        raise AttributeError(f"module 'audiozoo' has no attribute {name!r}")
+
+
 def load(
     source: str | Path,
     *,
@@ -129,10 +139,13 @@ def load(
     Raises:
         SourceError: if there is nothing of that name, or nothing that the zoo runs.
         CheckpointError: if the checkpoint is damaged or does not fit its class.
-        UsageError: if the class is unknown.
+        UsageError: if the class or a dtype is unknown.
     """
     from audiozoo import hub, loading
     from audiozoo.layers import stacking
+
+    for wanted in (dtype, param_dtype):
+        _check_dtype(wanted)
 
     path = hub.resolve(str(source), revision=revision)
     model = loading.load(
@@ -146,6 +159,17 @@ def load(
         progress=progress,
     )
     return stacking.scanned(model) if stack_layers else model
+
+
+def _check_dtype(dtype: Any) -> None:
+    import jax.numpy as jnp
+
+    try:
+        known = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        known = False
+    if not known:
+        raise UsageError(f"{dtype!r} is no dtype of a model; take float32, bfloat16, float16 or float64.")
 
 
 def load_processor(source: str | Path, *, revision: str | None = None) -> Any:
@@ -175,12 +199,17 @@ def jit(model: nnx.Module, method: str = "__call__") -> Callable[..., Any]:
     Args:
         model: any model of the zoo.
         method: the method to compile instead of the call.
+
+    Raises:
+        UsageError: if the model has no such method.
     """
     import jax
     from flax import nnx
 
     from audiozoo.layers.weight_norm import fold_weight_norm
 
+    if not callable(getattr(model, method, None)):
+        raise UsageError(f"A {type(model).__name__} has no method {method!r} to compile.")
     graphdef, state = nnx.split(fold_weight_norm(model))
     names = getattr(type(model), "static_arguments", ())
 

@@ -30,15 +30,39 @@ from audiozoo.commands import (
     training,
     translation,
 )
-from audiozoo.commands.terminal import keep_compiled_programs, megabytes, progress_bar, say, write_whole
+from audiozoo.commands.terminal import (
+    COMPUTED_IN,
+    check_dtype,
+    keep_compiled_programs,
+    megabytes,
+    progress_bar,
+    say,
+    write_whole,
+)
 from audiozoo.errors import AudiozooError, SourceError, UsageError
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
-    help="Audio papers in JAX, running the real checkpoints.",
     rich_markup_mode=None,
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import audiozoo
+
+        print(f"audiozoo {audiozoo.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Audio papers in JAX, running the real checkpoints."""
 
 
 def main() -> None:
@@ -85,7 +109,7 @@ def show(
     paper: Annotated[str, typer.Argument(help="a paper's name, such as whisper")],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Show one paper: its classes, sizes and published checkpoints with their licences."""
+    """Show one paper: classes, sizes, checkpoints and licences."""
     entry = registry.paper(paper)
     if as_json:
         import dataclasses
@@ -95,6 +119,7 @@ def show(
     console = Console()
     console.print(f"{entry.title}: {entry.paper} ({entry.year}" + (f", arXiv {entry.arxiv})" if entry.arxiv else ")"))
     console.print(f"classes: {', '.join(entry.classes)}")
+    console.print(f"sizes:   {', '.join(entry.sizes)}")
     console.print(f"tasks:   {', '.join(entry.tasks)}")
     console.print(f"file:    audiozoo/models/{entry.name}.py")
     table = Table("checkpoint", "size", "licence")
@@ -114,7 +139,7 @@ def convert(
     param_dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64")] = "float32",
     overwrite: Annotated[bool, typer.Option(help="replace OUT if it exists")] = False,
 ) -> None:
-    """Convert a checkpoint of any known form into a native one (Orbax), with its processor's files."""
+    """Convert a checkpoint of any form into a native one (Orbax). The files of its processor come along."""
     _convert(source, out, model_class, param_dtype, overwrite, to_hugging_face=False)
 
 
@@ -125,7 +150,7 @@ def export(
     model_class: Annotated[str | None, typer.Option(help="the class, where the checkpoint leaves a choice")] = None,
     overwrite: Annotated[bool, typer.Option(help="replace OUT if it exists")] = False,
 ) -> None:
-    """Write a checkpoint of any known form as a Hugging Face directory, for PyTorch."""
+    """Write a checkpoint of any form for PyTorch (Hugging Face)."""
     _convert(source, out, model_class, "float32", overwrite, to_hugging_face=True)
 
 
@@ -219,15 +244,14 @@ def transcribe(
     ] = None,
     lm_weight: Annotated[float, typer.Option(help="of the language model; for CTC models")] = 0.5,
     word_bonus: Annotated[float, typer.Option(help="with a language model or a lexicon; for CTC models")] = 1.5,
-    dtype: Annotated[str, typer.Option(help="of the computation: float32 or bfloat16")] = "float32",
+    dtype: Annotated[str, typer.Option(help=COMPUTED_IN)] = "float32",
 ) -> None:
-    """Transcribe sound files, with Whisper, with a CTC model, with fairseq S2T or with SpeechT5."""
+    """Transcribe sound files. Whisper, CTC models, fairseq S2T and SpeechT5 can."""
     from audiozoo.text import subtitles
 
     if output_format not in subtitles.FORMATS:
         raise UsageError(f"There is no format {output_format!r}; there are {', '.join(subtitles.FORMATS)}.")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise UsageError(f"{dtype!r} is no dtype to compute in; take float32, bfloat16 or float16.")
+    check_dtype(dtype)
     try:
         temperatures = tuple(float(t) for t in temperature.split(","))
     except ValueError:
@@ -363,7 +387,7 @@ app.command()(evaluation.evaluate)
 
 @app.command()
 def demo() -> None:
-    """Convert real weights, transcribe real speech with them, and say a sentence and write it down again."""
+    """Convert real weights, transcribe speech, speak a sentence. What was spoken is written down again."""
     started = time.perf_counter()
     keep_compiled_programs()
     import jax

@@ -807,7 +807,10 @@ def paper(name: str) -> Paper:
         if wanted in {entry.name, entry.title.lower().replace(" ", "_")}:
             return entry
     near = difflib.get_close_matches(wanted, [entry.name for entry in PAPERS], n=1)
-    raise UsageError(f"There is no paper {name!r} in the zoo" + (f"; did you mean {near[0]}?" if near else "."))
+    raise UsageError(
+        f"There is no paper {name!r} in the zoo"
+        + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(entry.name for entry in PAPERS)}.")
+    )
 
 
 def paper_of_class(name: str) -> Paper:
@@ -829,12 +832,11 @@ def paper_of_class(name: str) -> Paper:
 
 def markdown_table() -> str:
     """The README's table of papers."""
-    rows = ["| paper | year | classes | sizes | tasks | checkpoints | code | notebook |", "| --- " * 8 + "|"]
+    rows = ["| paper | year | tasks | sizes | checkpoints | code | notebook |", "| --- " * 7 + "|"]
     for entry in PAPERS:
         link = f"[{entry.title}](https://arxiv.org/abs/{entry.arxiv})" if entry.arxiv else entry.title
         rows.append(
-            f"| {link} | {entry.year} | {', '.join(f'`{c}`' for c in entry.classes)} | {len(entry.sizes)} "
-            f"| {', '.join(entry.tasks)} | {len(entry.checkpoints)} "
+            f"| {link} | {entry.year} | {', '.join(entry.tasks)} | {len(entry.sizes)} | {len(entry.checkpoints)} "
             f"| [{entry.name}.py](audiozoo/models/{entry.name}.py) "
             f"| [{entry.name}.ipynb](notebooks/{entry.name}.ipynb) |"
         )

@@ -158,8 +158,11 @@ def speech() -> np.ndarray:
     import soundfile
     import soxr
 
-    default = Path(__file__).resolve().parents[2] / "shared" / "audio"
-    directory = Path(os.environ.get("AUDIOZOO_RECORDINGS", default))
+    checkout = Path(__file__).resolve().parents[1]
+    places = (os.environ.get("AUDIOZOO_RECORDINGS"), checkout / "recordings", checkout.parent / "shared" / "audio")
+    directory = next((Path(place) for place in places if place and Path(place).is_dir()), None)
+    if directory is None:
+        raise RuntimeError("the recordings are not there: notebooks/README.md says where they are from")
     names = ["jfk_16k.wav", "LJ050-0131.wav", "librispeech_198-209-0000.ogg", "librispeech_3436-172162-0000.ogg"]
     parts = []
     for name in names:

@@ -40,8 +40,8 @@ def _nothing_stays_compiled():
 
 @pytest.fixture(scope="session")
 def recordings() -> Path:
-    """The directory of real recordings that lies beside a developer's checkout; without it the test is skipped."""
-    for directory in (os.environ.get("AUDIOZOO_RECORDINGS"), ROOT.parent / "shared" / "audio"):
+    """The public recordings that `notebooks/README.md` lists; without them the test is skipped."""
+    for directory in (os.environ.get("AUDIOZOO_RECORDINGS"), ROOT / "recordings", ROOT.parent / "shared" / "audio"):
         if directory and Path(directory).is_dir():
             return Path(directory)
-    pytest.skip("the recordings are not there: set AUDIOZOO_RECORDINGS to their directory")
+    pytest.skip("the recordings are not there: notebooks/README.md says where they are from")

@@ -1,7 +1,7 @@
 """Every Python block of the README runs, in order of appearance, each in a process and a directory of its own.
 
-A block that needs the originals stands behind the line `<!-- needs: reference -->`. Shell lines are parsed by the
-commands that they name.
+A block that needs the originals stands behind the line `<!-- needs: reference -->`; one behind `<!-- from: FILE -->` is
+not run, but stands in that file, word for word. Shell lines are parsed by the commands that they name.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = [
-    pytest.param(match["needs"] or "", match["code"], id=f"line {README[: match.start('code')].count(chr(10)) + 1}")
+FOUND = [
+    pytest.param(
+        match["note"] or "", match["what"], match["code"], id=f"line {README[: match.start('code')].count(chr(10)) + 1}"
+    )
     for match in re.finditer(
-        r"(?:<!-- needs: (?P<needs>\w+) -->\n+)?^```python\n(?P<code>.*?)^```$", README, re.M | re.S
+        r"(?:<!-- (?P<note>needs|from): (?P<what>\S+) -->\n+)?^```python\n(?P<code>.*?)^```$", README, re.M | re.S
     )
 ]
+BLOCKS = [block for block in FOUND if block.values[0] != "from"]
+EXCERPTS = [block for block in FOUND if block.values[0] == "from"]
 SHELL = [
     line for block in re.findall(r"^```sh\n(.*?)^```$", README, re.M | re.S) for line in block.splitlines() if line
 ]
@@ -67,12 +71,15 @@ def test_recipes_of_small_models_have_these_options():
         assert [word for word in words if word.startswith("--") and word not in told.stdout] == []
 
 
-@pytest.mark.parametrize(("needs", "code"), BLOCKS)
-def test_block_runs(needs, code, tmp_path, recordings):
-    if needs == "reference" and importlib.util.find_spec("torch") is None:
+@pytest.mark.parametrize(("note", "file", "code"), EXCERPTS)
+def test_excerpt_stands_in_its_file(note, file, code):
+    assert code in (ROOT / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("note", "extra", "code"), BLOCKS)
+def test_block_runs(note, extra, code, tmp_path):
+    if extra == "reference" and importlib.util.find_spec("torch") is None:
         pytest.skip("this block needs the extra `reference`")
-    for name in ("jfk.flac", "jfk_16k.wav"):
-        (tmp_path / name).symlink_to(recordings / name)
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", code],

@@ -26,8 +26,10 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="recordings, or pieces of one, at a time")] = 8,
     limit: Annotated[int | None, typer.Option(help="hear the first recordings only")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="write predictions as JSON lines")] = None,
-    normalise: Annotated[str | None, typer.Option(help="of texts: english or basic as Whisper's, or none")] = None,
-    beams: Annotated[int | None, typer.Option(help="of the search")] = None,
+    normalise: Annotated[
+        str | None, typer.Option("--normalize", "--normalise", help="of texts: english or basic as Whisper's, or none")
+    ] = None,
+    beams: Annotated[int | None, typer.Option("--beam-size", "--beams", help="of the search")] = None,
     tokenize: Annotated[str | None, typer.Option(help="sacrebleu's tokenizer of BLEU, such as zh or flores200")] = None,
     labels: Annotated[list[str] | None, typer.Option("--label", help="what CLAP chooses from; repeated")] = None,
     template: Annotated[str | None, typer.Option(help="sentence that a label is put into, at {}")] = None,
@@ -44,12 +46,11 @@ def evaluate(
     duration: Annotated[float | None, typer.Option(help="seconds of music")] = None,
     seed: Annotated[int | None, typer.Option(help="of what is drawn when speech or music is made")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE, an option of the decoding")] = None,
-    dtype: Annotated[str, typer.Option(help="of the computation: float32 or bfloat16")] = "float32",
+    dtype: Annotated[str, typer.Option(help=terminal.COMPUTED_IN)] = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Measure a model: error rates, BLEU, accuracy, mAP, EER, SI-SNR, …, by its task."""
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise UsageError(f"{dtype!r} is no dtype to compute in; take float32, bfloat16 or float16.")
+    """Measure a model: error rates, BLEU, mAP, …, by its task."""
+    terminal.check_dtype(dtype)
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
         raise SourceError(f"{output} cannot be written: it is a directory, or lies in none.")
     terminal.keep_compiled_programs()

@@ -36,7 +36,7 @@ def classify(
     template: Annotated[str, typer.Option(help="sentence that a label is put into, at {}")] = "This is a sound of {}.",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Say what is heard: AudioSet's tags, or which of the given labels fits."""
+    """Say what is heard, by AudioSet's tags or by words given."""
     sound, *more = file
     if more and not labels:
         raise UsageError(f"classify takes one file; to choose among words, put --labels before {more[0]!r}.")
@@ -88,7 +88,7 @@ def embed(
         int | None, typer.Option(help="of a speech encoder: whose frames; 0 is the Transformer's input")
     ] = None,
 ) -> None:
-    """Embed sounds and texts in CLAP's space, where the product of two says how well they fit; or sounds alone.
+    """Embed sounds and texts (CLAP), or sounds alone. In CLAP's space the product of two says how well they fit.
 
     AST gives what its classifier sees. A speech encoder (wav2vec 2.0, HuBERT, WavLM, ...) gives the vector of the
     speaker, where it has a head for that, or the mean of the frames. The .npz file of a single recording holds the
@@ -139,7 +139,7 @@ def search(
     model: Model = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Find sound files by a description; embeddings are kept, so that the next search is quick."""
+    """Find sound files by a description. Embeddings are kept, so that the next search is quick."""
     if not directory.is_dir():
         raise SourceError(f"There is no directory {directory}.")
     if top < 1:

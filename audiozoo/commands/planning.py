@@ -31,7 +31,7 @@ def plan(
     param_dtype: Annotated[str, typer.Option(help="of the parameters: float32 or bfloat16")] = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Compile a model's step with the TPU's compiler, here, and print what one chip needs and does."""
+    """Compile a step for TPUs, here, and say what a chip needs. The TPU's own compiler does it, without a TPU."""
     for name in (dtype, param_dtype):
         if name not in ("float32", "bfloat16"):
             raise UsageError(f"{name!r} is no dtype to plan with; take float32 or bfloat16.")

@@ -233,7 +233,7 @@ def identify(
     crop_length: Annotated[float, typer.Option(help="seconds a piece")] = 10.0,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Say which language, speaker or keyword is heard: whatever the model's classes are."""
+    """Say which language, speaker or keyword is heard. The model's classes decide what is asked."""
     if top < 1 or crops < 1:
         raise UsageError("--top and --crops count from 1.")
     check_file(file)
@@ -260,7 +260,7 @@ def units(
     every_frame: Annotated[bool, typer.Option("--every-frame", help="do not merge runs of the same unit")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON: units, and how many frames each lasts")] = False,
 ) -> None:
-    """Write speech down as discrete units: the clusters of its frames (HuBERT)."""
+    """Write speech down as discrete units (HuBERT): the clusters of its frames."""
     check_file(file)
     from audiozoo import audio
     from audiozoo.decoding.units import KMeans, deduplicate

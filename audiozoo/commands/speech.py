@@ -149,7 +149,7 @@ def convert_voice(
     speaker_embedding: Speaker = None,
     vocoder: Vocoder = VOCODER,
 ) -> None:
-    """Say a recording again in another voice: one that VITS knows, or that of an x-vector by SpeechT5."""
+    """Say a recording again in another voice. It is one that VITS knows, or that of an x-vector for SpeechT5."""
     if noise_scale < 0:
         raise UsageError(f"--noise-scale must be at least 0; it is {noise_scale}.")
     check_output(output)

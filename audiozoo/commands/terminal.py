@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from audiozoo.errors import SourceError
+from audiozoo.errors import SourceError, UsageError
 
 messages = Console(stderr=True)
 
@@ -75,6 +75,15 @@ def write_whole(path: Path, text: str) -> None:
     """Write a text file under a temporary name, then rename it."""
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+COMPUTED_IN = "of the computation: float32, bfloat16 or float16"
+
+
+def check_dtype(dtype: str) -> None:
+    """Say before anything is loaded that nothing is computed in this dtype."""
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UsageError(f"{dtype!r} is no dtype to compute in; take float32, bfloat16 or float16.")
 
 
 def check_file(file: str) -> None:

@@ -13,7 +13,7 @@ from audiozoo.errors import UsageError
 
 
 def recipes() -> None:
-    """List the recipes: what each trains, and where its numbers are from."""
+    """List the recipes, and where their numbers are from."""
     from audiozoo.recipes import RECIPES
 
     for row in RECIPES.values():
@@ -26,7 +26,7 @@ def train(
     data: Annotated[str, typer.Option(help="a folder, a .tsv or .jsonl manifest, a .tar or a pattern of several")],
     out: Annotated[Path, typer.Option(help="directory of the run; an interrupted run goes on there")],
     init: Annotated[str | None, typer.Option(help="checkpoint to go on from: hub id, directory or file")] = None,
-    size: Annotated[str | None, typer.Option(help="configuration to begin with nothing")] = None,
+    size: Annotated[str | None, typer.Option(help="published size to begin with, at random weights")] = None,
     evaluation: Annotated[str | None, typer.Option(help="data to evaluate on")] = None,
     held_out: Annotated[float, typer.Option(help="share of the data to evaluate on instead")] = 0.0,
     set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE, a number of the recipe")] = None,
@@ -43,10 +43,10 @@ def train(
     evaluate_every: Annotated[int | None, typer.Option(help="steps between evaluations and checkpoints")] = None,
     patience: Annotated[int | None, typer.Option(help="evaluations without improvement, then stop")] = None,
     log_every: Annotated[int, typer.Option(help="steps between reports")] = 10,
-    limit: Annotated[int, typer.Option(help="recordings that may be unreadable")] = 10,
+    limit: Annotated[int, typer.Option("--unreadable", help="recordings that may be unreadable: left out")] = 10,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="write TensorBoard's files")] = False,
 ) -> None:
-    """Train a model by a paper's recipe, or go on with a run that was stopped."""
+    """Train a model by a paper's recipe. A run that was stopped goes on."""
     if dtype not in ("float32", "bfloat16"):
         raise UsageError(f"{dtype!r} is no dtype to train in; take float32 or bfloat16.")
     keep_compiled_programs()

@@ -225,21 +225,24 @@ def translate(
     model: Annotated[str, typer.Option(help="hub id, directory or file of a translator")] = MODEL,
     speech: Annotated[Path | None, typer.Option(help="speak the translation into this sound file")] = None,
     speaker: Annotated[int | None, typer.Option(help="whose voice speaks it, by number")] = None,
-    output: Annotated[Path | None, typer.Option(help="write the text there instead of to standard output")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="write the text there instead of to standard output")
+    ] = None,
     output_format: Annotated[str, typer.Option("--format", help="txt, srt, vtt, tsv or json")] = "txt",
-    beams: Annotated[int | None, typer.Option(help="of the search; by default the model's own number")] = None,
+    beams: Annotated[
+        int | None, typer.Option("--beam-size", "--beams", help="of the search; by default the model's own")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="pieces of a long recording translated together")] = 4,
-    dtype: Annotated[str, typer.Option(help="of the computation: float32 or bfloat16")] = "float32",
+    dtype: Annotated[str, typer.Option(help=terminal.COMPUTED_IN)] = "float32",
 ) -> None:
-    """Translate speech, or text, into another language: as text, and if the model can, as speech."""
+    """Translate speech or text, into text and into speech. Not every model reads texts, or speaks."""
     from audiozoo.text import subtitles
 
     if output_format not in subtitles.FORMATS:
         raise UsageError(f"There is no format {output_format!r}; there are {', '.join(subtitles.FORMATS)}.")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise UsageError(f"{dtype!r} is no dtype to compute in; take float32, bfloat16 or float16.")
+    terminal.check_dtype(dtype)
     if beams is not None and beams < 1:
-        raise UsageError("--beams counts from 1.")
+        raise UsageError("--beam-size counts from 1.")
     if batch_size < 1:
         raise UsageError("--batch-size counts from 1.")
     if speaker is not None and speech is None:

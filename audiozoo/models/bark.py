@@ -40,6 +40,7 @@ Checkpoints: `suno/bark`, `suno/bark-small`; Suno's `text.pt`, `coarse.pt`, `fin
 `coarse_2.pt`, `fine_2.pt` in one directory with EnCodec's `encodec_24khz-d7cc33bc.th`, or each alone.
 
     import audiozoo
+    import jax
     model, processor = audiozoo.load("suno/bark-small"), audiozoo.load_processor("suno/bark-small")
     inputs = processor("Hello, my dog is [laughs] cute.", voice_preset="v2/en_speaker_6")
     waveform = model.generate(**inputs, sampling="original", key=jax.random.key(0))

@@ -45,8 +45,8 @@ Checkpoints: `facebook/mms-tts-*` (1,100 languages), `kakao-enterprise/vits-ljs`
     from audiozoo.decoding.synthesis import speak
     model = audiozoo.load("facebook/mms-tts-eng")
     processor = audiozoo.load_processor("facebook/mms-tts-eng")
-    for sentence in speak(model, processor.sentences("Good morning. How are you?")):
-        audiozoo.audio.write("sentence.wav", sentence.waveform, model.config.sampling_rate)
+    for number, sentence in enumerate(speak(model, processor.sentences("Good morning. How are you?"))):
+        audiozoo.audio.write(f"{number}.wav", sentence.waveform, model.config.sampling_rate)
 """
 
 from __future__ import annotations
