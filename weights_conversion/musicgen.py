@@ -209,7 +209,7 @@ def config_from_hugging_face(config: Mapping[str, Any], where: str = "config.jso
                 raise CheckpointError(f"{where}: MusicGen's parts are a T5 and an EnCodec, not a {part['model_type']}.")
         taken["text_encoder"] = t5_from_hugging_face(text, where)
         taken["audio_encoder"] = encodec.config_from_hugging_face(audio, where)
-        taken |= take(config, {"num_chroma": 12, "chroma_length": 235}, where)
+        taken |= take(config, {"num_chroma": 12, "chroma_length": 235, "segment_duration": 30.0}, where)
     size = taken.get("vocab_size", _DEFAULT.vocab_size)
     for name in ("pad_token_id", "bos_token_id", "decoder_start_token_id"):
         if decoder.get(name, size) not in (None, size):
@@ -256,6 +256,8 @@ def hugging_face(model: Any) -> HuggingFaceForm:
         config |= {"text_encoder": text, "audio_encoder": codec, "decoder": decoder}
         if melody:
             config |= {"num_chroma": ours.num_chroma, "chroma_length": ours.chroma_length}
+        if ours.segment_duration != _DEFAULT.segment_duration:  # transformers does not know it
+            config["segment_duration"] = ours.segment_duration
     config["architectures"] = [name]
     generation = dataclasses.asdict(model.generation_config) | ids
     files = {"config.json": config, "generation_config.json": generation}
@@ -320,17 +322,23 @@ def config_from_audiocraft(
         names = {"delay": "delay", "parallel": "delay", "unroll": "flatten", "coarse_first": "coarse_first"}
         if modeling not in names or lm.get("positional_embedding", "sin") != "sin":
             raise CheckpointError(f"{where}: the pattern {modeling!r}, or its positions, are none of the paper's.")
+        if lm.get("past_context") is not None or not lm.get("causal", True):
+            raise CheckpointError(f"{where}: MusicGen's decoder looks back at all steps, and at none that follow.")
         streams = count(r"emb\.(\d+)\.")
         entries, width = tensors.shape("emb.0.weight")
-        delays = None
+        order, delays = dict(pattern.get(modeling) or {}), None
         if modeling == "delay":
-            delays = tuple(pattern["delay"]["delays"])
+            delays = tuple(order.pop("delays", None) or range(streams))
         elif modeling == "parallel":
             delays = (0,) * streams
-        melody = {}
+        # What else there is to say of a pattern says nothing by default.
+        plain = {"flattening": list(range(streams)), "delays": [0] * (streams - (modeling == "coarse_first"))}
+        if odd := {n: v for n, v in order.items() if v and v != plain.get(n)}:
+            raise CheckpointError(f"{where}: the pattern {modeling} with {odd} is none of the released ones.")
+        melody, segment = {}, float((tree.get("dataset") or {}).get("segment_duration", _DEFAULT.segment_duration))
         if prefixed:
             chroma = tree["conditioners"]["self_wav"]["chroma_stem"]
-            samples = tree["dataset"]["segment_duration"] * tree["sample_rate"]
+            samples = segment * tree["sample_rate"]
             hop = chroma.get("winhop") or 2 ** chroma["radix2_exp"] // 4
             melody = {"num_chroma": chroma["n_chroma"], "chroma_length": 1 + int(samples) // hop}
         config = MusicgenConfig(
@@ -349,6 +357,7 @@ def config_from_audiocraft(
             pattern=names[modeling],
             delays=delays,
             mask_text=False,
+            segment_duration=segment,
             **melody,
         )
         guidance = float((tree.get("classifier_free_guidance") or {}).get("inference_coef", 3.0))

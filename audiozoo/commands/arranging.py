@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from audiozoo.commands import terminal
-from audiozoo.commands.speech import check_output
+from audiozoo.commands.speech import check_output, check_sound
 from audiozoo.commands.terminal import check_file, progress_bar, say, written_whole
 from audiozoo.errors import UsageError
 
@@ -36,13 +36,11 @@ def piano(
     if output.suffix not in (".mid", ".midi"):
         raise UsageError(f"{output} should end in .mid.")
     from audiozoo.audio.beats import TRACKERS
-    from audiozoo.audio.files import container_of
 
     check_output(output)
     for place in (sound, mix):
         if place is not None:
-            check_output(place)
-            container_of(place)
+            check_sound(place)
     if soundfont is not None:
         check_file(str(soundfont))
         if sound is None and mix is None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, BinaryIO
 
 import typer
 
+from audiozoo.commands.speech import check_output, check_sound
 from audiozoo.commands.terminal import keep_compiled_programs, progress_bar, say, written_whole
 from audiozoo.errors import SourceError, UsageError
 
@@ -85,6 +86,11 @@ def encode(
     With --stream, WAV or bare samples are coded as they arrive. Such a file does not say how long it is, and other
     programs cannot read it.
     """
+    check_output(Path(out))
+    if raw is not None and raw < 1:
+        raise UsageError(f"--raw is {raw}; a sampling rate is 1 Hz or more.")
+    if language_model is not None and stream:
+        raise UsageError("--stream codes without a language model (--lm): its bytes would not say where they end.")
     keep_compiled_programs()
     import numpy as np
 
@@ -127,6 +133,7 @@ def decode(
     raw: Annotated[bool, typer.Option("--raw", help="write bare 16-bit samples")] = False,
 ) -> None:
     """Decompress an .ecdc file. To standard output, sound is written as soon as it is decoded, if the model allows."""
+    (check_output if raw else check_sound)(Path(out))
     keep_compiled_programs()
     import soundfile
 

@@ -8,15 +8,18 @@ from typing import Annotated, Any
 import typer
 
 from audiozoo.commands import terminal
+from audiozoo.commands.speech import check_sound, write_sound
 from audiozoo.commands.terminal import check_file, progress_bar, say
-from audiozoo.errors import SourceError, UsageError
+from audiozoo.errors import UsageError
 
 COMPOSER, MELODIST = "facebook/musicgen-small", "facebook/musicgen-melody"
 
 
 def music(
     text: Annotated[str | None, typer.Argument(help="what it should sound like; without, whatever comes")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="sound file to write")] = Path("music.wav"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="sound file to write; - is standard output, as WAV")
+    ] = Path("music.wav"),
     melody: Annotated[str | None, typer.Option(help="sound file whose melody to follow")] = None,
     prompt: Annotated[str | None, typer.Option("--continue", help="sound file to continue")] = None,
     duration: Annotated[float, typer.Option(help="seconds in all, those of --continue included")] = 8.0,
@@ -24,7 +27,9 @@ def music(
     temperature: Annotated[float, typer.Option(help="how adventurous: 0 always takes the likeliest code")] = 1.0,
     top_k: Annotated[int | None, typer.Option(help="draw from so many of the likeliest codes; 0 is all")] = None,
     top_p: Annotated[float | None, typer.Option(help="draw from the likeliest codes of this probability")] = None,
-    stride: Annotated[float, typer.Option(help="seconds that a window moves on in a piece of more than 30 s")] = 18.0,
+    stride: Annotated[
+        float | None, typer.Option(help="seconds that a window moves on in a piece of more than 30 s; by default 18")
+    ] = None,
     seed: Annotated[int, typer.Option(help="another seed, another piece")] = 0,
     model: Annotated[
         str | None, typer.Option(help=f"hub id or directory; by default {COMPOSER}, with --melody {MELODIST}")
@@ -34,12 +39,11 @@ def music(
     for file in (melody, prompt):
         if file is not None:
             check_file(file)
-    if duration <= 0:
-        raise UsageError(f"--duration is {duration:g}; music lasts longer than 0 seconds.")
-    if temperature < 0:
+    if not 0 < duration < float("inf"):
+        raise UsageError(f"--duration is {duration:g}; music lasts longer than 0 seconds, and not for ever.")
+    if not 0 <= temperature < float("inf"):
         raise UsageError(f"--temperature is {temperature:g}; it is 0 or more.")
-    if not output.absolute().parent.is_dir():
-        raise SourceError(f"There is no directory {output.absolute().parent} to write {output.name} to.")
+    check_sound(output)
     terminal.keep_compiled_programs()
     import jax
 
@@ -71,5 +75,5 @@ def music(
             progress=update,
             **options,
         )
-    audio.write(output, found[0] if channels == 1 else found, rate)
+    write_sound(output, found[0] if channels == 1 else found, rate)
     say(f"{found.shape[1] / rate:.2f} s: {output}")

@@ -39,6 +39,13 @@ def speak(
     speaker_embedding: Speaker = None,
     vocoder: Vocoder = VOCODER,
     voice_preset: Annotated[str | None, typer.Option(help="Bark: a voice's name, or an .npz file")] = None,
+    save_voice: Annotated[
+        Path | None, typer.Option(help="Bark: write the voice as an .npz file, to go on from")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Bark: how adventurous; by default 0.7")] = None,
+    min_eos_p: Annotated[
+        float | None, typer.Option(help="Bark: end as soon as the end is so probable; by default 0.2")
+    ] = None,
 ) -> None:
     """Say a text, sentence by sentence."""
     from audiozoo.text import subtitles as forms
@@ -48,15 +55,21 @@ def speak(
         ("noise-scale", noise_scale, 0),
         ("noise-scale-duration", noise_scale_duration, 0),
         ("pause", pause, 0),
+        ("temperature", temperature, None),
+        ("min-eos-p", min_eos_p, None),
     ):
         if value is not None and not (value > 0 if least is None else value >= least):
             raise UsageError(f"--{name} must be {'above' if least is None else 'at least'} 0; it is {value}.")
     form = "" if subtitles is None else subtitles.suffix.removeprefix(".")
     if subtitles is not None and form not in forms.FORMATS:
         raise UsageError(f"There is no format {form!r} of subtitles; there are {', '.join(forms.FORMATS)}.")
-    check_output(output)
+    check_sound(output)
     if subtitles is not None:
         check_output(subtitles)
+    if save_voice is not None and save_voice.suffix != ".npz":
+        raise UsageError(f"--save-voice writes an .npz file; {save_voice.name} is not named so.")
+    if save_voice is not None:
+        check_output(save_voice)
     said = _text(text, file)
     keep_compiled_programs()
     import numpy as np
@@ -68,8 +81,11 @@ def speak(
     voice: Any = audiozoo.load(source)
     if (name := type(voice).__name__) not in ("VitsModel", "SpeechT5ForTextToSpeech", "BarkModel"):
         raise UsageError(f"{source} holds a {name}, which does not speak.")
-    if voice_preset is not None and name != "BarkModel":
-        raise UsageError(f"--voice-preset is for Bark; {source} holds a {name}.")
+    barks: dict[str, Any] = {"voice-preset": voice_preset, "save-voice": save_voice}
+    barks |= {"temperature": temperature, "min-eos-p": min_eos_p}
+    for option, value in barks.items():
+        if value is not None and name != "BarkModel":
+            raise UsageError(f"--{option} is for Bark; {source} holds a {name}.")
     if speaker_embedding is not None and name != "SpeechT5ForTextToSpeech":
         chosen = "--speaker" if name == "VitsModel" else "--voice-preset"
         raise UsageError(f"{source} holds a {name}, whose voices are chosen by {chosen}.")
@@ -101,8 +117,12 @@ def speak(
             from audiozoo.models import bark
 
             # Each sentence goes on from the one before, and is drawn as Suno's code draws it.
-            key = jax.random.key(seed)
-            speaking = bark.speak(voice, processor, sentences, voice_preset, key=key, sampling="original")
+            options: dict[str, Any] = {"sampling": "original", "key": jax.random.key(seed)}
+            if temperature is not None:
+                options |= {"semantic_temperature": temperature, "coarse_temperature": temperature}
+            if min_eos_p is not None:
+                options["semantic_min_eos_p"] = min_eos_p
+            speaking = bark.speak(voice, processor, sentences, voice_preset, **options)
         else:
             speaking = speak_spectrograms(
                 voice,
@@ -117,6 +137,9 @@ def speak(
         for speech in speaking:
             spoken.append(speech)
             update(len(spoken), len(sentences))
+    for speech in spoken:
+        if not getattr(speech, "complete", True):
+            say(f"No end was found, and some of it may be missing: {speech.text}", "yellow")
     if not sum(speech.waveform.size for speech in spoken):
         raise UsageError(f"{source} said nothing; another --seed may.")
     rate = spoken[0].sampling_rate
@@ -131,6 +154,15 @@ def speak(
         pieces.append(waveform / max(float(np.abs(waveform).max()), 1e-8) if normalize else waveform)
         position += waveform.size
     write_sound(output, np.concatenate(pieces), rate)
+    if save_voice is not None:
+        from audiozoo.models.bark import joined
+        from audiozoo.processors.bark import save_voice_preset
+
+        history: Any = None
+        for speech in spoken:
+            if speech.waveform.size:
+                history = joined(history, speech.history, voice.generation_config)
+        save_voice_preset(save_voice, history)
     if subtitles is not None:
         write_whole(subtitles, forms.render({"text": said, "segments": segments}, form))
     say(f"{position / rate:.1f} s of speech in {output}")
@@ -152,7 +184,7 @@ def convert_voice(
     """Say a recording again in another voice. It is one that VITS knows, or that of an x-vector for SpeechT5."""
     if noise_scale < 0:
         raise UsageError(f"--noise-scale must be at least 0; it is {noise_scale}.")
-    check_output(output)
+    check_sound(output)
     if recording != "-" and not Path(recording).is_file():
         raise SourceError(f"There is no file {recording}.")
     keep_compiled_programs()
@@ -291,15 +323,25 @@ def _segment(speech: Any, processor: Any, position: int) -> dict[str, Any]:
 
 
 def check_output(path: Path) -> None:
-    """Say before anything is computed that a sound file cannot be written there."""
+    """Say before anything is computed that a file cannot be written there."""
     if str(path) == "-":
         return
     if path.is_dir():
         raise SourceError(f"{path} is a directory; name the file to write.")
     if not path.parent.is_dir():
         raise SourceError(f"Cannot write {path}: there is no directory {path.parent}.")
+
+
+def check_sound(path: Path) -> None:
+    """The same, and whether it is a sound file by its name."""
+    check_output(path)
+    if str(path) == "-":
+        return
     if not path.suffix:
         raise UsageError(f"Cannot write {path}: its ending says the format; use wav, flac, ogg or mp3.")
+    from audiozoo.audio.files import container_of
+
+    container_of(path)
 
 
 def write_sound(path: Path, waveform: Any, sampling_rate: int) -> None:
@@ -314,6 +356,6 @@ def write_sound(path: Path, waveform: Any, sampling_rate: int) -> None:
     import soundfile
 
     buffer = io.BytesIO()
-    soundfile.write(buffer, waveform.clip(-1, 1), sampling_rate, format="WAV")
+    soundfile.write(buffer, waveform.T.clip(-1, 1), sampling_rate, format="WAV")
     sys.stdout.buffer.write(buffer.getvalue())
     sys.stdout.buffer.flush()

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from audiozoo.commands import terminal
-from audiozoo.commands.speech import check_output, write_sound
+from audiozoo.commands.speech import check_sound, write_sound
 from audiozoo.commands.terminal import progress_bar, say, write_whole
 from audiozoo.errors import SourceError, UsageError
 
@@ -249,7 +249,7 @@ def translate(
         raise UsageError("--speaker says who speaks the translation; say with --speech where to.")
     file, text = what_is_meant(source)
     if speech is not None:
-        check_output(speech)
+        check_sound(speech)
     terminal.keep_compiled_programs()
     import audiozoo
 

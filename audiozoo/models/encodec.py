@@ -1004,7 +1004,7 @@ class EncodecModel(nnx.Module):
 
 
 def overlap_add(
-    parts: Sequence[Float[Array, "batch channels samples"]], stride: int
+    parts: Sequence[Float[Array, "batch channels _samples"]], stride: int
 ) -> Float[Array, "batch channels total"]:
     """Lay chunks at multiples of `stride`; where several cover a sample, the one whose middle is nearer counts more.
 
@@ -1075,7 +1075,7 @@ class _Conv2d(nnx.Module):
         return y + bias
 
 
-Features = tuple[Float[Array, "batch frames frequencies channels"], ...]
+Features = tuple[Float[Array, "batch frames _frequencies _channels"], ...]
 
 
 class STFTDiscriminator(nnx.Module):

@@ -44,6 +44,7 @@ Checkpoints: `facebook/musicgen-{small,medium,large,melody,melody-large}`, `face
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -192,6 +193,7 @@ class MusicgenConfig:
     mask_text: bool = True  # hide padded text from cross-attention, as transformers does; the authors' code does not
     num_chroma: int = 12  # pitch classes of a melody
     chroma_length: int = 235  # frames of melody, of 128 ms: 30 s
+    segment_duration: float = 30.0  # seconds of an excerpt in training; what is longer is made in windows
 
     def __post_init__(self) -> None:
         """A native checkpoint keeps the parts' sizes as plain dictionaries."""
@@ -269,7 +271,8 @@ class MusicgenConfig:
     @classmethod
     def audiogen_medium(cls) -> MusicgenConfig:
         """AudioGen's released checkpoint (arXiv 2209.15352): sounds at 16 kHz, texts read by T5-large."""
-        return cls.medium(text_encoder=_T5_LARGE, audio_encoder=EncodecConfig.audiogen_16khz())
+        parts = {"text_encoder": _T5_LARGE, "audio_encoder": EncodecConfig.audiogen_16khz()}
+        return cls.medium(**parts, segment_duration=10.0)
 
 
 @dataclass(frozen=True)
@@ -696,7 +699,7 @@ class MusicgenForCausalLM(nnx.Module):
         if config.num_beams > 1:
             raise UsageError("MusicGen draws codes or takes the most probable ones; it has no beams (num_beams=1).")
         scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
-        if scale < 1:
+        if not scale >= 1:
             raise UsageError(f"guidance_scale is {scale}; it is at least 1, which is no guidance.")
 
         conditions: tuple[Condition, ...] = ()
@@ -1205,6 +1208,41 @@ class MusicgenMelodyForConditionalGeneration(MusicgenForConditionalGeneration):
         melody = self.encode_melody(self.no_melody(batch, condition.states.dtype)).astype(condition.states.dtype)
         return Condition(jnp.pad(melody, ((0, 0), (0, length - melody.shape[1]), (0, 0))))
 
+    def training_loss(
+        self,
+        codes: Int[Array, "batch codebooks frames"],
+        *,
+        code_mask: Bool[Array, "batch codebooks frames"] | None = None,
+        condition_dropout: float = 0.2,
+        melody_dropout: float = 0.5,
+        key: jax.Array | None = None,
+        input_features: Float[Array, "batch frames chroma"] | None = None,
+        **inputs: Any,
+    ) -> tuple[Float[Array, ""], Float[Array, " codebooks"]]:
+        """§3.1, as in text models; of an item whose conditions are kept, the melody may still go.
+
+        Args:
+            codes: see `MusicgenForConditionalGeneration.training_loss`.
+            code_mask: likewise.
+            condition_dropout: probability that an item loses text and melody.
+            melody_dropout: probability that an item loses its melody (not in the paper; in the released code).
+            key: switches dropouts on.
+            input_features: chromagrams of the processor.
+            inputs: the text's, of `condition`.
+        """
+        if key is not None and input_features is not None:
+            key, own = jax.random.split(key)
+            kept = jax.random.bernoulli(own, 1.0 - melody_dropout, (len(codes), 1, 1))
+            input_features = jnp.where(kept, input_features, self.no_melody(len(codes), input_features.dtype))
+        return super().training_loss(
+            codes,
+            code_mask=code_mask,
+            condition_dropout=condition_dropout,
+            key=key,
+            input_features=input_features,
+            **inputs,
+        )
+
     def __call__(  # type: ignore[override]
         self,
         input_ids: Int[Array, "batch tokens"] | None = None,
@@ -1279,9 +1317,9 @@ def frames_for(duration: float, codec: EncodecConfig) -> int:
     Raises:
         UsageError: if there is none.
     """
-    samples = round(duration * codec.sampling_rate)
+    samples = round(duration * codec.sampling_rate) if math.isfinite(duration) else 0
     if samples < 1:
-        raise UsageError(f"A duration of {duration:g} s is no music; ask for more.")
+        raise UsageError(f"A duration of {duration:g} s is no music; ask for another.")
     return -(-samples // codec.hop_length)
 
 
@@ -1326,8 +1364,8 @@ def compose(
     duration: float = 8.0,
     melody: Float[np.ndarray, " samples"] | None = None,
     prompt: Float[np.ndarray, "*channels samples"] | None = None,
-    longest: float = 30.0,
-    extend_stride: float = 18.0,
+    longest: float | None = None,
+    extend_stride: float | None = None,
     key: jax.Array | None = None,
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
@@ -1337,12 +1375,13 @@ def compose(
     Args:
         model: the model.
         processor: of the same checkpoint.
-        text: what it should sound like; None leaves that to the model.
+        text: what it should sound like; None, or nothing, leaves that to the model.
         duration: seconds, those of `prompt` included; exact to the sample.
         melody: mono waveform at the model's rate whose melody to follow, from its beginning again if it is shorter.
         prompt: waveform at the model's rate to continue.
-        longest: seconds that the model has learnt.
-        extend_stride: seconds from one window's beginning to the next one's; the rest of a window is its context.
+        longest: seconds that the model has learnt; by default as `config.segment_duration` says.
+        extend_stride: seconds from one window's beginning to the next one's; the rest of a window is its context. By
+            default 18 of 30.
         key: randomness, unless `do_sample=False`.
         progress: called with the frames done and the frames in all.
         options: of `generate`.
@@ -1356,8 +1395,10 @@ def compose(
         raise UsageError("This model follows no melody; take one of the melody models.")
     total = frames_for(duration, codec)
     per_second = codec.sampling_rate / codec.hop_length
-    window, stride = int(longest * per_second), int(extend_stride * per_second)
-    inputs: dict[str, Any] = model.get_unconditional_inputs() if text is None else dict(processor(text=[text]))
+    longest = model.config.segment_duration if longest is None else longest
+    extend_stride = 0.6 * longest if extend_stride is None else extend_stride
+    window, stride = round(longest * per_second), round(extend_stride * per_second)
+    inputs: dict[str, Any] = dict(processor(text=[text])) if text else model.get_unconditional_inputs()
     codes = np.zeros((1, model.config.num_codebooks, 0), np.int32)
     if prompt is not None:
         values = np.asarray(prompt, np.float32).reshape(1, -1, np.shape(prompt)[-1])
@@ -1408,11 +1449,16 @@ class MusicgenRecipe:
     clip: float = 1.0  # largest norm of the gradient
     ema_decay: float = 0.99  # of the average of the weights that is released
     d_adaptation: bool = True  # let the optimiser find its rate (arXiv 2301.07733): the 300M model's
-    condition_dropout: float = 0.3  # text models; 0.2 in melody models
+    condition_dropout: float = 0.3  # how often an item loses its conditions
     melody_dropout: float = 0.5  # released code: how often a melody model hears none
     word_dropout: float = 0.3  # of the text's words
     merge: float = 0.25  # how often tags are added to the description
     drop_description: float = 0.5  # of the descriptions that tags are added to, and of the tags
+
+    @classmethod
+    def melody(cls) -> MusicgenRecipe:
+        """§3.1: of models that follow melodies; the words' dropout is the released code's."""
+        return cls(condition_dropout=0.2, word_dropout=0.2)
 
     def schedule(self) -> optax.Schedule:
         """§3.1: linear to the rate, then a cosine; relative to the optimiser's own with D-Adaptation."""

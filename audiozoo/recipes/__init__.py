@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from audiozoo.errors import UsageError
 from audiozoo.models.audio_spectrogram_transformer import ASTRecipe
+from audiozoo.models.musicgen import MusicgenRecipe
 from audiozoo.recipes.generation import Arrangement, Languages, Music, Speaking, SpeechAndText, Stages, Translated
 from audiozoo.recipes.objectives import (
     CTC,
@@ -461,6 +462,27 @@ ROWS = [
             average=0.99,
         ),
         "small",
+    ),
+    Recipe(
+        "musicgen_melody",
+        "musicgen",
+        "MusicgenMelodyForConditionalGeneration",
+        Music(MusicgenRecipe.melody()),
+        Settings(
+            source="MusicGen, §3.1, 1.5B (`MusicgenRecipe.melody`): as without a melody, but for AdamW at 1e-4",
+            steps=1_000_000,
+            batch_size=192,
+            learning_rate=1e-4,
+            schedule="cosine",
+            warmup=4_000,
+            beta2=0.95,
+            weight_decay=0.1,
+            clip=1.0,
+            frozen=r"^(text_encoder|audio_encoder)\.",
+            seconds=30.0,
+            average=0.99,
+        ),
+        "medium",
     ),
     Recipe(
         "pop2piano",

@@ -15,6 +15,7 @@ import numpy as np
 from audiozoo.errors import SourceError, UsageError
 from audiozoo.layers.losses import IGNORED_LABEL
 from audiozoo.models import bark, musicgen, pop2piano, seamless_m4t, speecht5, wav2vec2
+from audiozoo.processors.musicgen import MusicgenMelodyFeatureExtractor
 from audiozoo.processors.pop2piano import STEPS_PER_BAR
 from audiozoo.recipes.objectives import CTC, LABELS, Fields, Objective, speech_example, text_of
 from audiozoo.training.data import Example, Padding
@@ -296,7 +297,7 @@ class Stages(Objective):
 
 @dataclass(frozen=True)
 class Music(Objective):
-    """MusicGen, §3.1: the codes of a piece, given its text, which is left out now and then.
+    """MusicGen, §3.1: the codes of a piece, given its text and, in melody models, its melody, left out now and then.
 
     Attributes:
         recipe: the paper's numbers.
@@ -317,12 +318,16 @@ class Music(Objective):
         tokens = processor.tokenizer([text or ""])
         ids, mask = (np.asarray(tokens[name][0], np.int32) for name in ("input_ids", "attention_mask"))
         hop = config.audio_encoder.hop_length
-        return {
+        example = {
             "waveform": waveform.astype(np.float32),
             "frames": np.asarray(-(-len(waveform) // hop), np.int32),
             "input_ids": ids,
             "attention_mask": mask if text else 0 * mask,
         }
+        if isinstance(processor.feature_extractor, MusicgenMelodyFeatureExtractor):
+            melody = processor.melody(example["waveform"], processor.feature_extractor.sampling_rate)[0]
+            example["input_features"] = np.resize(melody, (config.chroma_length, melody.shape[1]))
+        return example
 
     def loss(self, processor: Any) -> LossFunction:
         """See `Objective`."""
@@ -331,13 +336,15 @@ class Music(Objective):
             model = networks["model"]
             codes = jax.lax.stop_gradient(model.audio_to_codes(batch["waveform"][:, None]))
             real = jnp.arange(codes.shape[2]) < batch["frames"][:, None]
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "input_features") if name in batch}
+            if "input_features" in batch:
+                inputs["melody_dropout"] = self.recipe.melody_dropout
             mean, each = model.training_loss(
                 codes,
                 code_mask=jnp.broadcast_to(real[:, None], codes.shape),
                 condition_dropout=self.recipe.condition_dropout,
                 key=turn.key if turn.training else None,
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
+                **inputs,
             )
             count = real.sum()
             return Loss(mean * count, count, {f"codebook_{k}": each[k] * count for k in range(len(each))})

@@ -35,6 +35,7 @@ from audiozoo.models import encodec
 from audiozoo.models.encodec import Balancer, EncodecConfig, EncodecLanguageModel, EncodecModel
 from audiozoo.processors.encodec import EncodecFeatureExtractor
 from tests.models.random_model import random_model
+from tests.shapes import enforce
 
 TINY = EncodecConfig(
     target_bandwidths=(1.2, 2.4),
@@ -47,6 +48,8 @@ TINY = EncodecConfig(
     language_model_layers=1,
     language_model_context_s=6 / 400,
 )
+# Two stages, dilated convolutions, two layers of LSTM, as at 24 kHz.
+DEEPER = dataclasses.replace(TINY, sampling_rate=2400, upsampling_ratios=(3, 2), num_residual_layers=2)
 STEREO = dataclasses.replace(
     TINY,
     audio_channels=2,
@@ -84,23 +87,24 @@ def sound(*shape: int, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("mode", ["mirrored", "silent"])
 def test_a_stream_equals_the_whole_recording(mode):
-    """Sample for sample: encoded and decoded in pieces of one to nine frames, the last one not even a whole frame."""
-    config = TINY if mode == "mirrored" else dataclasses.replace(TINY, pad_mode="constant")
+    """Sample for sample: encoded and decoded in pieces of a few frames, the last one not even a whole frame."""
+    config = DEEPER if mode == "mirrored" else dataclasses.replace(TINY, pad_mode="constant")
+    hop = config.hop_length
     with jax.enable_x64(True):
         model = random_model(lambda rngs: EncodecModel(config, param_dtype=jnp.float64, rngs=rngs))
-        x = jnp.asarray(sound(2, 1, 35), jnp.float64)
+        x = jnp.asarray(sound(2, 1, 17 * hop + 1), jnp.float64)
         codes = audiozoo.jit(model, "encode")(x, bandwidth=2.4).audio_codes
         values = audiozoo.jit(model, "decode")(codes, [None]).audio_values
-        assert model.shortest_start() == (14 if mode == "mirrored" else 2)
+        assert model.shortest_start() == (7 * hop if mode == "mirrored" else hop)
         encode, last = audiozoo.jit(model, "encode_chunk"), audiozoo.jit(model, "encode_last_chunk")
         decode = audiozoo.jit(model, "decode_chunk")
         start = {"encoder": None, "decoder": None} if mode == "mirrored" else model.initial_state(2, jnp.float64)
         state, streamed = start["encoder"], []
-        sizes = (9, 1, 1, 6) if mode == "mirrored" else (1, 1, 1, 7, 7)
+        sizes = (15, 1, 1) if mode == "mirrored" else (1, 1, 1, 7, 7)
         for frames, position in zip(sizes, np.cumsum((0, *sizes)), strict=False):
-            piece, state = encode(x[..., 2 * position : 2 * (position + frames)], state, bandwidth=2.4)
+            piece, state = encode(x[..., hop * position : hop * (position + frames)], state, bandwidth=2.4)
             streamed.append(piece)
-        streamed.append(last(x[..., 34:], state, bandwidth=2.4)[0])
+        streamed.append(last(x[..., 17 * hop :], state, bandwidth=2.4)[0])
         np.testing.assert_array_equal(np.concatenate(streamed, axis=-1), codes[0])
         assert len(np.unique(codes)) > 4
         state, parts = start["decoder"], []
@@ -460,6 +464,72 @@ def test_a_few_training_steps_make_the_codec_better():
     assert np.mean(errors[-10:]) < 0.5 * np.mean(errors[:3])
 
 
+@pytest.mark.slow
+def test_a_language_model_learns_and_makes_files_smaller():
+    """Codes that follow from the frame before, but for one in ten: less than half the bits, and they come back."""
+    rng, codes = np.random.default_rng(0), np.zeros((2, 400), np.int32)
+    for t in range(1, 400):
+        codes[:, t] = rng.integers(0, 8, 2) if rng.random() < 0.1 else (3 * codes[:, t - 1] + [1, 2]) % 8
+    graph, params = nnx.split(random_model(lambda rngs: EncodecLanguageModel(TINY, rngs=rngs)))
+    optimiser = optax.adam(1e-2)
+
+    @jax.jit
+    def train(params):
+        def step(carry, key):
+            params, state = carry
+            where, offset = jax.random.randint(key, (2, 8), 0, 400 - 40)
+            batch = jax.vmap(lambda s: jax.lax.dynamic_slice_in_dim(jnp.asarray(codes), s, 40, axis=1))(where)
+            loss, gradient = jax.value_and_grad(
+                lambda p: encodec.language_model_loss(nnx.merge(graph, p), batch, offset[0])
+            )(params)
+            update, state = optimiser.update(gradient, state)
+            return (optax.apply_updates(params, update), state), loss
+
+        return jax.lax.scan(step, (params, optimiser.init(params)), jax.random.split(jax.random.key(0), 150))
+
+    (params, _), losses = train(params)
+    assert losses[-30:].mean() < 0.5 * losses[0]
+    program = ecdc.Compiled(tiny(), nnx.merge(graph, params))
+    encoder, predictions = codec.RangeEncoder(), program.predictions(2)
+    for frame in codes.T:
+        for code, cdf in zip(frame, predictions.next(), strict=True):
+            encoder.push(int(code), cdf)
+        predictions.tell(frame)
+    content = encoder.finish()
+    assert len(content) < 0.5 * len(codec.pack_bits(codes, 3))
+    decoder, predictions = codec.RangeDecoder(codec.BitReader(content)), program.predictions(2)
+    for frame in codes.T:
+        pulled = [decoder.pull(cdf) for cdf in predictions.next()]
+        predictions.tell(np.asarray(pulled))
+        assert pulled == frame.tolist()
+
+
+def test_the_annotations_hold(monkeypatch):
+    assert {"EncodecModel.encode_chunk", "codec_gradients"} <= set(enforce(monkeypatch, encodec))
+    x, model, stereo = jnp.zeros((2, 1, 60)), tiny(), tiny(STEREO)
+    judge = random_model(lambda rngs: encodec.MultiScaleSTFTDiscriminator((32,), filters=4, rngs=rngs))
+    lm = random_model(lambda rngs: EncodecLanguageModel(TINY, rngs=rngs))
+
+    def calls(key):
+        whole, both = model(x, jnp.ones((2, 60), jnp.int32)), stereo(jnp.zeros((1, 2, 90)), bandwidth=2.4)
+        codes, state = model.encode_chunk(x, None)
+        values, _ = model.decode_chunk(codes, model.initial_state(2)["decoder"])
+        _, _, losses, output = encodec.codec_gradients(
+            model, x, Balancer.encodec_24khz(), Balancer.encodec_24khz().init(), discriminator=judge, key=key,
+            frequency_options={"exponents": (5,)},
+        )  # fmt: skip
+        pdf, _ = lm.step(codes[:, :, 0], lm.initial_state(2))
+        loss = encodec.language_model_loss(lm, output.audio_codes)
+        return whole, both, codes, values, losses, output, pdf, loss, encodec.random_quantizers(key, TINY), state
+
+    whole, both, codes, values, losses, output, pdf, *_ = jax.eval_shape(calls, jax.random.key(0))
+    assert (whole.audio_codes.shape, whole.audio_values.shape) == ((1, 2, 1, 30), (2, 1, 60))
+    assert (both.audio_codes.shape, both.audio_values.shape) == ((3, 1, 2, 20), (1, 2, 90))
+    assert (codes.shape, values.shape, pdf.shape) == ((2, 1, 30), (2, 1, 60), (2, 1, 8))
+    assert set(losses) == {"time", "frequency", "adversarial", "feature", "commitment"}
+    assert output.codebooks.embed.shape == (2, 8, 6)
+
+
 def test_half_precision_and_vmap():
     model = tiny()
     x = jnp.asarray(sound(2, 1, 60))
@@ -539,12 +609,27 @@ def test_codec_on_the_command_line(tmp_path, monkeypatch):
     samples, rate = soundfile.read(io.BytesIO(wav.stdout_bytes))
     assert (samples.shape, rate) == ((200,), 800)
 
+    soundfile.write(tmp_path / "nan.wav", np.full(90, np.nan, np.float32), 800, subtype="FLOAT")
+    (tmp_path / "half.ecdc").write_bytes(content[: len(content) // 2 + len(header(al=200)) // 2])
     for arguments, message in (
         (["decode", small, back], "say which with --model"),
         (["decode", sound_file, back], "does not begin with ECDC"),
         (["info", str(tmp_path / "no.ecdc")], "does not exist"),
         (["encode", sound_file, small, "--model", where["model"], "--bandwidth", "6"], "kbit/s, not at 6"),
         (["encode", sound_file, small, "--model", where["lm"]], "is a EncodecLanguageModel"),
+        (["encode", sound_file, str(tmp_path / "no" / "x.ecdc"), "--model", where["model"]], "no directory"),
+        (["encode", sound_file, small, "--model", where["model"], "--raw", "0"], "1 Hz or more"),
+        (["encode", sound_file, "-", "--model", where["model"], "--lm", where["lm"], "--stream"], "where they end"),
+        (["encode", str(tmp_path / "nan.wav"), small, "--model", where["model"]], "NaN or infinite"),
+        (["encode", "-", "-", "--model", where["model"]], "Standard input is empty"),
+        (["encode", "-", "-", "--model", where["model"], "--stream"], "not WAV"),
+        (["encode", "-", "-", "--model", where["model"], "--stream", "--raw", "800"], "no samples"),
+        (["decode", "-", "-", "--model", where["model"]], "cut short within its header"),
+        (["decode", str(tmp_path / "half.ecdc"), back, "--model", where["model"]], "cut short"),
+        (["decode", str(tmp_path / "half.ecdc"), "-", "--model", where["model"]], "cut short after 49 of 100 frames"),
+        (["decode", small, str(tmp_path / "back.xyz"), "--model", where["model"]], "no format 'xyz'"),
+        (["decode", small, str(tmp_path / "back"), "--model", where["model"]], "its ending says the format"),
+        (["info", "-"], "cut short within its header"),
         (["encode", sound_file, small, "--model", where["model"], "--lm", where["model"]], "is a EncodecModel"),
     ):
         failed = run(*arguments)

@@ -275,9 +275,11 @@ def test_windows_are_the_authors():
 def test_a_long_piece(model, tokenizer):
     """Three windows, each of which continues the last; the beginning is that of one window alone."""
     told = []
-    options = {"longest": 0.03, "extend_stride": 0.02, "do_sample": False}
+    short = nnx.merge(*nnx.split(model))
+    short.config = dataclasses.replace(TINY, segment_duration=0.03)
+    options = {"extend_stride": 0.02, "do_sample": False}
     music = musicgen.compose(
-        model, processor(tokenizer), "a folk song", duration=0.0625, progress=lambda *n: told.append(n), **options
+        short, processor(tokenizer), "a folk song", duration=0.0625, progress=lambda *n: told.append(n), **options
     )
     assert music.shape == (1, 500)
     assert told[-1] == (63, 63)
@@ -309,6 +311,8 @@ def test_a_piece_along_a_melody_and_from_a_prompt(model, melodic, tokenizer):
     heard = np.random.default_rng(0).uniform(-0.5, 0.5, 80).astype(np.float32)
     longer = musicgen.compose(model, processor(tokenizer), None, prompt=heard, duration=0.02, do_sample=False)
     assert longer.shape == (1, 160)
+    same = musicgen.compose(model, processor(tokenizer), "", prompt=heard, duration=0.02, do_sample=False)
+    np.testing.assert_array_equal(same, longer)  # an empty text is none
     with pytest.raises(UsageError, match=r"has 0.01 s, and the piece is to have 0.01 s"):
         musicgen.compose(model, processor(tokenizer), None, prompt=heard, duration=0.01)
 
@@ -360,6 +364,30 @@ def test_training_learns_a_tune(model):
     # The steps at the end are not trained: their context is cut off.
     hits = [found[:, k, : 8 - k] == np.asarray(codes)[:, k, : 8 - k] for k in range(4)]
     assert np.mean(np.concatenate([h.ravel() for h in hits])) > 0.9
+
+
+def test_a_melody_is_dropped_more_often_than_the_text(melodic):
+    """Lost, it is the null condition's, and the text stays; a recipe brings chromagrams and both rates."""
+    codes = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, 4, 8)))
+    chroma = jnp.eye(12)[jnp.asarray([[3, 4, 5], [6, 7, 8]])]
+    inputs = {name: jnp.asarray(array) for name, array in texts().items()}
+
+    @jax.jit
+    def losses(model, rate, text_rate, chroma):
+        options = {"condition_dropout": text_rate, "melody_dropout": rate, "key": jax.random.key(0)}
+        return model.training_loss(codes, input_features=chroma, **options, **inputs)[1]
+
+    model = nnx.merge(*nnx.split(melodic))
+    model.decoder.config = dataclasses.replace(TINY, dropout=0.0)
+    for layer in model.decoder.model.layers:
+        layer.config = model.decoder.config
+    model.decoder.model.config = model.decoder.config
+    kept, lost, none = (losses(model, rate, text_rate, chroma) for rate, text_rate in ((0, 0), (1, 0), (0, 1)))
+    silent = losses(model, 0, 0, model.no_melody(2, jnp.float32) + 0 * chroma)
+    np.testing.assert_allclose(lost, silent, rtol=1e-6)
+    assert all(np.abs(a - b).max() > 1e-4 for a, b in ((kept, lost), (lost, none), (kept, none)))
+    recipe = musicgen.MusicgenRecipe.melody()
+    assert (recipe.condition_dropout, recipe.melody_dropout, recipe.word_dropout) == (0.2, 0.5, 0.2)
 
 
 def test_recipe_and_texts():
@@ -477,6 +505,9 @@ def test_music(monkeypatch, capsys, tmp_path, model, tokenizer):
     processor(tokenizer).save(tmp_path / "model")
     write(tmp_path / "start.wav", np.random.default_rng(0).uniform(-0.5, 0.5, 80), RATE)
 
+    (tmp_path / "empty.wav").write_bytes(b"")
+    (tmp_path / "half.wav").write_bytes((tmp_path / "start.wav").read_bytes()[:30])
+
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["audiozoo", "music", *map(str, arguments)])
         try:
@@ -495,8 +526,16 @@ def test_music(monkeypatch, capsys, tmp_path, model, tokenizer):
         ((*given, "--melody", tmp_path / "start.wav"), "follows no melody"),
         ((*given, "--continue", tmp_path / "none.wav"), "no file"),
         ((*given[:-1], -1), "--duration is -1"),
+        ((*given[:-1], "nan"), "--duration is nan"),
+        ((*given[:-1], "inf"), "--duration is inf"),
         ((*given, "--temperature", -1), "--temperature is -1"),
+        ((*given, "--guidance", "nan"), "guidance_scale is nan"),
+        ((*given, "--top-p", 2), "between 0 and 1"),
         ((*given[:-3], tmp_path / "away" / "out.wav"), "no directory"),
+        ((*given[:-3], tmp_path / "out.xyz"), "no format 'xyz'"),
+        ((*given[:-3], tmp_path / "out"), "its ending says the format"),
+        ((*given, "--continue", tmp_path / "empty.wav"), "is empty (0 bytes)"),
+        ((*given, "--continue", tmp_path / "half.wav"), "half.wav"),
     ):
         code, shown = run(*arguments)
         assert code == 1

@@ -30,6 +30,7 @@ from audiozoo.models.encodec import Balancer, EncodecConfig, EncodecLanguageMode
 from audiozoo.processors.encodec import EncodecFeatureExtractor
 from tests.models.random_model import random_model
 from tests.parity import harness
+from tests.parity.audiocraft_package import audiocraft
 from weights_conversion.encodec import (
     DISCRIMINATOR_TABLE,
     config_from_hugging_face,
@@ -474,51 +475,57 @@ def test_two_training_steps_of_the_quantiser_as_released():
 
 
 def test_the_commitment_gradient_of_the_paper():
-    """Every codebook's residual pulls at the encoder; in the released code only the first one's does."""
-    _, ours = quantisers(8)
-    z = signal(2, 10, 6)
-    rows = jnp.asarray(np.stack([[np.arange(8)] * 3] * 2))
+    """Every codebook's residual pulls at the encoder, as in AudioCraft; in the released code only the first one's."""
+    core = audiocraft(core="quantization.core_vq").core
+    kwargs = {"dim": 6, "codebook_size": 4, "kmeans_init": True, "kmeans_iters": 5, "threshold_ema_dead_code": 0}
+    original = core.ResidualVectorQuantization(num_quantizers=3, **kwargs).double().train()
+    _, ours = quantisers()
+    z, weights, rows = signal(2, 10, 6), signal(2, 10, 6, seed=9), np.arange(24).reshape(2, 3, 4) % 19
+    x, queue = torch.tensor(z, requires_grad=True), list(rows[0])
+    with mock.patch.object(core, "sample_vectors", lambda s, _: s[torch.tensor(queue.pop(0))]):
+        quantized, codes, losses = original(x.mT)
+    (losses.mean() + (quantized.mT * torch.tensor(weights)).sum()).backward()
 
     @functools.partial(jax.jit, static_argnames="released")
-    def gradient(z, released):
-        return jax.grad(lambda z: ours.train_step(z, rows=rows, released=released).commitment_loss)(z)
+    def step(z, released):
+        def objective(z):
+            options = {"rows": jnp.asarray(rows), "kmeans_iterations": 5, "dead_below": 0}
+            result = ours.train_step(z, released=released, **options)
+            return result.commitment_loss + jnp.sum(result.quantized * weights), result
 
-    result = jax.jit(lambda z: ours.train_step(z, rows=rows))(jnp.asarray(z))
-    starts = np.asarray(result.codes)
-    books = [np.asarray(b) for b in _first_means(z, starts)]
-    x = torch.tensor(z.reshape(-1, 6), requires_grad=True)
-    residual, losses = x, []
-    for k, means in enumerate(books):
-        chosen = torch.tensor(means[starts[:, k].reshape(-1)])
-        losses.append(torch.nn.functional.mse_loss(residual, chosen))
-        residual = residual - chosen.detach()
-    torch.stack(losses).mean().backward()
-    harness.assert_close(gradient(jnp.asarray(z), False).reshape(-1, 6), x.grad, kind="gradient")
-    x.grad = None
-    chosen = torch.tensor(books[0][starts[:, 0].reshape(-1)])
-    (torch.nn.functional.mse_loss(x, chosen) / 3).backward()
-    harness.assert_close(gradient(jnp.asarray(z), True).reshape(-1, 6), x.grad, kind="gradient")
+        return jax.value_and_grad(objective, has_aux=True)(z)
+
+    (_, result), gradient = step(jnp.asarray(z), False)
+    np.testing.assert_array_equal(result.codes, codes.transpose(0, 1))
+    harness.assert_close(result.quantized, quantized.mT, name="quantized")
+    harness.assert_close(result.commitment_loss, losses.mean(), name="commitment")
+    harness.assert_close(gradient, x.grad, kind="gradient")
+    assert np.abs(step(jnp.asarray(z), True)[1] - gradient).max() > 1e-3
 
 
-def _first_means(z: np.ndarray, codes: np.ndarray) -> list[np.ndarray]:
-    """The k-means that put these codes: the mean of what each stands for, once the algorithm has settled."""
-    residual, books = z.reshape(-1, 6), []
-    for k in range(codes.shape[1]):
-        flat = codes[:, k].reshape(-1)
-        means = np.stack([residual[flat == j].mean(axis=0) if (flat == j).any() else np.zeros(6) for j in range(8)])
-        books.append(means)
-        residual = residual - means[flat]
-    return books
+def test_balancer():
+    """Three steps of AudioCraft's, of a decay that shows: the balanced gradient of each."""
+    theirs = audiocraft(balancer="losses.balancer").balancer.Balancer({"a": 0.1, "b": 3.0}, ema_decay=0.8)
+    ours = Balancer({"a": 0.1, "b": 3.0}, decay=0.8)
+    state, rng = ours.init(jnp.float64), np.random.default_rng(0)
+    for step in range(3):
+        targets = rng.standard_normal((2, 3, 1, 50)) * [[[[1.0]]], [[[30.0]]]]
+        y = torch.tensor(rng.standard_normal((3, 1, 50)), requires_grad=True)
+        losses = {n: (y - torch.tensor(t)).abs().pow(1.5).mean() for n, t in zip("ab", targets, strict=True)}
+        gradients = {n: torch.autograd.grad(loss, y, retain_graph=True)[0].numpy() for n, loss in losses.items()}
+        theirs.backward(losses, y)
+        combined, state = ours({n: jnp.asarray(g) for n, g in gradients.items()}, state)
+        harness.assert_close(combined, y.grad, kind="gradient", name=f"step {step}")
 
 
 @functools.cache
-def discriminators():
+def discriminators(channels: int = 1):
     original = harness.randomise(
         original_package().msstftd.MultiScaleSTFTDiscriminator(
-            4, in_channels=1, n_ffts=[64, 32], hop_lengths=[16, 8], win_lengths=[64, 32]
+            4, in_channels=channels, n_ffts=[64, 32], hop_lengths=[16, 8], win_lengths=[64, 32]
         )
     )
-    kwargs = {"filters": 4, "param_dtype": jnp.float64}
+    kwargs = {"filters": 4, "channels": channels, "param_dtype": jnp.float64}
     ours = random_model(lambda rngs: encodec.MultiScaleSTFTDiscriminator((64, 32), **kwargs, rngs=rngs))
     return original, harness.port(original, ours, DISCRIMINATOR_TABLE)
 
@@ -533,9 +540,9 @@ def torch_features(real, fake) -> torch.Tensor:
 
 
 def test_discriminator_and_its_losses():
-    """Scores and features of every layer; the hinge loss and its gradient with respect to every parameter."""
-    original, ours = discriminators()
-    x, y = signal(2, 1, 200), signal(2, 1, 200, seed=1)
+    """Of stereo: scores and features of every layer; the hinge loss, and its gradient for every parameter."""
+    original, ours = discriminators(2)
+    x, y = signal(2, 2, 200), signal(2, 2, 200, seed=1)
     scores, features = jax.jit(lambda m, v: m(v))(ours, jnp.asarray(x))
     with torch.no_grad():
         their_scores, their_features = original(torch.tensor(x))

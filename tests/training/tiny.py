@@ -32,6 +32,7 @@ from audiozoo.models import (
 from audiozoo.processors.audio_spectrogram_transformer import ASTFeatureExtractor
 from audiozoo.processors.encodec import EncodecFeatureExtractor
 from audiozoo.processors.hifigan import HifiGanProcessor
+from audiozoo.processors.musicgen import MusicgenMelodyFeatureExtractor, MusicgenMelodyProcessor
 from audiozoo.processors.pop2piano import Pop2PianoFeatureExtractor, Pop2PianoProcessor, Pop2PianoTokenizer
 from audiozoo.processors.seamless_m4t import SeamlessM4TFeatureExtractor
 from audiozoo.processors.speech_to_text import Speech2TextFeatureExtractor
@@ -299,6 +300,14 @@ def musicgen_model() -> tuple[Any, Any]:
     return model, SimpleNamespace(tokenizer=Pieces(), feature_extractor=extractor)
 
 
+def musicgen_melody_model() -> tuple[Any, Any]:
+    from tests.models import test_musicgen
+
+    model = test_musicgen.tiny("MusicgenMelodyForConditionalGeneration", dropout=0.0)
+    extractor = MusicgenMelodyFeatureExtractor(sampling_rate=test_musicgen.RATE, hop_length=256, n_fft=1024)
+    return model, MusicgenMelodyProcessor(extractor, Pieces())  # type: ignore[arg-type]
+
+
 _TABLES = {name: dict(part) if isinstance(part, dict) else part for name, part in tiny_bark.GENERATION.items()}
 _TABLES["semantic_config"].pop("max_new_tokens")
 _TABLES["fine_acoustics_config"]["n_fine_codebooks"] = 3
@@ -335,6 +344,7 @@ MAKERS = {
     "speech_to_text_2": s2t2_model,
     "pop2piano": pop2piano_model,
     "musicgen": musicgen_model,
+    "musicgen_melody": musicgen_melody_model,
     "bark": bark_model,
     "whisper": whisper_model,
     "speech_to_text": s2t_model,
