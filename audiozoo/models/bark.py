@@ -285,7 +285,7 @@ def _sampler(
 ) -> tuple[GenerationConfig, tuple[LogitsProcessor, ...]]:
     """The options for the search, and what shapes the distribution before it, in the order of either code."""
     _check_sampling(sampling)
-    if min_eos_p is not None and min_eos_p <= 0:
+    if min_eos_p is not None and not min_eos_p > 0:
         raise UsageError(f"min_eos_p must be above 0, or None; it is {min_eos_p}.")
     if eos is not None:
         defaults = {**defaults, "eos_token_id": eos, "pad_token_id": eos}
@@ -1388,12 +1388,14 @@ class BarkSpeech:
         waveform: float32 samples.
         sampling_rate: Hz.
         history: what was said, to go on from.
+        complete: whether it came to its end by itself; else what is left of the text is not said.
     """
 
     text: str
     waveform: np.ndarray
     sampling_rate: int
     history: dict[str, np.ndarray]
+    complete: bool = True
 
 
 def joined(before: History | None, after: History, ids: BarkGenerationConfig) -> dict[str, np.ndarray]:
@@ -1421,9 +1423,10 @@ def speak(
 ) -> Iterator[BarkSpeech]:
     """§III-D, continuation: a text of any length, sentence by sentence.
 
-    A call of `generate` speaks up to some 14 seconds. Each sentence goes on from a history: from all that was said so
-    far, the preset in front (`rolling`), so that voice, room and tone carry over; or from the preset alone, so that no
-    drift adds up. Without a preset the first sentence makes up the voice for the others in both cases.
+    A call of `generate` speaks up to some 15 seconds, and the processor cuts sentences that would take longer. Each
+    sentence goes on from a history: from all that was said so far, the preset in front (`rolling`), so that voice, room
+    and tone carry over; or from the preset alone, so that no drift adds up. Without a preset the first sentence makes
+    up the voice for the others in both cases.
 
     Args:
         model: the model.
@@ -1440,6 +1443,8 @@ def speak(
     ids = model.generation_config
     sentences = processor.sentences(text) if isinstance(text, str) else list(text)
     history = None if voice_preset is None else processor.voice_preset(voice_preset)
+    given = _by_stage(options)["semantic_"]
+    longest = given.get("max_new_tokens", dict(ids.semantic_config.options).get("max_new_tokens", math.inf))
     for index, sentence in enumerate(sentences):
         inputs = processor(sentence)
         waveform, samples, (said,) = model.generate(
@@ -1450,6 +1455,7 @@ def speak(
             key=None if key is None else jax.random.fold_in(key, index),
             **options,
         )
-        yield BarkSpeech(sentence, waveform[0, : samples[0]], ids.sample_rate, said)
+        complete = len(said["semantic_prompt"]) < longest
+        yield BarkSpeech(sentence, waveform[0, : samples[0]], ids.sample_rate, said, complete)
         if len(said["semantic_prompt"]) and (rolling or history is None):
             history = joined(history, said, ids)

@@ -22,6 +22,7 @@ PARTS = {"semantic_prompt": 1, "coarse_prompt": 2, "fine_prompt": 2}
 INDEX = "speaker_embeddings_path.json"
 FOLDERS = ("speaker_embeddings", "prompts", "assets/prompts")
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+SPOKEN = 40  # tokens of a text that are said in some 12 seconds; Bark stops after 15
 _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])\s*")
 _SOFTER_ENDS = (re.compile(r"(?<=[,;:])\s+|(?<=[，、；：])\s*"), re.compile(r"\s+"))
 
@@ -204,7 +205,7 @@ class BarkProcessor:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def sentences(self, text: str) -> list[str]:
-        """The sentences of a text, each short enough for the model to read; long ones are cut at commas and spaces.
+        """The sentences of a text, each short enough for the model to say; long ones are cut at commas and spaces.
 
         Raises:
             UsageError: if there is nothing to say.
@@ -216,14 +217,15 @@ class BarkProcessor:
         return found
 
     def _cut(self, text: str, ends: Sequence[re.Pattern[str]]) -> list[str]:
-        """Parts of a text that the model can read, as long as may be, cut at the first kind of end that will do."""
-        if not ends or len(self.encode(text)) <= self.max_length:
+        """Parts of a text that the model can say, as long as may be, cut at the first kind of end that will do."""
+        limit = min(self.max_length, SPOKEN)
+        if not ends or len(self.encode(text)) <= limit:
             return [text]
         parts: list[str] = []
         for piece in filter(None, ends[0].split(text)):
             for part in self._cut(piece, ends[1:]):
                 longer = f"{parts[-1]} {part}" if parts else ""
-                if parts and len(self.encode(longer)) <= self.max_length:
+                if parts and len(self.encode(longer)) <= limit:
                     parts[-1] = longer
                 else:
                     parts.append(part)

@@ -171,6 +171,10 @@ def test_half_precision_stays_near():
 def test_long_texts(model):
     said = list(bark.speak(model, processor(), "abc. dej. abcdefghij abcdefghij.", semantic_max_new_tokens=8))
     assert [s.text for s in said][:2] == ["abc.", "dej."]
+    assert not any(s.complete for s in said)  # eight tokens each, and no end among them
+    (brief,) = bark.speak(model, processor(), "abc.", semantic_max_new_tokens=8, semantic_min_eos_p=1e-9)
+    assert brief.complete
+    assert not brief.waveform.size
     assert all(s.waveform.size == s.history["fine_prompt"].shape[1] * 4 for s in said)
     ids = model.generation_config
     long = {"semantic_prompt": np.arange(30), "coarse_prompt": np.zeros((2, 45)), "fine_prompt": np.zeros((8, 45))}
@@ -200,13 +204,20 @@ def test_speak(model, monkeypatch, capsys, tmp_path):
         return 0, capsys.readouterr()
 
     call = ("abc. dej.", "--model", tmp_path / "model", "-o", tmp_path / "out.wav")
-    code, shown = run(*call, "--voice-preset", tmp_path / "me.npz", "--seed", 3, "--subtitles", tmp_path / "out.srt")
+    hot = ("--temperature", 2.5, "--min-eos-p", 0.9, "--save-voice", tmp_path / "new.npz", "--seed", 3)
+    code, shown = run(*call, "--voice-preset", tmp_path / "me.npz", "--subtitles", tmp_path / "out.srt", *hot)
     assert code == 0, shown.err
     assert read(tmp_path / "out.wav").size
+    voice = load_voice_preset(tmp_path / "new.npz")
+    assert voice["coarse_prompt"].shape[1] == voice["fine_prompt"].shape[1] > 0
     assert "dej." in (tmp_path / "out.srt").read_text()
     for options, message in (
         (("--speed", 2), "--speed is for VITS"),
         (("--voice-preset", "nobody"), "no voice preset"),
+        (("--temperature", 0), "--temperature must be above 0"),
+        (("--temperature", "nan"), "--temperature must be above 0"),
+        (("--save-voice", tmp_path / "new.wav"), "writes an .npz file"),
+        (("--output", tmp_path / "x.xyz"), "no format 'xyz'"),
     ):
         code, shown = run(*call, *options)
         assert code == 1

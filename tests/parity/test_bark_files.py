@@ -223,6 +223,17 @@ def test_sunos_coarse_and_fine_tokens(running, suno_models, preset, monkeypatch)
     mine = fine_model.generate(ours, None, None, None, 1024, given, sampling="original", temperature=None)
     np.testing.assert_array_equal(mine[0], fine)
     assert len(np.unique(fine[2:])) > 20
+    if given is None:
+        return
+    # Drawn, as by default: what was known of the window is no part of Suno's draw.
+    frames, had = fine.shape[1], min(512, given["fine_prompt"].shape[1])
+    noise = gumbel(6, 1024, 1024)
+    monkeypatch.setattr(torch, "multinomial", Noise(noise[:, had:].reshape(-1, 1024)))
+    fine = running.generate_fine(coarse, preset)
+    blocks = jnp.asarray(noise[None, :, None])
+    mine = fine_model.generate(ours, None, None, None, 1024, given, sampling="original", noise=blocks)
+    assert frames + had <= 1024
+    np.testing.assert_array_equal(mine[0], fine)
 
 
 def test_a_directory_of_sunos_files(suno, suno_models, tmp_path):

@@ -67,6 +67,9 @@ def test_sentences(folder):
         "my.",
         "my",
     ]
+    processor.max_length = 256
+    long = processor.sentences("my dog, " * 30)  # 90 tokens: more than can be said at once
+    assert [len(processor.encode(part)) for part in long] == [39, 39, 12]
     with pytest.raises(UsageError, match="nothing to say"):
         processor.sentences("  ")
 
