@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import soundfile
+import typer.main
 
 import audiozoo
 from audiozoo import audio, cli, packaged, registry
@@ -93,6 +94,19 @@ def assert_refused(run: Run, *words: str, code: int = 1) -> None:
     assert "Traceback" not in run.err
     for word in words:
         assert word in lines[0], lines[0]
+
+
+# --- what there is ---------------------------------------------------------------------------------------------------
+
+
+def test_every_command_says_what_it_does_in_a_line():
+    commands = typer.main.get_command(cli.app).commands
+    room = 80 - 6 - max(map(len, commands))
+    assert [name for name, command in commands.items() if command.get_short_help_str(room).endswith("...")] == []
+
+
+def test_version(audiozoo_command):
+    assert audiozoo_command("--version").out == f"audiozoo {audiozoo.__version__}\n"
 
 
 # --- list and show ---------------------------------------------------------------------------------------------------

@@ -6,9 +6,6 @@ names of the second kind with `code_generator.` in front.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from audiozoo.models.speech_resynthesis import CodeHifiGanConfig
 from weights_conversion.hifigan import WEIGHT_NORM_RENAMES, generator_rules
 from weights_conversion.rules import Rule, Table, Tensors, conv1d, transpose
@@ -85,8 +82,3 @@ def config_from_original(tensors: Tensors) -> CodeHifiGanConfig:
 
 
 VOCODER_KEPT = tuple(name for name in CodeHifiGanConfig.__dataclass_fields__ if name != "weight_norm")
-
-
-def vocoder_from_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a SeamlessM4T's configuration that are the vocoder's."""
-    return {name: config[name] for name in VOCODER_KEPT if name in config}

