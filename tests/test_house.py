@@ -159,6 +159,29 @@ def test_the_file_begins_with_the_paper(path):
     assert re.search(r"^    import audiozoo$", text, re.M), "lines of use"
 
 
+@cache
+def names_defined() -> frozenset[str]:
+    """Modules, classes, functions, their arguments, fields and constants: what a docstring may speak of."""
+    found = {part for name in MODULES for part in name.split(".")}
+    for path in FILES:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                found.add(node.name)
+            elif isinstance(node, ast.arg):
+                found.add(node.arg)
+            elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+                found.add(node.id if isinstance(node, ast.Name) else node.attr)
+    return frozenset(found)
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda p: p.stem)
+def test_the_table_names_what_exists(path):
+    rows = [line for line in (ast.get_docstring(tree(path)) or "").split("\n") if line.startswith("|")]
+    named = [name for row in rows for name in re.findall(r"`\.?([A-Za-z_][\w.]*)[`(]", row.rstrip("|").split("|")[-1])]
+    assert named
+    assert [name for name in named if not set(name.split(".")) <= names_defined()] == []
+
+
 def config_fields():
     for path in MODELS:
         for node in public(path, ast.ClassDef):

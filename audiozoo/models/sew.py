@@ -24,7 +24,8 @@ relative position are compared separately, and gets by with a narrower network.
 | the same, log buckets (DeBERTa v3, arXiv 2111.09543) | `log_bucket_positions` |
 | pre-training objective (wav2vec 2.0's) | `SEWForPreTraining`, `SEWDForPreTraining` |
 | Tables of sizes | `SEWConfig.sew_tiny()` … `.sew_d_base_plus()` |
-| not in the paper; in the released checkpoints | `SEW(D)ForCTC`, `SEW(D)ForSequenceClassification` |
+| not in the paper; in the released checkpoints | `SEWForCTC`, `SEWDForCTC` |
+| the same | `SEWForSequenceClassification`, `SEWDForSequenceClassification` |
 
 The convolutions, masking, quantiser and heads are wav2vec 2.0's, imported from its file. `hidden_states` are at the
 Transformer's rate, one every 40 ms, as in `transformers`.

@@ -13,6 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from audiozoo.errors import CheckpointError, SourceError, UsageError
+from audiozoo.text.batches import padded, texts_of
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
@@ -121,11 +122,7 @@ class RobertaTokenizer:
         Raises:
             UsageError: for something that is not text, unequal lengths without padding, or an unknown padding.
         """
-        texts = [text] if isinstance(text, str) else list(text)
-        if not texts or not all(isinstance(one, str) for one in texts):
-            raise UsageError("The tokenizer takes a text or a list of texts, at least one.")
-        if padding not in (True, False, "longest", "max_length", "do_not_pad"):
-            raise UsageError(f"There is no padding {padding!r}; choose longest, max_length or do_not_pad.")
+        texts = texts_of(text, padding)
         limit = max_length or self.model_max_length
         if limit < 2:
             raise UsageError(f"max_length is {limit}; <s> and </s> alone are two tokens.")
@@ -133,17 +130,7 @@ class RobertaTokenizer:
         for encoding in self.backend.encode_batch(texts, add_special_tokens=False):
             ids = encoding.ids[: limit - 2] if truncation else encoding.ids
             rows.append([self.bos_token_id, *ids, self.eos_token_id])
-        length = max(map(len, rows))
-        if padding == "max_length":
-            length = max(length, limit)
-        elif padding in (False, "do_not_pad") and min(map(len, rows)) < length:
-            raise UsageError("Texts of several lengths do not make one array; choose padding='longest'.")
-        input_ids = np.full((len(rows), length), self.pad_token_id, np.int32)
-        attention_mask = np.zeros((len(rows), length), np.int32)
-        for index, row in enumerate(rows):
-            input_ids[index, : len(row)] = row
-            attention_mask[index, : len(row)] = 1
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
+        return padded(rows, padding, limit, self.pad_token_id)
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> str:
         """The text of one row of tokens."""
