@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
 from audiozoo.errors import CheckpointError, first_line
+from audiozoo.training import hosts
 
 _STATE, _RUN = "state", "run"
 
@@ -57,11 +61,11 @@ class Checkpoints:
         self.messages: list[str] = []  # what was wrong with checkpoints that `restore` passed over
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            probe = self.directory / ".probe"
-            probe.write_bytes(b"0")
-            probe.unlink()
+            with tempfile.TemporaryFile(dir=self.directory) as probe:  # of every process its own
+                probe.write(b"0")
         except OSError as error:
             raise CheckpointError(f"{self.directory} cannot be written to: {error.strerror}.") from None
+        logging.getLogger("absl").addFilter(_not_of_orbax)
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -79,6 +83,8 @@ class Checkpoints:
             best_fn=lambda metrics: self.sign * metrics[self.watch],
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
+            # Else, where a directory cannot be made, the threads that would fill it wait for it for five minutes.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         handlers = {_STATE: ocp.PyTreeCheckpointHandler(use_compression=False), _RUN: ocp.JsonCheckpointHandler()}
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
@@ -86,8 +92,7 @@ class Checkpoints:
         registry.add(_STATE, ocp.args.PyTreeRestore, handlers[_STATE])
         registry.add(_RUN, ocp.args.JsonSave, handlers[_RUN])
         registry.add(_RUN, ocp.args.JsonRestore, handlers[_RUN])
-        with _quiet():
-            return ocp.CheckpointManager(self.directory, options=options, handler_registry=registry)
+        return ocp.CheckpointManager(self.directory, options=options, handler_registry=registry)
 
     def steps(self) -> list[int]:
         """The steps of which there is a complete checkpoint."""
@@ -112,7 +117,7 @@ class Checkpoints:
         position = data.get_state() if hasattr(data, "get_state") else None
         position = position.decode() if isinstance(position, bytes) else position
         run = {"data": position, "progress": self.progress, "checksums": checksums(_named(state))}
-        with self._sentence(f"The checkpoint of step {step} cannot be written to {self.directory}"), _quiet():
+        with self._sentence(f"The checkpoint of step {step} cannot be written to {self.directory}"):
             self._manager.check_for_errors()
             self._manager.save(
                 step,
@@ -127,7 +132,7 @@ class Checkpoints:
         Raises:
             CheckpointError: one could not be written.
         """
-        with self._sentence(f"A checkpoint cannot be written to {self.directory}"), _quiet():
+        with self._sentence(f"A checkpoint cannot be written to {self.directory}"):
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
@@ -161,35 +166,34 @@ class Checkpoints:
 
     def _restore(self, step: int, abstract: Any, data: Any) -> Any:
         wanted = _named(abstract)
-        with _quiet():
-            stored = self._manager.item_metadata(step)[_STATE].tree
-            missing, more = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))
-            if stored and (missing or more):
-                sign, name = ("lacks", missing[0]) if missing else ("has besides", more[0])
-                raise _Mismatch(
-                    f"The checkpoint of step {step} in {self.directory} is of another model or recipe: it {sign} {name}"
-                    f" ({len(missing)} missing, {len(more)} unexpected)."
-                )
-            for name, leaf in wanted.items():
-                if tuple(stored[name].shape) != tuple(leaf.shape):
-                    raise _Mismatch(
-                        f"The checkpoint of step {step} in {self.directory} is of another model or recipe: {name} is "
-                        f"{tuple(stored[name].shape)}, not {tuple(leaf.shape)}."
-                    )
-            place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            arguments = {
-                name: ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=getattr(leaf, "sharding", None) or place)
-                for name, leaf in wanted.items()
-            }
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    **{
-                        _STATE: ocp.args.PyTreeRestore(item=wanted, restore_args=arguments),
-                        _RUN: ocp.args.JsonRestore(),
-                    }
-                ),
+        stored = self._manager.item_metadata(step)[_STATE].tree
+        missing, more = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))
+        if stored and (missing or more):
+            sign, name = ("lacks", missing[0]) if missing else ("has besides", more[0])
+            raise _Mismatch(
+                f"The checkpoint of step {step} in {self.directory} is of another model or recipe: it {sign} {name}"
+                f" ({len(missing)} missing, {len(more)} unexpected)."
             )
+        for name, leaf in wanted.items():
+            if tuple(stored[name].shape) != tuple(leaf.shape):
+                raise _Mismatch(
+                    f"The checkpoint of step {step} in {self.directory} is of another model or recipe: {name} is "
+                    f"{tuple(stored[name].shape)}, not {tuple(leaf.shape)}."
+                )
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        arguments = {
+            name: ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=getattr(leaf, "sharding", None) or place)
+            for name, leaf in wanted.items()
+        }
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                **{
+                    _STATE: ocp.args.PyTreeRestore(item=wanted, restore_args=arguments),
+                    _RUN: ocp.args.JsonRestore(),
+                }
+            ),
+        )
         run = restored[_RUN]
         same = {name: array for name, array in restored[_STATE].items() if stored[name].dtype == array.dtype}
         known = run.get("checksums", {})
@@ -210,13 +214,16 @@ class Checkpoints:
         while target.exists():
             number += 1
             target = self.directory / f"damaged-{step}-{number}"
-        (self.directory / str(step)).rename(target)
+        if jax.process_index() == 0:
+            (self.directory / str(step)).rename(target)
+        hosts.wait("a damaged checkpoint is set aside")
         self._manager = self._open()
 
     def close(self) -> None:
         """Finish what is being written, and let go of the directory."""
-        with contextlib.suppress(Exception), _quiet():
+        with contextlib.suppress(Exception):
             self._manager.close()
+        _settle()
 
     @contextlib.contextmanager
     def _sentence(self, sentence: str) -> Iterator[None]:
@@ -225,6 +232,7 @@ class Checkpoints:
         except CheckpointError:
             raise
         except Exception as error:
+            _settle()
             reason = getattr(error, "strerror", None) or first_line(error)
             steps = [n for n in self.steps() if (self.directory / str(n)).exists()]
             before = f"; that of step {steps[-1]} is good" if steps else ""
@@ -257,13 +265,13 @@ def _named(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Orbax reports its progress to absl's log; what goes wrong it raises."""
-    log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    """Orbax reports its progress, and each error of its threads at length, to absl's log; it raises them besides."""
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def _settle() -> None:
+    """Return when no thread of Orbax writes any more: the first one's error is raised while the others still do."""
+    while busy := [t for t in threading.enumerate() if t.name == "async_save" or "orbax" in type(t).__module__]:
+        for thread in busy:
+            threading.Thread.join(thread)  # whose own `join` raises its error again
