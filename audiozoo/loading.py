@@ -151,7 +151,7 @@ def convert(
 def place(array: np.ndarray, dtype: Any, where: Any = None) -> jax.Array:
     """An array on its devices, in C order and of the model's dtype, with no second copy on the host."""
     array = np.asarray(array, dtype=dtype, order="C")
-    return jnp.asarray(array) if where is None else jax.device_put(array, where)
+    return jnp.asarray(array) if where is None else sharding.put(array, where)
 
 
 def finish(model: nnx.Module, attributes: Mapping[str, Any]) -> nnx.Module:

@@ -67,12 +67,15 @@ def fsdp(min_size: int = 1 << 16, axis: str = "data", combine: bool = False, who
 
 # Tensor parallelism after Megatron-LM (Shoeybi et al. 2019, §3): the projections that open a block (q, k, v, fc1) split
 # their outputs, those that close it (out_proj, fc2) split their inputs, so that a block needs one all-reduce. Kernels
-# are (inputs, outputs), embeddings (vocabulary, features). T5's projections have shorter names, and no biases.
+# are (inputs, outputs), embeddings (vocabulary, features). Each family has names of its own for a feed-forward's two;
+# T5's projections have shorter names, and no biases.
+_OPENS = r"q_proj|k_proj|v_proj|fc1|intermediate_dense|intermediate|in_proj"
+_CLOSES = r"out_proj|o_proj|fc2|output_dense|output"
 TRANSFORMER: tuple[Rule, ...] = (
-    Rule(r"(^|[._])(q_proj|k_proj|v_proj|fc1|attention\.[qkv]|wi(_[01])?)\.kernel$", P(None, "tensor"), required=False),
-    Rule(r"(^|\.)(q_proj|k_proj|v_proj|fc1)\.bias$", P("tensor"), required=False),
-    Rule(r"(^|[._])(out_proj|o_proj|fc2|attention\.o|wo)\.kernel$", P("tensor", None), required=False),
-    Rule(r"(^|\.)(out_proj|o_proj|fc2)\.bias$", P(), required=False),
+    Rule(rf"(^|[._])({_OPENS}|attention\.[qkv]|wi(_[01])?)\.kernel$", P(None, "tensor"), required=False),
+    Rule(rf"(^|\.)({_OPENS})\.bias$", P("tensor"), required=False),
+    Rule(rf"(^|[._])({_CLOSES}|attention\.o|wo)\.kernel$", P("tensor", None), required=False),
+    Rule(rf"(^|\.)({_CLOSES})\.bias$", P(), required=False),
     Rule(r"(^|\.)(?!\w*position)\w+\.embedding$", P("tensor", None), required=False),
 )
 
@@ -141,10 +144,11 @@ def shards(place: NamedSharding) -> int:
 
 
 def put(array: Any, place: NamedSharding) -> jax.Array:
-    """An array that every host holds whole, laid out on a mesh that may span hosts."""
-    if place.is_fully_addressable:
+    """An array that every host holds whole, or that lies on the mesh, laid out on a mesh that may span hosts."""
+    if place.is_fully_addressable or (isinstance(array, jax.Array) and not array.is_fully_addressable):
         return jax.device_put(array, place)
-    return jax.make_array_from_callback(array.shape, place, lambda index: np.asarray(array)[index])
+    whole = np.asarray(array)
+    return jax.make_array_from_callback(whole.shape, place, lambda index: whole[index])
 
 
 def shardings_for(params: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> dict[str, Any]:
@@ -207,8 +211,7 @@ def shard(model: nnx.Module, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> nnx.Mo
     names = {path: ".".join(map(str, path)) for path, leaf in flat if not isinstance(leaf, nnx.RngState)}
     places = shardings_for({names[path]: leaf for path, leaf in flat if path in names}, mesh, rules)
     moved = [
-        (path, leaf.replace(jax.device_put(leaf[...], places[names[path]])) if path in names else leaf)
-        for path, leaf in flat
+        (path, leaf.replace(put(leaf[...], places[names[path]])) if path in names else leaf) for path, leaf in flat
     ]
     return nnx.merge(graphdef, nnx.from_flat_state(moved))
 

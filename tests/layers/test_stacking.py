@@ -1,6 +1,7 @@
 """Stacked layers: the numbers of the loop over layers, by a program as long as that of one layer."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from flax import nnx
 
 import audiozoo
-from audiozoo import loading, registry
+from audiozoo import loading, registry, sharding
 from audiozoo.errors import UsageError
 from audiozoo.layers import Dropout
 from audiozoo.layers.stacking import Scanned, rematerialise, scanned, stacks, unscanned
@@ -79,6 +80,13 @@ def test_transformers_are_stacked_and_nothing_else(paper):
     assert [(a.shape, a.dtype) for a in flat[0]] == [(a.shape, a.dtype) for a in flat[1]]
     forms = [jax.tree.structure(m) for m in (unscanned(deep), model)]
     assert forms[0] == forms[1]
+    # What is stacked is divided by `tensor`: every product of its blocks but the small ones named here.
+    mesh = jax.sharding.AbstractMesh((2,), ("tensor",))
+    stacked = {n: leaf for n, leaf in loading.variables(deep).items() if ".stacked." in n and n.endswith(".kernel")}
+    products = {n: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for n, leaf in stacked.items() if leaf.ndim == 3}
+    places = sharding.shardings_for(products, mesh, sharding.TRANSFORMER)
+    whole = {n for n, place in places.items() if place.is_fully_replicated}
+    assert not {n for n in whole if not re.search(r"gru_rel_pos_linear|adapter_layer|linear_pos|pointwise_conv", n)}
 
 
 @pytest.mark.parametrize("paper", ["whisper", "wavlm", pytest.param("seamless_m4t", marks=pytest.mark.slow)])

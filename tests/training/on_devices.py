@@ -20,7 +20,7 @@ import soundfile
 from flax import nnx
 
 from audiozoo import sharding
-from audiozoo.recipes import ROWS, run
+from audiozoo.recipes import ROWS, recipe, run
 from audiozoo.recipes.objectives import Pretraining
 from audiozoo.training.data import find_items
 from audiozoo.training.loop import Options, Trainer
@@ -28,7 +28,11 @@ from tests.tolerances import tolerance
 from tests.training import tiny
 
 TEXTS = ["a low hum", "high hiss", "a bell", "owl", "low bell", "a high hall", "nine low owls", "hush"]
-MESHES = {"data=4,fsdp=2": lambda row: True, "data=2,fsdp=2,tensor=2": lambda row: row.name == "whisper"}
+CONVOLUTIONAL = ("vits", "hifigan", "encodec")  # of which `tensor` divides little or nothing
+MESHES = {
+    "data=4,fsdp=2": lambda row: row.paper in CONVOLUTIONAL,
+    "data=2,fsdp=2,tensor=2": lambda row: row.paper not in CONVOLUTIONAL,
+}
 # Small parameters too are divided; those of the papers are, by `sharding.TRAINING_RULES`, from 4,096 numbers on.
 RULES = (*sharding.TRANSFORMER, sharding.fsdp(16, "fsdp", combine=True))
 
@@ -103,10 +107,29 @@ def step(task, batch, mesh):
     state = trainer.init()
     if mesh is not None:
         divided = [a for a in jax.tree.leaves((state.params, state.rest)) if not a.is_fully_replicated]
-        assert len(divided) >= 5, "hardly a parameter is divided"
+        for axis in set(mesh.axis_names) - {"data"}:
+            assert sum(axis in jax.tree.leaves(tuple(a.sharding.spec)) for a in divided) >= 5, f"little over {axis}"
     state, metrics = trainer.step(state, trainer.put(batch))
     flat, _ = jax.tree.flatten_with_path((state, metrics))
     return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in flat}
+
+
+def begins_in_shards(items):
+    """A model that begins with nothing has the numbers of one device, and on each its part of the large kernels."""
+    known = {name: value for name, value in tiny.SPEECH.items() if name not in ("vocab_size", "id2label")}
+    how = {"config": known | {"intermediate_size": 256}, "settings": {"batch_size": 8}}
+    alone, divided = (
+        run.build(recipe("wav2vec2_ctc"), items, mesh=mesh, **how)
+        for mesh in (None, sharding.parse_mesh("data=2,fsdp=2,tensor=2"))
+    )
+    kernel = divided.model.wav2vec2.encoder.layers[0].feed_forward.intermediate_dense.kernel[...]
+    assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // 4}
+    for trainer in (alone.trainer, divided.trainer):
+        for a, b in zip(jax.tree.leaves(alone.model), jax.tree.leaves(trainer.task.networks["model"]), strict=True):
+            np.testing.assert_array_equal(a, b)
+    moments = [a for a in jax.tree.leaves(divided.trainer.init()) if a.shape == kernel.shape]
+    assert len(moments) == 3
+    assert all(a.sharding == kernel.sharding for a in moments)
 
 
 def difference(ours, alone):
@@ -131,6 +154,7 @@ def main(out, *names):
     found = {}
     with tempfile.TemporaryDirectory() as directory:
         items = find_items(corpus(Path(directory)))
+        begins_in_shards(items)
         for row in [row for row in ROWS if row.name in names] if names else chosen():
             begun = time.process_time()
             try:
