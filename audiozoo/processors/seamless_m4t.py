@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int
 
 from audiozoo.errors import CheckpointError, SourceError, UsageError
 from audiozoo.processors import (
@@ -21,7 +22,7 @@ from audiozoo.processors import (
     waveform_batch,
     write_json,
 )
-from audiozoo.processors.speech_to_text import filterbanks
+from audiozoo.processors.speech_to_text import filterbanks, padded_filterbanks
 
 
 def normalised(features: Float[np.ndarray, "frames mels"]) -> Float[np.ndarray, "frames mels"]:
@@ -69,6 +70,20 @@ class SeamlessM4TFeatureExtractor(FeatureExtractor):
     def saved_besides(self) -> dict[str, Any]:
         """What `transformers` also writes into `preprocessor_config.json`."""
         return {"return_attention_mask": True}
+
+    def in_jax(
+        self, waveforms: Float[Array, "batch time"], lengths: Int[Array, " batch"]
+    ) -> tuple[Float[Array, "batch steps features"], Int[Array, "batch steps"]]:
+        """`input_features` and `attention_mask` of padded waveforms inside `jax.jit`: to train."""
+        x, real = padded_filterbanks(
+            waveforms, lengths, self.num_mel_bins, self.sampling_rate, floor=0.0, added=1e-7, correction=1
+        )
+        x = jnp.where(real[..., None], x, self.padding_value)
+        missing = -x.shape[1] % self.stride
+        x = jnp.pad(x, ((0, 0), (0, missing), (0, 0)), constant_values=self.padding_value)
+        real = jnp.pad(real, ((0, 0), (0, missing)))
+        # A step counts as speech if its second frame does.
+        return x.reshape(len(x), -1, self.stride * x.shape[2]), real[:, 1 :: self.stride].astype(jnp.int32)
 
     def __call__(
         self,

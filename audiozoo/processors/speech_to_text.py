@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Bool, Float, Int
 
 from audiozoo.audio.features import double_precision_on_cpu, kaldi_fbank
 from audiozoo.errors import CheckpointError, SourceError, UsageError
@@ -79,6 +79,46 @@ def filterbanks(
             target = features[row][start : start + CHUNK]
             target[...] = transformed[: len(target)]
     return features
+
+
+def padded_filterbanks(
+    waveforms: Float[Array, "batch time"],
+    lengths: Int[Array, " batch"],
+    n_mels: int = 80,
+    sampling_rate: int = 16_000,
+    *,
+    floor: float = VARIANCE_FLOOR,
+    added: float = 0.0,
+    correction: int = 0,
+    means: bool = True,
+    variances: bool = True,
+) -> tuple[Float[Array, "batch frames mels"], Bool[Array, "batch frames"]]:
+    r"""Normalised filterbanks of padded waveforms inside `jax.jit`, in their own dtype, and which frames are real.
+
+    Args:
+        waveforms: in [-1, 1].
+        lengths: samples of each that are real.
+        n_mels: bands.
+        sampling_rate: Hz.
+        floor: least variance.
+        added: to the variance.
+        correction: the variance is divided by the number of frames less this.
+        means: bring each band to mean 0 over the real frames.
+        variances: bring each band to variance 1.
+    """
+    x = kaldi_fbank(waveforms * 2**15, n_mels, sampling_rate)
+    counts = 1 + (lengths - int(sampling_rate * 0.025)) // int(sampling_rate * 0.010)
+    real = jnp.arange(x.shape[1]) < counts[:, None]
+
+    def over_time(values: jax.Array, count: jax.Array) -> jax.Array:
+        total = jnp.where(real[..., None], values, 0).sum(axis=1, keepdims=True)
+        return total / jnp.maximum(count, 1)[:, None, None].astype(values.dtype)
+
+    mean = over_time(x, counts)
+    variance = over_time(jnp.square(x - mean), counts - correction)
+    if means:
+        x = x - mean
+    return x / jnp.sqrt(jnp.maximum(variance, floor) + added) if variances else x, real
 
 
 def utterance_cmvn(
@@ -208,6 +248,15 @@ class Speech2TextFeatureExtractor(FeatureExtractor):
     def saved_besides(self) -> dict[str, Any]:
         """What `transformers` also writes into `preprocessor_config.json`."""
         return {"return_attention_mask": True}
+
+    def in_jax(
+        self, waveforms: Float[Array, "batch time"], lengths: Int[Array, " batch"]
+    ) -> tuple[Float[Array, "batch frames mels"], Int[Array, "batch frames"]]:
+        """`input_features` and `attention_mask` of padded waveforms inside `jax.jit`, without dither: to train."""
+        wanted = {"means": self.do_ceptral_normalize and self.normalize_means}
+        wanted["variances"] = self.do_ceptral_normalize and self.normalize_vars
+        x, real = padded_filterbanks(waveforms, lengths, self.num_mel_bins, self.sampling_rate, **wanted)
+        return jnp.where(real[..., None], x, self.padding_value), real.astype(jnp.int32)
 
     def __call__(
         self,

@@ -17,7 +17,15 @@ from audiozoo.layers.losses import IGNORED_LABEL
 from audiozoo.models import bark, musicgen, pop2piano, seamless_m4t, speecht5, wav2vec2
 from audiozoo.processors.musicgen import MusicgenMelodyFeatureExtractor
 from audiozoo.processors.pop2piano import STEPS_PER_BAR
-from audiozoo.recipes.objectives import CTC, LABELS, Fields, Objective, speech_example, text_of
+from audiozoo.recipes.objectives import (
+    CTC,
+    LABELS,
+    Fields,
+    Objective,
+    speech_example,
+    text_of,
+    unprocessed_example,
+)
 from audiozoo.training.data import Example, Padding
 from audiozoo.training.loop import Loss, Turn
 
@@ -65,27 +73,26 @@ class Translated(Objective):
 
     def padding(self, processor: Any) -> dict[str, Padding]:
         """See `Objective`."""
-        return {"input_features": Padding(0.0, 32), "attention_mask": Padding(0, 32), "labels": LABELS}
+        return {"waveform": Padding(), "labels": LABELS}
 
     def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
         """See `Objective`."""
         language = str(_needed(fields, "language", "texts whose language is known"))
         text = str(fields.get("translation") or text_of(fields))
-        heard = processor.feature_extractor(waveform, processor.feature_extractor.sampling_rate)
         # </s>, the language, the text, </s>: the first is the decoder's first input and no target.
         labels = np.asarray(processor.tokenizer(text_target=text, tgt_lang=language)["input_ids"][0][1:], np.int32)
-        features, mask = heard["input_features"][0], heard["attention_mask"][0]
-        return {"input_features": features, "attention_mask": mask.astype(np.int32), "labels": labels}
+        return unprocessed_example(waveform) | {"labels": labels}
 
     def loss(self, processor: Any) -> LossFunction:
         """See `Objective`."""
 
         def loss(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
+            features, mask = processor.feature_extractor.in_jax(batch["waveform"], batch["length"])
             losses = seamless_m4t.finetuning_losses(
                 networks["model"],
                 batch["labels"],
-                input_features=batch["input_features"],
-                attention_mask=batch["attention_mask"],
+                input_features=features,
+                attention_mask=mask,
                 label_smoothing=self.smoothing,
                 key=turn.key if turn.training else None,
             )

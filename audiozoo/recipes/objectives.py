@@ -5,6 +5,7 @@ An objective knows the papers' models and losses; everything about steps, device
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,24 @@ def text_of(fields: Fields) -> str:
     if not isinstance(text, str) or not text.strip():
         raise UsageError("This recipe learns from recordings with texts, and a recording has none.")
     return text
+
+
+def in_language(tokenizer: Any, fields: Fields) -> Any:
+    """A tokenizer of several languages that writes in the recording's `language`, for its `task` (Whisper's).
+
+    Raises:
+        UsageError: if the language is not known, or none of the tokenizer's.
+    """
+    language, task = fields.get("language"), fields.get("task")
+    if getattr(tokenizer, "multilingual", False):
+        if language is None and tokenizer.language is None:
+            raise UsageError("This checkpoint writes many languages, and a recording has no language.")
+        tokenizer = copy.copy(tokenizer)  # of this example alone: several threads prepare
+        tokenizer.set_prefix_tokens(language, task or tokenizer.task or "transcribe")
+    elif language is not None and getattr(tokenizer, "lang_code_to_id", None):
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.set_target_lang(str(language))
+    return tokenizer
 
 
 @dataclass(frozen=True)
@@ -86,6 +105,11 @@ def speech_example(processor: Any, waveform: np.ndarray) -> Example:
     return {"input_values": waveform.astype(np.float32), "attention_mask": np.ones(len(waveform), np.int32)}
 
 
+def unprocessed_example(waveform: np.ndarray) -> Example:
+    """A waveform whose features are computed on the device."""
+    return {"waveform": waveform.astype(np.float32), "length": np.asarray(len(waveform), np.int32)}
+
+
 # --- recognition -----------------------------------------------------------------------------------------------------
 
 
@@ -123,7 +147,7 @@ class Seq2Seq(Objective):
     """The next token of the text, given the sound and the tokens before: a mean over tokens.
 
     Attributes:
-        features: "log_mel" (Whisper; computed on the device), "filterbank" (S2T) or "waveform" (wav2vec 2.0's).
+        features: "log_mel" (Whisper) or "filterbank" (S2T), computed on the device, or "waveform" (wav2vec 2.0's).
         smoothing: label smoothing.
     """
 
@@ -135,22 +159,20 @@ class Seq2Seq(Objective):
         kinds = {
             "waveform": super().padding(processor),
             "log_mel": {"waveform": Padding()},
-            "filterbank": {"input_features": Padding(0.0, 64), "attention_mask": Padding(0, 64)},
+            "filterbank": {"waveform": Padding()},
         }
         return kinds[self.features] | {"labels": LABELS}
 
     def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
         """See `Objective`."""
-        labels = np.asarray(processor.tokenizer(text_of(fields))["input_ids"], np.int32).reshape(-1)
+        tokenizer = in_language(processor.tokenizer, fields)
+        labels = np.asarray(tokenizer(text_of(fields))["input_ids"], np.int32).reshape(-1)
         if self.features == "log_mel":
             # The tokenizer begins with <|startoftranscript|>, which is the decoder's first input and no target.
             labels = labels[1:] if labels[0] == config.decoder_start_token_id else labels
             return {"waveform": waveform.astype(np.float32), "labels": labels}
         if self.features == "filterbank":
-            features = processor.feature_extractor(waveform, processor.feature_extractor.sampling_rate)
-            return {"input_features": features["input_features"][0], "labels": labels} | {
-                "attention_mask": features["attention_mask"][0]
-            }
+            return unprocessed_example(waveform) | {"labels": labels}
         return speech_example(processor, waveform) | {"labels": labels}
 
     def loss(self, processor: Any) -> Callable[[dict[str, Any], Any, Turn], Loss]:
@@ -167,6 +189,9 @@ class Seq2Seq(Objective):
                 waveform = jnp.pad(waveform, ((0, 0), (0, -waveform.shape[1] % 320)))
                 batch["input_features"] = log_mel_spectrogram(waveform, model.config.num_mel_bins)
                 options["allow_short"] = batch["input_features"].shape[-1] < frames
+            elif self.features == "filterbank":
+                features = processor.feature_extractor.in_jax(batch.pop("waveform"), batch.pop("length"))
+                batch["input_features"], batch["attention_mask"] = features
             if self.smoothing and turn.training:
                 options["label_smoothing"] = self.smoothing
             output = model(**batch, **options)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,16 +31,19 @@ from audiozoo.errors import UsageError
 from audiozoo.layers.abstract import abstract
 from audiozoo.layers.stacking import scanned
 from audiozoo.layers.weight_norm import fold_weight_norm
+from audiozoo.models.bark import BarkGenerationConfig
 from audiozoo.models.seamless_m4t import finetuning_losses
 from audiozoo.processors.audio_spectrogram_transformer import ASTFeatureExtractor
 from audiozoo.processors.clap import ClapFeatureExtractor
+from audiozoo.processors.pop2piano import Pop2PianoFeatureExtractor
+from audiozoo.processors.seamless_m4t import SeamlessM4TFeatureExtractor
 from audiozoo.processors.speech_to_text import Speech2TextFeatureExtractor
+from audiozoo.processors.speecht5 import SpeechT5FeatureExtractor
 from audiozoo.processors.wav2vec2 import Wav2Vec2FeatureExtractor
 from audiozoo.recipes import RECIPES, Recipe
 from audiozoo.recipes import recipe as find_recipe
-from audiozoo.recipes.generation import Arrangement, Languages, Music, Speaking, SpeechAndText, Stages, Translated
 from audiozoo.recipes.objectives import Objective
-from audiozoo.recipes.run import sampling_rate
+from audiozoo.recipes.run import sampling_rate, with_average
 from audiozoo.recipes.settings import Settings
 from audiozoo.training import tpu
 from audiozoo.training.data import collate
@@ -318,16 +321,23 @@ def _clap(config: Any) -> ClapFeatureExtractor:
 
 
 class _Ids:
-    """A tokenizer in whose language every text has as many tokens."""
+    """A tokenizer in whose language every text, and every piece of music, has as many tokens."""
 
     pad_token_id = 0
+    added: ClassVar = {"<mask>": 1}
 
     def __init__(self, tokens: int):
         self.tokens = tokens
 
-    def __call__(self, text: Any, **options: Any) -> dict[str, Any]:
+    def encode(self, *what: Any, **options: Any) -> np.ndarray:
+        return np.ones(self.tokens, np.int32)
+
+    def set_target_lang(self, language: str) -> None:
+        pass
+
+    def __call__(self, text: Any = None, *, text_target: Any = None, **options: Any) -> dict[str, Any]:
         ids = [1] * self.tokens
-        many = isinstance(text, list)
+        many = isinstance(text, list) or text_target is not None
         return {"input_ids": [ids] if many else ids, "attention_mask": [ids] if many else ids}
 
 
@@ -340,28 +350,41 @@ class _Symbols(SimpleNamespace):
 
 
 def _processor(choice: Choice, amount: Amount) -> Any:
-    config, rate = choice.config, getattr(choice.config, "sampling_rate", 16_000)
-    tokenizer = _Ids(amount.tokens)
-    if choice.paper.name == "audio_spectrogram_transformer":
+    config, paper, tokens = choice.config, choice.paper.name, amount.tokens
+    if paper == "audio_spectrogram_transformer":
         return ASTFeatureExtractor(num_mel_bins=config.num_mel_bins, max_length=config.max_length)
-    if choice.paper.name == "clap":
+    if paper == "clap":
         extractor: Any = _clap(config)
-    elif choice.paper.name == "speech_to_text":
-        extractor = Speech2TextFeatureExtractor(feature_size=config.input_feat_per_channel)
-    elif choice.paper.name in ("vits", "hifigan", "encodec", "whisper"):
+    elif paper == "speech_to_text":
+        extractor = Speech2TextFeatureExtractor(num_mel_bins=config.input_feat_per_channel)
+    elif paper in ("seamless_m4t", "seamless_m4t_v2"):
+        extractor = SeamlessM4TFeatureExtractor(num_mel_bins=config.feature_projection_input_dim // 2)
+    elif paper == "speecht5":
+        extractor = SpeechT5FeatureExtractor(num_mel_bins=config.num_mel_bins)
+    elif paper == "pop2piano":
+        extractor = Pop2PianoFeatureExtractor(feature_size=config.d_model)
+    elif paper in ("vits", "hifigan", "encodec", "whisper", "musicgen", "bark"):
+        codec = {"musicgen": "audio_encoder", "bark": "codec_config"}.get(paper)
+        rate = getattr(getattr(config, codec, config) if codec else config, "sampling_rate", 16_000)
         extractor = SimpleNamespace(sampling_rate=rate)
+        tokens = BarkGenerationConfig().semantic_config.max_input_semantic_length if paper == "bark" else tokens
     else:
         extractor = Wav2Vec2FeatureExtractor()
-    return _Symbols(feature_extractor=extractor, tokenizer=tokenizer, sampling_rate=rate, tokens=amount.tokens)
+    rate = extractor.sampling_rate
+    return _Symbols(feature_extractor=extractor, tokenizer=_Ids(amount.tokens), sampling_rate=rate, tokens=tokens)
 
 
 def example(recipe: Recipe, choice: Choice, processor: Any, amount: Amount) -> Shapes:
     """The batch that a recipe makes of recordings of this length: `Objective.prepare` and `collate`, as in training."""
     rate = sampling_rate(None, processor)
     samples = amount.samples(rate)
-    frames = round(50 * amount.seconds)
-    labels = getattr(choice.config, "id2label", None) or ("0",)
-    fields = {"text": "x", "label": str(next(iter(labels))), "units": [0] * frames, "phonemes": [1] * amount.tokens}
+    frames, config = round(50 * amount.seconds), choice.config
+    fields: dict[str, Any] = {"text": "x", "units": [0] * frames, "phonemes": [1] * amount.tokens}
+    fields["label"] = str(next(iter(getattr(config, "id2label", None) or ("0",))))
+    fields["language"] = next(iter(getattr(config, "languages", None) or ("eng",)))
+    fields |= {"speaker_embedding": np.zeros(getattr(config, "speaker_embedding_dim", 1), np.float32)}
+    # Of a song, the two bars that a step hears: four beats, as long as the recording.
+    fields |= {"composer": "composer1", "beats": np.linspace(0, amount.seconds, 5), "notes": [[0, 1, 60, 80]]}
     one = recipe.objective.prepare(
         processor, choice.config, np.zeros(samples, np.float32), fields, np.random.default_rng(0)
     )
@@ -372,39 +395,28 @@ def example(recipe: Recipe, choice: Choice, processor: Any, amount: Amount) -> S
     }
 
 
-# Objectives whose examples need more than a recording's length and number of tokens; the model's own loss is planned.
-_NEED_MORE = (Arrangement, Languages, Music, Speaking, SpeechAndText, Stages, Translated)
 _DEFAULTS = Settings(
-    source="AdamW, for papers without a recipe", steps=100_000, batch_size=1, learning_rate=1e-4, clip=1.0
+    source="AdamW, for classes without a recipe", steps=100_000, batch_size=1, learning_rate=1e-4, clip=1.0
 )
-
-_FROZEN = {
-    "musicgen": find_recipe("musicgen").settings.frozen,
-    "seamless_m4t": r"^vocoder\.",
-    "seamless_m4t_v2": r"^vocoder\.",
-}
+_FROZEN = {"seamless_m4t": r"^vocoder\.", "seamless_m4t_v2": r"^vocoder\."}
 
 
 def recipe_of(choice: Choice, name: str | None = None) -> Recipe:
     """A recipe by name, or the first of the paper and class; without one, the model's own loss under AdamW.
 
     Raises:
-        UsageError: for a recipe whose examples are not known here.
+        UsageError: for a recipe of another class.
     """
     if name is not None:
         found = find_recipe(name)
-        if isinstance(found.objective, _NEED_MORE):
-            raise UsageError(f"Examples of {name} are not known here; without it the model's own loss is planned.")
+        if choice.model_class != found.model_class:
+            raise UsageError(
+                f"{name} trains a {found.model_class}; {choice.name} is planned as a {choice.model_class}."
+            )
         return found
-    fitting = [
-        row
-        for row in RECIPES.values()
-        if row.paper == choice.paper.name
-        and row.model_class == choice.model_class
-        and not isinstance(row.objective, _NEED_MORE)
-    ]
-    if fitting:
-        return fitting[0]
+    for row in RECIPES.values():
+        if (row.paper, row.model_class) == (choice.paper.name, choice.model_class):
+            return row
     if choice.model_class == "Wav2Vec2ForCTC":
         return find_recipe("wav2vec2_ctc")
     numbers = dataclasses.replace(_DEFAULTS, frozen=_FROZEN.get(choice.paper.name))
@@ -434,7 +446,8 @@ def trainer(
     others = nnx.eval_shape(networks)  # judges and averages, which an objective makes
     task = made["task"]
     whole = {name: others.get(name, network) for name, network in task.networks.items()}
-    return Trainer(dataclasses.replace(task, networks=whole), options, mesh=mesh, rules=rules)
+    how = with_average(options, recipe.settings)
+    return Trainer(dataclasses.replace(task, networks=whole), how, mesh=mesh, rules=rules)
 
 
 def training(
@@ -606,10 +619,14 @@ def plan(
     options = options or Options()
     asked = None if recipe is None else find_recipe(recipe)
     choice = choose(model, model_class or (asked.model_class if asked else None), config)
+    row = recipe_of(choice, asked.name if asked else None) if train else None
+    if row is not None and (besides := {n: v for n, v in row.config.items() if n not in (config or {})}):
+        choice = dataclasses.replace(choice, config=dataclasses.replace(choice.config, **besides))
+    if getattr(choice.config, "use_guided_attention_loss", False):  # it reads the weights of every layer
+        options = dataclasses.replace(options, stack=False)
     chip, where = tpu.chip(topology), tpu.topology_mesh(topology, mesh)
     how: dict[str, Any] = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(param_dtype)}
-    if train:
-        row = recipe_of(choice, recipe)
+    if row is not None:
         report, resident = training(choice, amount, where, recipe=row, options=options, **how)
         step = f"a step of training, {row.name}"
     else:

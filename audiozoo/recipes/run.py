@@ -17,9 +17,10 @@ from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
-from audiozoo import hub, loading, registry
+from audiozoo import hub, loading, registry, sharding
 from audiozoo.decoding.units import KMeans, cepstra
 from audiozoo.errors import CheckpointError, UsageError
+from audiozoo.layers.abstract import abstract
 from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor
 from audiozoo.recipes import Recipe
 from audiozoo.recipes.generation import Languages
@@ -89,12 +90,29 @@ def resized(model: Any, **changes: Any) -> Any:
     values = {name: leaf[...] for name, leaf in loading.variables(model).items()}
     dtype = getattr(model, "dtype", None)
     param_dtype = next(iter(values.values())).dtype
-    new = cls(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
-    kept = {
-        name: values[name] if name in values and values[name].shape == leaf.shape else leaf[...]
-        for name, leaf in loading.variables(new).items()
-    }
-    return loading.with_variables(new, kept)
+
+    def create(rngs: Any) -> Any:
+        return cls(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    new = abstract(create)
+    shapes = {name: leaf.shape for name, leaf in loading.variables(new).items()}
+    kept = {name: values[name] for name, shape in shapes.items() if name in values and values[name].shape == shape}
+
+    def draw() -> dict[str, jax.Array]:
+        return {name: leaf[...] for name, leaf in loading.variables(create(nnx.Rngs(0))).items() if name not in kept}
+
+    # Compiled, so that what is kept is not drawn as well.
+    new = loading.with_variables(new, kept | jax.jit(draw)())
+    return loading.finish(new, {n: getattr(model, n) for n in ("generation_config",) if hasattr(model, n)})
+
+
+def drawn(create: Callable[[Any], Any], seed: int, mesh: Mesh | None) -> Any:
+    """A model that begins with nothing: on the host and from there into the shards of a mesh, else where it will be."""
+    if mesh is None:
+        return create(nnx.Rngs(seed))
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        whole = create(nnx.Rngs(seed))
+    return sharding.shard(whole, mesh, sharding.TRAINING_RULES)
 
 
 def letters(texts: Sequence[str]) -> Wav2Vec2CTCTokenizer:
@@ -139,10 +157,14 @@ def build(
         UsageError: a setting does not exist, or the data lacks what the recipe learns.
     """
     numbers = _changed(recipe.settings, settings or {}, "setting of a recipe")
+    _check_mesh(mesh, numbers.batch_size)
     changes: dict[str, Any] = {**recipe.config, **(config or {})}
     if model is None and init is not None:
         path = hub.resolve(str(init))
-        model = loading.load(path, model_class=recipe.model_class, initialize=recipe.new, dtype=dtype)
+        rules = None if mesh is None else sharding.TRAINING_RULES  # straight into the shards that it is trained in
+        model = loading.load(
+            path, model_class=recipe.model_class, initialize=recipe.new, dtype=dtype, mesh=mesh, rules=rules
+        )
         if processor is None:
             directory = path if path.is_dir() else path.parent
             processor = registry.paper(recipe.paper).processor_class.from_directory(directory)
@@ -152,7 +174,7 @@ def build(
     base = _changed(base, changes, f"field of {type(base).__name__}")
     if model is None:
         cls = registry.paper(recipe.paper).model_class(recipe.model_class)
-        model = cls(base, dtype=dtype, rngs=nnx.Rngs((options or Options()).seed))
+        model = drawn(lambda rngs: cls(base, dtype=dtype, rngs=rngs), (options or Options()).seed, mesh)
     elif base != model.config:
         model = resized(model, **{n: getattr(base, n) for n in changes})
     if isinstance(recipe.objective, Pretraining) and recipe.objective.units:
@@ -162,10 +184,13 @@ def build(
     if lora is not None:
         trainable = Trainable(pattern=recipe.new, frozen=frozen, lora=lora)
     task = recipe.objective.task(model, processor, numbers, trainable)
+    return Run(recipe, numbers, model, processor, Trainer(task, with_average(options, numbers), mesh=mesh))
+
+
+def with_average(options: Options | None, settings: Settings) -> Options:
+    """The options, with the recipe's moving average where they name none."""
     options = options or Options()
-    if options.average is None and numbers.average is not None:
-        options = dataclasses.replace(options, average=numbers.average)
-    return Run(recipe, numbers, model, processor, Trainer(task, options, mesh=mesh))
+    return options if options.average is not None else dataclasses.replace(options, average=settings.average)
 
 
 def _named(recipe: Recipe, size: str | None) -> Any:
@@ -176,12 +201,37 @@ def _named(recipe: Recipe, size: str | None) -> Any:
 
 
 def _changed(base: Any, changes: Mapping[str, Any], what: str) -> Any:
-    known = {f.name for f in dataclasses.fields(base)}
-    unknown = sorted(set(changes) - known)
+    known = {f.name: f for f in dataclasses.fields(base)}
+    unknown = sorted(set(changes) - set(known))
     if unknown:
         raise UsageError(f"{unknown[0]!r} is no {what}; there are {', '.join(sorted(known))}.")
-    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
+    plain: dict[str, Any] = {}
+    for name, value in changes.items():
+        before = getattr(base, name)
+        kind = next((k for k in (bool, int | float, str, tuple) if isinstance(before, k)), None)
+        value = tuple(value) if isinstance(value, list) else value
+        if isinstance(value, float) and value.is_integer() and isinstance(before, int):
+            value = int(value)  # 1e5 steps
+        fits = isinstance(value, kind or object) and (kind is bool or before is None or not isinstance(value, bool))
+        if not fits and not (value is None and known[name].default is None):
+            raise UsageError(f"{name} cannot be {value!r}: by default it is {before!r}.")
+        plain[name] = value
     return dataclasses.replace(base, **plain)
+
+
+def _check_mesh(mesh: Mesh | None, batch_size: int) -> None:
+    if mesh is None:
+        return
+    parts = sharding.shards(sharding.batch_sharding(mesh, ("data", "fsdp")))
+    if batch_size % parts:
+        raise UsageError(
+            f"A batch of {batch_size} cannot be divided among the {parts} parts of the mesh: set batch_size."
+        )
+    if parts % jax.process_count():
+        raise UsageError(
+            f"The mesh divides a batch into {parts} parts for {jax.process_count()} hosts; each host needs as many as "
+            "any other: `tensor` lies within a host."
+        )
 
 
 def _new_processor(recipe: Recipe, config: Any) -> Any:
@@ -267,6 +317,7 @@ def train(
     *,
     evaluation: str | Path | None = None,
     held_out: float = 0.0,
+    language: str | None = None,
     evaluate_every: int | None = None,
     patience: int | None = None,
     log_every: int = 10,
@@ -285,6 +336,7 @@ def train(
         out: `checkpoints/`, `metrics.jsonl`, `run.json` and at the end `model/`, a native checkpoint.
         evaluation: data to evaluate on.
         held_out: share of `data` to evaluate on instead.
+        language: of the texts of recordings that do not say theirs.
         evaluate_every: steps between evaluations and checkpoints; a twentieth of all by default.
         patience: evaluations without improvement after which to stop.
         log_every: steps between reports.
@@ -302,6 +354,15 @@ def train(
         AudiozooError: one sentence for each thing that can be wrong.
     """
     out = Path(out)
+    for name, value in {"evaluate_every": evaluate_every, "patience": patience, "log_every": log_every}.items():
+        if value is not None and value < 1:
+            raise UsageError(f"{name} is at least 1, not {value}.")
+    if not 0 <= held_out < 1:
+        raise UsageError(f"The share that is held out lies in [0, 1), not at {held_out}.")
+    if patience is not None and evaluation is None and not held_out:
+        raise UsageError(
+            "Patience counts evaluations, and there is nothing to evaluate on: give evaluation or held_out."
+        )
     items = find_items(data)
     held: list[Item] = []
     if evaluation is not None:
@@ -311,6 +372,10 @@ def train(
         count = max(1, round(held_out * len(items)))
         held = [items[i] for i in sorted(order[:count])]
         items = [items[i] for i in sorted(order[count:])]
+        if not items:
+            raise UsageError(f"{data} holds one recording: there is none left to train on.")
+    if language is not None:
+        items, held = ([_with_language(item, language) for item in part] for part in (items, held))
     run = build(recipe, [*items, *held], **how)
     checkpoints = Checkpoints(out / "checkpoints", keep=keep)
     _remember(out / "run.json", run)
@@ -326,7 +391,6 @@ def train(
     steps = run.settings.steps
     every = evaluate_every or max(steps // 20, 1)
     judged = run.batches(held, limit=limit) if held else None
-    multiple = 1 if run.trainer.mesh is None else run.trainer.mesh.size // jax.process_count()
     first = jax.process_index() == 0
     with Reporter(
         out if first else out / f"process-{jax.process_index()}",
@@ -341,17 +405,21 @@ def train(
             if report is not None:
                 report(step, metrics)
 
-        state = run.trainer.fit(
-            state,
-            stream,
-            steps=steps,
-            evaluation=None if judged is None else (lambda: judged.evaluation(multiple)),
-            evaluate_every=every,
-            patience=patience,
-            log_every=log_every,
-            report=told,
-            checkpoints=checkpoints,
-        )
+        try:
+            state = run.trainer.fit(
+                state,
+                stream,
+                steps=steps,
+                evaluation=None if judged is None else (lambda: judged.evaluation(run.trainer.parts)),
+                evaluate_every=every,
+                patience=patience,
+                log_every=log_every,
+                report=told,
+                checkpoints=checkpoints,
+            )
+        except BaseException:  # Ctrl-C too: what is being written becomes whole
+            checkpoints.close()
+            raise
     if console is not None and (batches.unreadable or batches.left_out):
         console.print(f"left out: {batches.report()}", highlight=False)
     best = checkpoints.best()
@@ -363,6 +431,10 @@ def train(
         _save(model, run.processor, out / "model")
     hosts.wait("saved")
     return model
+
+
+def _with_language(item: Item, language: str) -> Item:
+    return dataclasses.replace(item, fields={"language": language, **item.fields})
 
 
 def _save(model: Any, processor: Any, directory: Path) -> None:

@@ -67,6 +67,11 @@ class Settings:
     average: float | None = None
 
     def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise UsageError(f"{name} is a whole number of at least 1, not {getattr(self, name)}.")
+        if self.seconds <= 0:
+            raise UsageError(f"Recordings are cut to a length above 0 s, not {self.seconds}.")
         if self.schedule not in SCHEDULES:
             raise UsageError(f"There is no schedule {self.schedule!r}; there are {', '.join(SCHEDULES)}.")
         if self.optimizer not in OPTIMIZERS:

@@ -17,6 +17,7 @@ import csv
 import functools
 import glob
 import json
+import math
 import tarfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -111,7 +112,7 @@ def find_items(source: str | Path) -> list[Item]:
 def _of_folder(root: Path) -> list[Item]:
     texts: dict[Path, str] = {}
     for path in sorted(root.rglob("*.trans.txt")):
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in _text(path).splitlines():
             name, _, text = line.partition(" ")
             texts[path.parent / name] = text
     items = []
@@ -121,23 +122,23 @@ def _of_folder(root: Path) -> list[Item]:
         if stem in texts:
             fields["text"] = texts[stem]
         elif (beside := path.with_suffix(".txt")).is_file():
-            fields["text"] = beside.read_text(encoding="utf-8").strip()
+            fields["text"] = _text(beside).strip()
         if (beside := path.with_suffix(".json")).is_file():
-            fields |= _object(beside.read_text(encoding="utf-8"), str(beside))
+            fields |= _object(_text(beside), str(beside))
         items.append(Item(str(path), path, _seconds(fields), fields))
     return items
 
 
 def _of_jsonl(path: Path) -> list[Item]:
     items = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_text(path).splitlines(), 1):
         if line.strip():
             items.append(_of_row(_object(line, f"{path}:{number}"), path, number))
     return items
 
 
 def _of_tsv(path: Path) -> list[Item]:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = _text(path).splitlines()
     if not lines:
         return []
     if "\t" in lines[0]:
@@ -145,7 +146,7 @@ def _of_tsv(path: Path) -> list[Item]:
         return [_of_row({k: v for k, v in row.items() if k and v}, path, n) for n, row in enumerate(table, 2)]
     root, items = path.parent / lines[0], []
     beside = {suffix: path.with_suffix(f".{suffix}") for suffix in ("wrd", "ltr", "km", "phn")}
-    labels = {s: p.read_text(encoding="utf-8").splitlines() for s, p in beside.items() if p.is_file()}
+    labels = {s: _text(p).splitlines() for s, p in beside.items() if p.is_file()}
     for suffix, rows in labels.items():
         if len(rows) != len(lines) - 1:
             raise UsageError(f"{beside[suffix]} has {len(rows)} lines for the {len(lines) - 1} of {path}.")
@@ -195,13 +196,25 @@ def _of_tars(tars: Sequence[Path]) -> list[Item]:
                 continue
             fields: dict[str, Any] = {}
             if ".txt" in group:
-                fields["text"] = group[".txt"].read().decode("utf-8").strip()
+                fields["text"] = _decoded(group[".txt"].read(), f"{path}: {stem}.txt").strip()
             if ".cls" in group:
-                fields["label"] = group[".cls"].read().decode("utf-8").strip()
+                fields["label"] = _decoded(group[".cls"].read(), f"{path}: {stem}.cls").strip()
             if ".json" in group:
-                fields |= _object(group[".json"].read().decode("utf-8"), f"{path}: {stem}.json")
+                where = f"{path}: {stem}.json"
+                fields |= _object(_decoded(group[".json"].read(), where), where)
             items.append(Item(f"{path}: {stem}", sound, _seconds(fields), fields))
     return items
+
+
+def _text(path: Path) -> str:
+    return _decoded(path.read_bytes(), str(path))
+
+
+def _decoded(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8-sig")  # with a byte order mark or without
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{where} is not UTF-8 text (byte {error.start}).") from None
 
 
 def _object(text: str, where: str) -> dict[str, Any]:
@@ -217,9 +230,10 @@ def _object(text: str, where: str) -> dict[str, Any]:
 def _seconds(fields: Mapping[str, Any]) -> float | None:
     for key in _MANIFEST_SECONDS:
         try:
-            return float(fields[key])
+            seconds = float(fields[key])
         except (KeyError, TypeError, ValueError):
             continue
+        return seconds if math.isfinite(seconds) else None
     return None
 
 
@@ -256,6 +270,10 @@ def collate(examples: Sequence[Example], padding: Mapping[str, Padding], samples
         else:
             batch[name] = np.stack(arrays)
     return batch
+
+
+class Whole(dict[str, np.ndarray]):
+    """A batch that is too small to be divided: every host, and every device, has all of it."""
 
 
 # --- all of them -----------------------------------------------------------------------------------------------------
@@ -386,13 +404,14 @@ class Batches:
         bucket, rows = self._pass(number)[place]
         size = self.batch_size // self.process[1]
         start = self.process[0] * size
-        return self._load(rows[start : start + size], bucket, seed=(self.seed, int(index), start))
+        return self._load(rows[start : start + size], bucket, (self.seed, int(index), 0), start)
 
-    def _load(self, rows: np.ndarray, bucket: int, seed: tuple[int, ...]) -> Example:
+    def _load(self, rows: np.ndarray, bucket: int, seed: tuple[int, ...], first: int) -> Example:
+        """Rows of a batch, of which `first` come before these: what is drawn for a row depends on its place in all."""
         examples: list[Example | None] = []
-        for offset, row in enumerate(rows):
+        for place, row in enumerate(rows, first):
             try:
-                examples.append(self._example(self.items[row], np.random.default_rng([*seed, offset])))
+                examples.append(self._example(self.items[row], np.random.default_rng([*seed, place])))
             except (AudiozooError, OSError) as error:
                 self._unreadable(self.items[row], error)
                 examples.append(None)
@@ -426,18 +445,21 @@ class Batches:
         reading = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=2 * self.threads)
         return iter(grain.MapDataset.range(0, 2**31 - 1).map(self.batch).to_iter_dataset(reading))
 
-    def evaluation(self, multiple: int = 1) -> Iterator[Example]:
+    def evaluation(self, parts: int = 1) -> Iterator[Example]:
         """Every recording once, the shortest first; the last batch is smaller.
 
         Args:
-            multiple: batches have a multiple of this many examples (the devices of a mesh); a rest is left out.
+            parts: that a mesh divides a batch into; what then is left of the last batch comes by itself, as `Whole`.
         """
         order = np.argsort(self._bucket, kind="stable")
-        size = self.batch_size // self.process[1]
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
-            rows = rows[: len(rows) // (multiple * self.process[1]) * multiple * self.process[1]]
-            if len(rows):
-                each = min(size, len(rows) // self.process[1])
-                own = rows[self.process[0] * each : (self.process[0] + 1) * each]
-                yield self._load(own, int(self._bucket[rows].max()), seed=(self.seed, start))
+            even = len(rows) // parts * parts
+            if even:
+                each = even // self.process[1]
+                first = self.process[0] * each
+                own = rows[first : first + each]
+                yield self._load(own, int(self._bucket[rows].max()), (self.seed, start), first)
+            if even < len(rows):
+                rest = rows[even:]
+                yield Whole(self._load(rest, int(self._bucket[rest].max()), (self.seed, start), even))

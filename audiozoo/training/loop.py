@@ -39,11 +39,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from audiozoo import sharding
 from audiozoo.errors import UsageError
 from audiozoo.layers.stacking import rematerialise, scanned, unscanned
+from audiozoo.training.data import Whole
 from audiozoo.training.parameters import Trainable, join, partition, restore, shardings_like
 
 # --- what a task is --------------------------------------------------------------------------------------------------
@@ -185,6 +187,8 @@ class Trainer:
         # (network, its arrays); with `stack`, each stack of blocks is one, its parameters with an axis in front
         stacked = partial(scanned, remat=self.options.remat == "layers") if self.options.stack else (lambda n: n)
         self._parts = {name: partition(stacked(network)) for name, network in task.networks.items()}
+        self._divided = None if mesh is None else sharding.batch_sharding(mesh, ("data", "fsdp"))
+        self.parts = 1 if self._divided is None else sharding.shards(self._divided)  # that a batch is divided into
         abstract = jax.eval_shape(self._init, *self._initial())
         self.shardings = None if mesh is None else shardings_like(abstract, mesh, rules)
         self.step = jax.jit(self._step, donate_argnums=0, out_shardings=self._results(None))
@@ -207,12 +211,12 @@ class Trainer:
 
     def init(self) -> State:
         """The state before the first step, in its shards. The task's networks stay as they are."""
-        params, rest = jax.tree.map(jnp.copy, self._initial())
+        initial = self._initial()
         if self.shardings is None:
-            return jax.jit(self._init, donate_argnums=(0, 1))(params, rest)
-        params = jax.tree.map(sharding.put, params, self.shardings.params)
-        rest = jax.tree.map(sharding.put, rest, self.shardings.rest)
-        return jax.jit(self._init, out_shardings=self.shardings)(params, rest)
+            return jax.jit(self._init, donate_argnums=(0, 1))(*jax.tree.map(jnp.copy, initial))
+        where = (self.shardings.params, self.shardings.rest)  # one by one: a model may be larger than a device
+        placed = jax.tree.map(lambda array, place: sharding.put(jnp.copy(array), place), initial, where)
+        return jax.jit(self._init, out_shardings=self.shardings)(*placed)
 
     def abstract(self) -> State:
         """Shapes, dtypes and places of the state: what a checkpoint is restored into."""
@@ -323,10 +327,12 @@ class Trainer:
         return {name: value / max(count, 1e-8) for name, value in sums.items()}
 
     def put(self, batch: Any) -> Any:
-        """A batch on its devices. On several hosts each host gives its own rows."""
-        if self.mesh is None:
+        """A batch on its devices. On several hosts each host gives its own rows, of a `Whole` batch all."""
+        where = self._divided
+        if isinstance(batch, Whole):
+            where, batch = where and NamedSharding(where.mesh, P()), dict(batch)
+        if where is None:
             return jax.tree.map(jnp.asarray, batch)
-        where = sharding.batch_sharding(self.mesh, ("data", "fsdp"))
         return jax.tree.map(partial(jax.make_array_from_process_local_data, where), jax.tree.map(np.asarray, batch))
 
     # --- many steps --------------------------------------------------------------------------------------------------
@@ -370,22 +376,27 @@ class Trainer:
         step, sign = int(state.step), -1.0 if larger_is_better else 1.0
         progress = {"best": math.inf, "worse": 0} | (checkpoints.progress if checkpoints is not None else {})
         save_every = save_every or evaluate_every
+
+        def stops() -> bool:
+            return patience is not None and progress["worse"] >= patience
+
         clock, clocked = time.perf_counter(), step
-        while step < steps:
+        while step < steps and not stops():
             try:
                 batch = next(batches)
             except StopIteration:
                 raise UsageError(f"The data ends after {step} steps; {steps} were asked for.") from None
             state, metrics = self.step(state, self.put(batch))
             step += 1
-            if step % log_every == 0 or step == steps:
+            told, saved = (step % every == 0 or step == steps for every in (log_every, save_every))
+            if told and report is not None:
                 shown = {name: float(value) for name, value in metrics.items()}
                 now = time.perf_counter()
-                shown["steps_a_second"] = (step - clocked) / max(now - clock, 1e-9)
+                report(step, shown | {"steps_a_second": (step - clocked) / max(now - clock, 1e-9)})
                 clock, clocked = now, step
-                if report is not None:
-                    report(step, shown)
-                if not math.isfinite(shown.get("loss", next(iter(shown.values())))):
+            if told or saved:
+                losses = [float(value) for name, value in metrics.items() if name.rpartition("/")[2] == "loss"]
+                if not all(map(math.isfinite, losses)):
                     raise UsageError(f"The loss is not finite at step {step}: lower the learning rate, or clip.")
             measured: dict[str, float] = {}
             if evaluation is not None and (step % evaluate_every == 0 or step == steps):
@@ -396,12 +407,9 @@ class Trainer:
                     raise UsageError(f"The evaluation has no {watch!r}; it has {', '.join(measured)}.")
                 worse = 0 if sign * measured[watch] < progress["best"] else progress["worse"] + 1
                 progress = {"best": min(progress["best"], sign * measured[watch]), "worse": worse}
-            stop = patience is not None and progress["worse"] >= patience
-            if checkpoints is not None and (step % save_every == 0 or step == steps or stop):
+            if checkpoints is not None and (saved or stops()):
                 checkpoints.progress = progress
                 checkpoints.save(step, state, batches, measured)
-            if stop:
-                break
         if checkpoints is not None:
             checkpoints.wait()
         return state

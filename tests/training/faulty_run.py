@@ -17,7 +17,7 @@ import soundfile
 
 from audiozoo import sharding
 from audiozoo.training.checkpointing import Checkpoints
-from audiozoo.training.data import Batches, find_items
+from audiozoo.training.data import Batches, Whole, find_items
 from audiozoo.training.loop import Options, Trainer
 from audiozoo.training.reporting import Reporter
 from tests.training.networks import Numbers, loss, task
@@ -99,7 +99,7 @@ def main(directory, steps, mesh="", kill=""):
             state,
             data,
             steps=int(steps),
-            evaluation=lambda: [next(Numbers())],
+            evaluation=lambda: [next(Numbers()), Whole(next(Numbers(3)))],
             evaluate_every=3,
             log_every=1,
             report=report,

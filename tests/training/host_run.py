@@ -3,29 +3,29 @@
 python -m tests.training.host_run DIRECTORY [HOST:PORT,COUNT,INDEX]
 """
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+import audiozoo
 from audiozoo import sharding
 from audiozoo.recipes import recipe, run
 from audiozoo.training import hosts
 from audiozoo.training.loop import Options
-from tests.models.random_model import random_model
 from tests.training import tiny
 
 
 def main(directory, address=""):
     if address:
         hosts.connect(address)
-    # Kernels of 4,096 numbers are divided among the hosts (`fsdp`), all of them within a host (`tensor`).
-    config = dataclasses.replace(tiny.family("wav2vec2", "Wav2Vec2ForCTC").config, intermediate_size=256)
-    model = random_model(lambda rngs: tiny.wav2vec2.Wav2Vec2ForCTC(config, param_dtype=jnp.float64, rngs=rngs))
+    # Kernels of 4,096 numbers are divided among the hosts (`fsdp`), all of them within a host (`tensor`), when read.
+    mesh = sharding.make_mesh({"fsdp": 2, "tensor": 2})
+    model = audiozoo.load(Path(directory) / "init", param_dtype="float64", mesh=mesh, rules=sharding.TRAINING_RULES)
+    kernel = model.wav2vec2.encoder.layers[0].feed_forward.intermediate_dense.kernel[...]
+    assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // 4}
     losses = []
     settings = {
         "batch_size": 8,
@@ -43,9 +43,9 @@ def main(directory, address=""):
         model=model,
         processor=tiny.PROCESSOR,
         settings=settings,
-        mesh=sharding.make_mesh({"fsdp": 2, "tensor": 2}),
+        mesh=mesh,
         options=Options(average=0.9),
-        evaluation=Path(directory) / "set.jsonl",
+        evaluation=Path(directory) / "held.jsonl",
         evaluate_every=2,
         log_every=1,
         report=lambda step, metrics: losses.append([step, metrics]),

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 
 from audiozoo.errors import AudioError, SourceError, UsageError
-from audiozoo.training.data import Batches, Padding, collate, find_items
+from audiozoo.training.data import Batches, Padding, Whole, collate, find_items
 
 RATE = 8000
 
@@ -124,6 +124,11 @@ def test_what_is_no_data_gets_a_sentence(tmp_path):
     (tmp_path / "a.jsonl").write_text("{")
     with pytest.raises(UsageError, match=r"a\.jsonl:1 is not valid JSON"):
         find_items(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_bytes('{"audio": "à.wav"}'.encode("latin-1"))
+    with pytest.raises(UsageError, match=r"a\.jsonl is not UTF-8 text \(byte 11\)"):
+        find_items(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_text('{"audio": "a.wav", "duration": NaN}', encoding="utf-8-sig")  # with a mark
+    assert find_items(tmp_path / "a.jsonl")[0].seconds is None
 
 
 # --- order -----------------------------------------------------------------------------------------------------------
@@ -189,8 +194,9 @@ def test_hosts_read_their_own_rows_of_the_same_batches(folder):
     whole = batches(items, batch_size=4)
     parts = [batches(items, batch_size=4, process=(p, 2)) for p in range(2)]
     for index in range(6):
-        both = np.concatenate([part.batch(index)["number"] for part in parts])
-        np.testing.assert_array_equal(both, whole.batch(index)["number"])
+        for name in ("number", "draw"):
+            both = np.concatenate([part.batch(index)[name] for part in parts])
+            np.testing.assert_array_equal(both, whole.batch(index)[name])
     with pytest.raises(UsageError, match="cannot be divided among 3 hosts"):
         batches(items, batch_size=4, process=(0, 3))
 
@@ -232,8 +238,24 @@ def test_what_is_cut_says_where_and_what_must_be_whole_is_left_out(folder):
 def test_evaluation_sees_every_recording_once(folder):
     seen = [b["number"] for b in batches(find_items(folder), batch_size=5).evaluation()]
     assert sorted(np.concatenate(seen)) == list(range(12))
-    seen = [b["number"] for b in batches(find_items(folder), batch_size=4).evaluation(multiple=4)]
-    assert [len(b) for b in seen] == [4, 4, 4]
+
+
+def test_what_a_mesh_cannot_divide_is_evaluated_by_itself(folder):
+    """Of batches of eight for four parts, and two hosts: eight, and a rest of three that each host has all of."""
+    items = find_items(folder)[:11]
+    alone = list(batches(items, batch_size=8).evaluation())
+    for hosts in (1, 2):
+        seen = [list(batches(items, batch_size=8, process=(p, hosts)).evaluation(parts=4)) for p in range(hosts)]
+        for first, rest in seen:
+            assert (len(first["number"]), len(rest["number"])) == (8 // hosts, 3)
+            assert (isinstance(first, Whole), isinstance(rest, Whole)) == (False, True)
+            for name in ("number", "draw"):
+                np.testing.assert_array_equal(rest[name], alone[1][name])
+        for name in ("number", "draw"):
+            together = np.concatenate([first[name] for first, _ in seen])
+            np.testing.assert_array_equal(together, alone[0][name])
+    (only,) = batches(items[:3], batch_size=8).evaluation(parts=8)
+    assert isinstance(only, Whole)
 
 
 # --- what is broken --------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Two processes that find each other on this machine, two devices each, against one with four."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
@@ -16,6 +18,8 @@ import audiozoo
 from audiozoo.errors import UsageError
 from audiozoo.training import hosts
 from audiozoo.training.checkpointing import Checkpoints
+from tests.models.random_model import random_model
+from tests.training import tiny
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,7 +51,14 @@ def answers(processes):
 
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
-    """Losses, checkpoints and the model of a run of wav2vec 2.0 in float64; what both wrote, one reads."""
+    """Losses, checkpoints and the model of a run of wav2vec 2.0 in float64; what both wrote, one reads.
+
+    They read its parameters straight into shards, and evaluate nine recordings in a batch of eight and one by itself.
+    """
+    config = dataclasses.replace(tiny.family("wav2vec2", "Wav2Vec2ForCTC").config, intermediate_size=256)
+    with jax.enable_x64(True):
+        model = random_model(lambda rngs: tiny.wav2vec2.Wav2Vec2ForCTC(config, param_dtype=jnp.float64, rngs=rngs))
+        audiozoo.save(model, tmp_path / "init")
     rows = []
     for index in range(16):
         sound = np.random.default_rng(index).normal(0, 0.1, 6400 - 160 * (index % 5))
@@ -56,6 +67,7 @@ def test_two_processes_are_one(tmp_path):
             {"audio": f"{index}.wav", "text": "as one" if index % 2 else "we do", "duration": len(sound) / 16e3}
         )
     (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "held.jsonl").write_text("\n".join(map(json.dumps, rows[:9])))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

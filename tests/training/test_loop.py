@@ -1,7 +1,9 @@
 """The loop: what one step does, and that no way of doing it changes the result."""
 
+import io
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from rich.console import Console
 
 from audiozoo.errors import UsageError
 from audiozoo.layers.stacking import Scanned, scanned, unscanned
+from audiozoo.training.checkpointing import Checkpoints
 from audiozoo.training.loop import Loss, Options, Phase, Task, Trainer
 from audiozoo.training.parameters import Lora, Trainable
 from audiozoo.training.reporting import Reporter
@@ -219,9 +223,15 @@ def test_phases_alternate_and_hand_on():
 # --- many steps ------------------------------------------------------------------------------------------------------
 
 
+def plain(screen):
+    """What a terminal was sent, without its colours and movements."""
+    return re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", screen.getvalue()).replace("\r", "\n")
+
+
 def test_fit_reports_evaluates_and_stops_early(tmp_path):
-    trainer, shown = Trainer(task(without_dropout, optax.sgd(0.0))), []
-    with Reporter(tmp_path, steps=100, tensorboard=True) as write:
+    trainer, shown, screen = Trainer(task(without_dropout, optax.sgd(0.0))), [], io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=200)
+    with Reporter(tmp_path, steps=100, tensorboard=True, console=terminal) as write:
 
         def report(step, metrics):
             shown.append((step, metrics))
@@ -243,6 +253,9 @@ def test_fit_reports_evaluates_and_stops_early(tmp_path):
     assert [line["step"] for line in lines] == [5, 5, 10, 10, 15, 15]
     assert lines[0]["loss"] == shown[0][1]["loss"]
     assert list((tmp_path / "tensorboard").glob("events.*"))
+    assert re.search(r"^step +10  (?!evaluation).*\bloss [\d.]+", plain(screen), re.M)
+    assert re.search(r"^step +10  evaluation/.*\bevaluation/loss [\d.]+", plain(screen), re.M)
+    assert re.search(r"training .* 15/100 .*loss [\d.]+", plain(screen))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 16, "lo')  # a process that was killed
     with Reporter(tmp_path, steps=100, start=10) as write:
@@ -251,10 +264,31 @@ def test_fit_reports_evaluates_and_stops_early(tmp_path):
     assert [line["step"] for line in lines] == [5, 5, 10, 10, 11]
 
 
-def test_what_cannot_go_on_says_so():
+def test_a_run_that_stopped_early_stays_stopped(tmp_path):
+    """Started again it trains no further, unless it is given more patience."""
+    trainer = Trainer(task(without_dropout, optax.sgd(0.0)))
+
+    def go_on(patience):
+        checkpoints = Checkpoints(tmp_path)
+        state = checkpoints.restore(trainer.abstract()) or trainer.init()
+        held = [next(Numbers())]
+        how = {"evaluation": lambda: held, "evaluate_every": 1, "patience": patience, "checkpoints": checkpoints}
+        state = trainer.fit(state, Numbers(), steps=9, **how)
+        checkpoints.close()
+        return int(state.step)
+
+    assert [go_on(2), go_on(2), go_on(4)] == [3, 3, 5]
+
+
+def test_what_cannot_go_on_says_so(tmp_path):
     trainer = Trainer(task(without_dropout, optax.sgd(1e30)))
     with pytest.raises(UsageError, match="not finite at step 3"):
         trainer.fit(trainer.init(), Numbers(), steps=10, log_every=3)
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(UsageError, match="not finite at step 2"):  # and none of it is saved
+        trainer.fit(trainer.init(), Numbers(), steps=10, log_every=5, save_every=1, checkpoints=checkpoints)
+    assert checkpoints.steps() == [1]
+    checkpoints.close()
     trainer = Trainer(task())
     with pytest.raises(UsageError, match="ends after 2 steps; 5 were"):
         trainer.fit(trainer.init(), iter([next(Numbers())] * 2), steps=5)

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +17,22 @@ import optax
 import pytest
 import soundfile
 from flax import nnx
+from typer.testing import CliRunner
 
 import audiozoo
+from audiozoo.cli import app
 from audiozoo.errors import AudioError, CheckpointError, UsageError
 from audiozoo.models.audio_spectrogram_transformer import ASTRecipe
-from audiozoo.recipes import RECIPES, ROWS, recipe, run
+from audiozoo.processors.seamless_m4t import SeamlessM4TFeatureExtractor
+from audiozoo.processors.speech_to_text import Speech2TextFeatureExtractor
+from audiozoo.recipes import RECIPES, ROWS, plan, recipe, run
 from audiozoo.recipes.settings import SCHEDULES, Settings
+from audiozoo.text import WhisperTokenizer
+from audiozoo.training import checkpointing
 from audiozoo.training.data import Item, find_items
+from audiozoo.training.loop import Trainer
 from audiozoo.training.parameters import Lora, partition
+from tests.text.vocabularies import SMALL_SPECIALS, small_backend
 from tests.training import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -217,6 +226,59 @@ def test_languages_are_learnt_from_the_data(corpus):
         row.objective.prepare(processor, model.config, np.zeros(3200, np.float32), fields, None)
 
 
+def test_texts_are_written_in_their_language(corpus, tmp_path):
+    """Of Whisper, and its task; of the tokenizers that put a language in front; the tokenizer itself stays as it is."""
+    backend = small_backend()
+    backend.add_special_tokens(SMALL_SPECIALS)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = WhisperTokenizer.from_tokenizer_file(tmp_path / "tokenizer.json")
+    row, model, _ = tiny.small(recipe("whisper"))
+    config = dataclasses.replace(model.config, decoder_start_token_id=tokenizer.sot)
+    processor = SimpleNamespace(tokenizer=tokenizer)
+
+    def labels(**fields):
+        ids = row.objective.prepare(processor, config, np.zeros(800), {"text": "cafe", **fields}, None)["labels"]
+        return tokenizer.convert_ids_to_tokens(ids.tolist())
+
+    assert labels(language="german")[:3] == ["<|de|>", "<|transcribe|>", "<|notimestamps|>"]
+    assert labels(language="ja", task="translate")[:3] == ["<|ja|>", "<|translate|>", "<|notimestamps|>"]
+    assert labels(language="de")[-1] == "<|endoftext|>"
+    with pytest.raises(UsageError, match="writes many languages, and a recording has no language"):
+        labels()
+    with pytest.raises(UsageError, match="knows no language 'klingon'"):
+        labels(language="klingon")
+    assert tokenizer.language is None
+
+    class Several(tiny.Tokens):
+        lang_code_to_id: ClassVar = {"de": 40, "fr": 41}
+
+        def set_target_lang(self, language):
+            self.start = self.lang_code_to_id[language]
+
+    row, model, processor = tiny.small(recipe("speech_to_text"))
+    processor.tokenizer = Several(40)
+    example = row.objective.prepare(
+        processor, model.config, np.ones(800, np.float32), {"text": "a", "language": "fr"}, None
+    )
+    assert example["labels"][0] == 41
+    assert processor.tokenizer.start == 40
+    item = find_items(corpus)[0]
+    assert run._with_language(item, "fra").fields["language"] == "deu"
+    assert run._with_language(dataclasses.replace(item, fields={}), "fra").fields == {"language": "fra"}
+
+
+@pytest.mark.parametrize("extractor", [Speech2TextFeatureExtractor(), SeamlessM4TFeatureExtractor()], ids=type)
+def test_features_on_the_device_are_the_processors(extractor):
+    """Of padded waveforms of an even, an odd and the least number of frames."""
+    rng = np.random.default_rng(0)
+    waveforms = [rng.normal(0, 0.1, samples).astype(np.float32) for samples in (8000, 5999, 560)]
+    wanted = extractor(waveforms, 16_000)
+    padded = np.stack([np.pad(w, (0, 8000 - len(w))) for w in waveforms])
+    features, mask = jax.jit(extractor.in_jax)(padded, np.asarray([8000, 5999, 560]))
+    np.testing.assert_array_equal(mask, wanted["attention_mask"])
+    np.testing.assert_allclose(features, wanted["input_features"], atol=2e-3)
+
+
 def test_what_a_recording_must_bring_is_named(corpus):
     fields = find_items(corpus)[0].fields
     rng = np.random.default_rng(0)
@@ -361,16 +423,82 @@ def test_what_cannot_be_trained_says_so(corpus, tmp_path):
     }.items():
         with pytest.raises(UsageError, match=match):
             call()
-    ready = run.build(ctc, items, model=model, processor=processor, settings={"batch_size": 2})
+    for match, how in {
+        "steps cannot be 'many': by default it is 80000": {"settings": {"steps": "many"}},
+        "steps is a whole number of at least 1, not 0": {"settings": {"steps": 0}},
+        "batch_size is a whole number of at least 1, not 2.5": {"settings": {"batch_size": 2.5}},
+        "hidden_size cannot be '9'": {"config": {"hidden_size": "9"}},
+        "do_stable_layer_norm cannot be 1": {"config": {"do_stable_layer_norm": 1}},
+        "A batch of 6 cannot be divided among the 4 parts of the mesh": {
+            "mesh": jax.sharding.AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor")),
+            "settings": {"batch_size": 6},
+        },
+    }.items():
+        with pytest.raises(UsageError, match=match):
+            run.build(ctc, items, **how)
+    for match, how in {
+        "there is nothing to evaluate on": {"patience": 2},
+        "log_every is at least 1, not 0": {"log_every": 0},
+        r"lies in \[0, 1\), not at 1.5": {"held_out": 1.5},
+    }.items():
+        with pytest.raises(UsageError, match=match):
+            run.train(ctc, corpus, tmp_path / "run", **how)
+    assert not (tmp_path / "run").exists()
+    ready = run.build(ctc, items, model=model, processor=processor, settings={"batch_size": 2, "steps": 1e1})
+    assert ready.settings.steps == 10
     with pytest.raises(AudioError, match="a recording has none"):
         ready.batches(bare).batch(0)
 
 
-def test_the_command_trains(corpus, tmp_path):
-    from typer.testing import CliRunner
+@pytest.fixture
+def still(monkeypatch):
+    """Steps that compute nothing: what is trained stays as it is. Gives the batches that they were to learn from."""
+    init, batches = Trainer.__init__, []
 
-    from audiozoo.cli import app
+    def quick(self, *args, **kwargs):
+        def step(state, batch):
+            batches.append(batch)
+            return dataclasses.replace(state, step=state.step + 1), {"loss": 0.0}
 
+        init(self, *args, **kwargs)
+        self.step = step
+
+    monkeypatch.setattr(Trainer, "__init__", quick)
+    monkeypatch.setattr(checkpointing, "checksums", lambda arrays: {})  # a program for each model
+    return batches
+
+
+@pytest.mark.parametrize("name", list({type(row.objective): name for name, row in RECIPES.items()}.values()))
+def test_the_command_takes_every_kind_of_recipe(name, corpus, tmp_path, still, monkeypatch):
+    """`audiozoo train NAME --init DIRECTORY`, of a small model: data, batches, a step, a model to load."""
+    row, model, processor = tiny.small(recipe(name))
+    monkeypatch.setitem(RECIPES, name, row)
+    reader = audiozoo.registry.paper(row.paper).processor_class
+    monkeypatch.setattr(reader, "from_directory", classmethod(lambda cls, directory: processor))
+    audiozoo.save(model, tmp_path / "init")
+    arguments = ["train", name.replace("_", "-"), "--data", str(corpus), "--out", str(tmp_path / "run")]
+    arguments += ["--init", str(tmp_path / "init"), "--set=batch_size=2", "--set=steps=1", "--log-every=1"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.exception
+    assert done.stdout == f"{tmp_path / 'run' / 'model'}\n"
+    told = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in told] == [1]
+    trained = audiozoo.load(tmp_path / "run" / "model")
+    assert type(trained) is type(model)
+    changed = {n for n, value in vars(trained.config).items() if value != getattr(model.config, n)}
+    assert changed <= {*row.config, "encoder"}  # whose class, of XLS-R, is written as the one above it
+    for a, b in zip(jax.tree.leaves(nnx.state(trained)), jax.tree.leaves(nnx.state(model)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    # And `audiozoo plan --recipe NAME` plans a step on such a batch.
+    choice = plan.Choice(audiozoo.registry.paper(row.paper), row.model_class, model.config, name)
+    assert plan.recipe_of(choice, name) is row
+    amount = plan.Amount(2, 0.4, 8)
+    planned = plan.example(row, choice, plan._processor(choice, amount), amount)
+    forms = [{n: (a.dtype, a.ndim, a.shape[0]) for n, a in batch.items()} for batch in (planned, still[0])]
+    assert forms[0] == forms[1]
+
+
+def test_the_command_trains(corpus, tmp_path, still):
     fields = {**tiny.SPEECH, "feat_extract_norm": "layer"}
     changes = [f"--config={n}={json.dumps(v)}" for n, v in fields.items() if n not in ("vocab_size", "id2label")]
     steps = ["--set=steps=2", "--set=batch_size=2", "--set=learning_rate=1e-3"]
