@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 
@@ -198,6 +199,24 @@ def test_identify(run, checkpoints):
     assert run(*pieces, "0.5").code == 0
     for seconds in ("0", "-1", "0.02"):
         assert_refused(run(*pieces, seconds), "too short for one frame")
+
+
+def test_long_recordings_are_heard_in_pieces(checkpoints, monkeypatch):
+    """The Transformer's input depends on a neighbourhood alone: in pieces it is the same. Logits are averaged."""
+    wave, processor = audiozoo.audio.read(checkpoints / "noise.wav"), audiozoo.load_processor(checkpoints / "ctc")
+    encoder, classifier = (audiozoo.load(checkpoints / name) for name in ("hubert", "classifier"))
+    whole = encoders.embed(encoder, processor, wave, layer=0)
+    halves = [dict(encoders.identify(classifier, processor, half)) for half in np.split(wave, 2)]
+    monkeypatch.setattr(encoders, "LONGEST_S", 1.0)
+    short = {"chunk_length_s": 0.8, "stride_length_s": 0.2, "batch_size": 2}
+    monkeypatch.setattr(encoders, "in_pieces", functools.partial(encoders.in_pieces, **short))
+    pieces = encoders.embed(encoder, processor, wave, layer=0)
+    np.testing.assert_allclose(pieces["frames"], whole["frames"], atol=1e-4)
+    np.testing.assert_array_equal(pieces["times"], whole["times"])
+    found = dict(encoders.identify(classifier, processor, wave))
+    wanted = {label: np.sqrt(halves[0][label] * halves[1][label]) for label in found}
+    total = sum(wanted.values())
+    assert found == pytest.approx({label: value / total for label, value in wanted.items()}, rel=1e-4)
 
 
 def test_units(run, checkpoints, tmp_path):

@@ -26,6 +26,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from audiozoo.decoding.encoders import in_pieces, rounded
 from audiozoo.errors import SourceError, UsageError
 
 LOG_ZERO = -1e30
@@ -238,7 +239,37 @@ class _Text:
     word: str  # letters since the last delimiter
     lm: float  # weighted scores of finished words
     bonus: float  # of finished hot words
-    words: tuple[str, ...] = ()  # finished, as the lexicon writes them
+    words: tuple[Any, ...] = ()  # finished, as the lexicon writes them: those before, and the last
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Prefix:
+    """A sequence of tokens as its last one and those before, so that a long one costs no more than a short one.
+
+    Its key is a polynomial of the tokens modulo a prime: equal for equal sequences, and for others with a chance of
+    $2^{-127}$ a pair and token.
+    """
+
+    key: int = 1
+    token: int | None = None
+    before: _Prefix | None = None
+
+    def followed_by(self, token: int) -> int:
+        """The key of the sequence that is longer by a token."""
+        return (self.key * 0x5DEECE66D2545F4914F6CDD1D + token + 1) % (2**127 - 1)
+
+    def tokens(self) -> tuple[int, ...]:
+        """All of them."""
+        return tuple(_unrolled(self, lambda p: (p.before, p.token) if p.before is not None else None))
+
+
+def _unrolled(last: Any, step: Callable[[Any], tuple[Any, Any] | None]) -> list[Any]:
+    """What hangs together from the last to the first, in order."""
+    found = []
+    while (pair := step(last)) is not None:
+        last, item = pair
+        found.append(item)
+    return found[::-1]
 
 
 def _log_add(a: float, b: float) -> float:
@@ -357,7 +388,7 @@ class BeamSearch:
         if self.language_model is not None or self.lexicon is not None:
             score += self.beta
         bonus = self.hotword_weight if word in self._hot else 0.0
-        words = text.words if self.lexicon is None else (*text.words, word)
+        words = text.words if self.lexicon is None else (text.words, word)
         return _Text(history, "", text.lm + score, text.bonus + bonus, words)
 
     def _extend(self, text: _Text, token: int) -> _Text | None:
@@ -402,65 +433,70 @@ class BeamSearch:
             )
         log_probs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
         start = _Text(self.language_model.start() if self.language_model else (), "", 0.0, 0.0)
-        texts: dict[tuple[int, ...], _Text | None] = {(): start}
-        beams: dict[tuple[int, ...], _Beam] = {(): _Beam(blank=0.0)}
+        beams: dict[int, tuple[_Prefix, _Beam, _Text]] = {1: (_Prefix(), _Beam(blank=0.0), start)}
         skipped = frozenset(self.skip)
         for frame in log_probs:
             tried = [int(t) for t in np.flatnonzero(frame >= min(token_min_logp, frame.max()))]
-            following: dict[tuple[int, ...], _Beam] = {}
+            following: dict[int, _Beam] = {}
+            longer: dict[int, tuple[int, _Prefix]] = {}
 
-            def at(prefix: tuple[int, ...], following: dict[tuple[int, ...], _Beam] = following) -> _Beam:
-                found = following.get(prefix)
+            def at(key: int, following: dict[int, _Beam] = following) -> _Beam:
+                found = following.get(key)
                 if found is None:
-                    found = following[prefix] = _Beam()
+                    found = following[key] = _Beam()
                 return found
 
-            for prefix, beam in beams.items():
+            for key, (prefix, beam, _) in beams.items():
                 total = beam.total
-                last = prefix[-1] if prefix else None
                 for token in tried:
                     logp = float(frame[token])
                     if token == self.blank:
-                        same = at(prefix)
+                        same = at(key)
                         same.blank = _log_add(same.blank, total + logp)
                     elif token in skipped:
                         continue
                     else:
-                        longer = at((*prefix, token))
-                        if token == last:
+                        further = prefix.followed_by(token)
+                        longer[further] = (token, prefix)
+                        new = at(further)
+                        if token == prefix.token:
                             # A repeat continues the token; only after a blank it is a new one.
-                            same = at(prefix)
+                            same = at(key)
                             same.token = _log_add(same.token, beam.token + logp)
-                            longer.token = _log_add(longer.token, beam.blank + logp)
+                            new.token = _log_add(new.token, beam.blank + logp)
                         else:
-                            longer.token = _log_add(longer.token, total + logp)
+                            new.token = _log_add(new.token, total + logp)
             ranked = []
-            for prefix, beam in following.items():
+            for key, beam in following.items():
                 if beam.total == -math.inf:
                     continue
-                if prefix not in texts:
-                    before = texts[prefix[:-1]]
-                    texts[prefix] = None if before is None else self._extend(before, prefix[-1])
-                if (text := texts[prefix]) is not None:
-                    ranked.append((beam.total + self._rank(text), prefix))
-            ranked.sort(reverse=True)
+                if key in beams:
+                    text: _Text | None = beams[key][2]
+                else:
+                    token, prefix = longer[key]
+                    text = self._extend(beams[prefix.key][2], token)
+                if text is not None:
+                    ranked.append((beam.total + self._rank(text), key, text))
             if not ranked:
                 continue
+            ranked.sort(key=lambda entry: entry[:2], reverse=True)
             floor = ranked[0][0] + beam_prune_logp
-            beams = {prefix: following[prefix] for rank, prefix in ranked[:beam_width] if rank >= floor}
-            texts = {prefix: texts[prefix] for prefix in beams}
+            kept = [(key, text) for rank, key, text in ranked[:beam_width] if rank >= floor]
+            prefixes = {key: beams[key][0] if key in beams else _Prefix(key, *longer[key]) for key, _ in kept}
+            beams = {key: (prefixes[key], following[key], text) for key, text in kept}
         results = []
-        whole = {prefix: self._finish(text) for prefix, text in texts.items() if text is not None}
-        if not any(whole.values()):  # the last word is not yet one of the lexicon's; it is left out
-            whole = {prefix: text and dataclasses.replace(text, word="") for prefix, text in texts.items()}
-        for prefix, beam in beams.items():
-            if (end := whole[prefix]) is None:
+        ends = [(prefix, beam, self._finish(text)) for prefix, beam, text in beams.values()]
+        if not any(end for _, _, end in ends):  # the last word is not yet one of the lexicon's; it is left out
+            ends = [(prefix, beam, dataclasses.replace(text, word="")) for prefix, beam, text in beams.values()]
+        for prefix, beam, end in ends:
+            if end is None:
                 continue
             lm = end.lm
             if self.language_model is not None and self.score_boundary and "</s>" in self.language_model:
                 lm += self.alpha * self.language_model.score(end.history, "</s>")[0]
-            said = self.text(prefix) if self.lexicon is None else " ".join(end.words)
-            results.append(Hypothesis(prefix, said, beam.total + lm + end.bonus, beam.total, lm, end.words))
+            tokens, words = prefix.tokens(), tuple(_unrolled(end.words, lambda pair: pair or None))
+            said = self.text(tokens) if self.lexicon is None else " ".join(words)
+            results.append(Hypothesis(tokens, said, beam.total + lm + end.bonus, beam.total, lm, words))
         results.sort(key=lambda h: h.score, reverse=True)
         return results[:n_best]
 
@@ -638,8 +674,8 @@ def forced_alignment(
         if needed > spoken[item]:
             raise UsageError(f"Item {item}: {spoken[item]} frames are too few; the text takes {needed}.")
     # A few shapes, so that another length does not compile again.
-    blocks = _rounded(-(-frames // _BLOCK), 4)
-    states = 2 * _rounded(tokens.shape[1], 32) + 4
+    blocks = rounded(-(-frames // _BLOCK), 4)
+    states = 2 * rounded(tokens.shape[1], 32) + 4
     padded = np.zeros((batch, blocks * _BLOCK, scored.shape[2]), scored.dtype)
     padded[:, :frames] = scored
     extended = np.full((batch, states), blank, np.int32)
@@ -675,12 +711,6 @@ def _single(width: int, blank: int) -> Callable[..., tuple[jax.Array, ...]]:
     return run
 
 
-def _rounded(count: int, least: int) -> int:
-    """`count` up to two leading binary digits: one of few sizes, at most a third larger."""
-    step = max(least, 1 << max(int(count).bit_length() - 3, 0))
-    return max(-(-count // step) * step, least)
-
-
 # --- whole recordings ------------------------------------------------------------------------------------------------
 
 
@@ -707,11 +737,7 @@ def chunked_logits(
     sampling_rate: int = 16_000,
     progress: Callable[[int, int], None] | None = None,
 ) -> Float[np.ndarray, "frames vocabulary"]:
-    """A CTC model's logits for a recording of any length.
-
-    Pieces of `chunk_length_s` overlap by `stride_length_s` on each side; of each only the middle is kept, where the
-    model saw what comes before and after. Pieces begin at whole frames, so the result has exactly the frames of one
-    forward of the whole recording. What fits into one piece is computed in one piece.
+    """A CTC model's logits for a recording of any length, in overlapping pieces; see `encoders.in_pieces`.
 
     Args:
         model: a CTC model of the wav2vec 2.0 family.
@@ -725,53 +751,23 @@ def chunked_logits(
     Raises:
         UsageError: if the strides leave nothing of a piece.
     """
-    ratio = _samples_a_frame(model)
-    samples = len(input_values)
-    count = int(model.backbone.frame_lengths(samples))
-    chunk = round(chunk_length_s * sampling_rate / ratio)  # in frames
-    stride = round(stride_length_s * sampling_rate / ratio)
-    if chunk <= 2 * stride:
-        raise UsageError(f"Pieces of {chunk_length_s} s with {stride_length_s} s cut off on both sides leave nothing.")
-    reach = samples - (count - 1) * ratio  # samples that the last frame sees, and a rest
     graphdef, state = nnx.split(model)
-    if count <= chunk:
-        pieces = [(0, count, 0, count)]
-    else:
-        step = chunk - 2 * stride
-        pieces = []
-        for start in range(0, count, step):
-            end = min(start + chunk, count)
-            keep = start + stride if start else 0
-            stop = count if end == count else end - stride
-            pieces.append((start, end, keep, stop))
-            if end == count:
-                break
-    # One length in samples for all: bucketed for short recordings, so that another length does not compile again.
-    longest = max(end - start for start, end, _, _ in pieces)
-    frames = min(_rounded(longest, 25), max(chunk, longest))
-    width = (frames - 1) * ratio + max(reach, 400)
-    result: np.ndarray | None = None
-    for first in range(0, len(pieces), batch_size):
-        group = pieces[first : first + batch_size]
-        rows = batch_size if len(pieces) > batch_size else len(group)
-        values = np.zeros((rows, width), np.float32)
-        mask = np.zeros((rows, width), np.int32)
-        mask[len(group) :] = 1  # rows that only fill the batch
-        for row, (start, end, _, _) in enumerate(group):
-            piece = input_values[start * ratio : (end - 1) * ratio + max(reach, 400)]
-            values[row, : len(piece)] = piece
-            mask[row, : len(piece)] = 1
-        full = bool(mask.all())
-        masked = model.config.feat_extract_norm == "group"
-        logits = np.asarray(_forward(graphdef, state, values, None if full else mask, masked=masked and not full))
-        if result is None:
-            result = np.empty((count, logits.shape[-1]), logits.dtype)
-        for row, (start, _, keep, stop) in enumerate(group):
-            result[keep:stop] = logits[row, keep - start : stop - start]
-        if progress is not None:
-            progress(min(first + batch_size, len(pieces)), len(pieces))
-    assert result is not None
-    return result
+    grouped = model.config.feat_extract_norm == "group"
+
+    def call(values: np.ndarray, mask: np.ndarray | None) -> jax.Array:
+        return _forward(graphdef, state, values, mask, masked=grouped and mask is not None)
+
+    return in_pieces(
+        call,
+        input_values,
+        int(model.backbone.frame_lengths(len(input_values))),
+        _samples_a_frame(model),
+        chunk_length_s=chunk_length_s,
+        stride_length_s=stride_length_s,
+        batch_size=batch_size,
+        sampling_rate=sampling_rate,
+        progress=progress,
+    )
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ For the models of the wav2vec 2.0 family, whose call they have in common.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,6 +17,91 @@ from flax import nnx
 from jaxtyping import Float
 
 from audiozoo.errors import UsageError
+
+LONGEST_S = 60.0  # seconds that are heard in one piece: the Transformer's memory grows with their square
+
+
+def rounded(count: int, least: int) -> int:
+    """`count` up to two leading binary digits: one of few sizes, at most a third larger."""
+    step = max(least, 1 << max(int(count).bit_length() - 3, 0))
+    return max(-(-count // step) * step, least)
+
+
+def in_pieces(
+    call: Callable[[np.ndarray, np.ndarray | None], Any],
+    input_values: Float[np.ndarray, " samples"],
+    count: int,
+    ratio: int,
+    *,
+    chunk_length_s: float = 30.0,
+    stride_length_s: float = 5.0,
+    batch_size: int = 4,
+    sampling_rate: int = 16_000,
+    progress: Callable[[int, int], None] | None = None,
+) -> Float[np.ndarray, "frames width"]:
+    """The frames that a model makes of a recording of any length.
+
+    Pieces of `chunk_length_s` overlap by `stride_length_s` on each side; of each only the middle is kept, where the
+    model saw what comes before and after. Pieces begin at whole frames, so the result has exactly the frames of one
+    forward of the whole recording. What fits into one piece is computed in one piece.
+
+    Args:
+        call: makes `(batch, frames, width)` of `(batch, samples)` and its mask, or None where nothing is padded.
+        input_values: one waveform, normalised by the processor.
+        count: frames of the whole recording.
+        ratio: samples from one frame to the next.
+        chunk_length_s: seconds a piece; longer is better and takes memory with its square.
+        stride_length_s: seconds thrown away at each inner edge.
+        batch_size: pieces at a time.
+        sampling_rate: of the waveform.
+        progress: called with the pieces done and the pieces in all.
+
+    Raises:
+        UsageError: if the strides leave nothing of a piece.
+    """
+    samples = len(input_values)
+    chunk = round(chunk_length_s * sampling_rate / ratio)  # in frames
+    stride = round(stride_length_s * sampling_rate / ratio)
+    if chunk <= 2 * stride:
+        raise UsageError(f"Pieces of {chunk_length_s} s with {stride_length_s} s cut off on both sides leave nothing.")
+    reach = samples - (count - 1) * ratio  # samples that the last frame sees, and a rest
+    if count <= chunk:
+        pieces = [(0, count, 0, count)]
+    else:
+        step = chunk - 2 * stride
+        pieces = []
+        for start in range(0, count, step):
+            end = min(start + chunk, count)
+            keep = start + stride if start else 0
+            stop = count if end == count else end - stride
+            pieces.append((start, end, keep, stop))
+            if end == count:
+                break
+    # One length in samples for all: bucketed for short recordings, so that another length does not compile again.
+    longest = max(end - start for start, end, _, _ in pieces)
+    frames = min(rounded(longest, 25), max(chunk, longest))
+    width = (frames - 1) * ratio + max(reach, 400)
+    result: np.ndarray | None = None
+    for first in range(0, len(pieces), batch_size):
+        group = pieces[first : first + batch_size]
+        rows = batch_size if len(pieces) > batch_size else len(group)
+        values = np.zeros((rows, width), np.float32)
+        mask = np.zeros((rows, width), np.int32)
+        mask[len(group) :] = 1  # rows that only fill the batch
+        for row, (start, end, _, _) in enumerate(group):
+            piece = input_values[start * ratio : (end - 1) * ratio + max(reach, 400)]
+            values[row, : len(piece)] = piece
+            mask[row, : len(piece)] = 1
+        full = bool(mask.all())
+        made = np.asarray(call(values, None if full else mask))
+        if result is None:
+            result = np.empty((count, made.shape[-1]), made.dtype)
+        for row, (start, _, keep, stop) in enumerate(group):
+            result[keep:stop] = made[row, keep - start : stop - start]
+        if progress is not None:
+            progress(min(first + batch_size, len(pieces)), len(pieces))
+    assert result is not None
+    return result
 
 
 @partial(jax.jit, static_argnames=("graphdef", "options"))
@@ -34,10 +121,21 @@ def _run(model: Any, processor: Any, audios: list[np.ndarray], **options: Any) -
     return _call(graphdef, state, values, mask, options=tuple(sorted(options.items())))
 
 
+def _over_pieces(model: Any, processor: Any, audio: np.ndarray, field: str) -> np.ndarray:
+    """A field of the output for a recording in equal pieces of at most `LONGEST_S`, averaged: `(1, width)`."""
+    rate = getattr(processor, "feature_extractor", processor).sampling_rate
+    pieces = np.array_split(np.asarray(audio), max(math.ceil(len(audio) / (LONGEST_S * rate)), 1))
+    found = [np.asarray(getattr(_run(model, processor, [piece]), field)) for piece in pieces]
+    return np.mean(found, axis=0)
+
+
 def embed(
     model: Any, processor: Any, audio: Float[np.ndarray, " samples"], *, layer: int | None = None
 ) -> dict[str, np.ndarray]:
     """Vectors of a recording.
+
+    What is longer than a minute is heard in overlapping pieces (see `in_pieces`), and the vectors of a speaker in
+    pieces are averaged.
 
     Args:
         model: any model of the family, with or without a head.
@@ -64,16 +162,29 @@ def embed(
         raise UsageError(
             f"The recording is too short: it has {count} frames, and {type(model).__name__} needs {least}."
         )
-    output = _run(model, processor, [audio], output_hidden_states=True)
-    frames = np.asarray(output.hidden_states[-1 if layer is None else layer][0, :count], np.float32)
-    step = (
-        together
-        * model.config.inputs_to_logits_ratio
-        / getattr(processor, "feature_extractor", processor).sampling_rate
-    )
-    result = {"frames": frames, "times": np.arange(count) * step, "mean": frames.mean(axis=0)}
-    if hasattr(output, "embeddings"):
-        result["embedding"] = np.asarray(output.embeddings[0], np.float32)
+    extractor = getattr(processor, "feature_extractor", processor)
+    rate, which = extractor.sampling_rate, -1 if layer is None else layer
+    ratio = together * model.config.inputs_to_logits_ratio
+    if len(audio) <= LONGEST_S * rate:
+        output = _run(model, processor, [audio], output_hidden_states=True)
+        frames = np.asarray(output.hidden_states[which][0, :count], np.float32)
+        speaker = getattr(output, "embeddings", None)
+    else:
+        graphdef, state = nnx.split(backbone)
+        grouped = model.config.feat_extract_norm == "group"
+
+        def call(values: np.ndarray, mask: np.ndarray | None) -> jax.Array:
+            options = (("masked_group_norm", grouped and mask is not None), ("output_hidden_states", True))
+            return _call(graphdef, state, values, mask, options=options).hidden_states[which]
+
+        values = extractor([audio], sampling_rate=rate)["input_values"][0]
+        frames = in_pieces(call, values, count, ratio, sampling_rate=rate).astype(np.float32)
+        speaker = None
+        if type(model).__name__.endswith(("ForXVector", "ForSpeakerVerification")):
+            speaker = _over_pieces(model, processor, audio, "embeddings")
+    result = {"frames": frames, "times": np.arange(count) * ratio / rate, "mean": frames.mean(axis=0)}
+    if speaker is not None:
+        result["embedding"] = np.asarray(speaker[0], np.float32)
     return result
 
 
@@ -87,6 +198,9 @@ def identify(
     crop_length_s: float = 10.0,
 ) -> list[tuple[str, float]]:
     """The most probable classes of a recording: its language, speaker, keyword or emotion, by the checkpoint.
+
+    What is longer than a minute is heard in equal pieces, and their logits are averaged, as the classifier, which is
+    linear in the mean over time, does with frames.
 
     Args:
         model: with a sequence classifier.
@@ -112,7 +226,8 @@ def identify(
     if crops > 1 and len(audio) > length:
         starts = np.linspace(0, len(audio) - length, crops).astype(int)
         pieces = [np.asarray(audio[start : start + length]) for start in starts]
-    logits = jnp.mean(_run(model, processor, pieces).logits, axis=0)
+    found = [_over_pieces(model, processor, piece, "logits") for piece in pieces]
+    logits = np.mean(np.concatenate(found), axis=0)
     probabilities = np.asarray(jax.nn.softmax(logits))
     best = np.argsort(-probabilities)[:top_k]
     return [(model.config.id2label[i], float(probabilities[i])) for i in best]

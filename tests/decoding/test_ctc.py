@@ -219,6 +219,21 @@ def test_a_lexicon_is_exact(seed, hotwords, tmp_path):
         ctc.read_lexicon(tmp_path / "lexicon.txt")
 
 
+def test_a_long_recording_takes_its_time_and_no_more():
+    """Four times as long, about four times the time: no step costs more behind a long text."""
+
+    def seconds(frames: int) -> float:
+        path = np.tile([2, 0, 3, 1], frames // 4)
+        log_probs = np.log(np.eye(4)[path] * 0.9 + 0.025)
+        started = time.process_time()
+        (best,) = ctc.BeamSearch(VOCABULARY)(log_probs, beam_width=5)
+        assert best.tokens == tuple(t for t in path if t)
+        return time.process_time() - started
+
+    seconds(100)
+    assert seconds(4_000) < 8 * seconds(1_000)
+
+
 def test_phrases_and_cases():
     """Of a phrase every word is hot; small letters are those of the vocabulary in capitals, and of the model alike."""
     frames = np.full((4, 4), 0.02)
