@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -309,13 +310,24 @@ class Wav2Vec2CTCTokenizer:
     # --- text to tokens ---
 
     def word_ids(self, word: str) -> list[int]:
-        """The letters of one word that the vocabulary has, in either case; a phoneme is a word of one letter."""
+        """The letters of one word that the vocabulary has, in either case; a phoneme is a word of one letter.
+
+        Of a letter with an accent that the vocabulary does not have, what it does have is taken.
+        """
         ids = []
-        for letter in [word] if self.phonemes else word:
-            found = next((self.encoder[x] for x in (letter, letter.upper(), letter.lower()) if x in self.encoder), None)
-            if found is not None and found not in self.special_ids() and letter != self.word_delimiter_token:
-                ids.append(found)
+        for letter in [word] if self.phonemes else unicodedata.normalize("NFC", word):
+            found = self._letter_id(letter)
+            parts = [found] if found is not None else map(self._letter_id, unicodedata.normalize("NFD", letter))
+            ids += [part for part in parts if part is not None]
         return ids
+
+    def _letter_id(self, letter: str) -> int | None:
+        """The index of a letter in either case, if it is text."""
+        for spelled in (letter, letter.upper(), letter.lower()):
+            index = self.encoder.get(spelled)
+            if index is not None and letter != self.word_delimiter_token:
+                return None if index in self.special_ids() else index
+        return None
 
     def _ids(self, text: str) -> list[int]:
         if self.phonemes:

@@ -54,6 +54,8 @@ def test_languages():
         Wav2Vec2CTCTokenizer(NESTED)
     tokenizer = Wav2Vec2CTCTokenizer(NESTED, target_lang="fra")
     assert tokenizer.decode([2, 2, 1, 2]) == "É É"
+    assert tokenizer.word_ids("e\u0301|\u0301é") == [2, 2]  # composed or not
+    assert PROCESSOR.tokenizer.word_ids("Äb|ç<s>") == [5, 6, 7]  # what is left of a letter without its accent
     with pytest.raises(ValueError, match="no vocabulary for 'deu'"):
         tokenizer.set_target_lang("deu")
     with pytest.raises(ValueError, match="not divided into languages"):
