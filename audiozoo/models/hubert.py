@@ -313,7 +313,8 @@ class HubertForPreTraining(_WithBackbone):
             input_values: waveforms at 16 kHz.
             attention_mask: 1 for a sample of the recording, 0 for padding behind it.
             labels: clusters, `label_rate` a second, of every set of labels; -100 is left out. Frames behind the last
-                one are left out too. (The released code cuts them off before the Transformer.)
+                one are left out too. (The released code cuts them off before the Transformer.) In a checkpoint of
+                fairseq's, whose first four classes are special ones, cluster $k$ is $k + 4$.
             mask_time_indices: frames to mask and to predict; drawn if there is a `key`.
             alpha: $\alpha$; 1, as in the released models, counts the masked frames alone.
             features_pen_weight: weight of the mean square of the features, for each frame that counts (10 in BASE's
