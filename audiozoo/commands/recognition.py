@@ -143,6 +143,8 @@ def writer(
 def speak_language(model: Any, processor: Any, source: str, language: str | None) -> Any:
     """The model with the adapters of a language, of MMS; without adapters there is no language to choose.
 
+    For the aligner, and for recognisers of phonemes, the language says how a text is read.
+
     Raises:
         UsageError: if the model knows one language only.
     """
@@ -152,6 +154,9 @@ def speak_language(model: Any, processor: Any, source: str, language: str | None
 
     if isinstance(processor.tokenizer, AlignmentTokenizer):
         processor.set_target_lang(language)  # how the text is romanised
+        return model
+    if processor.tokenizer.phonemizer_lang is not None:
+        processor.tokenizer.phonemizer_lang = language  # how the text is pronounced
         return model
     if getattr(model.config, "adapter_attn_dim", None) is None:
         raise UsageError(f"{source} has no adapters of languages; leave --language out.")

@@ -24,6 +24,7 @@ from audiozoo.processors import (
     write_json,
     zero_mean_unit_variance,
 )
+from audiozoo.text.phonemes import phonemes_of_words
 
 MINIMUM_SAMPLES = 400  # one frame
 
@@ -148,6 +149,7 @@ class Wav2Vec2CTCTokenizer:
         do_lower_case: the vocabulary is in capitals, text is wanted in small letters.
         target_lang: which of the nested vocabularies is in use.
         phonemes: the tokens are phonemes: text has spaces between them, and no word boundaries unless asked for.
+        phonemizer_lang: espeak-ng's voice that turns words into phonemes; None where texts are phonemes already.
     """
 
     def __init__(
@@ -163,6 +165,7 @@ class Wav2Vec2CTCTokenizer:
         do_lower_case: bool = False,
         target_lang: str | None = None,
         phonemes: bool = False,
+        phonemizer_lang: str | None = None,
     ) -> None:
         self.vocab = dict(vocab)
         self.pad_token, self.bos_token, self.eos_token, self.unk_token = pad_token, bos_token, eos_token, unk_token
@@ -170,6 +173,7 @@ class Wav2Vec2CTCTokenizer:
         self.replace_word_delimiter_char = replace_word_delimiter_char
         self.do_lower_case = do_lower_case
         self.phonemes = phonemes
+        self.phonemizer_lang = phonemizer_lang
         self.target_lang = target_lang
         if self.languages and target_lang is None:
             raise UsageError(f"This vocabulary has a part for each language; choose one: {self._shown()}.")
@@ -201,6 +205,7 @@ class Wav2Vec2CTCTokenizer:
         if nested and language is None:
             language = "eng" if "eng" in vocab else next(iter(vocab))
         phonemes = "Phoneme" in str(config.get("tokenizer_class", ""))
+        phonemize = phonemes and config.get("do_phonemize", True)
         return cls(
             vocab,
             pad_token=text("pad_token", "<pad>") or "<pad>",
@@ -212,6 +217,7 @@ class Wav2Vec2CTCTokenizer:
             do_lower_case=bool(config.get("do_lower_case", False)) and not phonemes,
             target_lang=language if nested else None,
             phonemes=phonemes,
+            phonemizer_lang=config.get("phonemizer_lang", "en-us") if phonemize else None,
         )
 
     @classmethod
@@ -242,7 +248,8 @@ class Wav2Vec2CTCTokenizer:
         names = ("pad_token", "bos_token", "eos_token", "unk_token", "word_delimiter_token", "do_lower_case")
         config = {name: getattr(self, name) for name in (*names, "replace_word_delimiter_char", "target_lang")}
         if self.phonemes:
-            config |= {"do_phonemize": False, "phone_delimiter_token": " "}
+            config |= {"do_phonemize": self.phonemizer_lang is not None, "phone_delimiter_token": " "}
+            config["phonemizer_lang"] = self.phonemizer_lang or "en-us"
             del config["do_lower_case"], config["replace_word_delimiter_char"], config["target_lang"]
         write_json(folder / "tokenizer_config.json", config | {"tokenizer_class": kind})
 
@@ -315,7 +322,10 @@ class Wav2Vec2CTCTokenizer:
         Of a letter with an accent that the vocabulary does not have, what it does have is taken.
         """
         ids = []
-        for letter in [word] if self.phonemes else unicodedata.normalize("NFC", word):
+        letters: Sequence[str] = unicodedata.normalize("NFC", word)
+        if self.phonemes:
+            letters = self._phonemes_of(word)
+        for letter in letters:
             found = self._letter_id(letter)
             parts = [found] if found is not None else map(self._letter_id, unicodedata.normalize("NFD", letter))
             ids += [part for part in parts if part is not None]
@@ -331,7 +341,7 @@ class Wav2Vec2CTCTokenizer:
 
     def _ids(self, text: str) -> list[int]:
         if self.phonemes:
-            pieces = [p for p in text.split() if p]
+            pieces = self._phonemes_of(text)
         else:
             pieces = []
             position = 0
@@ -342,6 +352,13 @@ class Wav2Vec2CTCTokenizer:
         known = self._added | self.encoder
         return [known.get(piece, known[self.unk_token]) for piece in pieces]
 
+    def _phonemes_of(self, text: str) -> list[str]:
+        """What a text is in phonemes, words followed by the delimiter if there is one."""
+        if self.phonemizer_lang is None:
+            return text.split()
+        behind = [] if self.word_delimiter_token is None else [self.word_delimiter_token]
+        return [p for word in phonemes_of_words(text, self.phonemizer_lang) for p in (*word, *behind)]
+
     def _letters(self, text: str) -> list[str]:
         text = text.upper() if self.do_lower_case else text
         return list(text if self.word_delimiter_token is None else text.replace(" ", self.word_delimiter_token))
@@ -349,10 +366,10 @@ class Wav2Vec2CTCTokenizer:
     def __call__(
         self, text: str | Sequence[str], *, padding: bool | str = False, return_tensors: str | None = None
     ) -> dict[str, Any]:
-        """Tokens of a text or of several; for phonemes, of a text that is already phonemes with spaces between them.
+        """Tokens of a text or of several.
 
         Args:
-            text: what to encode.
+            text: what to encode; without a `phonemizer_lang` a recogniser of phonemes wants them, with spaces between.
             padding: bring several texts to one length with the blank.
             return_tensors: "np" for arrays.
         """

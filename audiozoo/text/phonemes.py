@@ -109,8 +109,13 @@ class Espeak:
         self._said.clear()
         return said.astype(np.float32) / 32768
 
-    def clauses(self, text: str, voice: str) -> list[tuple[str, str]]:
+    def clauses(self, text: str, voice: str, separator: str = "") -> list[tuple[str, str]]:
         """The clauses of a text as `(phonemes, what of the text they stand for)`.
+
+        Args:
+            text: any text.
+            voice: espeak-ng's name of the language.
+            separator: a character to put between phonemes.
 
         Raises:
             UsageError: for an unknown voice.
@@ -120,8 +125,9 @@ class Espeak:
         buffer = ctypes.create_string_buffer(encoded)
         start = ctypes.addressof(buffer)
         pointer, position, found = ctypes.c_void_p(start), 0, []
+        mode = _PHONEMES_IPA | (ord(separator) << 8 if separator else 0)
         while pointer.value:
-            phonemes = self._convert(ctypes.byref(pointer), _CHARS_UTF8, _PHONEMES_IPA)
+            phonemes = self._convert(ctypes.byref(pointer), _CHARS_UTF8, mode)
             end = pointer.value - start if pointer.value else len(encoded) - 1
             source = encoded[position:end].decode(errors="ignore")
             # It has read one character too many: the first one of the next clause.
@@ -187,6 +193,23 @@ def sentences(text: str, voice: str = "en-us") -> list[str]:
             current = ""
     found.append(current)
     return [unicodedata.normalize("NFD", sentence) for sentence in found if sentence.strip()]
+
+
+def phonemes_of_words(text: str, voice: str = "en-us") -> list[list[str]]:
+    """The phonemes of each word, without stress and punctuation, as recognisers of phonemes were trained on them.
+
+    Args:
+        text: any text.
+        voice: espeak-ng's name of the language.
+
+    Raises:
+        PhonemizerMissingError: if espeak-ng is not installed.
+        UsageError: for an unknown voice.
+    """
+    clauses = espeak().clauses(_PUNCTUATION.sub(" ", text.lower()), voice, "_")
+    spoken = " ".join(_LANGUAGE_SWITCH.sub("", phonemes) for phonemes, _ in clauses)
+    words = (re.sub(r"[ˈˌ'-]+", "", word).split("_") for word in spoken.split())
+    return [found for word in words if (found := [phoneme for phoneme in word if phoneme])]
 
 
 def _terminator(source: str) -> str:

@@ -127,6 +127,21 @@ def test_phonemes_are_words():
     assert [(w["text"], w["start"]) for w in aligned] == [("n", 0.0), ("aɪ", 0.06), ("tʃ", 0.08), ("ə", 0.14)]
 
 
+def test_texts_become_phonemes(tmp_path):
+    """As in `transformers`, where the files do not say otherwise: by espeak-ng, without stress and punctuation."""
+    vocabulary = {p: i for i, p in enumerate(["<pad>", "<s>", "</s>", "<unk>", "h", "ə", "l", "oʊ", "w", "ɜː", "d"])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    kind = {"tokenizer_class": "Wav2Vec2PhonemeCTCTokenizer", "phonemizer_lang": "en-us", "word_delimiter_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(kind))
+    tokenizer = Wav2Vec2CTCTokenizer.from_directory(tmp_path)
+    assert tokenizer("Hello, world! It")["input_ids"] == [4, 5, 6, 7, 8, 9, 6, 10, 3, 3]
+    assert tokenizer.word_ids("World!") == [8, 9, 6, 10]
+    tokenizer.save(tmp_path / "again")
+    assert Wav2Vec2CTCTokenizer.from_directory(tmp_path / "again").phonemizer_lang == "en-us"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(kind | {"do_phonemize": False}))
+    assert Wav2Vec2CTCTokenizer.from_directory(tmp_path)("h ə l oʊ")["input_ids"] == [4, 5, 6, 7]
+
+
 def test_align():
     words = ctc.align(Spelled(), PROCESSOR, spoken(PATH), "aab ca")
     assert [(w["text"], w["start"], w["end"]) for w in words] == [("aab", 0.04, 0.14), ("ca", 0.24, 0.34)]
