@@ -163,6 +163,8 @@ class Pop2PianoFeatureExtractor(FeatureExtractor):
         songs = list(audio) if several else [audio]
         if sampling_rate is None:
             raise UsageError("Pop2Piano needs the sampling_rate of the song, to find its beats.")
+        if steps_per_beat < 1:
+            raise UsageError(f"steps_per_beat is {steps_per_beat}; a beat has at least one, and two for this model.")
         rates = list(sampling_rate) if isinstance(sampling_rate, Sequence) else [sampling_rate] * len(songs)
         known = (list(beats) if several else [beats]) if beats is not None else [None] * len(songs)
         if len(rates) != len(songs) or len(known) != len(songs):
@@ -175,9 +177,13 @@ class Pop2PianoFeatureExtractor(FeatureExtractor):
             if times is None:
                 times = tracking.beats(waveform, rate, self.tracker)
             times = np.asarray(times, np.float64)
-            if times.ndim != 1 or len(times) < 2 or np.any(np.diff(times) <= 0) or times[0] < 0:
+            if times.ndim != 1 or len(times) < 2 or not np.all(np.diff(times) > 0) or not times[0] >= 0:
                 raise UsageError(
                     "The beats of a song are at least two times in seconds, from 0 on, each after the last."
+                )
+            if times[0] * rate >= len(waveform):
+                raise UsageError(
+                    f"The beats begin at {times[0]:.1f} s; the song is over after {len(waveform) / rate:.1f} s."
                 )
             samples = waveform if rate == self.sampling_rate else resample(waveform, rate, self.sampling_rate)
             found.append(self.segments(np.asarray(samples, np.float32), times, steps_per_beat))
@@ -325,7 +331,7 @@ class Pop2PianoTokenizer:
             if kind == SPECIAL and value == 1:
                 break
             if kind == TIME:
-                now = now + value if cutoff is None else min(now + value, cutoff)
+                now = max(now + value, 0) if cutoff is None else min(max(now + value, 0), cutoff)
             elif kind == VELOCITY:
                 loud = value
             elif kind == NOTE and value in sounding:
