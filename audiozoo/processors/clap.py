@@ -190,7 +190,8 @@ class ClapFeatureExtractor(FeatureExtractor):
                 pieces.append(np.asarray(_chunk(filled, **self._settings(truncation)), np.float32))
         return np.concatenate(pieces)[:frames]
 
-    def _fill(self, waveform: np.ndarray, length: int, padding: str) -> np.ndarray:
+    def fill(self, waveform: Float[np.ndarray, " time"], length: int, padding: str) -> Float[np.ndarray, " samples"]:
+        """A waveform shorter than `length` as `padding` says: repeated, repeated and cut, or neither; then zeros."""
         times = length // len(waveform)
         if padding == "repeat":
             waveform = np.tile(waveform, times + 1)[:length]
@@ -213,10 +214,10 @@ class ClapFeatureExtractor(FeatureExtractor):
                 start = self._start(np.arange(len(waveform) - length + 1), crops, rng)
                 waveform = waveform[start : start + length]
             elif len(waveform) < length:
-                waveform = self._fill(waveform, length, padding)
+                waveform = self.fill(waveform, length, padding)
             return self._log_mel(waveform, truncation)[None], longer
         if len(waveform) < length:
-            waveform = self._fill(waveform, length, padding)
+            waveform = self.fill(waveform, length, padding)
         mel, frames = self._log_mel(waveform, truncation), length // self.hop_length + 1
         if len(mel) <= frames:  # less than one frame more than the model hears is not longer
             return np.stack([mel] * 4), False
@@ -275,6 +276,8 @@ class ClapFeatureExtractor(FeatureExtractor):
 
     def in_jax(self, waveforms: Float[Array, "batch time"]) -> Float[Array, "batch views frames mels"]:
         """The same for waveforms of one length, up to ten seconds, inside `jax.jit` and in their own dtype."""
+        if self.quantize:
+            waveforms = jnp.trunc(jnp.clip(waveforms, -1, 1) * 32767) / 32767
         mel = log_mel_db(waveforms, **self._settings(self.truncation))[:, None]
         return jnp.repeat(mel, 4, axis=1) if self.truncation == "fusion" else mel
 

@@ -429,11 +429,9 @@ class Contrastive(Objective):
         if len(waveform) > length:
             start = int(rng.integers(len(waveform) - length + 1))
             waveform = waveform[start : start + length]
-        elif extractor.padding in ("repeatpad", "repeat"):
-            times = length / len(waveform)
-            repeats = int(np.ceil(times)) if extractor.padding == "repeat" else int(times)
-            waveform = np.tile(waveform, repeats)[:length]
-        return {"waveform": np.pad(waveform, (0, length - len(waveform))).astype(np.float32)} | words
+        elif len(waveform) < length:
+            waveform = extractor.fill(waveform, length, extractor.padding)
+        return {"waveform": waveform.astype(np.float32)} | words
 
     def loss(self, processor: Any) -> Callable[[dict[str, Any], Any, Turn], Loss]:
         """See `Objective`."""
