@@ -1,14 +1,12 @@
-"""CLAP against `transformers` in float64, against the released code's fusions, head and losses; its parts alone.
+"""CLAP against `transformers` in float64; its parts alone.
 
-What `transformers` does not have is compared with modules written here from the released code's description, under its
-parameter names.
+What `transformers` does not have is compared with LAION's own code in `test_clap_laion.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,20 +18,12 @@ from flax import nnx
 from transformers.models.clap import modeling_clap
 
 import audiozoo
-from audiozoo import cli
-from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.layers import Dropout, abstract, activations
 from audiozoo.models import clap, roberta, swin
-from audiozoo.processors.clap import ClapFeatureExtractor
-from audiozoo.text.roberta_tokenizer import RobertaTokenizer
 from tests.parity import harness
-from tests.text.tiny_bpe import MERGES, vocabulary
 from weights_conversion.clap import (
-    ORIGINAL_TABLE,
     _roberta,
     config_from_hugging_face,
-    config_from_original,
-    hugging_face,
     hugging_face_table,
 )
 from weights_conversion.rules import Ignore, Table
@@ -426,272 +416,6 @@ def _tensor_names(directory) -> set[str]:
     with (directory / "model.safetensors").open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         return set(json.loads(file.read(size))) - {"__metadata__"}
-
-
-# --- LAION's own files -----------------------------------------------------------------------------------------------
-
-
-def pointwise(channels: int, narrow: int, kind: str, pooled: bool) -> torch.nn.Sequential:
-    conv = {"1d": torch.nn.Conv1d, "2d": torch.nn.Conv2d}[kind]
-    norm = {"1d": torch.nn.BatchNorm1d, "2d": torch.nn.BatchNorm2d}[kind]
-    pool = {"1d": torch.nn.AdaptiveAvgPool1d, "2d": torch.nn.AdaptiveAvgPool2d}[kind]
-    layers = [conv(channels, narrow, 1), norm(narrow), torch.nn.ReLU(), conv(narrow, channels, 1), norm(channels)]
-    return torch.nn.Sequential(*([pool(1)] if pooled else []), *layers)
-
-
-class Fusion(torch.nn.Module):
-    """Direct, attentional and iterative attentional fusion; the last with the layer that it never calls."""
-
-    def __init__(self, name: str, channels: int, ratio: int):
-        super().__init__()
-        self.how, kind = name.split("_")
-        if self.how != "daf":
-            for branch in ("local_att", "global_att", *(("local_att2", "global_att2") if self.how == "iaff" else ())):
-                setattr(self, branch, pointwise(channels, channels // ratio, kind, branch.startswith("global")))
-
-    def forward(self, x, y):
-        if self.how == "daf":
-            return x + y
-        alpha = torch.sigmoid(self.local_att(x + y) + self.global_att(x + y))
-        if self.how == "aff":
-            return 2 * x * alpha + 2 * y * (1 - alpha)
-        z = x * alpha + y * (1 - alpha)
-        alpha = torch.sigmoid(self.local_att2(z) + self.global_att(z))
-        return x * alpha + y * (1 - alpha)
-
-
-class Mlp(torch.nn.Module):
-    def __init__(self, dim: int):
-        super().__init__()
-        layers = (torch.nn.Linear(dim, dim), torch.nn.ReLU(), torch.nn.Dropout(0.1), torch.nn.Linear(dim, dim))
-        self.sequential = torch.nn.Sequential(*layers)
-
-
-class Released(torch.nn.Module):
-    """What LAION's files hold, under their names, around the Swin body of `transformers`."""
-
-    def __init__(self, fusion: str | None, body: transformers.ClapModel, classes: int = 6):
-        super().__init__()
-        audio, dim = body.config.audio_config, body.config.projection_dim
-        self.fusion, self.audio, self.body = fusion, audio, body.audio_model.audio_encoder
-        self.text = body.text_model
-        width, bins = audio.patch_embeds_hidden_size, audio.num_mel_bins
-        self.proj = torch.nn.Conv2d(4 if fusion == "channel_map" else 1, width, 4, 4)
-        if fusion in ("daf_2d", "aff_2d", "iaff_2d"):
-            self.mel_conv2d = torch.nn.Conv2d(1, width, (4, 12), (4, 12))
-            self.fusion_model = Fusion(fusion, width, 4)
-        elif fusion in ("daf_1d", "aff_1d", "iaff_1d"):
-            self.mel_conv1d = torch.nn.Sequential(torch.nn.Conv1d(bins, bins, 5, 3, 2), torch.nn.BatchNorm1d(bins))
-            self.fusion_model = Fusion(fusion, bins, 4)
-        self.tscam_conv = torch.nn.Conv2d(audio.hidden_size, classes, (2, 3), padding=(0, 1))
-        self.head = torch.nn.Linear(classes, classes)
-        self.text_projection = torch.nn.Sequential(
-            torch.nn.Linear(body.config.text_config.hidden_size, dim), torch.nn.ReLU(), torch.nn.Linear(dim, dim)
-        )
-        self.audio_projection = torch.nn.Sequential(
-            torch.nn.Linear(audio.hidden_size, dim), torch.nn.ReLU(), torch.nn.Linear(dim, dim)
-        )
-        self.text_transform, self.audio_transform = Mlp(dim), Mlp(dim)
-        self.logit_scale_a = torch.nn.Parameter(torch.zeros(()))
-        self.logit_scale_t = torch.nn.Parameter(torch.zeros(()))
-
-    def patches(self, x, longer):
-        body, longer = self.body, torch.where(longer.reshape(-1))[0]
-        x = body.batch_norm(x.transpose(1, 3)).transpose(1, 3)
-        if hasattr(self, "mel_conv1d"):
-            whole, frames = x[:, 0].transpose(1, 2).clone(), x.shape[2]
-            if len(longer):
-                crops = [self.mel_conv1d(x[longer, i].transpose(1, 2)) for i in (1, 2, 3)]
-                whole[longer] = self.fusion_model(whole[longer], torch.cat(crops, dim=-1)[..., :frames])
-            x = whole.transpose(1, 2)[:, None]
-        x = body.reshape_mel2img(x)
-        y = self.proj(x if self.fusion in (None, "channel_map") else x[:, :1])
-        if hasattr(self, "mel_conv2d") and len(longer):
-            local = torch.cat([self.mel_conv2d(x[longer, i : i + 1]) for i in (1, 2, 3)], dim=-1)
-            local = torch.nn.functional.pad(local, (0, y.shape[-1] - local.shape[-1]))
-            y[longer] = self.fusion_model(y[longer], local)
-        return body.patch_embed.norm(y.flatten(2).transpose(1, 2))
-
-    def encode(self, x, longer):
-        body, y = self.body, self.patches(x, longer)
-        for stage, resolution in zip(body.layers, body.input_resolutions, strict=True):
-            y = stage(y, resolution)[0]
-        y = body.norm(y)
-        rows, columns = body.input_resolutions[-1]
-        y = y.transpose(1, 2).reshape(len(y), -1, body.freq_ratio, rows // body.freq_ratio, columns)
-        return y.permute(0, 1, 3, 2, 4).flatten(3)  # (batch, channels, bands, frames)
-
-    def tags(self, x, longer):
-        y = self.encode(x, longer)
-        frames = self.tscam_conv(y).flatten(2)
-        repeats = 2 ** (len(self.audio.depths) - 1) * 4
-        return {
-            "logits": frames.mean(-1),
-            "clipwise_output": torch.sigmoid(frames.mean(-1)),
-            "framewise_output": torch.sigmoid(frames).transpose(1, 2).repeat_interleave(repeats, 1),
-            "fine_grained_embedding": y.mean(2).transpose(1, 2).repeat_interleave(repeats, 1),
-            "embedding": y.flatten(2).mean(-1),
-        }
-
-    def forward(self, input_ids, attention_mask, input_features, is_longer):
-        normalise = torch.nn.functional.normalize
-        audio = normalise(self.audio_projection(self.encode(input_features, is_longer).flatten(2).mean(-1)), dim=-1)
-        text = normalise(self.text_projection(self.text(input_ids, attention_mask).pooler_output), dim=-1)
-        return audio, text, self.audio_transform.sequential(audio), self.text_transform.sequential(text)
-
-    def released_names(self) -> dict[str, torch.Tensor]:
-        """The state dict under LAION's names, fused query, key and value, and the tables that it stores."""
-        spellings = {
-            "body.batch_norm.": "audio_branch.bn0.",
-            "body.patch_embed.norm.": "audio_branch.patch_embed.norm.",
-            "body.norm.": "audio_branch.norm.",
-            "proj.": "audio_branch.patch_embed.proj.",
-            "mel_conv2d.": "audio_branch.patch_embed.mel_conv2d.",
-            "mel_conv1d.": "audio_branch.mel_conv1d.",
-            "tscam_conv.": "audio_branch.tscam_conv.",
-            "head.": "audio_branch.head.",
-            "text.": "text_branch.",
-            "fusion_model.": "audio_branch."
-            + ("fusion_model." if hasattr(self, "mel_conv1d") else "patch_embed.fusion_model."),
-        }
-        inner = {
-            "layernorm_before": "norm1",
-            "layernorm_after": "norm2",
-            "attention.output.dense": "attn.proj",
-            "intermediate.dense": "mlp.fc1",
-            "output.dense": "mlp.fc2",
-            "attention.self.relative": "attn.relative",
-        }
-        state, given = {}, dict(self.state_dict())
-        for name, tensor in given.items():
-            if name.startswith("body.layers."):
-                new = name.replace("body.", "audio_branch.")
-                for theirs, short in inner.items():
-                    new = new.replace(f".{theirs}", f".{short}")
-                if "attention.self." in new:
-                    if ".query." not in name:
-                        continue
-                    tensor = torch.cat([given[name.replace(".query.", f".{p}.")] for p in ("query", "key", "value")])
-                    new = new.replace("attention.self.query", "attn.qkv")
-                state[new] = tensor
-            elif not name.startswith(("body.patch_embed.proj", "body.patch_embed.mel", "body.patch_embed.fusion")):
-                found = [(a, b) for a, b in spellings.items() if name.startswith(a)]
-                state[found[0][1] + name[len(found[0][0]) :] if found else name] = tensor
-        state["audio_branch.layers.0.blocks.1.attn_mask"] = torch.zeros(16, 4, 4)
-        state["audio_branch.spectrogram_extractor.stft.conv_real.weight"] = torch.zeros(3, 1, 4)
-        return state
-
-
-TEXT_64 = {"hidden_size": 64, "num_attention_heads": 1, "num_hidden_layers": 1, "layer_norm_eps": 1e-5}
-
-
-def released(fusion: str | None) -> Released:
-    config = transformers.ClapConfig(text_config=TEXT | TEXT_64, audio_config=AUDIO, projection_dim=10)
-    return harness.randomise(Released(fusion, transformers.ClapModel(config)), 3)
-
-
-@pytest.mark.parametrize("fusion", clap.FUSIONS)
-def test_every_fusion(fusion):
-    """What enters the Swin stages, of a batch in which one item is not longer."""
-    reference = released(fusion)
-    names = harness.StateDict(reference.released_names())
-    config = config_from_original(names)
-    assert config.audio_config.fusion == fusion
-    model = blank("ClapModel", config)
-    steps = ORIGINAL_TABLE.plan(names, harness.parameters(model))
-    harness.assign(model, dict(ORIGINAL_TABLE.read(names, steps)))
-    x = inputs(fusion=True)
-    with torch.no_grad():
-        theirs = reference.patches(torch.tensor(x["input_features"]), torch.tensor(x["is_longer"]))
-
-    @jax.jit
-    def run(encoder, features, longer):
-        y = encoder.batch_norm(features)
-        if encoder.mel_fusion is not None:
-            y = encoder.mel_fusion(y, longer)
-        return encoder.patch_embed(clap.fold(y, encoder.config), longer)
-
-    encoder = model.audio_model.audio_encoder
-    ours = run(encoder, jnp.asarray(x["input_features"]), jnp.asarray(x["is_longer"][:, 0]))
-    harness.assert_close(ours.reshape(theirs.shape), theirs, name=f"patches fused by {fusion}")
-    if fusion not in (None, "aff_2d"):
-        with pytest.raises(CheckpointError, match="aff_2d alone"):
-            hugging_face(model)
-
-
-@pytest.mark.parametrize("fusion", [None, "iaff_2d"])
-def test_laions_files(tmp_path, fusion):
-    reference = released(fusion)
-    names = {f"module.{name}": tensor for name, tensor in reference.released_names().items()}
-    torch.save({"epoch": 3, "name": "mine", "state_dict": names}, tmp_path / "630k-best.pt")
-    model = audiozoo.load(tmp_path / "630k-best.pt", param_dtype=jnp.float64)
-    config = model.config.audio_config
-    assert config.fusion == fusion
-    assert (config.spec_size, config.depths, config.window_size) == (32, (2, 1), 2)
-    assert config.tagging_head
-    assert model.config.embedding_mlps
-    x = inputs(fusion=fusion is not None)
-    theirs = (torch.tensor(x["input_features"]), torch.tensor(x["is_longer"]))
-    with torch.no_grad():
-        tags = reference.tags(*theirs)
-        audio, text, audio_mlp, text_mlp = reference(**torched(x))
-
-    @jax.jit
-    def run(model):
-        tagged = model.audio_model.tag(jnp.asarray(x["input_features"]), jnp.asarray(x["is_longer"]))
-        return tagged, model(**jaxed(x), return_loss=True)
-
-    tagged, output = run(model)
-    harness.compare_outputs(tagged, tags)
-    harness.assert_close(output.audio_embeds, audio, name="audio_embeds")
-    harness.assert_close(output.text_embeds, text, name="text_embeds")
-    rows, labels = torch.nn.functional.cross_entropy, torch.arange(3)
-    scale_a, scale_t = reference.logit_scale_a.exp(), reference.logit_scale_t.exp()
-    logits = [scale_a * audio @ text_mlp.T, scale_t * audio_mlp @ text.T]
-    harness.assert_close(
-        output.loss, sum(rows(z, labels) + rows(z.T, labels) for z in logits).detach() / 4, name="four terms"
-    )
-    written = dict(ORIGINAL_TABLE.write(harness.parameters(model)))
-    for name, array in written.items():
-        np.testing.assert_array_equal(array, names[f"module.{name}"].numpy(), err_msg=name)
-    features = audiozoo.load_processor(tmp_path / "630k-best.pt").feature_extractor
-    wanted = vars(ClapFeatureExtractor.laion(fusion is not None)) | {"feature_size": 16}
-    assert vars(features) == wanted  # 50 Hz and 16 bits, which no file says
-    if fusion is None:
-        audiozoo.export(model, tmp_path / "out")  # without the head and the MLPs
-        _, info = transformers.ClapModel.from_pretrained(tmp_path / "out", output_loading_info=True)
-        assert not info["missing_keys"]
-        assert not info["unexpected_keys"]
-
-
-def test_laions_file_from_the_shell(tmp_path, monkeypatch, capsys):
-    """Without RoBERTa's tokenizer it reads sounds alone, and says so; with it, whatever lies beside it, texts too."""
-    (tmp_path / "mine").mkdir()
-    torch.save(released(None).float().released_names(), tmp_path / "mine" / "630k-best.pt")
-
-    def convert(out):
-        monkeypatch.setattr("sys.argv", ["audiozoo", "convert", str(tmp_path / "mine" / "630k-best.pt"), str(out)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        assert not end.value.code
-        return audiozoo.load_processor(out), capsys.readouterr().err
-
-    def resolve(source, **_):
-        if not Path(source).exists():
-            raise SourceError("There is no connection.")
-        return Path(source)
-
-    monkeypatch.setattr("audiozoo.hub.resolve", resolve)
-    processor, said = convert(tmp_path / "deaf")
-    assert "will have no tokenizer" in said
-    assert processor.feature_extractor.frequency_min == 50
-    with pytest.raises(SourceError, match=r"reads no text.*merges\.txt"):
-        processor(text="a dog")
-    RobertaTokenizer.from_vocabulary(vocabulary(), MERGES).save(tmp_path / "mine")
-    processor, said = convert(tmp_path / "whole")
-    assert "tokenizer" not in said
-    assert processor.decode(processor(text="the dog")["input_ids"][0], skip_special_tokens=True) == "the dog"
-    assert processor.feature_extractor.frequency_min == 50
 
 
 # --- published sizes -------------------------------------------------------------------------------------------------
