@@ -28,8 +28,9 @@ number of input channels and the shape of the position table, hence its ImageNet
 | not in the paper; in the released code: noise and a roll in time | `noise_and_roll` |
 
 Checkpoints: `MIT/ast-finetuned-audioset-{10-10-0.4593,10-10-0.450,10-10-0.448,10-10-0.448-v2,12-12-0.447,14-14-0.443,
-16-16-0.442}`, `MIT/ast-finetuned-speech-commands-v2`; the project's own `audioset_*.pth` and `speechcommands_*.pth`;
-ImageNet DeiT weights (`deit_{tiny,small,base}_distilled_patch16_*.pth`), to start from.
+16-16-0.442}`, `MIT/ast-finetuned-speech-commands-v2`; the project's own `audioset_*.pth` and `speechcommands_*.pth`,
+whose classes have names where the project's `class_labels_indices.csv` lies beside them; ImageNet DeiT weights
+(`deit_{tiny,small,base}_distilled_patch16_*.pth`), to start from.
 
 The released PyTorch code has LayerNorms with eps 1e-6 in the blocks and 1e-5 in the head; `transformers` runs all with
 1e-12. Both are kept: `layer_norm_eps` and `classifier_layer_norm_eps` follow from where the weights come from.
