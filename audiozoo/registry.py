@@ -704,7 +704,9 @@ PAPERS: tuple[Paper, ...] = (
     Paper(
         name="bark",
         title="Bark",
-        paper="Bark (Suno; no paper), after AudioLM: a Language Modeling Approach to Audio Generation, arXiv 2209.03143",
+        paper=(
+            "Bark (Suno; no paper), after AudioLM: a Language Modeling Approach to Audio Generation, arXiv 2209.03143"
+        ),
         year=2023,
         arxiv="",
         classes=("BarkModel", "BarkSemanticModel", "BarkCoarseModel", "BarkFineModel"),
