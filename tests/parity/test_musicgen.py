@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 import audiozoo
 from audiozoo import cli
+from audiozoo.errors import CheckpointError
 from audiozoo.layers import abstract
 from audiozoo.models import musicgen
 from audiozoo.processors.musicgen import MusicgenMelodyFeatureExtractor, MusicgenProcessor
@@ -373,8 +374,7 @@ def test_music_without_a_text(plain):
     harness.assert_close(ours.sequences, theirs, name="waveform")
 
 
-@pytest.mark.parametrize("melody", [True, False])
-@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize(("melody", "guidance"), [(True, 1.0), (True, 2.5), (False, 2.5)])
 def test_music_along_a_melody(melodic, melody, guidance):
     reference, model, _ = melodic
     x = texts() | ({"input_features": chroma(9)} if melody else {})
@@ -516,7 +516,7 @@ def test_older_names_and_a_decoder_alone(tmp_path):
         np.testing.assert_array_equal(decoder.lm_heads.kernel[...], one["decoder.lm_heads.kernel"])
 
 
-def authors_names(state: dict[str, torch.Tensor], melody: bool) -> dict[str, torch.Tensor]:
+def authors_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A decoder and its projections as AudioCraft spells them: queries, keys and values fused."""
     plain = {
         r"decoder\.model\.decoder\.embed_tokens\.": "emb.",
@@ -541,8 +541,7 @@ def authors_names(state: dict[str, torch.Tensor], melody: bool) -> dict[str, tor
     for name in [n for n in named if n.endswith("q_proj.weight")]:
         parts = [named.pop(name.replace("q_proj", f"{p}_proj")) for p in "qkv"]
         named[name.replace("q_proj.weight", "in_proj_weight")] = torch.cat(parts)
-    if melody:
-        named["condition_provider.conditioners.self_wav.chroma.spec.window"] = torch.zeros(8)
+    named["condition_provider.conditioners.self_wav.chroma.spec.window"] = torch.zeros(8)
     return named
 
 
@@ -556,52 +555,42 @@ codebooks_pattern:
   delay: {delays: [0, 1, 2, 3], flatten_first: 0, empty_initial: 0}
 classifier_free_guidance: {training_dropout: 0.3, inference_coef: 3.0}
 interleave_stereo_codebooks: {use: false, per_timestep: false}
-fuser: {cross_attention_pos_emb: false, sum: [], prepend: [], cross: [description], input_interpolate: []}
+fuser: {cross_attention_pos_emb: false, sum: [], prepend: [self_wav, description], cross: [], input_interpolate: []}
+conditioners: {self_wav: {model: chroma_stem, chroma_stem: {n_chroma: 5, radix2_exp: 14}}}
+dataset: {segment_duration: 31}  # of which 4096 samples make a frame: 7 frames
 """
 
 
-@pytest.mark.parametrize("melody", [False, True], ids=["text", "melody"])
-def test_the_authors_files(tmp_path, melody, tokenizer_directory):
-    reference, model, _ = make(melody)
-    state = authors_names(reference.state_dict(), melody)
-    text = XP
-    if melody:
-        text = XP.replace("prepend: []", "prepend: [self_wav, description]").replace(
-            "cross: [description]", "cross: []"
-        )
-        text += "conditioners: {self_wav: {model: chroma_stem, chroma_stem: {n_chroma: 5, radix2_exp: 14}}}\n"
-        text += "dataset: {segment_duration: 31}\n"  # of which 4096 samples make a frame: 7 frames
-    torch.save({"best_state": state, "xp.cfg": text, "version": "1.0"}, tmp_path / "state_dict.bin")
+def test_the_authors_files(melodic, tmp_path, tokenizer_directory):
+    """With the codec in a file; `test_musicgen_authors` has one that is named, and a model that follows no melody."""
+    reference, model, _ = melodic
+    torch.save({"best_state": authors_names(reference.state_dict()), "xp.cfg": XP}, tmp_path / "state_dict.bin")
     reference.text_encoder.save_pretrained(tmp_path / "t5-base")
-    if melody:  # names a codec
-        reference.audio_encoder.save_pretrained(tmp_path / "codec")
-        torch.save({"pretrained": str(tmp_path / "codec")}, tmp_path / "compression_state_dict.bin")
-    else:  # holds one
-        table = codec_conversion.original_table(model.config.audio_encoder)
-        arrays = dict(table.write(harness.parameters(model.audio_encoder)))
-        seanet = AUDIO | {"norm": "weight_norm", "pad_mode": "reflect"}
-        lines = {
-            "dimension": 6, "n_filters": 2, "n_residual_layers": 1, "ratios": [4, 2], "norm": "weight_norm",
-            "kernel_size": 3, "last_kernel_size": 3, "residual_kernel_size": 3, "dilation_base": 2, "causal": False,
-            "pad_mode": seanet["pad_mode"], "compress": 2, "lstm": 1, "true_skip": True,
-        }  # fmt: skip
-        config = {"sample_rate": 800, "channels": 1, "seanet": lines, "rvq": {"bins": 32, "n_q": 4}}
-        whole = {"best_state": {n: torch.tensor(np.array(a)) for n, a in arrays.items()}, "xp.cfg": repr(config)}
-        whole["xp.cfg"] = whole["xp.cfg"].replace("'", '"').replace("True", "true").replace("False", "false")
-        torch.save(whole, tmp_path / "compression_state_dict.bin")
+    table = codec_conversion.original_table(model.config.audio_encoder)
+    arrays = dict(table.write(harness.parameters(model.audio_encoder)))
+    seanet = AUDIO | {"norm": "weight_norm", "pad_mode": "reflect"}
+    lines = {
+        "dimension": 6, "n_filters": 2, "n_residual_layers": 1, "ratios": [4, 2], "norm": "weight_norm",
+        "kernel_size": 3, "last_kernel_size": 3, "residual_kernel_size": 3, "dilation_base": 2, "causal": False,
+        "pad_mode": seanet["pad_mode"], "compress": 2, "lstm": 1, "true_skip": True,
+    }  # fmt: skip
+    config = {"sample_rate": 800, "channels": 1, "seanet": lines, "rvq": {"bins": 32, "n_q": 4}}
+    whole = {"best_state": {n: torch.tensor(np.array(a)) for n, a in arrays.items()}, "xp.cfg": repr(config)}
+    whole["xp.cfg"] = whole["xp.cfg"].replace("'", '"').replace("True", "true").replace("False", "false")
+    torch.save(whole, tmp_path / "compression_state_dict.bin")
     for source in (tmp_path, tmp_path / "state_dict.bin"):
         loaded = audiozoo.load(source, param_dtype=jnp.float64)
         ours, expected = harness.parameters(loaded), harness.parameters(model)
         assert ours.keys() == expected.keys()
         for name, value in expected.items():
             np.testing.assert_array_equal(ours[name], value, err_msg=name)
-    assert type(loaded).__name__ == (MELODY if melody else WHOLE)
+    assert type(loaded).__name__ == MELODY
     assert not loaded.config.mask_text
     assert loaded.config.stream_delays == (0, 1, 2, 3)
     assert loaded.generation_config == musicgen.MusicgenGenerationConfig()
     x = texts() | {"decoder_input_ids": codes()}
     ours = audiozoo.jit(loaded)(**jaxed(x)).logits
-    theirs = audiozoo.jit(model)(**jaxed(x), **({} if melody else {"mask_text": False})).logits
+    theirs = audiozoo.jit(model)(**jaxed(x)).logits
     np.testing.assert_array_equal(ours, theirs)
     # What is converted brings the tokenizer that lies with T5, and says so if there is none.
     convert = ["convert", str(tmp_path / "state_dict.bin"), str(tmp_path / "out"), "--overwrite"]
@@ -613,7 +602,12 @@ def test_the_authors_files(tmp_path, melody, tokenizer_directory):
     assert (done.exit_code, "no tokenizer" in done.stderr) == (0, False), done.stderr
     processor = audiozoo.load_processor(tmp_path / "out")
     assert processor.feature_extractor.sampling_rate == 800
-    assert type(processor).__name__ == ("MusicgenMelodyProcessor" if melody else "MusicgenProcessor")
+    assert type(processor).__name__ == "MusicgenMelodyProcessor"
+    assert audiozoo.load(tmp_path / "out").config.segment_duration == 31.0
+    odd = XP.replace("flatten_first: 0", "flatten_first: 2")
+    torch.save({"best_state": authors_names(reference.state_dict()), "xp.cfg": odd}, tmp_path / "state_dict.bin")
+    with pytest.raises(CheckpointError, match=r"pattern delay with .*flatten_first"):
+        audiozoo.load(tmp_path)
     expected = T5Tokenizer.from_directory(tokenizer_directory)("a slow song")["input_ids"]
     np.testing.assert_array_equal(processor.tokenizer("a slow song")["input_ids"], expected)
 
