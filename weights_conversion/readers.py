@@ -13,7 +13,8 @@ Three promises hold for each of them:
   calls a function by name. Here the program is decoded by `pickletools` and *interpreted as data*: a name stays a name,
   and only the few constructors listed in `_CONSTRUCTORS` have a meaning. Any other name ends the reading.
 - **A header is checked before it is believed.** Sizes, offsets and shapes are compared with the length of the file
-  before memory is allocated; a file that does not add up raises `CheckpointError` with one sentence.
+  before memory is allocated; a file that does not add up raises `CheckpointError` with one sentence. Nor does a small
+  file keep the reader busy for ever: what a pickle makes of itself by repetition is counted, and has an end.
 - **One tensor at a time.** A tensor is read when it is asked for, into a fresh array, by `seek` and `readinto`. Nothing
   is memory-mapped: pages of a mapped file count as resident memory until the kernel takes them back, which would double
   the memory that a conversion needs.
@@ -46,6 +47,8 @@ __all__ = ["LazyTensor", "Record", "TensorSource", "open_tensors", "write_safete
 
 _MAX_RANK = 32
 _MAX_BROADCAST_BYTES = 64 << 20
+_MAX_NAMES = 1 << 27  # characters in the names of all tensors, with 64 more for each: some million names
+_MAX_COPIES = 64 << 20  # what the objects in a pickle may copy beyond four times its size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,8 +191,11 @@ def _checked_shape(shape: Iterable[Any], name: str) -> tuple[int, ...]:
 
 
 def _quoted(name: Any) -> str:
-    """A name out of a file, fit for an error message: short, on one line."""
-    text = repr(str(name))
+    """A name out of a file, fit for an error message: short, on one line.
+
+    What is no name is not spelled out: a list that holds itself twice, and so on sixty times, has no end.
+    """
+    text = repr(str(name)) if isinstance(name, (str, int, _Global)) else f"a {type(name).__name__}"
     return text if len(text) <= 120 else text[:117] + "...'"
 
 
@@ -662,9 +668,17 @@ def _typed_tensor(storage, offset, shape, strides, requires_grad, hooks, dtype, 
 
 
 def _subclass_tensor(function, kind, arguments, state) -> LazyTensor:
-    if str(function) not in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"):
-        raise _Damaged(f"it would call {_quoted(function)}")
-    return _CONSTRUCTORS[str(function)](*arguments)
+    name = _text(function)
+    if name not in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"):
+        raise _Damaged(f"it would call {_quoted(name)}")
+    return _CONSTRUCTORS[name](*arguments)
+
+
+def _text(value: Any) -> str:
+    """What should be a name or a number, spelled."""
+    if not isinstance(value, (str, int, _Global)):
+        raise _Damaged(f"it has a {type(value).__name__} where a name belongs")
+    return str(value)
 
 
 def _numpy_scalar(dtype: Any, raw: Any) -> Any:
@@ -699,7 +713,7 @@ _CONSTRUCTORS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter_with_state": lambda data, grad, hooks, state: data,
     "torch._tensor._rebuild_from_type_v2": _subclass_tensor,
     "torch.Size": lambda sizes=(): tuple(sizes),
-    "torch.device": lambda kind, index=None: kind if index is None else f"{kind}:{index}",
+    "torch.device": lambda kind, index=None: _text(kind) if index is None else f"{_text(kind)}:{_text(index)}",
     "torch.serialization._get_layout": lambda name: name,
     "collections.OrderedDict": _pairs,
     "collections.defaultdict": lambda factory=None, items=(): _pairs(items),
@@ -711,7 +725,7 @@ _CONSTRUCTORS: dict[str, Callable[..., Any]] = {
     "builtins.complex": lambda real=0.0, imag=0.0: complex(float(real), float(imag)),
     "builtins.bytearray": lambda data=b"": bytes(data) if isinstance(data, bytes) else b"",
     "_codecs.encode": _encode,
-    "numpy.dtype": lambda code, *_: _NumpyDtype(str(code)),
+    "numpy.dtype": lambda code, *_: _NumpyDtype(_text(code)),
     "numpy.core.multiarray.scalar": _numpy_scalar,
     "numpy.core.multiarray._reconstruct": lambda *_: _NumpyArray(),
 }
@@ -760,7 +774,8 @@ def _key(key: Any) -> Any:
     if key is None or isinstance(key, (str, int, float, bool, bytes, complex, _Global)):
         return key
     if isinstance(key, Record):
-        return str(key.arguments[0]) if len(key.arguments) == 1 else key.class_name
+        alone = len(key.arguments) == 1 and isinstance(key.arguments[0], (str, int, float))
+        return str(key.arguments[0]) if alone else key.class_name
     raise _Damaged(f"it holds a dictionary whose keys are {type(key).__name__}s")
 
 
@@ -773,10 +788,15 @@ class _PickleMachine:
 
     Every opcode that would import, call or mutate foreign code is replaced by bookkeeping: `GLOBAL` pushes a `_Global`
     (or stops the reading), `REDUCE` and `NEWOBJ` consult `_CONSTRUCTORS` or build a `Record`, `BUILD` stores the state.
+
+    Args:
+        persistent: what a persistent id stands for.
+        size: bytes of the pickle.
     """
 
-    def __init__(self, persistent: Callable[[Any], Any]):
+    def __init__(self, persistent: Callable[[Any], Any], size: int):
         self.persistent = persistent
+        self.room = 4 * size + _MAX_COPIES
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
@@ -806,6 +826,7 @@ class _PickleMachine:
         if not isinstance(function, _Global) or not isinstance(arguments, tuple):
             raise _Damaged(f"its pickle calls {_quoted(type(function).__name__)}, which is not a name")
         name = _canonical(function)
+        self.copies(*arguments)
         if name in _CONSTRUCTORS:
             return _CONSTRUCTORS[name](*arguments)
         if name == "copyreg._reconstructor":  # protocol 0 and 1: (class, base, state of the base)
@@ -813,6 +834,12 @@ class _PickleMachine:
         if name.partition(".")[0] in _INERT_PACKAGES:
             return Record(name, arguments)
         raise _refusal(function)
+
+    def copies(self, *values: Any) -> None:
+        """Count what an instruction may copy: an object can be named again and again at a few bytes each time."""
+        self.room -= sum(len(value) for value in values if isinstance(value, (str, bytes, list, tuple, dict)))
+        if self.room < 0:
+            raise _Damaged("it repeats its content without end")
 
     # Constants, stack and memo.
     def op_PROTO(self, version):
@@ -947,6 +974,7 @@ class _PickleMachine:
 
     def op_BUILD(self, _):
         state, target = self.stack.pop(), self.stack[-1]
+        self.copies(state)
         if isinstance(target, Record):
             target.state = state
         elif isinstance(target, argparse.Namespace):
@@ -1010,7 +1038,8 @@ def _plain(value: Any, seen: dict[int, Any] | None = None, depth: int = 0) -> An
         items.extend(_plain(item, seen, depth + 1) for item in value)
         return items
     if isinstance(value, tuple):
-        return tuple(_plain(item, seen, depth + 1) for item in value)
+        seen[id(value)] = parts = tuple(_plain(item, seen, depth + 1) for item in value)
+        return parts
     if isinstance(value, argparse.Namespace):
         seen[id(value)] = value
         for key, item in list(vars(value).items()):
@@ -1036,8 +1065,12 @@ def _has_tensors(value: Any) -> bool:
     return isinstance(value, dict) and any(_is_tensor(item) for item in value.values())
 
 
-def _find_root(tree: dict) -> tuple[str, ...]:
-    """The path of the dictionary that holds the weights; see `open_tensors`."""
+def _find_root(tree: dict, seen: set[int] | None = None) -> tuple[str, ...]:
+    """The path of the dictionary that holds the weights; see `open_tensors`. What was `seen` is not searched again."""
+    seen = set() if seen is None else seen
+    if id(tree) in seen:
+        raise _NoTensors("it holds no tensor")
+    seen.add(id(tree))
     for key in _ROOTS:
         if _has_tensors(tree.get(key)):
             return (key,)
@@ -1049,10 +1082,10 @@ def _find_root(tree: dict) -> tuple[str, ...]:
     if groups:
         names = ", ".join(map(str, groups[:8]))
         raise _Damaged(f"it holds several groups of tensors ({names}); choose one with root=")
-    for key in (*_ROOTS, *tree):
+    for key in dict.fromkeys((*_ROOTS, *tree)):
         if isinstance(tree.get(key), dict):
             with contextlib.suppress(_NoTensors):
-                return (key, *_find_root(tree[key]))
+                return (key, *_find_root(tree[key], seen))
     raise _NoTensors("it holds no tensor")
 
 
@@ -1094,8 +1127,13 @@ def _torch_source(path: Path, tree: Any, root: str | None) -> TensorSource:
         raise _Damaged(f"{_quoted(root)} in it is not a dictionary")
 
     tensors: dict[str, LazyTensor] = {}
+    room = _MAX_NAMES
 
     def flatten(prefix: str, value: Any) -> None:
+        nonlocal room
+        room -= len(prefix) + 64
+        if room < 0:
+            raise _Damaged("it repeats its content without end")
         if isinstance(value, LazyTensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "biufc"):
             if prefix in tensors:
                 raise _Damaged(f"two tensors in it are named {_quoted(prefix)}")
@@ -1120,12 +1158,13 @@ def _storage_key(pid: Any) -> tuple[np.dtype, str, int, Any]:
         what = _quoted(pid[0]) if isinstance(pid, tuple) and pid else "nothing"
         raise _Damaged(f"its pickle refers to {what} where only tensor storages belong")
     _, kind, key, _, numel = pid[:5]
+    key = _text(key)
     name = kind.name.rpartition(".")[2] if isinstance(kind, _Global) else ""
     if name not in _TORCH_STORAGES:
         raise _Damaged(f"it holds a storage of the unknown type {_quoted(kind)}")
     if not _is_count(numel):
         raise _Damaged("it holds a storage of impossible size")
-    return _TORCH_STORAGES[name], str(key), numel, pid[5] if len(pid) == 6 else None
+    return _TORCH_STORAGES[name], key, numel, pid[5] if len(pid) == 6 else None
 
 
 def _open_torch_zip(path: Path, root: str | None) -> TensorSource:
@@ -1179,7 +1218,8 @@ def _open_torch_zip(path: Path, root: str | None) -> TensorSource:
             found = storages[key]
             return _Storage(path, found.offset, numel, dtype) if found.dtype != dtype else found
 
-        tree = _PickleMachine(persistent).run(io.BytesIO(record(prefix + "data.pkl")))
+        pickled = record(prefix + "data.pkl")
+        tree = _PickleMachine(persistent, len(pickled)).run(io.BytesIO(pickled))
         return _torch_source(path, tree, root)
 
 
@@ -1194,7 +1234,7 @@ def _open_torch_legacy(path: Path, root: str | None) -> TensorSource:
         stream = _Bounded(file, size)
 
         def constant() -> Any:
-            return _PickleMachine(lambda pid: None).run(stream)
+            return _PickleMachine(lambda pid: None, size).run(stream)
 
         magic = constant()
         if magic != _TORCH_MAGIC:
@@ -1217,13 +1257,13 @@ def _open_torch_legacy(path: Path, root: str | None) -> TensorSource:
             return _Storage(path, 0, numel, dtype)
 
         begin = file.tell()
-        _PickleMachine(declare).run(stream)
+        _PickleMachine(declare, size).run(stream)
         keys = constant()
         if not isinstance(keys, list):
             raise _Damaged("its list of storages is damaged")
         storages: dict[str, _Storage] = {}
         position = file.tell()
-        for key in map(str, keys):
+        for key in map(_text, keys):
             if key not in declared:
                 raise _Damaged(f"its storage {_quoted(key)} belongs to no tensor")
             dtype, numel = declared[key]
@@ -1243,7 +1283,7 @@ def _open_torch_legacy(path: Path, root: str | None) -> TensorSource:
             return storages[key]
 
         file.seek(begin)
-        tree = _PickleMachine(persistent).run(stream)
+        tree = _PickleMachine(persistent, size).run(stream)
         return _torch_source(path, tree, root)
 
 

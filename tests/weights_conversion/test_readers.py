@@ -7,6 +7,7 @@ import os
 import pickle
 import struct
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -555,6 +556,46 @@ def test_hostile_pickles_allocate_nothing(tmp_path):
             with pytest.raises(CheckpointError):
                 open_tensors(path)
     assert peak_growth() < 64 << 20
+
+
+def doubled(kind, times=60):
+    """Instructions that leave a tuple, list or dictionary that holds the one before it twice, `times` deep."""
+    if kind == "tuple":
+        return b")" + b"2\x86" * times
+    start, step = {"list": (b"]", b"](h\0h\0e"), "dict": (b"}", b"}(U\1ah\0U\1bh\0u")}[kind]
+    return start + b"q\x000" + (step + b"q\x000") * times + b"h\0"
+
+
+def test_small_pickles_that_would_keep_the_reader_busy_for_ever(tmp_path):
+    """Some hundred bytes that stand for 2^60 objects, names or characters; each is read or refused at once."""
+    twice, tree, tuples = doubled("list"), doubled("dict"), doubled("tuple")
+    tensor = assemble(rebuilt())[2:-1]
+    text = b"X" + (1 << 20).to_bytes(4, "little") + b"a" * (1 << 20) + b"q\1"
+    nested = b"}"
+    for _ in range(60):
+        nested = b"}U\5model" + nested + b"s"
+    bombs = {
+        "tuples": (b"}(U\1w" + tensor + b"U\1k" + tuples + b"u", None),
+        "names": (b"}(U\1w" + tensor + b"U\1k" + tree + b"u", "repeats its content"),
+        "copies": (b"](" + text + b"0" + b"c_codecs\nencode\nh\1\x85R" * 200 + b"e", "repeats its content"),
+        "nested": (nested, "no tensor"),
+        "groups": (b"}U\5model" + tree + b"s", "no tensor"),
+        "device": (b"}U\1kctorch\ndevice\n" + tuples + b"\x85Rs", "a tuple where a name"),
+        "dtype": (b"}U\1kcnumpy\ndtype\n" + tuples + b"\x85Rs", "a tuple where a name"),
+        "key": (b"}cfairseq.x\ny\n" + twice + b"\x85RNs", "no tensor"),
+        "storage": (b"}U\1k(" + twice + b"NNNNtQs", "refers to a list"),
+        "storage key": (b"}U\1k(U\7storagectorch\nFloatStorage\n" + twice + b"NK\4tQs", "a list where a name"),
+        "function": (b"}U\1kctorch._tensor\n_rebuild_from_type_v2\n(" + twice + b"NNNtRs", "a list where a name"),
+    }
+    for name, (content, sentence) in bombs.items():
+        path = archive(tmp_path / f"{name}.pt", b"\x80\2" + content + b".", {"0": ramp(4).tobytes()})
+        started = time.perf_counter()
+        if sentence is None:
+            same(open_tensors(path).read("w"), ramp(2, 2))
+        else:
+            with pytest.raises(CheckpointError, match=sentence):
+                open_tensors(path)
+        assert time.perf_counter() - started < 20, name
 
 
 @pytest.mark.reference
