@@ -78,7 +78,10 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _freeze(getattr(self, field.name)))
+            value = _freeze(getattr(self, field.name))
+            # As in `transformers`, None asks for the default, where it has no meaning of its own.
+            absent = value is None and "None" not in str(field.type)
+            object.__setattr__(self, field.name, field.default if absent else value)
         self._check_values()
 
     @classmethod
@@ -134,6 +137,15 @@ class GenerationConfig:
             if not holds:
                 raise UsageError(f"Generation option {name}={getattr(self, name)!r} must be {wanted}.")
 
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            match str(field.type).removesuffix(" | None"):
+                case "bool":
+                    require(isinstance(value, bool), field.name, "True or False")
+                case "int":
+                    require(value is None or type(value) is int, field.name, "a whole number")
+                case "float":
+                    require(value is None or type(value) in (int, float), field.name, "a number")
         for name in ("max_new_tokens", "max_length"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, "at least 1")
@@ -149,7 +161,8 @@ class GenerationConfig:
             value = getattr(self, name)
             require(value is None or 0 <= value <= 1, name, "between 0 and 1")
         require(self.typical_p is None or self.typical_p > 0, "typical_p", "greater than 0")
-        require(self.early_stopping in (True, False, "never"), "early_stopping", 'True, False or "never"')
+        known = isinstance(self.early_stopping, bool) or self.early_stopping == "never"
+        require(known, "early_stopping", 'True, False or "never"')
         require(self.patience is None or self.patience > 0, "patience", "greater than 0")
         require(
             self.patience is None or (self.num_beams > 1 and not self.do_sample),
@@ -182,7 +195,7 @@ def _freeze(value: Any) -> Any:
         return tuple((_freeze(key), _freeze(item)) for key, item in value.items())
     if isinstance(value, (list, tuple)):
         return tuple(_freeze(item) for item in value)
-    return value.item() if hasattr(value, "item") else value
+    return _freeze(value.tolist()) if hasattr(value, "tolist") else value
 
 
 def _as_tuple(value: int | tuple[int, ...] | None) -> tuple[int, ...]:

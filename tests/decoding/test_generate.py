@@ -353,7 +353,8 @@ def test_unknown_options_are_named_with_their_neighbours():
         GenerationConfig.from_dict({"lang_to_id": {}})
     relaxed = GenerationConfig.from_dict({"lang_to_id": {}, "num_beams": 4, "eos_token_id": [1, 2]}, strict=False)
     assert (relaxed.num_beams, relaxed.eos_token_ids) == (4, (1, 2))
-    assert hash(relaxed) == hash(GenerationConfig(num_beams=4, eos_token_id=(1, 2)))
+    arrays = GenerationConfig(num_beams=np.int64(4), eos_token_id=np.array([1, 2]), do_sample=None)
+    assert hash(relaxed) == hash(arrays) == hash(GenerationConfig(num_beams=4, eos_token_id=(1, 2)))
 
 
 @pytest.mark.parametrize(
@@ -365,6 +366,11 @@ def test_unknown_options_are_named_with_their_neighbours():
         ({"num_return_sequences": 2}, "num_return_sequences=2"),
         ({"num_beams": 2, "num_return_sequences": 3}, "at most 2"),
         ({"early_stopping": "soon"}, "early_stopping='soon'"),
+        ({"early_stopping": 1}, "early_stopping=1"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5 must be a whole number"),
+        ({"num_beams": "2"}, "num_beams='2' must be a whole number"),
+        ({"top_p": "0.9"}, "top_p='0.9' must be a number"),
+        ({"do_sample": "no"}, "do_sample='no' must be True or False"),
     ],
 )
 def test_impossible_values(options, message):
