@@ -81,8 +81,13 @@ class Recording:
             source = files.blocks(audio)  # type: ignore[arg-type]
         elif isinstance(audio, (np.ndarray, jax.Array)):
             source = files.check_waveform(audio)
-        else:
+        elif isinstance(audio, Iterable):
             source = (files.check_waveform(block) for block in audio)
+        else:
+            raise UsageError(
+                f"A recording is a file, an array, or an iterator of arrays, not a {type(audio).__name__}; "
+                "a list is a list of recordings."
+            )
         features = long_log_mel_spectrogram(source, mels, padding=WHISPER_CHUNK_SAMPLES)
         frames = features.shape[1] - WHISPER_CHUNK_SAMPLES // WHISPER_HOP
         if frames < SHORTEST_FRAMES:
@@ -172,7 +177,7 @@ class _Stream:
         self.segments: list[dict[str, Any]] = []
         self.tokens: list[int] = []
         self.prompted = 0  # tokens of the initial prompt
-        self.heard = clips[0][0] if clips else 0  # frames that are done
+        self.heard = min(clips[0][0], recording.frames) if clips else 0  # frames that are done
         self.last_speech = last_speech
 
     def text_tokens(self) -> list[int]:

@@ -13,8 +13,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any
 
@@ -93,11 +95,15 @@ class TranscriptionOptions:
             if not holds:
                 raise UsageError(sentence)
 
-        temperatures = self.temperature if isinstance(self.temperature, Iterable) else (self.temperature,)
-        object.__setattr__(self, "temperature", tuple(float(t) for t in temperatures))
+        given = self.temperature
+        with suppress(TypeError, ValueError):
+            temperatures = given if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
+            object.__setattr__(self, "temperature", tuple(float(t) for t in temperatures))
         require(
-            bool(self.temperatures) and min(self.temperatures) >= 0,
-            f"temperature={self.temperature} must be one or more numbers of at least 0.",
+            isinstance(self.temperature, tuple)
+            and bool(self.temperature)
+            and all(0 <= t < math.inf for t in self.temperature),
+            f"temperature={given} must be one or more numbers of at least 0.",
         )
         require(
             self.task in ("transcribe", "translate"),
@@ -119,6 +125,10 @@ class TranscriptionOptions:
             self.hallucination_silence_threshold is None or self.word_timestamps,
             "hallucination_silence_threshold needs word_timestamps=True.",
         )
+        latest = self.max_initial_timestamp
+        require(latest is None or latest >= 0, f"max_initial_timestamp={latest} must be at least 0.")
+        require(-(2**31) <= self.seed < 2**31, f"seed={self.seed} must be a number of 32 bits.")
+        self.clips(0)
         if self.language is not None:
             object.__setattr__(self, "language", language_code(self.language))
 
@@ -151,6 +161,8 @@ class TranscriptionOptions:
                 raise UsageError(
                     f"clip_timestamps={self.clip_timestamps!r} must be seconds separated by commas, such as '0,12.5'."
                 ) from None
+        if not all(0 <= point < math.inf for point in points):
+            raise UsageError(f"clip_timestamps={self.clip_timestamps!r} must be seconds of at least 0.")
         frames = [round(point * FRAMES_PER_SECOND) for point in points] or [0]
         if len(frames) % 2:
             frames.append(content_frames)
@@ -547,9 +559,9 @@ class WindowDecoder:
         return log_prob / (max(len(tokens), 1) if alpha is None else ((5 + len(tokens)) / 6) ** alpha)
 
     def _search(self, temperature: float) -> GenerationConfig:
-        options, tokens = self.options, self.tokenizer
+        options, tokens, positions = self.options, self.tokenizer, self.config.max_target_positions
         common: dict[str, Any] = {
-            "max_new_tokens": options.sample_len or self.config.max_target_positions // 2,
+            "max_new_tokens": min(options.sample_len or positions // 2, positions),
             "eos_token_id": tokens.eot,
             "pad_token_id": tokens.eot,
             "suppress_tokens": self._suppressed or None,

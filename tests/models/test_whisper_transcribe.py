@@ -13,6 +13,17 @@ from audiozoo import UsageError
 from audiozoo.audio import files
 from audiozoo.models.whisper import align, transcribe
 
+# What CTranslate2 and `transformers`, both in float32, make of the same spectrograms: greedy search, with timestamps.
+KNOWN = {
+    "LJ050-0131.wav": "<|0.00|> unless a system is established for the frequent formal review of activities there "
+    "under.<|6.60|><|6.60|> In this regard,<|7.56|>",
+    "librispeech_198-209-0000.ogg": "<|0.00|> Mrs. Allen said Catherine the next morning. Will there be any harm in my "
+    "calling on Miss<|4.52|><|4.52|> Tillme today? I shall not be easy till I have explained everything.<|8.68|>"
+    "<|8.68|> Girl by all means, my dear, only put on a white gown. Miss Tillme always wears white.<|13.48|>",
+    "nabucasa_en_US-joe.mp3": "<|0.00|> Having complete focus on a recipe and not allowing yourself to be distracted "
+    "by your thoughts<|5.76|><|5.76|> can have a therapeutic effect.<|7.44|>",
+    "nabucasa_en_US-kathleen.mp3": "<|0.00|> Author of the danger trail, Philip steals, etc.<|3.20|>",
+}
 JFK = "And so my fellow Americans ask not what your country can do for you ask what you can do for your country."
 
 
@@ -80,6 +91,14 @@ def test_files_in_one_batch(tiny_en: tuple, recordings: Path):
         assert [s["tokens"] for s in one["segments"]] == [s["tokens"] for s in other["segments"]]
 
 
+def test_known_tokens(tiny_en: tuple, recordings: Path):
+    """Four recordings in one batch: every token and every time of the first window."""
+    results = transcribe(*tiny_en, [recordings / name for name in KNOWN], temperature=0.0)
+    for result, wanted in zip(results, KNOWN.values(), strict=True):
+        tokens = [token for segment in result["segments"] if segment["seek"] == 0 for token in segment["tokens"]]
+        assert tiny_en[1].tokenizer.decode_with_timestamps(tokens) == wanted
+
+
 @pytest.mark.slow
 def test_pieces_of_a_long_recording_in_one_batch(tiny_en: tuple, recordings: Path):
     """Cut where it is quiet, every piece is heard whole; and a known text is aligned across the pieces."""
@@ -140,6 +159,12 @@ def test_prompt_lengths_share_programs(tiny_en: tuple, recordings: Path):
         ({"patience": 2.0}, "needs beam search"),
         ({"length_penalty": 2.0}, "between 0 and 1"),
         ({"temperature": -1.0}, "at least 0"),
+        ({"temperature": (0.0, float("nan"))}, "at least 0"),
+        ({"temperature": "warm"}, "temperature=warm must be"),
+        ({"max_initial_timestamp": -1.0}, "at least 0"),
+        ({"seed": 2**31}, "32 bits"),
+        ({"clip_timestamps": "-1,5"}, "at least 0"),
+        ({"clip_timestamps": [0.0, float("inf")]}, "at least 0"),
         ({"padding": "noise"}, "'silence' or 'zeros'"),
         ({"clip_timestamps": "one,two"}, "seconds separated by commas"),
         ({"suppress_tokens": "a"}, "token ids separated by commas"),
@@ -150,3 +175,8 @@ def test_prompt_lengths_share_programs(tiny_en: tuple, recordings: Path):
 def test_bad_options(options: dict, sentence: str, tiny_en: tuple):
     with pytest.raises(UsageError, match=sentence):
         transcribe(*tiny_en, np.zeros(16_000, np.float32), **options)
+
+
+def test_a_list_of_numbers_is_no_recording(tiny_en: tuple):
+    with pytest.raises(UsageError, match="a list is a list of recordings"):
+        transcribe(*tiny_en, [0.0, 0.1])
