@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,17 +27,10 @@ from audiozoo.commands import (
     recognition,
     speech,
     training,
+    transcription,
     translation,
 )
-from audiozoo.commands.terminal import (
-    COMPUTED_IN,
-    check_dtype,
-    keep_compiled_programs,
-    megabytes,
-    progress_bar,
-    say,
-    write_whole,
-)
+from audiozoo.commands.terminal import keep_compiled_programs, megabytes, progress_bar, say
 from audiozoo.errors import AudiozooError, SourceError, UsageError
 
 app = typer.Typer(
@@ -197,157 +189,9 @@ def _convert(
     say(f"wrote {type(model).__name__} to {out}")
 
 
-# --- transcription ---------------------------------------------------------------------------------------------------
+# --- speech to text --------------------------------------------------------------------------------------------------
 
-
-@app.command()
-def transcribe(
-    files: Annotated[list[str], typer.Argument(help="sound files; - is standard input")],
-    model: Annotated[str | None, typer.Option(help="hub id, directory or file; by default Whisper tiny.en")] = None,
-    language: Annotated[str | None, typer.Option(help="code or name; detected if not given")] = None,
-    task: Annotated[str, typer.Option(help="transcribe, or translate (into English)")] = "transcribe",
-    output_format: Annotated[str, typer.Option("--format", help="txt, srt, vtt, tsv or json")] = "txt",
-    output_dir: Annotated[
-        Path | None, typer.Option(help="write FILE.FORMAT there instead of to standard output")
-    ] = None,
-    word_timestamps: Annotated[bool, typer.Option("--word-timestamps", help="time every word")] = False,
-    beam_size: Annotated[int | None, typer.Option(help="beams, at temperature 0")] = None,
-    best_of: Annotated[int | None, typer.Option(help="samples, at temperatures above 0")] = None,
-    patience: Annotated[float | None, typer.Option(help="of the beam search")] = None,
-    length_penalty: Annotated[float | None, typer.Option(help="of the beam search, 0 to 1")] = None,
-    temperature: Annotated[str, typer.Option(help="one, or several tried in turn")] = "0,0.2,0.4,0.6,0.8,1",
-    compression_ratio_threshold: Annotated[float, typer.Option(help="text that zlib shrinks more is refused")] = 2.4,
-    logprob_threshold: Annotated[float, typer.Option(help="mean log-probability below which text is refused")] = -1.0,
-    no_speech_threshold: Annotated[
-        float, typer.Option(help="probability of silence above which text is dropped")
-    ] = 0.6,
-    initial_prompt: Annotated[str | None, typer.Option(help="text that comes before the audio")] = None,
-    carry_initial_prompt: Annotated[
-        bool, typer.Option("--carry-initial-prompt", help="repeat it at every window")
-    ] = False,
-    condition_on_previous_text: Annotated[bool, typer.Option(help="prompt each window with the text so far")] = True,
-    suppress_tokens: Annotated[str, typer.Option(help="token ids, -1 for all that is not speech")] = "-1",
-    clip_timestamps: Annotated[str, typer.Option(help="start,end,start,… in seconds")] = "0",
-    hallucination_silence_threshold: Annotated[
-        float | None, typer.Option(help="skip silence longer than this around doubtful text (needs --word-timestamps)")
-    ] = None,
-    without_timestamps: Annotated[bool, typer.Option("--without-timestamps", help="text only")] = False,
-    batch_size: Annotated[int, typer.Option(help="windows decoded together")] = 1,
-    padding: Annotated[str, typer.Option(help="of the last window: silence or zeros")] = "silence",
-    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
-    language_model: Annotated[Path | None, typer.Option(help="of words, an ARPA file; for CTC models")] = None,
-    hotwords: Annotated[
-        list[str] | None, typer.Option("--hotword", help="a word that is likely to be said; for CTC models")
-    ] = None,
-    lexicon: Annotated[
-        Path | None, typer.Option(help="the only words there are: one and its letters a line; for CTC models")
-    ] = None,
-    lm_weight: Annotated[float, typer.Option(help="of the language model; for CTC models")] = 0.5,
-    word_bonus: Annotated[float, typer.Option(help="with a language model or a lexicon; for CTC models")] = 1.5,
-    dtype: Annotated[str, typer.Option(help=COMPUTED_IN)] = "float32",
-) -> None:
-    """Transcribe sound files. Whisper, CTC models, fairseq S2T and SpeechT5 can."""
-    from audiozoo.text import subtitles
-
-    if output_format not in subtitles.FORMATS:
-        raise UsageError(f"There is no format {output_format!r}; there are {', '.join(subtitles.FORMATS)}.")
-    check_dtype(dtype)
-    try:
-        temperatures = tuple(float(t) for t in temperature.split(","))
-    except ValueError:
-        raise UsageError(f"--temperature {temperature!r} must be numbers with commas between them.") from None
-    options: dict[str, Any] = {
-        "language": language,
-        "task": task,
-        "word_timestamps": word_timestamps,
-        "beam_size": beam_size,
-        "best_of": best_of,
-        "patience": patience,
-        "length_penalty": length_penalty,
-        "temperature": temperatures,
-        "compression_ratio_threshold": compression_ratio_threshold,
-        "logprob_threshold": logprob_threshold,
-        "no_speech_threshold": no_speech_threshold,
-        "initial_prompt": initial_prompt,
-        "carry_initial_prompt": carry_initial_prompt,
-        "condition_on_previous_text": condition_on_previous_text,
-        "suppress_tokens": suppress_tokens,
-        "clip_timestamps": clip_timestamps,
-        "hallucination_silence_threshold": hallucination_silence_threshold,
-        "without_timestamps": without_timestamps,
-        "batch_size": batch_size,
-        "padding": padding,
-        "seed": seed,
-    }
-    keep_compiled_programs()
-    import audiozoo
-    from audiozoo.decoding import long_form
-
-    # What is wrong with the call is said before the model is read. Another model's languages may not be Whisper's.
-    long_form.TranscriptionOptions.of(options | {"language": language if model is None else None})
-    outputs = _outputs(files, output_dir, output_format)
-    source = model or packaged.whisper()
-    recogniser = audiozoo.load(source, dtype=dtype if dtype != "float32" else None)
-    name = type(recogniser).__name__
-    writes = name in ("Speech2TextForConditionalGeneration", "SpeechT5ForSpeechToText")
-    if not writes and not name.endswith(("WhisperForConditionalGeneration", "ForCTC")):
-        raise UsageError(f"{source} holds a {name}, which does not transcribe.")
-    processor = audiozoo.load_processor(source)
-    fusion = recognition.Fusion(language_model, tuple(hotwords or ()), lexicon, lm_weight, word_bonus)
-    if not name.endswith("ForCTC") and fusion.asked:
-        raise UsageError(f"--language-model, --hotword and --lexicon are for CTC models; {source} holds a {name}.")
-    if name == "WhisperForConditionalGeneration":
-        hear: Any = partial(long_form.transcribe, recogniser, processor, **options)
-    elif writes:
-        hear = recognition.writer(recogniser, processor, options, language)
-    else:
-        recogniser = recognition.speak_language(recogniser, processor, source, language)
-        hear = recognition.ctc_transcriber(recogniser, processor, options, fusion)
-    if output_dir is not None:
-        try:
-            output_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SourceError(f"{output_dir} cannot be made ({error.strerror}).") from None
-    failed = 0
-    for file, output in zip(files, outputs, strict=True):
-        recording: Any = sys.stdin.buffer.read() if file == "-" else file
-        name = "standard input" if file == "-" else file
-        try:
-            with progress_bar(Path(name).name, None, "s") as update:
-                result = hear(recording, progress=update)
-        except AudiozooError as error:
-            if len(files) == 1:
-                raise
-            say(f"audiozoo: {name}: {error}", "red")
-            failed += 1
-            continue
-        text = subtitles.render(result, output_format)
-        if output is None:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-        else:
-            write_whole(output, text)
-    if failed:
-        raise SourceError(f"{failed} of {len(files)} files could not be transcribed.")
-
-
-def _outputs(files: list[str], directory: Path | None, suffix: str) -> list[Path | None]:
-    """Where each file's transcript goes, None being standard output; raises if an input is not there."""
-    for file in files:
-        if file != "-" and not Path(file).exists():
-            raise SourceError(f"There is no file {file}.")
-        if Path(file).is_dir():
-            raise SourceError(f"{file} is a directory; name the sound files inside it.")
-    if directory is None:
-        return [None] * len(files)
-    outputs = [directory / f"{'stdin' if file == '-' else Path(file).stem}.{suffix}" for file in files]
-    for i, output in enumerate(outputs):
-        if output in outputs[:i]:
-            first = files[outputs.index(output)]
-            raise UsageError(f"{first} and {files[i]} would both be written to {output}; give them one at a time.")
-    return list(outputs)
-
-
+app.command()(transcription.transcribe)
 app.command()(recognition.align)
 app.command()(recognition.identify)
 app.command()(recognition.units)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import json
@@ -9,6 +10,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +21,8 @@ import typer.main
 
 import audiozoo
 from audiozoo import audio, cli, packaged, registry
+from audiozoo.commands import terminal, transcription
+from audiozoo.decoding.long_form import TranscriptionOptions
 from audiozoo.text import subtitles
 from tests.models.tiny_whisper import build
 
@@ -37,7 +41,8 @@ class Run:
 @pytest.fixture
 def audiozoo_command(monkeypatch, capsys):
     """Run `audiozoo …` in this process, without the compilation cache on disk."""
-    monkeypatch.setattr(cli, "keep_compiled_programs", lambda: None)
+    for module in (cli, terminal):
+        monkeypatch.setattr(module, "keep_compiled_programs", lambda: None)
 
     def run(*arguments: str | Path, stdin: bytes = b"") -> Run:
         monkeypatch.setattr(sys, "argv", ["audiozoo", *map(str, arguments)])
@@ -174,13 +179,24 @@ def test_every_format(transcribe, speech, tmp_path):
 def test_words_and_other_options(transcribe, speech):
     run = transcribe(
         *(speech, "--format", "json", "--word-timestamps", "--temperature", "0", "--language", "English"),
-        *("--no-condition-on-previous-text", "--clip-timestamps", "0,4"),
+        *("--no-condition-on-previous-text", "--clip-timestamps", "0,4", "--no-speech-threshold", "none"),
+        *("--append-punctuations", "!"),
     )
     segments = json.loads(run.out)["segments"]
     words = [word for segment in segments for word in segment["words"]]
-    assert [w["word"].strip(" .,").lower() for w in words[:4]] == ["ever", "tried", "ever", "failed"]
+    assert [w["word"].strip().lower() for w in words[:6]] == ["ever", "tried", ".", "ever", "failed", "."]
     assert all(a["start"] <= a["end"] <= b["end"] for a, b in itertools.pairwise(words))
     assert words[-1]["end"] <= 4.5
+    out = speech.parent / "out"
+    cues = transcribe(
+        *(speech, "--format", "all", "--output-dir", out, "--word-timestamps", "--temperature", "0"),
+        *("--highlight-words", "--max-words-per-line", "2"),
+    )
+    assert (cues.code, cues.out) == (0, "")
+    assert sorted(os.listdir(out)) == [f"beckett.{form}" for form in ("json", "srt", "tsv", "txt", "vtt")]
+    lines = (out / "beckett.srt").read_text().splitlines()
+    assert "<u>Ever</u> tried." in lines
+    assert "Ever <u>tried.</u>" in lines
 
 
 def test_several_files_and_standard_input(transcribe, speech, tmp_path):
@@ -261,7 +277,9 @@ def test_options_that_do_not_exist(transcribe, speech, tmp_path):
         (("--language", "klingon"), "klingon"),
         (("--language", "de"), "English"),
         (("--task", "summarise"), "no task 'summarise'"),
-        (("--format", "pdf"), "no format 'pdf'; there are txt, srt, vtt, tsv, json"),
+        (("--format", "pdf"), "no format 'pdf'; there are txt, srt, vtt, tsv, json, and all"),
+        (("--max-line-width", "40"), "--word-timestamps only"),
+        (("--word-timestamps", "--max-line-count", "0"), "max_line_count=0 must be at least 1"),
         (("--temperature", "warm"), "'warm'"),
         (("--temperature", "-1"), "at least 0"),
         (("--dtype", "int8"), "'int8'"),
@@ -279,6 +297,18 @@ def test_options_that_do_not_exist(transcribe, speech, tmp_path):
     same = transcribe(tmp_path / "a.wav", tmp_path / "b" / "a.flac", "--output-dir", out)
     assert_refused(same, "would both be written to")
     assert_refused(transcribe(speech, "--output-dir", tmp_path / "a.wav" / "x"), "cannot be made")
+    assert_refused(transcribe(speech, "--format", "all"), "say where with --output-dir")
+
+
+def test_every_option_of_transcription_is_one_of_the_command():
+    """With the same default, for what a user does not say."""
+    defaults = {name: option.default for name, option in signature(transcription.transcribe).parameters.items()}
+    for field in dataclasses.fields(TranscriptionOptions):
+        assert field.name in defaults
+        if field.name == "temperature":
+            assert tuple(map(float, defaults["temperature"].split(","))) == field.default
+        elif "punctuations" not in field.name:  # None stands for the default there
+            assert defaults[field.name] == field.default, field.name
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -19,8 +22,9 @@ from audiozoo.models import hubert, sew, wav2vec2, wavlm
 from audiozoo.models.hubert import HubertConfig
 from audiozoo.models.wav2vec2 import Wav2Vec2Config
 from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
+from tests.hub_server import HubServer
 from tests.models.random_model import random_model
-from tests.test_cli import Run, assert_refused, audiozoo_command  # noqa: F401 - a fixture
+from tests.test_cli import ROOT, Run, assert_refused, audiozoo_command  # noqa: F401 - a fixture
 from weights_conversion import wav2vec2 as conversion
 
 NETWORK = {
@@ -85,6 +89,8 @@ def test_transcribe(run, checkpoints, tmp_path):
     assert [w["word"] for w in words] == [w["text"] for w in heard.words]
     assert [(w["start"], w["end"]) for w in words] == [(w["start"], w["end"]) for w in heard.words]
     assert all(a["start"] <= a["end"] <= b["start"] for a, b in itertools.pairwise(words))
+    lines = run("transcribe", sound, "--model", source, "--format", "srt", "--word-timestamps").out.splitlines()
+    assert timed["segments"][0]["text"].strip() in lines  # with spaces between the words
     cues = run("transcribe", sound, "--model", source, "--format", "srt").out
     assert cues.startswith("1\n00:00:0")
     assert cues.count("-->") == len(timed["segments"])
@@ -140,8 +146,10 @@ def test_align(run, checkpoints, tmp_path):
     assert_refused(run("align", sound, "abba", "--model", checkpoints / "classifier"), "does not align")
 
 
-def test_languages_of_mms(run, checkpoints, tmp_path):
-    """ISO 639-3 codes, which are not Whisper's: adapters, head and letters change together."""
+@pytest.fixture(scope="module")
+def mms(tmp_path_factory):
+    """A recogniser of English, with the adapter of a language of other letters."""
+    folder = tmp_path_factory.mktemp("languages") / "mms"
     alphabets = {"eng": "ab", "fra": "éèç"}
     vocabularies = {
         language: {token: index for index, token in enumerate([*TOKENS[:5], *letters])}
@@ -151,14 +159,19 @@ def test_languages_of_mms(run, checkpoints, tmp_path):
         config = Wav2Vec2Config(**NETWORK, vocab_size=len(vocabularies[language]), adapter_attn_dim=4)
         model = random_model(lambda rngs: wav2vec2.Wav2Vec2ForCTC(config, rngs=rngs))  # noqa: B023
         if language == "eng":
-            audiozoo.export(model, tmp_path / "mms")
+            audiozoo.export(model, folder)
             break
         values = {n: leaf[...] for n, leaf in variables(model).items() if ".adapter_layer." in n or "lm_head" in n}
         own = dict(conversion.adapter_table().write(values))
-    save_file(own, tmp_path / "mms" / "adapter.fra.safetensors")
+    save_file(own, folder / "adapter.fra.safetensors")
     tokenizer = Wav2Vec2CTCTokenizer(vocabularies, target_lang="eng")
-    Wav2Vec2Processor(Wav2Vec2FeatureExtractor(), tokenizer).save(tmp_path / "mms")
-    sound, options = checkpoints / "noise.wav", ("--model", tmp_path / "mms")
+    Wav2Vec2Processor(Wav2Vec2FeatureExtractor(), tokenizer).save(folder)
+    return folder
+
+
+def test_languages_of_mms(run, checkpoints, mms):
+    """ISO 639-3 codes, which are not Whisper's: adapters, head and letters change together."""
+    sound, options = checkpoints / "noise.wav", ("--model", mms)
     english = run("transcribe", sound, *options)
     french = run("transcribe", sound, *options, "--language", "fra")
     assert french.code == 0, french.err
@@ -167,6 +180,31 @@ def test_languages_of_mms(run, checkpoints, tmp_path):
     assert french.out.strip()
     assert run("align", sound, "éç", *options, "--language", "fra").code == 0
     assert_refused(run("transcribe", sound, *options, "--language", "deu"), "no adapter for 'deu'; it has fra")
+    for option in (("--no-condition-on-previous-text",), ("--seed", "1"), ("--no-speech-threshold", "none")):
+        assert_refused(run("transcribe", sound, *options, *option), "is Whisper's")
+
+
+def test_the_command_with_a_model_of_the_hub(checkpoints, mms, tmp_path):
+    """As a user runs it, `HF_ENDPOINT` naming the hub: model, tokenizer and adapter, each downloaded once."""
+    files = {file.name: file.read_bytes() for file in mms.iterdir()}
+    environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    with HubServer({"zoo/mms": files}) as hub:
+        done = subprocess.run(
+            [sys.executable, "-m", "audiozoo.cli", "transcribe", checkpoints / "noise.wav"]
+            + ["--model", "zoo/mms", "--language", "fra"],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=environment
+            | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+            | {"PYTHONPATH": str(ROOT), "AUDIOZOO_CACHE": str(tmp_path / "audiozoo"), "JAX_PLATFORMS": "cpu"},
+        )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert set(done.stdout) - set(" \n") <= set("éèç")
+    downloads = hub.downloads()
+    assert len(downloads) == len(set(downloads))
+    assert {"config.json", "vocab.json", "model.safetensors", "adapter.fra.safetensors"} <= set(downloads)
 
 
 def test_align_with_whisper(run, recordings):

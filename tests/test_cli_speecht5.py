@@ -133,7 +133,7 @@ def test_transcribe_and_identify(run, zoo, tmp_path):
     tokens = model.generate(**inputs, masked_group_norm=True)
     assert found["text"] == processor.batch_decode(tokens, True)[0].strip()
     refuse = ("transcribe", zoo / "noise.wav", "--model", zoo / "recogniser")
-    assert_refused(run(*refuse, "--language", "en"), "leave --to out")
+    assert_refused(run(*refuse, "--language", "en"), "leave --language out")
     assert_refused(run(*refuse, "--word-timestamps"), "--word-timestamps is Whisper's")
     assert_refused(run(*refuse, "--task", "translate"), "is Whisper's")
     assert_refused(run("transcribe", zoo / "noise.wav", "--model", zoo / "voice"), "does not transcribe")

@@ -154,7 +154,7 @@ def _in_language(subject: Any, processor: Any, source: str, options: dict[str, A
         from audiozoo.commands.translation import language_token
 
         codes = getattr(processor.tokenizer, "lang_code_to_id", {})
-        token = language_token(processor, source, language) if codes else None
+        token = language_token(processor, source, language, "--language") if codes else None
         return subject, options if token is None else options | {"generate": {"forced_bos_token_id": token}}
     if name.startswith("SeamlessM4T") and language is None:
         raise UsageError(f"{source} writes many languages; say which with --language.")

@@ -20,18 +20,20 @@ IDENTIFIER = "facebook/mms-lid-126"
 ENCODER = "facebook/hubert-base-ls960"
 
 Progress = Callable[[float, float], None]
-# Options of `audiozoo transcribe` that only Whisper has, by the value that means nothing.
-WHISPER_ONLY = {
-    "task": "transcribe",
-    "best_of": None,
-    "patience": None,
-    "length_penalty": None,
-    "initial_prompt": None,
-    "carry_initial_prompt": False,
-    "clip_timestamps": "0",
-    "hallucination_silence_threshold": None,
-    "without_timestamps": False,
-}
+
+
+def refuse_whispers(model: Any, options: dict[str, Any], used: set[str]) -> None:
+    """Options of `audiozoo transcribe` have Whisper's defaults; refuse those that were changed and are not `used`.
+
+    Raises:
+        UsageError: if there is one.
+    """
+    from audiozoo.decoding.long_form import TranscriptionOptions
+
+    default = TranscriptionOptions()
+    for name, value in options.items():
+        if name not in used and value != getattr(default, name):
+            raise UsageError(f"--{name.replace('_', '-')} is Whisper's; {type(model).__name__} transcribes without it.")
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,7 @@ def ctc_transcriber(
     from audiozoo import audio
     from audiozoo.decoding.ctc import NgramModel, read_lexicon, transcribe_ctc
 
-    for name, nothing in WHISPER_ONLY.items():
-        if options.get(name, nothing) != nothing:
-            raise UsageError(f"--{name.replace('_', '-')} is Whisper's; {type(model).__name__} transcribes without it.")
+    refuse_whispers(model, options, {"language", "word_timestamps", "beam_size", "batch_size"})
     ngrams = None if fusion.language_model is None else NgramModel.from_arpa(fusion.language_model)
     lexicon = None
     if fusion.lexicon is not None:
@@ -118,11 +118,9 @@ def writer(
     from audiozoo.commands.translation import language_token
     from audiozoo.decoding.pieces import write_pieces
 
-    for name, nothing in (WHISPER_ONLY | {"word_timestamps": False}).items():
-        if name != "length_penalty" and options.get(name, nothing) != nothing:
-            raise UsageError(f"--{name.replace('_', '-')} is Whisper's; {type(model).__name__} transcribes without it.")
+    refuse_whispers(model, options, {"language", "length_penalty", "beam_size", "batch_size"})
     chosen = {"num_beams": options["beam_size"], "length_penalty": options["length_penalty"]}
-    chosen["forced_bos_token_id"] = language_token(processor, "This checkpoint", language)
+    chosen["forced_bos_token_id"] = language_token(processor, "This checkpoint", language, "--language")
     if hasattr(model, "speecht5"):
         chosen["masked_group_norm"] = True
     else:

@@ -68,8 +68,14 @@ class Translation:
 Translator = Callable[[Any, Any, Request, Callable[[float, float], None]], Translation]
 
 
-def language_token(processor: Any, source: str, target: str | None) -> int | None:
+def language_token(processor: Any, source: str, target: str | None, option: str = "--to") -> int | None:
     """The token of a language by its code, or by a code's first part: "de" also finds "de_DE".
+
+    Args:
+        processor: of a model that writes.
+        source: where it is from.
+        target: the code.
+        option: what asks for it.
 
     Raises:
         UsageError: if the model does not know the language, has no choice, or has a choice and none was made.
@@ -77,13 +83,13 @@ def language_token(processor: Any, source: str, target: str | None) -> int | Non
     codes: dict[str, int] = getattr(processor.tokenizer, "lang_code_to_id", {})
     if not codes:
         if target is not None:
-            raise UsageError(f"{source} translates into one language, whichever it is; leave --to out.")
+            raise UsageError(f"{source} writes one language, whichever it is; leave {option} out.")
         return None
     if target is None:
-        raise UsageError(f"{source} translates into {', '.join(codes)}; say which with --to.")
+        raise UsageError(f"{source} writes {', '.join(codes)}; say which with {option}.")
     found = [code for code in codes if code == target] or [c for c in codes if c.split("_")[0] == target]
     if len(found) != 1:
-        raise UsageError(f"{source} does not translate into {target!r}; it knows {', '.join(codes)}.")
+        raise UsageError(f"{source} does not write {target!r}; it knows {', '.join(codes)}.")
     return codes[found[0]]
 
 

@@ -424,9 +424,10 @@ def test_translate_and_transcribe(run, checkpoint, tmp_path):
     assert found["language"] == "de"
     heard = run("transcribe", sound, "--language", "de", "--model", source)
     assert heard.out == plain.out
+    assert_refused(run("transcribe", sound, "--model", source), "say which with --language")
     model_option = ("--model", source)
     assert_refused(run("translate", sound, *model_option), "say which with --to")
-    assert_refused(run("translate", sound, "--to", "xx", *model_option), "does not translate into 'xx'")
+    assert_refused(run("translate", sound, "--to", "xx", *model_option), "does not write 'xx'")
     assert_refused(run("translate", "good morning", "--to", "de", *model_option), "give it a sound file")
     assert_refused(run("translate", "no.wav", "--to", "de", *model_option), "There is no file no.wav")
     assert_refused(run("translate", " ", "--to", "de", *model_option), "nothing to translate")
