@@ -184,19 +184,24 @@ def test_words_and_other_options(transcribe, speech):
     )
     segments = json.loads(run.out)["segments"]
     words = [word for segment in segments for word in segment["words"]]
-    assert [w["word"].strip().lower() for w in words[:6]] == ["ever", "tried", ".", "ever", "failed", "."]
+    assert [w["word"].strip().lower() for w in words[:6] if w["word"] not in ",."] == [
+        "ever",
+        "tried",
+        "ever",
+        "failed",
+    ]
     assert all(a["start"] <= a["end"] <= b["end"] for a, b in itertools.pairwise(words))
     assert words[-1]["end"] <= 4.5
     out = speech.parent / "out"
-    cues = transcribe(
+    run = transcribe(
         *(speech, "--format", "all", "--output-dir", out, "--word-timestamps", "--temperature", "0"),
-        *("--highlight-words", "--max-words-per-line", "2"),
+        *("--highlight-words", "--max-words-per-line", "2", "--clip-timestamps", "0,4"),
     )
-    assert (cues.code, cues.out) == (0, "")
+    assert (run.code, run.out) == (0, "")
     assert sorted(os.listdir(out)) == [f"beckett.{form}" for form in ("json", "srt", "tsv", "txt", "vtt")]
-    lines = (out / "beckett.srt").read_text().splitlines()
-    assert "<u>Ever</u> tried." in lines
-    assert "Ever <u>tried.</u>" in lines
+    cues = (out / "beckett.srt").read_text()
+    assert "\n<u>Ever</u> tried" in cues
+    assert "\nEver <u>tried" in cues
 
 
 def test_several_files_and_standard_input(transcribe, speech, tmp_path):

@@ -186,12 +186,14 @@ def test_languages_of_mms(run, checkpoints, mms):
 
 def test_the_command_with_a_model_of_the_hub(checkpoints, mms, tmp_path):
     """As a user runs it, `HF_ENDPOINT` naming the hub: model, tokenizer and adapter, each downloaded once."""
-    files = {file.name: file.read_bytes() for file in mms.iterdir()}
+    files, options = (
+        {file.name: file.read_bytes() for file in mms.iterdir()},
+        ("--model", "zoo/mms", "--language", "fra"),
+    )
     environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
     with HubServer({"zoo/mms": files}) as hub:
         done = subprocess.run(
-            [sys.executable, "-m", "audiozoo.cli", "transcribe", checkpoints / "noise.wav"]
-            + ["--model", "zoo/mms", "--language", "fra"],
+            [sys.executable, "-m", "audiozoo.cli", "transcribe", checkpoints / "noise.wav", *options],
             capture_output=True,
             text=True,
             cwd=ROOT,
