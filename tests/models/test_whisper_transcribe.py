@@ -20,9 +20,6 @@ KNOWN = {
     "librispeech_198-209-0000.ogg": "<|0.00|> Mrs. Allen said Catherine the next morning. Will there be any harm in my "
     "calling on Miss<|4.52|><|4.52|> Tillme today? I shall not be easy till I have explained everything.<|8.68|>"
     "<|8.68|> Girl by all means, my dear, only put on a white gown. Miss Tillme always wears white.<|13.48|>",
-    "nabucasa_en_US-joe.mp3": "<|0.00|> Having complete focus on a recipe and not allowing yourself to be distracted "
-    "by your thoughts<|5.76|><|5.76|> can have a therapeutic effect.<|7.44|>",
-    "nabucasa_en_US-kathleen.mp3": "<|0.00|> Author of the danger trail, Philip steals, etc.<|3.20|>",
 }
 JFK = "And so my fellow Americans ask not what your country can do for you ask what you can do for your country."
 
@@ -89,13 +86,9 @@ def test_files_in_one_batch(tiny_en: tuple, recordings: Path):
     for one, other in zip(together, alone, strict=True):
         assert one["text"] == other["text"]
         assert [s["tokens"] for s in one["segments"]] == [s["tokens"] for s in other["segments"]]
-
-
-def test_known_tokens(tiny_en: tuple, recordings: Path):
-    """Four recordings in one batch: every token and every time of the first window."""
-    results = transcribe(*tiny_en, [recordings / name for name in KNOWN], temperature=0.0)
-    for result, wanted in zip(results, KNOWN.values(), strict=True):
-        tokens = [token for segment in result["segments"] if segment["seek"] == 0 for token in segment["tokens"]]
+    for name, wanted in KNOWN.items():
+        segments = together[names.index(name)]["segments"]
+        tokens = [token for segment in segments if segment["seek"] == 0 for token in segment["tokens"]]
         assert tiny_en[1].tokenizer.decode_with_timestamps(tokens) == wanted
 
 
