@@ -6,8 +6,12 @@ names of the second kind with `code_generator.` in front.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 from audiozoo.models.speech_resynthesis import CodeHifiGanConfig
-from weights_conversion.hifigan import WEIGHT_NORM_RENAMES, generator_rules
+from weights_conversion.hifigan import WEIGHT_NORM_RENAMES, folding, generator_rules
 from weights_conversion.rules import Rule, Table, Tensors, conv1d, transpose
 
 
@@ -36,6 +40,19 @@ def vocoder_rules(config: CodeHifiGanConfig, foreign: str = "", ours: str = "") 
 def vocoder_table(config: CodeHifiGanConfig) -> Table:
     """The correspondence with `SeamlessM4TCodeHifiGan` and `SeamlessM4Tv2CodeHifiGan`."""
     return Table(vocoder_rules(config), renames=WEIGHT_NORM_RENAMES)
+
+
+def folded(config: Any, table_of: Callable[[Any], Table]) -> Table:
+    """A table for export: `transformers` has whole kernels, which a vocoder from the authors' file does not.
+
+    Args:
+        config: of a model with a vocoder inside.
+        table_of: the table by a configuration.
+    """
+    if not config.vocoder.weight_norm:
+        return table_of(config)
+    whole = dataclasses.replace(config, vocoder=dataclasses.replace(config.vocoder, weight_norm=False))
+    return folding(table_of(whole), r"(vocoder\.)?hifi_gan\..*\.kernel")
 
 
 def original_table(config: CodeHifiGanConfig) -> Table:

@@ -7,15 +7,19 @@ The authors' `generator_v1` and `g_02500000` are pickles `{"generator": tensors}
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.models.hifigan import HifiGanConfig
 from weights_conversion import ForeignCheckpoint, HuggingFaceForm, read_json, take
 from weights_conversion.readers import open_tensors
 from weights_conversion.rules import (
+    Arrays,
     Operation,
     Rule,
     Table,
@@ -34,6 +38,42 @@ WEIGHT_NORM_RENAMES = (
 )
 # The last axis of a two-dimensional kernel that reaches over time only.
 column_conv1d = squeeze(3) >> conv1d
+
+
+def _taken_apart() -> Operation:
+    """A folded kernel as magnitude and direction (ours): the direction is the kernel itself."""
+
+    def forward(arrays: Arrays) -> Arrays:
+        (kernel,) = arrays
+        return np.sqrt(np.sum(np.square(kernel), axis=(1, 2), keepdims=True)), kernel
+
+    def inverse(arrays: Arrays) -> Arrays:
+        g, v = arrays
+        norm = np.sqrt(np.sum(np.square(v), axis=(1, 2), keepdims=True))
+        # Untouched since it was taken apart, it is the kernel, to the bit.
+        same = g == norm
+        return (np.where(same, v, v * (g / np.where(same, np.ones_like(norm), norm))),)
+
+    return Operation("magnitude and direction", forward, inverse)
+
+
+taken_apart = _taken_apart()
+
+
+def folding(table: Table, layers: str) -> Table:
+    """A table of whole kernels for a model that keeps some in magnitude and direction: these are folded on the way out.
+
+    Args:
+        table: of the model with whole kernels.
+        layers: a regular expression of the paths of these kernels.
+    """
+    rules = []
+    for rule in table.rules:
+        ours = rule.ours if isinstance(rule.ours, str) else rule.ours[0]
+        if re.fullmatch(layers, ours):
+            rule = Rule(rule.foreign, (ours + "_g", ours + "_v"), taken_apart >> rule.operation, rule.numbers)
+        rules.append(rule)
+    return dataclasses.replace(table, rules=rules)
 
 
 def kernel_rules(foreign: str, ours: str, operation: Operation, *, weight_norm: bool) -> tuple[Rule, ...]:

@@ -216,7 +216,8 @@ def hugging_face(model: Any) -> HuggingFaceForm:
     generation |= {table: dict(pairs) for table, pairs in tables.items() if pairs}
     generation |= {n: getattr(config, n) for n in ("pad_token_id", "bos_token_id", "eos_token_id")}
     generation |= {"decoder_start_token_id": config.decoder_start_token_id}
-    return HuggingFaceForm({"config.json": raw, "generation_config.json": generation}, hugging_face_table(config, name))
+    table = vocoder.folded(config, lambda config: hugging_face_table(config, name))
+    return HuggingFaceForm({"config.json": raw, "generation_config.json": generation}, table)
 
 
 # --- languages of the authors' files ---------------------------------------------------------------------------------

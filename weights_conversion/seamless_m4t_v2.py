@@ -90,7 +90,7 @@ def t2u_table() -> Table:
     return Table(t2u_rules(), tied=(T2U_TIED,))
 
 
-def _rules(config: SeamlessM4Tv2Config, tokens: Operation = identity, characters: Operation = identity) -> tuple:
+def _rules(tokens: Operation = identity, characters: Operation = identity) -> tuple[Rule, ...]:
     return (
         Rule("shared.weight", "text_decoder.embed_tokens.embedding", tokens),
         *below(TEXT_ENCODER, "text_encoder."),
@@ -118,7 +118,7 @@ def hugging_face_table(config: SeamlessM4Tv2Config, model_class: str) -> Table:
     """The correspondence with what `save_pretrained` writes."""
     if model_class == VOCODER:
         return vocoder.vocoder_table(config.vocoder)
-    rules = (*_rules(config), *vocoder.vocoder_rules(config.vocoder, "vocoder.", "vocoder."))
+    rules = (*_rules(), *vocoder.vocoder_rules(config.vocoder, "vocoder.", "vocoder."))
     return Table(rules, renames=WEIGHT_NORM_RENAMES, ignored=_ignored(model_class), tied=_TIED)
 
 
@@ -169,7 +169,7 @@ def hugging_face(model: Any) -> HuggingFaceForm:
         generation |= {table: {str(k): v for k, v in pairs} for table, pairs in tables.items() if pairs}
         generation |= {n: getattr(config, n) for n in ("pad_token_id", "bos_token_id", "eos_token_id")}
         files["generation_config.json"] = generation | {"decoder_start_token_id": config.decoder_start_token_id}
-    return HuggingFaceForm(files, hugging_face_table(config, name))
+    return HuggingFaceForm(files, vocoder.folded(config, lambda config: hugging_face_table(config, name)))
 
 
 # --- the authors' files ----------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def original_table(config: SeamlessM4Tv2Config, model_class: str, pieces: Sequen
     moved = () if pieces is None else (reordered(FAIRSEQ_ROWS), reordered(character_order(pieces)))
     voice = vocoder.original_table(config.vocoder).rules
     return Table(
-        (*_rules(config, *moved), *below(tuple(voice), "vocoder.")),
+        (*_rules(*moved), *below(tuple(voice), "vocoder.")),
         renames=ORIGINAL_NAMES,
         ignored=(*REMNANTS, *_ignored(model_class)),
         tied=_TIED,

@@ -20,12 +20,10 @@ import numpy as np
 from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.models.vits import VitsConfig
 from weights_conversion import ForeignCheckpoint, HuggingFaceForm, read_json, take
-from weights_conversion.hifigan import WEIGHT_NORM_RENAMES, generator_rules, kernel_rules
+from weights_conversion.hifigan import WEIGHT_NORM_RENAMES, folding, generator_rules, kernel_rules, taken_apart
 from weights_conversion.readers import TensorSource, open_tensors
 from weights_conversion.rules import (
-    Arrays,
     Ignore,
-    Operation,
     Rule,
     Table,
     Tensors,
@@ -40,26 +38,6 @@ MODEL_TYPE = "vits"
 # A 1×1 convolution that is a linear map: (out, in, 1) -> (in, out).
 pointwise = squeeze(2) >> permute(1, 0)
 column = squeeze(1)
-
-
-def _taken_apart() -> Operation:
-    """A folded kernel as magnitude and direction (ours): the direction is the kernel itself."""
-
-    def forward(arrays: Arrays) -> Arrays:
-        (kernel,) = arrays
-        return np.sqrt(np.sum(np.square(kernel), axis=(1, 2), keepdims=True)), kernel
-
-    def inverse(arrays: Arrays) -> Arrays:
-        g, v = arrays
-        norm = np.sqrt(np.sum(np.square(v), axis=(1, 2), keepdims=True))
-        # Untouched since it was taken apart, it is the kernel, to the bit.
-        same = g == norm
-        return (np.where(same, v, v * (g / np.where(same, np.ones_like(norm), norm))),)
-
-    return Operation("magnitude and direction", forward, inverse)
-
-
-taken_apart = _taken_apart()
 
 
 def _wavenet(foreign: str, ours: str, config: VitsConfig, *, folded: bool = False) -> list[Rule]:
@@ -165,13 +143,7 @@ def _folding_table(config: VitsConfig) -> Table:
     if not config.decoder_weight_norm:
         return hugging_face_table(config)
     plain = hugging_face_table(dataclasses.replace(config, decoder_weight_norm=False))
-    rules = []
-    for rule in plain.rules:
-        (ours,) = (rule.ours,) if isinstance(rule.ours, str) else rule.ours
-        if re.match(r"decoder\.(upsampler|resblocks)\..*\.kernel$", ours):
-            rule = Rule(rule.foreign, (ours + "_g", ours + "_v"), taken_apart >> rule.operation)
-        rules.append(rule)
-    return dataclasses.replace(plain, rules=rules)
+    return folding(plain, r"decoder\.(upsampler|resblocks)\..*\.kernel")
 
 
 # --- the authors' names ----------------------------------------------------------------------------------------------

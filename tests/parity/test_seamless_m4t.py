@@ -423,11 +423,18 @@ def test_the_authors_files(tmp_path, whole, style, monkeypatch):
     table = conversion.original_table(
         config, "SeamlessM4TModel", fairseq=style == "fairseq", dummy_row=style == "fairseq"
     )
-    blank = variables(harness.abstract(lambda: seamless_m4t.SeamlessM4TModel(config, rngs=nnx.Rngs(0))))
+    empty = harness.abstract(lambda: seamless_m4t.SeamlessM4TModel(config, rngs=nnx.Rngs(0)))
+    blank = variables(empty)
     values = dict(table.read(foreign.tensors, table.plan(foreign.tensors, blank)))
     assert set(values) == set(blank)
     for n in set(values) & set(ours):
         np.testing.assert_array_equal(values[n], ours[n], err_msg=n)
+    # What is exported of it has the whole kernels that `transformers` has.
+    exported = dict(conversion.hugging_face(empty).table.write(values))
+    assert {n for n in state if n.startswith("vocoder.")} == {n for n in exported if n.startswith("vocoder.")}
+    assert set(exported) <= set(state)
+    for n, v in exported.items():
+        np.testing.assert_allclose(v, state[n].numpy(), rtol=1e-12, err_msg=n)
     assert foreign.attributes["generation_config"].text_language("spa") == TINY["vocab_size"] - 4
     with pytest.raises(SourceError, match=r"put tokenizer\.model beside"):
         audiozoo.load_processor(path)
