@@ -35,7 +35,7 @@ class Request:
         speak: whether the translation is to be spoken.
         beams: of the search; None for the model's own choice.
         batch_size: pieces at a time.
-        speaker: whose voice speaks; None for the first.
+        speaker: whose voice speaks; -1 for one of the language.
     """
 
     file: str | None
@@ -45,7 +45,7 @@ class Request:
     speak: bool
     beams: int | None
     batch_size: int
-    speaker: int | None = None
+    speaker: int = -1
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,11 @@ def seamless(model: Any, processor: Any, request: Request, progress: Callable[[f
     if wanted not in parts:
         given = "text, not speech" if request.file is not None else "speech; give it a sound file, not text"
         raise UsageError(f"A {name} translates {given}.")
-    options: dict[str, Any] = {"tgt_lang": request.target}
+    options: dict[str, Any] = {"tgt_lang": request.target, "batch_invariant": True}
     if request.beams is not None:
         options["num_beams"] = request.beams
     if request.speak:
-        options |= {"return_intermediate_token_ids": True, "speaker_id": request.speaker or 0}
+        options |= {"return_intermediate_token_ids": True, "speaker_id": request.speaker}
     elif len(parts) == 3:
         options["generate_speech"] = False
     elif "vocoder" in parts:
@@ -160,7 +160,6 @@ def seamless(model: Any, processor: Any, request: Request, progress: Callable[[f
     if request.file is not None:
         if request.source is not None:
             raise UsageError(f"A {name} hears which language is spoken; leave --from out.")
-        options["batch_invariant"] = True
         wave = audio.read(request.file, processor.feature_extractor.sampling_rate)
         result = write_pieces(
             model, processor, wave, batch_size=request.batch_size, progress=progress, generate=generate
@@ -230,7 +229,9 @@ def translate(
     from_: Annotated[str | None, typer.Option("--from", help="language to translate from, if the model asks")] = None,
     model: Annotated[str, typer.Option(help="hub id, directory or file of a translator")] = MODEL,
     speech: Annotated[Path | None, typer.Option(help="speak the translation into this sound file")] = None,
-    speaker: Annotated[int | None, typer.Option(help="whose voice speaks it, by number")] = None,
+    speaker: Annotated[
+        int | None, typer.Option(min=0, help="whose voice speaks it, by number; by default a speaker of the language")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="write the text there instead of to standard output")
     ] = None,
@@ -266,7 +267,8 @@ def translate(
     if name not in TRANSLATORS:
         raise UsageError(f"{model} holds a {name}, which does not translate; {', '.join(TRANSLATORS)} do.")
     processor = audiozoo.load_processor(model)
-    request = Request(file, text, to, from_, speech is not None, beams, batch_size, speaker)
+    voice = -1 if speaker is None else speaker
+    request = Request(file, text, to, from_, speech is not None, beams, batch_size, voice)
     with progress_bar("translating" if file is None else Path(file).name, None, "s" if file else "pieces") as update:
         result = TRANSLATORS[name](translator, processor, request, update)
     written = subtitles.render({"text": result.text, "segments": result.segments, "language": to}, output_format)

@@ -104,13 +104,18 @@ def write_pieces(
 
 
 def sentence_cuts(text: str, longest: int = 300) -> list[str]:
-    """A text's lines; one of more than `longest` characters as pieces of whole sentences, as many as fit in each."""
+    """A text's lines; one of more than `longest` characters as pieces of whole sentences, as many as fit in each.
+
+    A sentence of more than three times as many is cut between words: no translation of it would come to its end.
+    """
     pieces = []
     for line in filter(None, (" ".join(line.split()) for line in text.splitlines())):
         start, ends = 0, [*(end.end() for end in _SENTENCE_END.finditer(line)), len(line)]
         while start < len(line):
             ends = [end for end in ends if end > start]
             end = max((end for end in ends if end <= start + longest), default=ends[0])
+            if end - start > 3 * longest:
+                end = line.rfind(" ", start, start + 3 * longest) + 1 or start + 3 * longest
             pieces.append(line[start:end].strip())
             start = end
     return pieces

@@ -673,7 +673,8 @@ class SeamlessM4TPreTrainedModel(nnx.Module):
             best = np.argmax(np.asarray(text.sequences_scores).reshape(-1, several), axis=1)
             sequences = sequences[best + several * np.arange(len(memory))]
         units, spoken, lengths = write_units(self, sequences, memory, mask, tgt_lang, key=keys[1], **of_units)
-        waveform, waveform_lengths = self.vocoder.speak(spoken, speaker_id, language, lengths=lengths)
+        voice = self.vocoder.own_voice(language) if speaker_id == -1 else speaker_id
+        waveform, waveform_lengths = self.vocoder.speak(spoken, voice, language, lengths=lengths)
         if not return_intermediate_token_ids:
             return waveform, waveform_lengths
         return SeamlessM4TGenerationOutput(waveform, waveform_lengths, sequences, units)
@@ -898,7 +899,8 @@ class SeamlessM4TForTextToSpeech(SeamlessM4TForTextToText):
             input_ids: the text to translate.
             return_intermediate_token_ids: also return the text's tokens and the units.
             tgt_lang: into which language.
-            spkr_id: one of the vocoder's voices; `speaker_id` is the same.
+            spkr_id: one of the vocoder's voices; `speaker_id` is the same. -1 is a speaker of the language, as the
+                authors' pipeline has it.
             key: randomness, for sampling.
             options: as for text (`attention_mask`, `num_beams` …); with `text_` in front they are for the text alone,
                 with `speech_` for the units alone.

@@ -34,9 +34,9 @@ Differences from `transformers`, each shown by a test: a batch's waveforms equal
 do (see `audiozoo.models.speech_resynthesis`); `batch_invariant=True` keeps the padding of speech out of the length
 adaptor, where it reaches an item's last state otherwise; and a subword without a text counts as one unknown character,
 there as the four letters of "None". As there, the last token of a batch's longest text, its end as a rule, is not
-spoken, while the ends of shorter texts are seen by the text-to-unit encoder. `transformers` lets the vocoder predict
-durations once more, which the authors' pipeline does not; `generate` follows the one, or with `dur_prediction=False`
-the other.
+spoken, while the ends of shorter texts are seen by the text-to-unit encoder, unless `batch_invariant=True`.
+`transformers` lets the vocoder predict durations once more, which the authors' pipeline does not; `generate` follows
+the one, or with `dur_prediction=False` the other.
 
 Checkpoints: `facebook/seamless-m4t-v2-large`; the authors' `seamlessM4T_v2_large.pt` and `vocoder_v2.pt`.
 
@@ -494,6 +494,8 @@ class SeamlessM4Tv2PreTrainedModel(SeamlessM4TPreTrainedModel):
         char_ids, counts = characters(texts, *spelling, pad=config.pad_token_id)
         counts = np.pad(counts, ((0, 0), (1, 1)))  # the first state and the last one stand for no character
         tokens = sequences[:, :-1]
+        if of_text.get("batch_invariant"):
+            tokens = without_ends(tokens, config.eos_token_id, config.pad_token_id)
         width, length = bucket(tokens.shape[1]), bucket(char_ids.shape[1])
         repeats = len(sequences) // len(memory)
         graphdef, state = nnx.split(self)
@@ -512,12 +514,18 @@ class SeamlessM4Tv2PreTrainedModel(SeamlessM4TPreTrainedModel):
         units = np.asarray(units)[:, :longest]
 
         spoken = vocoder_units(units, np.arange(longest) < lengths[:, None], config)
+        voice = self.vocoder.own_voice(language) if speaker_id == -1 else speaker_id
         waveform, waveform_lengths = self.vocoder.speak(
-            spoken, speaker_id, language, lengths=lengths, dur_prediction=dur_prediction
+            spoken, voice, language, lengths=lengths, dur_prediction=dur_prediction
         )
         if not return_intermediate_token_ids:
             return waveform, waveform_lengths
         return SeamlessM4Tv2GenerationOutput(waveform, waveform_lengths, sequences, units)
+
+
+def without_ends(tokens: Int[np.ndarray, "batch time"], eos: int, pad: int) -> Int[np.ndarray, "batch time"]:
+    """Not in the paper: texts whose ends are padding; the first token, which is the same as an end, stays."""
+    return np.where((np.arange(tokens.shape[1]) > 0) & (tokens == eos), pad, tokens)
 
 
 def _padded(x: np.ndarray, length: int, value: int) -> jax.Array:

@@ -42,7 +42,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -184,6 +184,8 @@ def repeat(
 class CodeHifiGan(nnx.Module):
     """§3.2, Figure 1: units, a language and a speaker to a waveform."""
 
+    own_voices: ClassVar[tuple[int, ...]] = ()  # of each language, the first of its own speakers
+
     def __init__(self, config: Any, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.config, config = config, sizes_of(config)
@@ -195,6 +197,12 @@ class CodeHifiGan(nnx.Module):
         self.speaker_embedding = Embed(config.vocoder_num_spkrs, config.spkr_embed_dim, **kwargs)
         self.language_embedding = Embed(config.vocoder_num_langs, config.lang_embed_dim, **kwargs)
         self.hifi_gan = HifiGanGenerator(config.generator, **kwargs)
+
+    def own_voice(self, lang_id: int) -> int:
+        """Not in the paper; in the released vocoders: a speaker of a language, or the first of all if none is known."""
+        sizes = sizes_of(self.config)
+        released = (sizes.vocoder_num_langs, sizes.vocoder_num_spkrs) == (len(self.own_voices), 200)
+        return self.own_voices[lang_id] if released else 0
 
     def unit_lengths(self, input_ids: Int[Array, "batch time"]) -> Int[Array, " batch"]:
         """Units of each item: up to the last one that is not padding."""
@@ -311,6 +319,7 @@ class CodeHifiGan(nnx.Module):
             durations = (jnp.arange(padded.shape[1]) < jnp.asarray(lengths)[:, None]).astype(jnp.int32)
         longest = max(int(durations.sum(axis=1).max(initial=0)), 1)
         waveform, samples = _decode(graphdef, state, padded, speakers, languages, durations, bucket(longest))
+        waveform = waveform.astype(jnp.promote_types(waveform.dtype, jnp.float32))  # half precision is no sound file's
         return np.asarray(waveform)[:, : longest * self.hifi_gan.config.samples_per_frame], np.asarray(samples)
 
 
@@ -358,6 +367,11 @@ def checked(
 class SeamlessM4TCodeHifiGan(CodeHifiGan):
     """arXiv 2308.11596, §4: the vocoder of SeamlessM4T, by the name and with the argument that it has there."""
 
+    own_voices = (
+        0, 2, 3, 4, 5, 6, 7, 9, 10, 11, 14, 15, 16, 17, 29, 30, 31, 32, 35, 36, 37, 38, 39, 40, 41, 42, 43, 46, 49, 50,
+        51, 58, 59, 60, 63, 66,
+    )  # fmt: skip
+
     def __call__(  # type: ignore[override]
         self, input_ids: Any, spkr_id: Any = 0, lang_id: Any = 0, **options: Any
     ) -> tuple[jax.Array, jax.Array]:
@@ -367,6 +381,11 @@ class SeamlessM4TCodeHifiGan(CodeHifiGan):
 
 class SeamlessM4Tv2CodeHifiGan(CodeHifiGan):
     """arXiv 2312.05187, §3: the vocoder of SeamlessM4T v2, the same network with other weights."""
+
+    own_voices = (
+        0, 1, 2, 3, 4, 6, 7, 9, 10, 11, 14, 15, 16, 17, 29, 30, 31, 32, 35, 38, 39, 40, 41, 43, 44, 45, 46, 49, 52, 53,
+        54, 61, 62, 63, 66, 69,
+    )  # fmt: skip
 
 
 # --- training --------------------------------------------------------------------------------------------------------

@@ -19,8 +19,9 @@ from audiozoo import audio
 from audiozoo.cli import app
 from audiozoo.decoding import pieces
 from audiozoo.errors import CheckpointError
+from audiozoo.layers import abstract
 from audiozoo.layers.batch_norm import writable
-from audiozoo.models import conformer, nllb, seamless_m4t
+from audiozoo.models import conformer, nllb, seamless_m4t, speech_resynthesis
 from audiozoo.models.conformer import ConformerConfig
 from audiozoo.models.nllb import NllbConfig
 from audiozoo.models.seamless_m4t import (
@@ -139,6 +140,21 @@ def test_directions(model):
         other, _ = model.generate(**source, tgt_lang="spa", speaker_id=4)
         assert (waveform != other).any()
         assert np.isfinite(waveform).all()
+
+
+def test_a_language_has_voices_of_its_own(model):
+    """As the authors' settings of both vocoders have them: the first speaker of English, Spanish and Vietnamese."""
+    for vocoder, voices in (
+        (speech_resynthesis.SeamlessM4TCodeHifiGan, [10, 42, 66]),
+        (speech_resynthesis.SeamlessM4Tv2CodeHifiGan, [10, 45, 69]),
+    ):
+        whole = abstract(lambda rngs, vocoder=vocoder: vocoder(CodeHifiGanConfig(), rngs=rngs))
+        assert [whole.own_voice(language) for language in (8, 25, 35)] == voices
+        assert len(set(vocoder.own_voices)) == 36
+    default, own = (
+        model.generate(input_ids=jnp.array([[30, 3]]), tgt_lang="spa", **x)[0] for x in ({}, {"spkr_id": -1})
+    )
+    np.testing.assert_array_equal(own, default)  # of a vocoder with other voices nothing is known
 
 
 def test_samples_come_from_the_key(model):
@@ -294,7 +310,11 @@ def test_long_texts_are_cut_behind_sentences():
     long = "It is so. " * 40 + "And so on, " * 40
     found = pieces.sentence_cuts(long)
     assert " ".join(found) == long.strip()
-    assert [len(piece) for piece in found] == [299, 99, 439]  # a sentence stays whole, however long
+    assert [len(piece) for piece in found] == [299, 99, 439]  # a sentence stays whole
+    endless = pieces.sentence_cuts("word " * 400)
+    assert " ".join(endless) == ("word " * 400).strip()
+    assert [len(piece) for piece in endless] == [899, 899, 199]
+    assert [len(piece) for piece in pieces.sentence_cuts("好" * 2000)] == [900, 900, 200]
     assert pieces.sentence_cuts("好。" * 200) == ["好。" * 150, "好。" * 50]
     assert pieces.sentence_cuts(" \n ") == []
 
