@@ -471,6 +471,8 @@ def paired(
     *,
     beats: Float[np.ndarray, " beats"] | None = None,
     tracker: str = "librosa",
+    melody: Float[np.ndarray, " frames"] | None = None,
+    hop: float = 1024 / 44_100,
 ) -> dict[str, list]:
     """§3.1: what training has to know of a song with a piano cover, as the recipe `pop2piano` reads it.
 
@@ -480,12 +482,15 @@ def paired(
         sampling_rate: Hz of `song`.
         beats: times of the beats in seconds, if they are known; tracked otherwise.
         tracker: of the beats.
+        melody: see `melody_chroma_accuracy`; without it, covers are chosen by their length alone.
+        hop: seconds between frames of the melody.
 
     Returns:
         `beats` in seconds, and `notes` in half beats from the first one on.
 
     Raises:
-        UsageError: if the cover's length is another than the song's by more than a fifth of it.
+        UsageError: if the cover's length is another than the song's by more than a fifth of it, or if the cover has
+            another melody.
     """
     notes = np.asarray(notes, np.float64).reshape(-1, 4)
     length, played = len(song) / sampling_rate, float(np.max(notes[:, 1], initial=0.0))
@@ -496,6 +501,8 @@ def paired(
     times = np.asarray(tracking.beats(song, sampling_rate, tracker) if beats is None else beats, np.float64)
     half_beats = tracking.interpolated(times, np.arange(2 * len(times) - 1) / 2)
     moved, _ = synchronised(song, notes, sampling_rate)
+    if melody is not None and (share := melody_chroma_accuracy(melody, moved, hop)) < Pop2PianoRecipe.melody_accuracy:
+        raise UsageError(f"Of what is sung the cover plays {share:.0%}: it has another melody, or is not in time.")
     return {"beats": times.tolist(), "notes": quantised(moved, half_beats).tolist()}
 
 

@@ -299,6 +299,15 @@ def covered():
     return rendering.played(midi, 22_050), half_beats, in_song, cover
 
 
+def sung(notes: np.ndarray, frames: int, hop: float) -> np.ndarray:
+    """Hz of the highest note, NaN in rests."""
+    at, highest = np.arange(frames) * hop, np.full(frames, np.nan)
+    for onset, end, pitch, _ in notes:
+        inside = (at >= onset) & (at < end)
+        highest[inside] = np.fmax(highest[inside], pitch)
+    return 440 * 2 ** ((highest - 69) / 12)
+
+
 def test_a_cover_is_brought_together_with_its_song(covered):
     song, half_beats, in_song, cover = covered
     moved, key = pop2piano.synchronised(song, cover)
@@ -310,6 +319,10 @@ def test_a_cover_is_brought_together_with_its_song(covered):
     np.testing.assert_array_equal(notes[:, 2], wanted[:, 2])
     assert np.mean(notes[:, 0] == wanted[:, 0]) > 0.9
     assert found["beats"] == half_beats[::2].tolist()
+    melody, given = sung(in_song, 400, 0.02), {"beats": half_beats[::2], "hop": 0.02}
+    assert pop2piano.paired(song, cover, melody=melody, **given) == found
+    with pytest.raises(UsageError, match="it has another melody"):
+        pop2piano.paired(song, cover, melody=2**0.5 * melody, **given)  # a tritone off
     with pytest.raises(UsageError, match="not one of the whole song"):
         pop2piano.paired(song, cover * [1.4, 1.4, 1, 1], beats=half_beats[::2])
     with pytest.raises(UsageError, match="without a note"):
@@ -328,11 +341,7 @@ def test_melody_chroma_accuracy(covered):
     _, _, in_song, _ = covered
     hop, frames = 0.02, 500
     at = np.arange(frames) * hop
-    highest = np.full(frames, np.nan)
-    for onset, end, pitch, _ in in_song:
-        inside = (at >= onset) & (at < end)
-        highest[inside] = np.fmax(highest[inside], pitch)
-    melody = 440 * 2 ** ((highest + 12.3 - 69) / 12)
+    melody = 2 ** (12.3 / 12) * sung(in_song, frames, hop)
     melody[::5] = np.nan
     assert pop2piano.melody_chroma_accuracy(melody, in_song, hop) == 1.0
     assert pop2piano.melody_chroma_accuracy(2 ** (0.5 / 12) * melody, in_song, hop) == 0.0
