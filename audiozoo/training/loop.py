@@ -152,6 +152,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.accumulate < 1:
             raise UsageError(f"A batch is cut into at least 1 part, not {self.accumulate}.")
+        if self.seed < 0:
+            raise UsageError(f"A seed is at least 0, not {self.seed}.")
         if self.remat not in ("none", "layers", "dots"):
             raise UsageError(f"There is no remat {self.remat!r}; there are none, layers and dots.")
         if self.average is not None and not 0 <= self.average < 1:

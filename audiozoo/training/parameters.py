@@ -75,6 +75,10 @@ class Lora:
     alpha: float = 16.0
     pattern: str = r"(^|\.)(q_proj|v_proj|query|value|q|v)\.kernel$"
 
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UsageError(f"LoRA's factors have a rank of at least 1, not {self.rank}.")
+
 
 @dataclass(frozen=True)
 class Trainable:

@@ -294,6 +294,8 @@ def test_what_cannot_go_on_says_so(tmp_path):
         trainer.fit(trainer.init(), iter([next(Numbers())] * 2), steps=5)
     with pytest.raises(UsageError, match="no 'wer'; it has error, loss"):
         trainer.fit(trainer.init(), Numbers(), steps=1, evaluation=lambda: [next(Numbers())], watch="wer")
-    for wrong in ({"accumulate": 0}, {"remat": "all"}, {"average": 1.0}):
+    for wrong in ({"accumulate": 0}, {"remat": "all"}, {"average": 1.0}, {"seed": -1}):
         with pytest.raises(UsageError):
             Options(**wrong)
+    with pytest.raises(UsageError, match="a rank of at least 1, not 0"):
+        Lora(rank=0)
