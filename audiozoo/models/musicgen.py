@@ -680,6 +680,7 @@ class MusicgenForCausalLM(nnx.Module):
             null_condition: that of $l_\emptyset$; zeros by default.
             guidance_scale: $\gamma$, at least 1; by default the checkpoint's.
             two_step_cfg: compute $l_c$ and $l_\emptyset$ one after the other, not as one batch: less memory at a time.
+                Before the steps of a melody model the null condition is then as short as it is by itself.
             frames: frames in all, those given included. By default as many as `max_new_tokens` (or `max_length`, which
                 counts a first step and the frames given) steps complete, as in `transformers`.
             pattern: another pattern than the model's, of `frames` frames.
@@ -929,8 +930,8 @@ class MusicgenForConditionalGeneration(nnx.Module):
         states, _ = self.encode_text(input_ids, attention_mask, encoder_outputs)
         return Condition(states, attention_mask != 0 if hide and attention_mask is not None else None)
 
-    def null_condition(self, condition: Condition) -> Condition:
-        """§3.1: no text, in the shape of `condition`."""
+    def null_condition(self, condition: Condition, alone: bool = False) -> Condition:
+        """§3.1: no text, in the shape of `condition`; `alone`, as it is without what others are padded to."""
         return condition.null()
 
     def get_unconditional_inputs(self, num_samples: int = 1) -> dict[str, Any]:
@@ -1095,7 +1096,8 @@ class MusicgenForConditionalGeneration(nnx.Module):
         names = ("encoder_outputs", "input_features", "mask_text")
         given = {n: options.pop(n) for n in names if n in options}
         hide = given.pop("mask_text", None)
-        condition, null = _conditions(*nnx.split(self), input_ids, attention_mask, given, hide=hide)
+        alone = bool(options.get("two_step_cfg"))
+        condition, null = _conditions(*nnx.split(self), input_ids, attention_mask, given, hide=hide, alone=alone)
         settings = self.generation_config
         return self.decoder.generate(
             decoder_input_ids,
@@ -1202,9 +1204,10 @@ class MusicgenMelodyForConditionalGeneration(MusicgenForConditionalGeneration):
         melody = self.encode_melody(input_features.astype(self.dtype or self.decoder.lm_heads.kernel.dtype))
         return Condition(melody if text is None else jnp.concatenate([melody, text.astype(melody.dtype)], axis=1))
 
-    def null_condition(self, condition: Condition) -> Condition:
-        """§3.1: no melody, and zeros for the text, in the shape of `condition`."""
+    def null_condition(self, condition: Condition, alone: bool = False) -> Condition:
+        """§3.1: no melody, and zeros for the text, in the shape of `condition`; `alone`, for a text without words."""
         batch, length, _ = condition.states.shape
+        length = min(length, self.config.chroma_length + 1) if alone else length
         melody = self.encode_melody(self.no_melody(batch, condition.states.dtype)).astype(condition.states.dtype)
         return Condition(jnp.pad(melody, ((0, 0), (0, length - melody.shape[1]), (0, 0))))
 
@@ -1292,13 +1295,20 @@ class MusicgenMelodyForConditionalGeneration(MusicgenForConditionalGeneration):
         )
 
 
-@partial(jax.jit, static_argnames=("graphdef", "hide"))
+@partial(jax.jit, static_argnames=("graphdef", "hide", "alone"))
 def _conditions(
-    graphdef: Any, state: Any, input_ids: Any, attention_mask: Any, given: Mapping[str, Any], *, hide: bool | None
+    graphdef: Any,
+    state: Any,
+    input_ids: Any,
+    attention_mask: Any,
+    given: Mapping[str, Any],
+    *,
+    hide: bool | None,
+    alone: bool,
 ) -> tuple[Condition, Condition]:
     model = nnx.merge(graphdef, state)
     condition = model.condition(input_ids, attention_mask, mask_text=hide, **given)
-    return condition, model.null_condition(condition)
+    return condition, model.null_condition(condition, alone)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "method"))

@@ -223,6 +223,7 @@ def composed(ours, melody=None, **options):
     maker = mock.Mock(side_effect=lambda text: inputs(*text), melody=processor.melody)
     prompt = None if options.get("codes") is None else np.zeros(8 * options["codes"].shape[2])
     call = {"longest": LONGEST, "extend_stride": STRIDE, "do_sample": False, "duration": options["duration"]}
+    call["two_step_cfg"] = options.get("two_step_cfg", False)
     with mock.patch.object(musicgen, "_call", program):
         musicgen.compose(ours, maker, options["text"], melody=melody, prompt=prompt, **call)
     return found[0]
@@ -236,13 +237,18 @@ def test_longer_than_the_model_has_learnt(package, plain):
     np.testing.assert_array_equal(composed(ours, text=TEXTS[0], codes=prompt, duration=1.0), wanted)
 
 
-@pytest.mark.parametrize(("duration", "follows"), [(0.25, True), (1.0, True), (0.25, False)])
-def test_along_a_melody(package, melodic, duration, follows):
+@pytest.mark.parametrize(
+    ("duration", "follows", "two_step"), [(0.25, True, False), (0.25, False, True), (1.0, True, False)]
+)
+def test_along_a_melody(package, melodic, duration, follows, two_step):
     """Shorter than a window, when its chroma is repeated; longer, when the melody itself is; and without one."""
     theirs, ours = melodic
     melody = np.sin(2 * np.pi * np.linspace(60, 300, 331) * np.arange(331) / RATE) if follows else None
-    wanted = their_codes(package, theirs, duration=duration, texts=TEXTS[:1], melody=melody)
-    np.testing.assert_array_equal(composed(ours, melody, text=TEXTS[0], duration=duration), wanted)
+    call = {"duration": duration, "melody": melody}
+    wanted = their_codes(package, theirs, texts=TEXTS[:1], two_step=two_step, **call)
+    np.testing.assert_array_equal(composed(ours, text=TEXTS[0], two_step_cfg=two_step, **call), wanted)
+    if two_step:  # the null condition has fewer positions
+        assert (wanted != their_codes(package, theirs, texts=TEXTS[:1], **call)).any()
 
 
 def test_stereo(package, tmp_path):
