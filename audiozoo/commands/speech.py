@@ -112,17 +112,7 @@ def speak(
                 raise UsageError(f"--{option} is for VITS; {source} holds a {name}.")
         sentences = processor.sentences(said)
         if name == "BarkModel":
-            import jax
-
-            from audiozoo.models import bark
-
-            # Each sentence goes on from the one before, and is drawn as Suno's code draws it.
-            options: dict[str, Any] = {"sampling": "original", "key": jax.random.key(seed)}
-            if temperature is not None:
-                options |= {"semantic_temperature": temperature, "coarse_temperature": temperature}
-            if min_eos_p is not None:
-                options["semantic_min_eos_p"] = min_eos_p
-            speaking = bark.speak(voice, processor, sentences, voice_preset, **options)
+            speaking = _bark(voice, processor, sentences, voice_preset, temperature, min_eos_p, seed)
         else:
             speaking = speak_spectrograms(
                 voice,
@@ -155,14 +145,7 @@ def speak(
         position += waveform.size
     write_sound(output, np.concatenate(pieces), rate)
     if save_voice is not None:
-        from audiozoo.models.bark import joined
-        from audiozoo.processors.bark import save_voice_preset
-
-        history: Any = None
-        for speech in spoken:
-            if speech.waveform.size:
-                history = joined(history, speech.history, voice.generation_config)
-        save_voice_preset(save_voice, history)
+        _save_voice(save_voice, spoken, voice.generation_config)
     if subtitles is not None:
         write_whole(subtitles, forms.render({"text": said, "segments": segments}, form))
     say(f"{position / rate:.1f} s of speech in {output}")
@@ -240,6 +223,40 @@ def convert_voice(
     write_sound(output, result, config.sampling_rate)
     seconds = result.size / config.sampling_rate
     say(f"{seconds:.1f} s of speech in {output}")
+
+
+def _bark(
+    voice: Any,
+    processor: Any,
+    sentences: list[str],
+    preset: str | None,
+    temperature: float | None,
+    min_eos_p: float | None,
+    seed: int,
+) -> Iterator[Any]:
+    """Sentences, each of which goes on from the one before, drawn as Suno's code draws them."""
+    import jax
+
+    from audiozoo.models.bark import speak
+
+    options: dict[str, Any] = {"sampling": "original", "key": jax.random.key(seed)}
+    if temperature is not None:
+        options |= {"semantic_temperature": temperature, "coarse_temperature": temperature}
+    if min_eos_p is not None:
+        options["semantic_min_eos_p"] = min_eos_p
+    return speak(voice, processor, sentences, preset, **options)
+
+
+def _save_voice(path: Path, spoken: list[Any], ids: Any) -> None:
+    """What was said, as a voice preset."""
+    from audiozoo.models.bark import joined
+    from audiozoo.processors.bark import save_voice_preset
+
+    history: Any = None
+    for speech in spoken:
+        if speech.waveform.size:
+            history = joined(history, speech.history, ids)
+    save_voice_preset(path, history)
 
 
 def _text(text: str | None, file: Path | None) -> str:
