@@ -6,6 +6,7 @@ something could not be done (one sentence says what), 2 for a command that makes
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
@@ -59,6 +60,9 @@ def _options(
 
 def main() -> None:
     """Run a command; every expected error becomes one sentence and the exit code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without a letter shows ? for it
     try:
         app()
     except AudiozooError as error:

@@ -142,6 +142,18 @@ def test_show(audiozoo_command):
     assert_refused(audiozoo_command("show", "whispr"), "did you mean whisper?")
 
 
+def test_a_terminal_that_lacks_letters(monkeypatch):
+    """Also a file name whose bytes are no text."""
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setattr(sys, "argv", ["audiozoo", "transcribe", "caf\u00e9 \udcff.wav"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    shown.flush()
+    assert end.value.code == 1
+    assert shown.buffer.getvalue() == b"audiozoo: There is no file caf? ?.wav.\n"
+
+
 def test_commands_that_make_no_sense(audiozoo_command):
     for arguments in (("transcribe",), ("transcripe", "a.wav"), ("list", "--yaml"), ("convert", "only-a-source")):
         run = audiozoo_command(*arguments)
