@@ -143,6 +143,7 @@ def test_mistakes_get_a_sentence(run, voice, tmp_path, monkeypatch):
         (("a", "--speed", "0"), "above 0"),
         (("a", "--noise-scale", "-1"), "at least 0"),
         (("a", "--pause", "nan"), "at least 0"),
+        (("a", "--noise-scale", "inf"), "at least 0"),
         (("a", "--speaker", "3"), "voices 0 to 2"),
         (("a", "--speaker", "Alice"), "'Alice'"),
         (("a", "--subtitles", "said.pdf"), "'pdf'"),
@@ -193,13 +194,14 @@ def test_voices_that_cannot_be_converted(run, voice, recording, tmp_path):
     out = tmp_path / "out.wav"
     short = tmp_path / "short.wav"
     soundfile.write(short, np.full(20, 0.1), 16_000)
-    for source, start, end, sentence in (
+    for source, start, end, sentence, *more in (
         (tmp_path / "nowhere.wav", "0", "1", "nowhere.wav"),
         (recording, "0", "3", "voices 0 to 2"),
         (recording, "-1", "1", "voices 0 to 2"),
         (recording, "0", "Bob", "'Bob'"),
         (short, "0", "1", "too short"),
+        (short, "0", "1", "at least 0", "--noise-scale", "nan"),
     ):
-        done = run("convert-voice", source, "--from", start, "--to", end, "--model", voice, "-o", out)
+        done = run("convert-voice", source, "--from", start, "--to", end, "--model", voice, "-o", out, *more)
         assert_refused(done, sentence)
     assert not out.exists()

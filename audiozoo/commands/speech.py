@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,7 +59,7 @@ def speak(
         ("temperature", temperature, None),
         ("min-eos-p", min_eos_p, None),
     ):
-        if value is not None and not (value > 0 if least is None else value >= least):
+        if value is not None and not (math.isfinite(value) and (value > 0 if least is None else value >= least)):
             raise UsageError(f"--{name} must be {'above' if least is None else 'at least'} 0; it is {value}.")
     form = "" if subtitles is None else subtitles.suffix.removeprefix(".")
     if subtitles is not None and form not in forms.FORMATS:
@@ -165,7 +166,7 @@ def convert_voice(
     vocoder: Vocoder = VOCODER,
 ) -> None:
     """Say a recording again in another voice. It is one that VITS knows, or that of an x-vector for SpeechT5."""
-    if noise_scale < 0:
+    if not 0 <= noise_scale < math.inf:
         raise UsageError(f"--noise-scale must be at least 0; it is {noise_scale}.")
     check_sound(output)
     if recording != "-" and not Path(recording).is_file():

@@ -21,6 +21,8 @@ from audiozoo.errors import UsageError
 from audiozoo.layers.alignment import monotonic_alignment
 from audiozoo.layers.weight_norm import fold_weight_norm
 
+LONGEST = 600  # seconds that are said at once
+
 
 def bucket(length: int, least: int = 16) -> int:
     """The smallest of a few lengths that holds `length`: eight to each doubling, so that at most 1/8 is padding."""
@@ -135,6 +137,12 @@ class Synthesizer:
         else:
             lasting = np.zeros((1, size), np.float32)
             lasting[0, :time] = np.asarray(durations).reshape(-1)
+        seconds = float(lasting.sum()) * config.hop_length / config.sampling_rate
+        if not seconds <= LONGEST:  # infinite, or no number
+            raise UsageError(
+                f"This text would last {seconds:,.0f} s, at this speaking rate and with this noise of the durations; "
+                f"{LONGEST} s at most are said at once."
+            )
         return (means, deviations), lasting, speaker
 
     def _options(self, noise_scale: Any, prior_noise: Any, key: jax.Array | None, size: int) -> dict[str, Any]:

@@ -1229,7 +1229,7 @@ class SpeechT5Speaking(nnx.Module):
             raise UsageError(f"Inputs of shape (batch, time) are wanted, at least one; these have {given.shape}.")
         if not np.issubdtype(given.dtype, np.floating) and not 0 <= given.min() <= given.max() <= last:
             raise UsageError(f"This model's tokens run from 0 to {last}; these from {given.min()} to {given.max()}.")
-        if not (threshold > 0 and least >= 0 and most > 0):
+        if not (threshold > 0 and 0 <= least < np.inf and 0 < most < np.inf):
             raise UsageError(
                 f"threshold and maxlenratio must be above 0 and minlenratio at least 0; they are {threshold}, {most} "
                 f"and {least}."

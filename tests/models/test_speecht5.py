@@ -413,6 +413,7 @@ def test_mistakes_get_a_sentence(voice):
         ((IDS + 80, None, WHO), {}, "from 0 to 80"),
         ((IDS, None, WHO), {"threshold": 0.0}, "above 0"),
         ((IDS, None, WHO), {"maxlenratio": -1.0}, "above 0"),
+        ((IDS, None, WHO), {"maxlenratio": np.inf}, "above 0"),
         ((IDS, None, WHO), {"prenet_masks": np.ones((2, 3, 12), bool)}, "for 3 steps"),
     ):
         with pytest.raises(UsageError, match=sentence):

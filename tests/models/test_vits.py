@@ -200,6 +200,9 @@ def test_mistakes_get_a_sentence():
         synthesizer()([], 0)
     with pytest.raises(UsageError, match="above 0"):
         synthesizer()([1], 0, speaking_rate=0.0)
+    for options in ({"durations": [np.inf]}, {"durations": [1e7]}):
+        with pytest.raises(UsageError, match="600 s at most"):
+            synthesizer()([1], 0, **options)
     with pytest.raises(UsageError, match="Synthesizer"):
         jax.jit(lambda m, ids: m(ids))(build(), jnp.ones((1, 3), jnp.int32))
     with pytest.raises(UsageError, match="several voices"):
