@@ -174,6 +174,13 @@ def _chunks(samples: int, config: Any) -> list[tuple[int, int]]:
     return [(start, min(length, samples - start)) for start in range(0, samples, stride)]
 
 
+def body_bytes(header: Header, config: Any) -> int:
+    """Bytes behind the header, which says their number where there is no language model."""
+    bits, loudness = header.codebooks * config.bits_per_codebook, _LOUDNESS.size if config.normalize else 0
+    frames = [-(-size // config.hop_length) for _, size in _chunks(header.samples, config)]
+    return sum(loudness + -(-count * bits // 8) for count in frames)
+
+
 def compress(
     model: Any,
     waveform: Float[np.ndarray, "channels samples"],
@@ -296,12 +303,10 @@ def decompress(
         header = dataclasses.replace(header, samples=frames * config.hop_length)
     chunks = _chunks(header.samples, config)
     total = sum(-(-size // config.hop_length) for _, size in chunks)
-    # The least that so many frames take; a header that promises hours must not make us wait for them.
-    if not header.language_model:
-        bits = header.codebooks * config.bits_per_codebook
-        least = sum((-(-size // config.hop_length) * bits + 7) // 8 for _, size in chunks)
-        if len(data) < least:
-            raise CheckpointError(f"This .ecdc file is cut short: {len(data)} bytes of at least {least}.")
+    # A header that promises hours must not make us wait for them.
+    whole = reader.position + (0 if header.language_model else body_bytes(header, config))
+    if len(data) < whole:
+        raise CheckpointError(f"This .ecdc file is cut short: it has {len(data)} bytes of {whole}.")
     frames, done = [], 0
     try:
         for _, size in chunks:
@@ -361,4 +366,4 @@ def _decoded(compiled: Compiled, frames: list[tuple[np.ndarray, float | None]]) 
     return np.asarray(overlap_add([jnp.asarray(d) for d in decoded], config.chunk_stride or 1)[0])
 
 
-__all__ = ["Compiled", "Header", "checked_header", "compress", "decompress", "model_name", "read_header"]
+__all__ = ["Compiled", "Header", "body_bytes", "checked_header", "compress", "decompress", "model_name", "read_header"]

@@ -182,16 +182,20 @@ def info(
     import dataclasses
     import json
 
-    from audiozoo.codec import BitReader, read_header
+    from audiozoo.codec import BitReader, body_bytes, read_header
     from audiozoo.models.encodec import EncodecConfig
 
     data = _read(source)
-    header = read_header(BitReader(data))
+    reader = BitReader(data)
+    header = read_header(reader)
     fields: dict[str, Any] = {**dataclasses.asdict(header), "bytes": len(data)}
     if header.samples and callable(size := getattr(EncodecConfig, header.model, None)):
         config = size()
         fields["seconds"] = header.samples / config.sampling_rate
         fields["kbps"] = len(data) * 8 / fields["seconds"] / 1000
+        missing = 0 if header.language_model else reader.position + body_bytes(header, config) - len(data)
+        if missing > 0:
+            fields["missing_bytes"] = missing
     if as_json:
         print(json.dumps(fields))
         return

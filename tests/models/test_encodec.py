@@ -591,6 +591,10 @@ def test_codec_on_the_command_line(tmp_path, monkeypatch):
     told = json.loads(run("info", small, "--json").stdout)
     assert told == {"model": "encodec", "samples": 200, "codebooks": 2, "language_model": False, "bytes": len(content)}
     assert "codebooks       2" in run("info", small).stdout
+    second = header(m="encodec_24khz", al=24_000, nc=4)  # 75 frames of 40 bits
+    told = json.loads(run("info", "-", "--json", stdin=second + bytes(375)).stdout)
+    assert (told["seconds"], "missing_bytes" in told) == (1.0, False)
+    assert "missing bytes   5" in run("info", "-", stdin=second + bytes(370)).stdout
     streamed = run("encode", sound_file, "-", "--model", where["model"], "--bandwidth", "2.4", "--stream").stdout_bytes
     assert streamed[-len(content) + len(header(al=200)) :] == content[len(header(al=200)) :]
     piped = run("decode", "-", "-", "--model", where["model"], "--raw", stdin=streamed)
