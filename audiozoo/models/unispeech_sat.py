@@ -165,7 +165,7 @@ def utterance_contrastive_loss(
     logits = cosine_similarity(states[:, :, None].astype(wide), candidates.astype(wide)) / temperature
     losses = -jax.nn.log_sigmoid(jnp.where(own, logits, -logits))
     counted = jnp.asarray(mask_time_indices, bool)
-    return jnp.where(counted[..., None], losses, 0).sum() / (counted.sum() * candidates.shape[2])
+    return jnp.where(counted[..., None], losses, 0).sum() / (jnp.maximum(counted.sum(), 1) * candidates.shape[2])
 
 
 class UniSpeechSatForPreTrainingOutput(ModelOutput):

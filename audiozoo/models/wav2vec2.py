@@ -819,8 +819,10 @@ def perplexity(
     probabilities: Float[Array, "frames groups entries"], weights: Float[Array, " frames"]
 ) -> Float[Array, ""]:
     r"""$\sum_g \exp H(\bar p_g)$ with $\bar p_g$ the mean over the frames of weight 1: how many entries are in use."""
-    mean = jnp.einsum("ngv,n->gv", probabilities, weights) / weights.sum()
-    return jnp.exp(-jax.scipy.special.xlogy(mean, mean).sum(axis=-1)).sum()
+    mean = jnp.einsum("ngv,n->gv", probabilities, weights) / jnp.maximum(weights.sum(), 1)
+    # An entry that is never probable adds nothing, and has no slope.
+    logarithm = jnp.log(jnp.where(mean > 0, mean, 1))
+    return jnp.exp(-(mean * logarithm).sum(axis=-1)).sum()
 
 
 class Wav2Vec2GumbelVectorQuantizer(nnx.Module):

@@ -82,6 +82,11 @@ def test_perplexity_counts_the_entries_in_use():
     assert float(wav2vec2.perplexity(uniform, jnp.ones(7))) == pytest.approx(16)
     one = jax.nn.one_hot(jnp.zeros((7, 2), int), 8)
     assert float(wav2vec2.perplexity(one, jnp.ones(7))) == pytest.approx(2)
+    # Neither an entry whose probability is 0 in float32 nor a batch without a masked frame makes weights of NaN.
+    far = jnp.zeros((7, 2, 8)).at[..., 0].set(-200.0)
+    for weights in (jnp.ones(7), jnp.zeros(7)):
+        slope = jax.grad(lambda x: wav2vec2.perplexity(jax.nn.softmax(x), weights))(far)  # noqa: B023
+        assert np.isfinite(slope).all()
 
 
 def test_gumbel_noise_chooses_by_probability():
