@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,8 @@ from audiozoo import hub, loading, registry, sharding
 from audiozoo.decoding.units import KMeans, cepstra
 from audiozoo.errors import CheckpointError, UsageError
 from audiozoo.layers.abstract import abstract
+from audiozoo.models import audio_spectrogram_transformer as ast
+from audiozoo.processors.audio_spectrogram_transformer import ASTFeatureExtractor
 from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor
 from audiozoo.recipes import Recipe
 from audiozoo.recipes.generation import Languages
@@ -85,7 +88,13 @@ def sampling_rate(model: Any, processor: Any) -> int:
 
 
 def resized(model: Any, **changes: Any) -> Any:
-    """The model with another configuration: parameters that keep their shape keep their values, the others are new."""
+    """The model with another configuration: parameters that keep their shape keep their values, the others are new.
+
+    AST's positions are cut or interpolated for spectrograms of another size, as in its §2.2.
+    """
+    sizes = {n: changes[n] for n in ("max_length", "num_mel_bins", "time_stride", "frequency_stride") if n in changes}
+    if sizes and isinstance(model, ast.ASTModel | ast.ASTForAudioClassification):
+        model = ast.resized(model, **sizes)
     cls, config = type(model), dataclasses.replace(model.config, **changes)
     values = {name: leaf[...] for name, leaf in loading.variables(model).items()}
     dtype = getattr(model, "dtype", None)
@@ -169,7 +178,8 @@ def build(
             directory = path if path.is_dir() else path.parent
             processor = registry.paper(recipe.paper).processor_class.from_directory(directory)
     base = _named(recipe, size) if model is None else model.config
-    processor = processor or _new_processor(recipe, base)
+    base = _changed(base, changes, f"field of {type(base).__name__}")
+    processor = _of_size(processor, base) if processor else _new_processor(recipe, base)
     changes = _learnt(recipe, items, processor, base) | changes
     base = _changed(base, changes, f"field of {type(base).__name__}")
     if model is None:
@@ -249,6 +259,14 @@ def _new_processor(recipe: Recipe, config: Any) -> Any:
         f"{paper.title} reads text, and a model that begins with nothing has no vocabulary: give a checkpoint "
         "directory as init, whose processor is used."
     )
+
+
+def _of_size(processor: Any, config: Any) -> Any:
+    """A checkpoint's processor, with AST's spectrograms as large as the model now reads them."""
+    if isinstance(processor, ASTFeatureExtractor):
+        processor = copy.copy(processor)
+        processor.max_length, processor.num_mel_bins = config.max_length, config.num_mel_bins
+    return processor
 
 
 def _learnt(recipe: Recipe, items: Sequence[Item], processor: Any, config: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 import audiozoo
 from audiozoo.cli import app
 from audiozoo.errors import AudioError, CheckpointError, UsageError
+from audiozoo.models import audio_spectrogram_transformer as ast
 from audiozoo.models.audio_spectrogram_transformer import ASTRecipe
 from audiozoo.processors.seamless_m4t import SeamlessM4TFeatureExtractor
 from audiozoo.processors.speech_to_text import Speech2TextFeatureExtractor
@@ -406,6 +407,31 @@ def test_train_learns_letters_saves_goes_on_and_loads(corpus, tmp_path):
     np.testing.assert_array_equal(body, again.wav2vec2.encoder.layers[0].feed_forward.intermediate_dense.kernel[...])
     query = adapted.wav2vec2.encoder.layers[0].attention.q_proj.kernel[...]
     assert np.any(query != again.wav2vec2.encoder.layers[0].attention.q_proj.kernel[...])
+
+
+def test_spectrograms_are_as_large_as_the_model_reads(corpus):
+    """A new AST's processor follows its configuration; a checkpoint's positions are cut, its processor with them."""
+    row, model, processor = tiny.small(recipe("ast"))
+    items, settings = find_items(corpus), {"batch_size": 2}
+    config = {n: v for n, v in vars(model.config).items() if n != "id2label"}
+    new = run.build(row, items, config=config, settings=settings)
+    assert (new.processor.max_length, new.processor.num_mel_bins) == (48, 16)
+    shorter = run.build(
+        row,
+        items,
+        model=model,
+        processor=processor,
+        config={"max_length": 32, "hidden_dropout_prob": 0.1},
+        settings=settings,
+    )
+    assert (shorter.processor.max_length, processor.max_length) == (32, 48)
+    assert (shorter.model.config.max_length, shorter.model.config.hidden_dropout_prob) == (32, 0.1)
+    wanted = ast.resized(model, max_length=32)
+    for a, b in zip(jax.tree.leaves(shorter.model), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for ready in (new, shorter):
+        batch = ready.trainer.put(ready.batches(items, buckets=1).batch(0))
+        jax.eval_shape(ready.trainer._step, ready.trainer.abstract(), batch)
 
 
 def test_what_cannot_be_trained_says_so(corpus, tmp_path):
