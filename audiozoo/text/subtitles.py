@@ -48,7 +48,7 @@ def timestamp(seconds: float, *, mark: str = ".", hours: bool = False) -> str:
 
 def _cues(result: Result, layout: Layout) -> Iterator[Cue]:
     segments = result["segments"]
-    if not any(segment.get("words") for segment in segments):
+    if not all("words" in segment for segment in segments):
         cues: Iterator[Cue] = ((s["start"], s["end"], s["text"].strip()) for s in segments)
     else:
         laid_out = _lines(segments, layout)
@@ -58,7 +58,7 @@ def _cues(result: Result, layout: Layout) -> Iterator[Cue]:
 
 def _spaced(segment: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A segment's words, each with the space that stands before it in the text."""
-    words = [dict(word) for word in segment.get("words") or ()]
+    words = [dict(word) for word in segment["words"]]
     joined = "".join(word["word"] for word in words)
     if joined.strip() != segment["text"].strip() and not any(word["word"].startswith(" ") for word in words):
         for word in words:

@@ -20,9 +20,9 @@ def transcript(seed: int, with_words: bool) -> dict:
     """Segments of random words at random times, with pauses, empty segments and characters that mean something."""
     draw = random.Random(seed)
     segments, now = [], draw.choice((0.0, 0.0, 3590.0))
-    for index in range(draw.randrange(1, 8)):
+    for _ in range(draw.randrange(8)):
         words = []
-        for _ in range(draw.randrange(0 if index else 1, 9)):
+        for _ in range(draw.randrange(9)):
             now += draw.choice((0.0, 0.0, 0.12, 1.3, 3.01, 6.0))
             end = now + draw.choice((0.0, 0.26, 1.994))
             text = " " + draw.choice(("a", "word", "ongoing", "supercalifragilistic", "né", "\u3042", "x\ty", "1,2."))

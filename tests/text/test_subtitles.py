@@ -57,6 +57,7 @@ def test_segments():
 def test_words_in_cues_and_lines():
     whole = [("00:00.000 --> 00:02.000", "Ever tried. Ever failed."), ("00:07.000 --> 00:08.000", "No")]
     assert cues("vtt") == whole
+    assert render({"segments": [{"start": 0.0, "end": 1.0, "text": "", "words": []}]}, "srt") == ""
     assert [text for _, text in cues("srt", max_line_width=12)] == ["Ever tried.|Ever failed.", "No"]
     assert [text for _, text in cues("srt", max_words_per_line=3)] == ["Ever tried. Ever", "failed.", "No"]
     assert [text for _, text in cues("srt", max_line_width=12, max_line_count=1)] == [
