@@ -390,18 +390,25 @@ FAIRSEQ_ROWS = (1, 3, 0, 2)  # (BOS, PAD, EOS, UNK) -> (PAD, UNK, BOS, EOS)
 
 
 def reordered(rows: Sequence[int]) -> Operation:
-    """A table whose row i is the foreign row `rows[i]`; rows behind them stay."""
+    """A table whose row i is the foreign row `rows[i]`; rows behind them stay.
 
-    def move(order: np.ndarray) -> Any:
+    The table of the tokens is a gigabyte: on the way in, where it was just read from a file, it is changed itself.
+    """
+
+    def move(order: np.ndarray, copied: bool) -> Any:
         def apply(arrays: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
-            if len(arrays[0]) < len(order):
+            table = arrays[0]
+            if len(table) < len(order):
                 raise ValueError("fewer rows than are moved")
-            return (np.concatenate([arrays[0][order], arrays[0][len(order) :]]),)
+            if copied or not table.flags.writeable:
+                table = table.copy()
+            table[: len(order)] = table[order]
+            return (table,)
 
         return apply
 
     order = np.asarray(rows)
-    return Operation(f"reordered({len(rows)} rows)", move(order), move(np.argsort(order)))
+    return Operation(f"reordered({len(rows)} rows)", move(order, False), move(np.argsort(order), True))
 
 
 without_last = Operation(
