@@ -201,7 +201,7 @@ def jit(model: nnx.Module, method: str = "__call__") -> Callable[..., Any]:
         method: the method to compile instead of the call.
 
     Raises:
-        UsageError: if the model has no such method.
+        UsageError: if the model has no such method, or one that compiles itself.
     """
     import jax
     from flax import nnx
@@ -210,6 +210,8 @@ def jit(model: nnx.Module, method: str = "__call__") -> Callable[..., Any]:
 
     if not callable(getattr(model, method, None)):
         raise UsageError(f"A {type(model).__name__} has no method {method!r} to compile.")
+    if method == "generate":
+        raise UsageError("generate compiles its own loop; call it as it is.")
     graphdef, state = nnx.split(fold_weight_norm(model))
     names = getattr(type(model), "static_arguments", ())
 
@@ -259,6 +261,7 @@ def save(
 
     Raises:
         CheckpointError: if the directory exists or cannot be written.
+        SourceError: if `processor_from` is no directory.
     """
     from audiozoo import loading
 
@@ -284,6 +287,7 @@ def export(
 
     Raises:
         CheckpointError: if the directory exists or cannot be written.
+        SourceError: if `processor_from` is no directory.
     """
     from audiozoo import loading
 
@@ -295,5 +299,7 @@ def export(
 def _processor_files(directory: str | Path | None) -> list[Path]:
     if directory is None:
         return []
+    if not Path(directory).is_dir():
+        raise SourceError(f"processor_from is {directory}, where there is no directory with a processor's files.")
     folders = [path for name in PROCESSOR_FOLDERS if (path := Path(directory) / name).is_dir()]
     return [path for pattern in PROCESSOR_FILES for path in sorted(Path(directory).glob(pattern))] + folders

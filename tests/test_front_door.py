@@ -24,6 +24,22 @@ def test_only_what_can_be_called_is_compiled():
         audiozoo.jit(Linear(2, 3, rngs=nnx.Rngs(0)), "generat")
 
 
+def test_what_compiles_itself_is_not_compiled():
+    class Writer(nnx.Module):
+        def generate(self):
+            return None
+
+    with pytest.raises(audiozoo.UsageError, match="generate compiles its own loop"):
+        audiozoo.jit(Writer(), "generate")
+
+
+@pytest.mark.parametrize("write", [audiozoo.save, audiozoo.export])
+def test_a_processor_that_is_not_there_is_missed_before_anything_is_written(write, tmp_path):
+    with pytest.raises(audiozoo.SourceError, match="no directory with a processor's files"):
+        write(Linear(2, 3, rngs=nnx.Rngs(0)), tmp_path / "out", processor_from=tmp_path / "nothing")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_submodules_are_there_when_they_are_asked_for():
     wanted = "audiozoo.audio.read, audiozoo.sharding.make_mesh, audiozoo.packaged.whisper"
     program = f"import audiozoo; print(*(found.__name__ for found in ({wanted})))"
