@@ -1,14 +1,10 @@
 """Sharding rules on eight virtual devices: the specs that are expected, and the numbers of one device."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests import processes
 
 PRELUDE = """
 import json, sys
@@ -90,21 +86,8 @@ def raises(sentence, function, *arguments):
 
 def on_eight_devices(code):
     """Run code after `PRELUDE` in a process with eight virtual devices; its last line of output is JSON."""
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-    }
-    run = subprocess.run(
-        [sys.executable, "-W", "error::DeprecationWarning:audiozoo", "-c", PRELUDE + code],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.strip().splitlines()[-1])
+    out = processes.output("-W", "error::DeprecationWarning:audiozoo", "-c", PRELUDE + code)
+    return json.loads(out.strip().splitlines()[-1])
 
 
 @pytest.mark.slow

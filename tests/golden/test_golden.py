@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import pytest
 
+from tests import processes
 from tests.golden import golden
 from tests.tolerances import TABLE
 
@@ -48,15 +45,7 @@ def test_is_small_and_says_what_made_it(case):
 
 @pytest.fixture(scope="module")
 def on_eight_devices():
-    environment = os.environ | {
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    command = [sys.executable, "-m", "tests.golden.on_devices"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(processes.output("-m", "tests.golden.on_devices", timeout=600).splitlines()[-1])
 
 
 @pytest.mark.slow

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +12,9 @@ from flax import nnx
 
 from audiozoo import loading
 from audiozoo.layers import abstract
+from tests import processes
 from weights_conversion.readers import write_safetensors
 
-ROOT = Path(__file__).resolve().parents[2]
 PEAK = """
 import re, sys
 from pathlib import Path
@@ -70,13 +67,4 @@ def write_checkpoint(directory: Path, create: Callable[[Any], nnx.Module], conve
 
 def peak_of(devices: int, *arguments: Path) -> int:
     """The largest resident memory of a process that loads, on so many virtual devices, in bytes."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    run = subprocess.run(
-        [sys.executable, "-c", PEAK, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return int(run.stdout.split()[-1])
+    return int(processes.output("-c", PEAK, *arguments, devices=devices).split()[-1])

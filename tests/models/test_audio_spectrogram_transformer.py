@@ -26,9 +26,9 @@ from audiozoo.errors import AudioError, CheckpointError, SourceError, UsageError
 from audiozoo.models import audio_spectrogram_transformer as ast
 from audiozoo.processors.audio_spectrogram_transformer import ASTFeatureExtractor
 from audiozoo.recipes import small_ast
+from tests import processes
 from tests.shapes import enforce
 
-ROOT = Path(__file__).parents[2]
 # Recordings beside a developer's checkout, by what is heard.
 BESIDE = {"robin": "robin_inspectorj_456440.ogg", "trumpet": "trumpet_sorohanro_77711.ogg", "speech": "jfk_16k.wav"}
 TINY = ast.ASTConfig(
@@ -450,13 +450,4 @@ print(float(np.abs(np.asarray(alone) - np.asarray(together)).max()))
 
 
 def test_eight_devices_give_the_numbers_of_one():
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert float(done.stdout) < 1e-5
+    assert float(processes.output("-c", SHARDED)) < 1e-5

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -28,12 +25,12 @@ from audiozoo.recipes import recipe
 from audiozoo.text.roberta_tokenizer import RobertaTokenizer
 from audiozoo.training.data import collate
 from audiozoo.training.loop import Turn
+from tests import processes
 from tests.models.random_model import random_model
 from tests.shapes import enforce
 from tests.text.tiny_bpe import MERGES, vocabulary
 from weights_conversion.clap import ORIGINAL_TABLE, hugging_face_table
 
-ROOT = Path(__file__).parents[2]
 RATE = 2_000  # Hz of the tiny processor, whose ten seconds are two
 WORDS = {"low": "a low hum", "high": "the high whistle", "noise": "wind in the trees"}
 TEXT = roberta.RobertaConfig(
@@ -227,16 +224,7 @@ print(max(worst, float(jnp.abs(alone - np.asarray(together)))))
 
 
 def test_eight_devices_give_the_loss_and_gradients_of_one():
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert float(done.stdout) < 1e-5
+    assert float(processes.output("-c", SHARDED)) < 1e-5
 
 
 def test_the_loss_by_hand():

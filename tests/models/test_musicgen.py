@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +27,7 @@ from audiozoo.models.t5 import T5Config
 from audiozoo.processors.encodec import EncodecFeatureExtractor
 from audiozoo.processors.musicgen import MusicgenMelodyFeatureExtractor, MusicgenMelodyProcessor, MusicgenProcessor
 from audiozoo.text.t5_tokenizer import T5Tokenizer
+from tests import processes
 from tests.models.random_model import random_model
 from tests.shapes import enforce
 
@@ -246,12 +244,7 @@ assert worst < 1e-5 and (one == other).all(), (worst, one, other)
 
 @pytest.mark.slow
 def test_the_same_numbers_and_codes_on_eight_devices():
-    root = Path(__file__).resolve().parents[2]
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED], cwd=root, env=os.environ | flags, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    processes.output("-c", SHARDED)
 
 
 # --- pieces of any length --------------------------------------------------------------------------------------------

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
 import sys
 import types
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +24,12 @@ from audiozoo.errors import AudioError, CheckpointError, SourceError, UsageError
 from audiozoo.layers import abstract
 from audiozoo.models import pop2piano, t5
 from audiozoo.processors.pop2piano import Pop2PianoFeatureExtractor, Pop2PianoProcessor, Pop2PianoTokenizer
+from tests import processes
 from tests.models.random_model import random_model
 from tests.shapes import enforce
 from weights_conversion.pop2piano import TABLE
 
 pretty_midi = pytest.importorskip("pretty_midi", reason="MIDI needs the extra `music`")
-ROOT = Path(__file__).parents[2]
 RATE = 8_000
 TINY = pop2piano.Pop2PianoConfig(
     vocab_size=240, composer_vocab_size=3, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_decoder_layers=1, num_heads=2
@@ -223,16 +220,7 @@ print(max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in (
 
 
 def test_eight_devices_give_the_numbers_and_tokens_of_one():
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", EIGHT], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert float(done.stdout) < 1e-5
+    assert float(processes.output("-c", EIGHT)) < 1e-5
 
 
 def test_vmap_and_a_batch_agree(model):

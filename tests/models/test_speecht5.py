@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +19,11 @@ from audiozoo.models import speecht5
 from audiozoo.models.speecht5 import SpeechT5Config
 from audiozoo.processors.speecht5 import SpeechT5FeatureExtractor, SpeechT5Processor, SpeechT5Tokenizer
 from audiozoo.text.numbers import spell_numbers
+from tests import processes
 from tests.models.tiny_speecht5 import SIZES, build, train_characters, vocoder, wave
 from tests.shapes import enforce
 from tests.tolerances import tolerance
 
-ROOT = Path(__file__).resolve().parents[2]
 IDS = np.array([[5, 9, 12, 4, 2], [7, 8, 2, 1, 1]], np.int32)
 WHO = np.random.default_rng(1).standard_normal((2, 6)).astype(np.float32)
 
@@ -97,16 +93,7 @@ print(np.abs(alone - together).max())
 
 @pytest.mark.slow
 def test_eight_devices_say_with_a_seed_what_one_says():
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false",
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert float(done.stdout) < 1e-5
+    assert float(processes.output("-c", SHARDED)) < 1e-5
 
 
 def test_text_longer_than_any_table(voice):

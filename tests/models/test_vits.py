@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +23,11 @@ from audiozoo.recipes.objectives import Voice
 from audiozoo.recipes.settings import Settings
 from audiozoo.training.loop import Trainer
 from audiozoo.training.parameters import Trainable
+from tests import processes
 from tests.models.alignment_search import brute_force_alignment, exhaustive_alignment
 from tests.models.random_model import random_model
 from tests.models.tiny_vits import CONFIG, PLAIN, build
 from tests.shapes import enforce
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @functools.cache
@@ -263,16 +258,7 @@ print(float(np.abs(np.asarray(alone.waveform) - np.asarray(together.waveform)).m
 
 
 def test_eight_devices_say_with_a_seed_what_one_says():
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false",
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert float(done.stdout) < 1e-5
+    assert float(processes.output("-c", SHARDED)) < 1e-5
 
 
 # --- training --------------------------------------------------------------------------------------------------------

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +25,11 @@ from audiozoo.models.whisper import (
 )
 from audiozoo.outputs import BaseModelOutput
 from audiozoo.processors.whisper import WhisperProcessor
+from tests import processes
 from tests.models.tiny_whisper import TINY, build
 from tests.shapes import enforce
 from tests.tolerances import tolerance
 from weights_conversion.whisper import _generation_defaults, hugging_face
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -292,19 +287,7 @@ def test_sharded_on_eight_devices(model, tmp_path):
     audiozoo.save(model, tmp_path / "native")
     x, ids = np.asarray(features(4)), np.asarray(tokens(4)) % 66
     np.savez(tmp_path / "given.npz", x=x, ids=ids)
-    run = subprocess.run(
-        [sys.executable, "-c", SHARDED, tmp_path / "given.npz", tmp_path, tmp_path / "found.npz"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false",
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": str(ROOT),
-        },
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    processes.output("-c", SHARDED, tmp_path / "given.npz", tmp_path, tmp_path / "found.npz")
     found = np.load(tmp_path / "found.npz")
     one = audiozoo.jit(model)(x, decoder_input_ids=ids, labels=ids)
     assert_close(found["logits"], one.logits, "sharded")

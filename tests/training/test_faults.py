@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -19,9 +17,9 @@ import pytest
 from audiozoo.errors import CheckpointError
 from audiozoo.training.checkpointing import Checkpoints
 from audiozoo.training.loop import Trainer
+from tests import processes
 from tests.training.networks import Net, Numbers, arrays, task
 
-ROOT = Path(__file__).parents[2]
 LIMITED = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -41,21 +39,8 @@ run.main(*sys.argv[1:])
 
 
 def start(directory, *arguments, devices=1, code=None):
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
-    }
-    program = ["-c", code] if code else ["-m", "tests.training.faulty_run"]
-    return subprocess.run(
-        [sys.executable, *program, str(directory), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-        timeout=200,
-    )
+    program = ("-c", code) if code else ("-m", "tests.training.faulty_run")
+    return processes.finished(*program, directory, *arguments, devices=devices, timeout=200)
 
 
 def curve(directory):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import audiozoo
 from audiozoo.errors import UsageError
 from audiozoo.training import hosts
 from audiozoo.training.checkpointing import Checkpoints
+from tests import processes
 from tests.models.random_model import random_model
 from tests.training import tiny
 
@@ -25,13 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def start(directory, devices, *address):
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_X64": "1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
-    }
+    environment = processes.environment(devices) | {"JAX_ENABLE_X64": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "tests.training.host_run", str(directory), *address],
         stdout=subprocess.PIPE,
@@ -42,10 +36,10 @@ def start(directory, devices, *address):
     )
 
 
-def answers(processes):
-    found = [process.communicate(timeout=280) for process in processes]
-    for process, (_, error) in zip(processes, found, strict=True):
-        assert process.returncode == 0, error[-3000:]
+def answers(runs):
+    found = [run.communicate(timeout=280) for run in runs]
+    for run, (_, error) in zip(runs, found, strict=True):
+        assert run.returncode == 0, error[-3000:]
     return [json.loads(out.strip().splitlines()[-1]) for out, _ in found]
 
 

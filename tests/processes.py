@@ -1,0 +1,38 @@
+"""Python in a process of its own, with virtual devices: their number is fixed once JAX has started."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def environment(devices: int = 8) -> dict[str, str]:
+    """This process's environment (with the flags that conftest.py sets) for one of so many devices on a CPU."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    if devices > 1:
+        flags += " --xla_cpu_multi_thread_eigen=false"
+    return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
+
+
+def finished(*arguments: object, devices: int = 8, timeout: float = 280) -> subprocess.CompletedProcess[str]:
+    """`python ARGUMENTS…` at its end, however it ended."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment(devices),
+        timeout=timeout,
+    )
+
+
+def output(*arguments: object, timeout: float = 280, **options: Any) -> str:
+    """What `python ARGUMENTS…` printed; its failure is the test's."""
+    done = finished(*arguments, timeout=timeout, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
