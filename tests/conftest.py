@@ -17,7 +17,7 @@ os.environ.setdefault(
 )
 # Threads belong to the machine, not to each of several pytest-xdist workers. Set before JAX is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["XLA_FLAGS"] += " --xla_cpu_multi_thread_eigen=false"
+    os.environ["XLA_FLAGS"] += " --xla_cpu_multi_thread_eigen=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Eager float64 models are a thousand tiny programs; compiled once, they serve every process and every later run.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax"))
