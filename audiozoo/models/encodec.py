@@ -734,7 +734,7 @@ class EncodecTrainingOutput(ModelOutput):
     codebooks: Codebooks = ABSENT
 
 
-Frame = tuple[Int[Array, "batch quantizers frames"], Float[Array, "batch one"] | None]
+Frame = tuple[Int[Array, "batch quantizers _"], Float[Array, "batch one"] | None]  # the last one is shorter
 
 
 class EncodecModel(nnx.Module):
