@@ -35,6 +35,7 @@ from audiozoo.models.bark import BarkGenerationConfig
 from audiozoo.models.seamless_m4t import finetuning_losses
 from audiozoo.processors.audio_spectrogram_transformer import ASTFeatureExtractor
 from audiozoo.processors.clap import ClapFeatureExtractor
+from audiozoo.processors.musicgen import MusicgenMelodyFeatureExtractor, MusicgenMelodyProcessor
 from audiozoo.processors.pop2piano import Pop2PianoFeatureExtractor
 from audiozoo.processors.seamless_m4t import SeamlessM4TFeatureExtractor
 from audiozoo.processors.speech_to_text import Speech2TextFeatureExtractor
@@ -371,6 +372,9 @@ def _processor(choice: Choice, amount: Amount) -> Any:
     else:
         extractor = Wav2Vec2FeatureExtractor()
     rate = extractor.sampling_rate
+    if choice.model_class.startswith("MusicgenMelody"):
+        heard = MusicgenMelodyFeatureExtractor(config.num_chroma, rate, num_chroma=config.num_chroma)
+        return MusicgenMelodyProcessor(heard, _Ids(tokens))  # type: ignore[arg-type]
     return _Symbols(feature_extractor=extractor, tokenizer=_Ids(amount.tokens), sampling_rate=rate, tokens=tokens)
 
 
