@@ -8,8 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from audiozoo.commands import terminal
-from audiozoo.commands.speech import check_output, check_sound
-from audiozoo.commands.terminal import check_file, progress_bar, say, written_whole
+from audiozoo.commands.terminal import check_file, check_output, check_sound, progress_bar, say, written_whole
 from audiozoo.errors import UsageError
 
 ARRANGER = "sweetcocoa/pop2piano"

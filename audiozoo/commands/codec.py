@@ -11,8 +11,14 @@ from typing import Annotated, Any, BinaryIO
 
 import typer
 
-from audiozoo.commands.speech import check_output, check_sound
-from audiozoo.commands.terminal import keep_compiled_programs, progress_bar, say, written_whole
+from audiozoo.commands.terminal import (
+    check_output,
+    check_sound,
+    keep_compiled_programs,
+    progress_bar,
+    say,
+    written_whole,
+)
 from audiozoo.errors import SourceError, UsageError
 
 app = typer.Typer(no_args_is_help=True, help="Compress sound with a neural codec (EnCodec).", rich_markup_mode=None)

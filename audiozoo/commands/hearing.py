@@ -13,8 +13,7 @@ import numpy as np
 import typer
 
 from audiozoo.commands import terminal
-from audiozoo.commands.speech import check_output
-from audiozoo.commands.terminal import check_file, progress_bar, say, written_whole
+from audiozoo.commands.terminal import check_file, check_output, progress_bar, say, written_whole
 from audiozoo.errors import AudiozooError, SourceError, UsageError
 
 TAGGER = "MIT/ast-finetuned-audioset-10-10-0.4593"
@@ -112,16 +111,18 @@ def embed(
         raise UsageError(f"{source} holds a {type(embedder).__name__}: it embeds sounds, and no --text.")
     if layer is not None and kind != "speech":
         raise UsageError(f"--layer is for speech encoders; {source} has one embedding of a sound.")
-    rows: list[np.ndarray] = list(embed_text(embedder, processor, text)) if text else []
+    said = list(embed_text(embedder, processor, text)) if text else []
+    rows: list[np.ndarray] = []
     more: dict[str, np.ndarray] = {}
     with progress_bar("embedding", len(files), "files") as update:
-        for count, file in enumerate(files):
+        for count, file in enumerate(files, 1):
             if kind == "speech":
                 more = _speech_embedding(embedder, processor, file, layer)
-                rows.insert(count, more.get("embedding", more["mean"]))
+                rows.append(more.get("embedding", more["mean"]))
             else:
-                rows.insert(count, _embedding(embedder, processor, file))
-            update(count + 1, len(files))
+                rows.append(_embedding(embedder, processor, file))
+            update(count, len(files))
+    rows += said
     names = [*files, *text]
     if output is None:
         for name, row in zip(names, rows, strict=True):

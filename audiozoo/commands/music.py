@@ -8,8 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from audiozoo.commands import terminal
-from audiozoo.commands.speech import check_sound, write_sound
-from audiozoo.commands.terminal import check_file, progress_bar, say
+from audiozoo.commands.terminal import check_file, check_sound, progress_bar, say, write_sound
 from audiozoo.errors import UsageError
 
 COMPOSER, MELODIST = "facebook/musicgen-small", "facebook/musicgen-melody"

@@ -11,7 +11,15 @@ from typing import Annotated, Any
 import typer
 
 from audiozoo import packaged
-from audiozoo.commands.terminal import keep_compiled_programs, progress_bar, say, write_whole
+from audiozoo.commands.terminal import (
+    check_output,
+    check_sound,
+    keep_compiled_programs,
+    progress_bar,
+    say,
+    write_sound,
+    write_whole,
+)
 from audiozoo.errors import SourceError, UsageError
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="sound file to write; - is standard output, as WAV")]
@@ -338,42 +346,3 @@ def _segment(speech: Any, processor: Any, position: int) -> dict[str, Any]:
         if duration
     ]
     return segment | {"symbols": symbols}
-
-
-def check_output(path: Path) -> None:
-    """Say before anything is computed that a file cannot be written there."""
-    if str(path) == "-":
-        return
-    if path.is_dir():
-        raise SourceError(f"{path} is a directory; name the file to write.")
-    if not path.parent.is_dir():
-        raise SourceError(f"Cannot write {path}: there is no directory {path.parent}.")
-
-
-def check_sound(path: Path) -> None:
-    """The same, and whether it is a sound file by its name."""
-    check_output(path)
-    if str(path) == "-":
-        return
-    if not path.suffix:
-        raise UsageError(f"Cannot write {path}: its ending says the format; use wav, flac, ogg or mp3.")
-    from audiozoo.audio.files import container_of
-
-    container_of(path)
-
-
-def write_sound(path: Path, waveform: Any, sampling_rate: int) -> None:
-    """Write a sound file whole, or a WAV to standard output."""
-    from audiozoo import audio
-
-    if str(path) != "-":
-        audio.write(path, waveform, sampling_rate)
-        return
-    import io
-
-    import soundfile
-
-    buffer = io.BytesIO()
-    soundfile.write(buffer, waveform.T.clip(-1, 1), sampling_rate, format="WAV")
-    sys.stdout.buffer.write(buffer.getvalue())
-    sys.stdout.buffer.flush()

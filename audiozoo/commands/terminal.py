@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -92,3 +94,42 @@ def check_file(file: str) -> None:
         raise SourceError(f"{file} is a directory; name the sound files inside it.")
     if not Path(file).exists():
         raise SourceError(f"There is no file {file}.")
+
+
+def check_output(path: Path) -> None:
+    """Say before anything is computed that a file cannot be written there."""
+    if str(path) == "-":
+        return
+    if path.is_dir():
+        raise SourceError(f"{path} is a directory; name the file to write.")
+    if not path.parent.is_dir():
+        raise SourceError(f"Cannot write {path}: there is no directory {path.parent}.")
+
+
+def check_sound(path: Path) -> None:
+    """The same, and whether it is a sound file by its name."""
+    check_output(path)
+    if str(path) == "-":
+        return
+    if not path.suffix:
+        raise UsageError(f"Cannot write {path}: its ending says the format; use wav, flac, ogg or mp3.")
+    from audiozoo.audio.files import container_of
+
+    container_of(path)
+
+
+def write_sound(path: Path, waveform: Any, sampling_rate: int) -> None:
+    """Write a sound file whole, or a WAV to standard output."""
+    from audiozoo import audio
+
+    if str(path) != "-":
+        audio.write(path, waveform, sampling_rate)
+        return
+    import io
+
+    import soundfile
+
+    buffer = io.BytesIO()
+    soundfile.write(buffer, waveform.T.clip(-1, 1), sampling_rate, format="WAV")
+    sys.stdout.buffer.write(buffer.getvalue())
+    sys.stdout.buffer.flush()

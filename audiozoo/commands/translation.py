@@ -15,8 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from audiozoo.commands import terminal
-from audiozoo.commands.speech import check_sound, write_sound
-from audiozoo.commands.terminal import progress_bar, say, write_whole
+from audiozoo.commands.terminal import check_sound, progress_bar, say, write_sound, write_whole
 from audiozoo.errors import SourceError, UsageError
 
 MODEL = "facebook/s2t-medium-mustc-multilingual-st"

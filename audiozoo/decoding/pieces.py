@@ -7,7 +7,6 @@ segments'. A long text is cut behind sentences.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +14,10 @@ import numpy as np
 from jaxtyping import Float
 
 from audiozoo.errors import AudioError, UsageError
+from audiozoo.text.sentences import SENTENCE_END
 
 QUIET = 0.2  # seconds over which loudness is judged
 SHORTEST = 0.1  # seconds; what is shorter is not worth a text
-_SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])\s*")
 
 
 def quiet_cuts(waveform: Float[np.ndarray, " samples"], sampling_rate: int, longest: float) -> list[tuple[int, int]]:
@@ -110,7 +109,7 @@ def sentence_cuts(text: str, longest: int = 300) -> list[str]:
     """
     pieces = []
     for line in filter(None, (" ".join(line.split()) for line in text.splitlines())):
-        start, ends = 0, [*(end.end() for end in _SENTENCE_END.finditer(line)), len(line)]
+        start, ends = 0, [*(end.end() for end in SENTENCE_END.finditer(line)), len(line)]
         while start < len(line):
             ends = [end for end in ends if end > start]
             end = max((end for end in ends if end <= start + longest), default=ends[0])

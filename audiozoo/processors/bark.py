@@ -16,6 +16,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from audiozoo.errors import CheckpointError, SourceError, UsageError
 from audiozoo.processors import check_return_tensors, read_json, write_json
+from audiozoo.text.sentences import SENTENCE_END
 
 # What a voice preset holds: semantic tokens (X,), two coarse codebooks (2, Y) and all eight (8, Y).
 PARTS = {"semantic_prompt": 1, "coarse_prompt": 2, "fine_prompt": 2}
@@ -23,7 +24,6 @@ INDEX = "speaker_embeddings_path.json"
 FOLDERS = ("speaker_embeddings", "prompts", "assets/prompts")
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 SPOKEN = 40  # tokens of a text that are said in some 12 seconds; Bark stops after 15
-_SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])\s*")
 _SOFTER_ENDS = (re.compile(r"(?<=[,;:])\s+|(?<=[，、；：])\s*"), re.compile(r"\s+"))
 
 
@@ -210,7 +210,7 @@ class BarkProcessor:
         Raises:
             UsageError: if there is nothing to say.
         """
-        whole = filter(None, (sentence.strip() for sentence in _SENTENCE_END.split(text.strip())))
+        whole = filter(None, (sentence.strip() for sentence in SENTENCE_END.split(text.strip())))
         found = [part for sentence in whole for part in self._cut(sentence, _SOFTER_ENDS)]
         if not found:
             raise UsageError("There is nothing to say: the text is empty.")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 
-_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])\s*|\s*\n\s*\n\s*")
+SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])\s*")
+_SPOKEN_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])\s*|\s*\n\s*\n\s*")
 
 
 def sentences(text: str) -> list[str]:
     """The sentences of a text: each up to its mark, or up to a blank line, as a heading is."""
-    return [sentence for sentence in _END.split(text.strip()) if sentence]
+    return [sentence for sentence in _SPOKEN_END.split(text.strip()) if sentence]
 
 
 def pieces(sentence: str, longest: int) -> list[str]:
