@@ -19,6 +19,12 @@ def environment(devices: int = 8) -> dict[str, str]:
     return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
 
 
+def of_a_user(cache: Path) -> dict[str, str]:
+    """The environment of a user, whose programs are optimised; they are kept in `cache` if compiling takes a while."""
+    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return kept | {"PYTHONPATH": str(ROOT), "AUDIOZOO_CACHE": str(cache), "JAX_PLATFORMS": "cpu"}
+
+
 def finished(*arguments: object, devices: int = 8, timeout: float = 280) -> subprocess.CompletedProcess[str]:
     """`python ARGUMENTS…` at its end, however it ended."""
     return subprocess.run(

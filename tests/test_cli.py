@@ -24,6 +24,7 @@ from audiozoo import audio, cli, packaged, registry
 from audiozoo.commands import terminal, transcription
 from audiozoo.decoding.long_form import TranscriptionOptions
 from audiozoo.text import subtitles
+from tests import processes
 from tests.models.tiny_whisper import build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -245,7 +246,7 @@ def test_as_a_user_runs_it(speech, real, tmp_path):
         input=speech.read_bytes(),
         capture_output=True,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "AUDIOZOO_CACHE": str(tmp_path), "JAX_PLATFORMS": "cpu"},
+        env=processes.of_a_user(tmp_path),
     )
     assert run.returncode == 0, run.stderr.decode()
     header, *rows = run.stdout.decode().splitlines()

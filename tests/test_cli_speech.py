@@ -23,6 +23,7 @@ from audiozoo.commands import speech
 from audiozoo.decoding.synthesis import Synthesizer, speak
 from audiozoo.models.vits import spectrogram_of
 from audiozoo.processors.vits import VitsTokenizer
+from tests import processes
 from tests.models.tiny_vits import PLAIN, build
 from tests.test_cli import Run, assert_refused
 
@@ -116,14 +117,12 @@ def test_text_from_a_file_and_noise_switched_off(run, voice, tmp_path):
 
 def test_as_a_user_runs_it(voice, tmp_path):
     """The installed program, standard input to standard output, with its cache of compiled programs."""
-    # A user's programs are optimised; what compiles in no time, as the tests' do, is not kept.
-    user = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     done = subprocess.run(
         [sys.executable, "-m", "audiozoo.cli", "speak", "-", "-o", "-", "--model", str(voice), "--speed", "0.2"],
         input=TEXT.encode(),
         capture_output=True,
         cwd=ROOT,
-        env={**user, "PYTHONPATH": str(ROOT), "AUDIOZOO_CACHE": str(tmp_path), "JAX_PLATFORMS": "cpu"},
+        env=processes.of_a_user(tmp_path),
     )
     assert done.returncode == 0, done.stderr.decode()
     waveform, rate = soundfile.read(io.BytesIO(done.stdout))
