@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import os
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-# Tests run thousands of tiny programs once each, so compiling takes their time: XLA optimises little, and emits loops
-# in its older way, which later versions no longer know. That is a quarter of the time.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib") < "0.11" else ""),
-)
+from tests.processes import QUICKLY_COMPILED
+
+os.environ.setdefault("XLA_FLAGS", QUICKLY_COMPILED)  # tests run thousands of tiny programs once each
 # Threads belong to the machine, not to each of several pytest-xdist workers. Set before JAX is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["XLA_FLAGS"] += " --xla_cpu_multi_thread_eigen=false --xla_cpu_parallel_codegen_split_count=1"

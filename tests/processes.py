@@ -5,10 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+# Of programs that run once, compiling takes the time: XLA optimises little, and emits loops in its older way, which
+# later versions no longer know. That is a quarter of the time.
+QUICKLY_COMPILED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if version("jaxlib") < "0.11":
+    QUICKLY_COMPILED += " --xla_cpu_use_fusion_emitters=false"
 
 
 def environment(devices: int = 8) -> dict[str, str]:

@@ -1,12 +1,10 @@
 """Overfit one small batch by each recipe: `python -m tests.training.small_runs corpus.jsonl NAME …`, a JSON line each.
 
-In a process of its own, in which programs that run once are compiled in half the time: by XLA's elemental emitters,
-with a flag that only some versions know.
+In a process of its own, which has all threads of the machine.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import re
@@ -16,10 +14,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from tests.processes import QUICKLY_COMPILED
+
 if __name__ == "__main__":
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    if importlib.metadata.version("jax").startswith("0.10."):
-        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = QUICKLY_COMPILED
 
 import jax
 import numpy as np
