@@ -429,4 +429,9 @@ def long_log_mel_spectrogram(
     if len(chunks) * WHISPER_CHUNK_FRAMES < frames:
         transform(np.concatenate(waiting))
     log_mel = np.concatenate(chunks, axis=1)[:, :frames]
-    return (np.maximum(log_mel, log_mel.max() - 8.0) + 4.0) / 4.0
+    chunks.clear()
+    # In place: of hours, every copy counts.
+    np.maximum(log_mel, log_mel.max() - 8.0, out=log_mel)
+    log_mel += 4.0
+    log_mel /= 4.0
+    return log_mel
