@@ -1,4 +1,4 @@
-"""The command `python -m benchmarks PAPER… [--dtype bfloat16] [--threads 2] [--only NAME] [--memory] [--save]`."""
+"""The command `python -m benchmarks [PAPER…] [--only WORDS] [--save FILE.md] [--minutes 20] [--dtype bfloat16] …`."""
 
 from __future__ import annotations
 
@@ -7,79 +7,90 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks import framework
+from benchmarks import framework, results
+from benchmarks.results import seconds
 
 
-def seconds(value: float) -> str:
-    """A time with three digits and a unit that fits."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value * 1e6:.3g} µs"
+def show(console: object, paper: str, rows: dict[str, results.Row], options: argparse.Namespace) -> None:
+    """One paper's table."""
+    from rich.table import Table
+
+    table = Table(title=f"{paper}, {options.dtype}, {options.threads} threads; warm median, compilation apart")
+    columns = ["case", "contender", "time", "quartiles", "compile", "ours is", "agreement"]
+    for column in columns + (["peak memory"] if options.memory else []):
+        table.add_column(column, justify="left" if column in ("case", "contender", "agreement") else "right")
+    for name, row in rows.items():
+        if "error" in row:
+            table.add_row(name, f"[red]{row['error']}[/]")
+        for index, (contender, found) in enumerate(row.get("contenders", {}).items()):
+            ratio, speed = "", found["ours_is_times_as_fast"]
+            if speed is not None:
+                ratio = f"{speed:.2f}x"
+                if row["target"] and index == 1:
+                    colour = "green" if speed >= row["target"] else "red"
+                    ratio = f"[{colour}]{ratio}[/] (target {row['target']:g}x)"
+            low, high = found["quartiles_s"]
+            cells = [name if not index else "", contender, seconds(found["median_s"])]
+            cells += [f"{seconds(low)} – {seconds(high)}", seconds(found["compile_s"]), ratio, found["agreement"]]
+            cells += [f"{found['peak_memory_bytes'] / 1e6:,.0f} MB"] if found["peak_memory_bytes"] else []
+            table.add_row(*cells)
+        table.add_section()
+    console.print(table)  # type: ignore[attr-defined]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmarks that the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=framework.__doc__.split("\n")[0])
-    parser.add_argument("papers", nargs="+", choices=framework.papers(), metavar="PAPER", help="one of %(choices)s")
-    parser.add_argument("--only", help="run the cases whose names contain this")
+    known = framework.papers()
+    parser.add_argument("papers", nargs="*", metavar="PAPER", help=f"all, or some of {', '.join(known)}")
+    parser.add_argument("--only", metavar="WORDS", help="papers, or parts of names of cases, with commas between")
+    parser.add_argument("--save", type=Path, metavar="FILE.md", help="keep a dated table there, and a .json beside it")
+    parser.add_argument("--minutes", type=float, help="begin no row later (default: 20 for all papers)")
     parser.add_argument("--threads", type=int, default=2, help="for every contender (default %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of both sides' models")
     parser.add_argument("--repeats", type=int, help="warm calls, instead of each case's own number")
     parser.add_argument("--memory", action="store_true", help="also measure peak memory, in a process each")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
-    parser.add_argument("--save", action="store_true", help="keep a dated record under benchmarks/records/")
     options = parser.parse_args(arguments)
+    if unknown := [paper for paper in options.papers if paper not in known]:
+        parser.error(f"there is no benchmark {', '.join(unknown)}; there are {', '.join(known)}")
+    if options.save and options.save.suffix != ".md":
+        parser.error("--save names a file that ends in .md")
     framework.limit_threads(options.threads)
     os.environ["AUDIOZOO_BENCHMARK_DTYPE"] = options.dtype
+    selected = results.select(options.papers or results.in_order(known), options.only)
+    if not selected:
+        parser.error(f"no paper and no case is called {options.only!r}")
 
     from rich.console import Console
-    from rich.table import Table
 
-    console, records = Console(), []
+    console, rows = Console(), {paper: {} for paper in selected}
     if not console.is_terminal:
         console = Console(width=160)
-    for paper in options.papers:
-        table = Table(title=f"{paper}, {options.dtype}, {options.threads} threads; warm median, compilation apart")
-        columns = ["case", "contender", "time", "quartiles", "compile", "ours is", "agreement"]
-        for column in columns + (["peak memory"] if options.memory else []):
-            table.add_column(column, justify="left" if column in ("case", "contender", "agreement") else "right")
+    if Path("/proc/loadavg").exists() and os.getloadavg()[0] > 0.5:
+        print(f"other programs run: the load is {os.getloadavg()[0]:.1f}, and times will be too long", file=sys.stderr)
+    kept = results.Results(options.save, " ".join(["python -m benchmarks", *(arguments or sys.argv[1:])]))
+    total = sum(map(len, selected.values()))
 
-        def show(case: framework.Case, timings: dict[str, framework.Timing], table: Table = table) -> None:
-            ours = timings[framework.OURS].median
-            for index, (name, timing) in enumerate(timings.items()):
-                low, high = timing.quartiles
-                ratio = ""
-                if name != framework.OURS:
-                    speed = timing.median / ours
-                    ratio = f"{speed:.2f}x"
-                    if case.target and index == 1:
-                        good = speed >= case.target
-                        ratio = f"[{'green' if good else 'red'}]{ratio}[/] (target {case.target:g}x)"
-                row = [case.name if not index else "", name, seconds(timing.median)]
-                row += [f"{seconds(low)} – {seconds(high)}", seconds(max(0.0, timing.first - timing.median)), ratio]
-                row += [timing.agreement]
-                row += [f"{timing.peak_memory / 1e6:,.0f} MB"] if timing.peak_memory else []
-                table.add_row(*row)
-            table.add_section()
-            print(f"{case.name}: {', '.join(f'{n} {seconds(t.median)}' for n, t in timings.items())}", file=sys.stderr)
+    def on_row(paper: str, name: str, row: results.Row) -> None:
+        rows[paper][name] = row
+        kept.add(paper, name, row)
+        found = row.get("contenders", {}).items()
+        told = row.get("error") or ", ".join(f"{n} {seconds(c['median_s'])}" for n, c in found)
+        print(f"{sum(map(len, rows.values()))}/{total} {paper}: {name}: {told}", file=sys.stderr, flush=True)
 
-        record = framework.run_paper(
-            paper, only=options.only, repeats=options.repeats, memory=options.memory, on_case=show
-        )
-        if not record["cases"]:
-            print(f"{paper} has no case named {options.only!r}.", file=sys.stderr)
-            return 2
-        console.print(table)
-        records.append(record)
-        if options.save:
-            kind = "" if options.dtype == "float32" else f"-{options.dtype}"
-            path = framework.RECORDS / f"{record['date'][:10]}-{paper}{kind}.json"
-            framework.write_json(record, path)
-            console.print(f"kept as {path.relative_to(framework.RECORDS.parents[1])}")
-    if options.json:
-        framework.write_json(records, options.json)
-    return 0
+    minutes = options.minutes or (None if options.papers or options.only else 20.0)
+    try:
+        results.run(selected, on_row, minutes=minutes, repeats=options.repeats, memory=options.memory)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+    for paper, found in rows.items():
+        if found:
+            show(console, paper, found, options)
+    if options.save:
+        console.print(f"kept as {options.save} and {options.save.with_suffix('.json').name}")
+    return (
+        1 if any("error" in row and row["error"] != results.NO_TIME for p in rows.values() for row in p.values()) else 0
+    )
 
 
 if __name__ == "__main__":

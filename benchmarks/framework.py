@@ -12,7 +12,7 @@ import datetime
 import gc
 import importlib
 import importlib.metadata
-import json
+import math
 import os
 import platform
 import re
@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 
-RECORDS = Path(__file__).parent / "records"
 OURS = "audiozoo"
 PACKAGES = (
     "jax",
@@ -205,8 +204,8 @@ def _timed(run: Run) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def measure(case: Case, repeats: int | None = None) -> dict[str, Timing]:
-    """Time all contenders of a case, interleaved."""
+def measure(case: Case, repeats: int | None = None, enough: float = math.inf) -> dict[str, Timing]:
+    """Time all contenders of a case, interleaved; after `enough` seconds three rounds of warm calls will do."""
     runs, timings, results = {}, {}, {}
     for name, factory in case.contenders.items():
         runs[name] = factory()
@@ -219,7 +218,10 @@ def measure(case: Case, repeats: int | None = None) -> dict[str, Timing]:
     for run in runs.values():
         run()
     gc.collect()
-    for _ in range(repeats or case.repeats):
+    start = time.perf_counter()
+    for done in range(repeats or case.repeats):
+        if done >= 3 and time.perf_counter() - start > enough:
+            break
         for name, run in runs.items():
             timings[name].warm.append(_timed(run)[0])
     return timings
@@ -257,13 +259,13 @@ def _measure_memory(paper: str, case: str, contender: str) -> None:
 
 
 def cases_of(paper: str) -> Sequence[Case]:
-    """The cases of `benchmarks/<paper>.py`."""
-    return importlib.import_module(f"benchmarks.{paper}").CASES
+    """The cases of `benchmarks/<paper>.py`, or of a module with dots in its name."""
+    return importlib.import_module(paper if "." in paper else f"benchmarks.{paper}").CASES
 
 
 def papers() -> list[str]:
     """The papers that have benchmarks."""
-    own = {"__init__", "__main__", "framework"}
+    own = {"__init__", "__main__", "framework", "results"}
     return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in own)
 
 
@@ -289,52 +291,15 @@ def surroundings() -> dict[str, Any]:
         "processor": _processor(),
         "threads": threads(),
         "dtype": dtype(),
-        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None,
         "versions": versions,
     }
 
 
-def run_paper(
-    paper: str,
-    *,
-    only: str | None = None,
-    repeats: int | None = None,
-    memory: bool = False,
-    on_case: Callable[[Case, dict[str, Timing]], None] | None = None,
-) -> dict[str, Any]:
-    """All cases of a paper, as a record for the JSON file.
-
-    Args:
-        paper: its module name.
-        only: run the cases whose names contain this.
-        repeats: warm calls, instead of each case's own number.
-        memory: also measure peak memory, each contender in a process of its own.
-        on_case: called with each case as it is done.
-    """
-    record: dict[str, Any] = {"paper": paper, **surroundings(), "cases": {}}
-    for case in cases_of(paper):
-        if only and only not in case.name:
-            continue
-        timings = measure(case, repeats)
-        if memory:
-            for name, timing in timings.items():
-                timing.peak_memory = peak_memory(paper, case.name, name)
-        ours = timings[OURS].median
-        record["cases"][case.name] = {
-            "target": case.target,
-            "contenders": {
-                name: timing.record(None if name == OURS else timing.median / ours) for name, timing in timings.items()
-            },
-        }
-        if on_case is not None:
-            on_case(case, timings)
-        gc.collect()
-    return record
-
-
-def write_json(record: Any, path: Path) -> None:
-    """Write a record whole, or not at all."""
+def write_whole(text: str, path: Path) -> None:
+    """Write a file whole, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
