@@ -346,7 +346,7 @@ def double_precision_on_cpu() -> Iterator[None]:
 
 
 @partial(jax.jit, static_argnames="n_mels")
-def _log10_mel_chunk(x: Float[Array, time], n_mels: int) -> Float[Array, "mels frames"]:
+def _log10_mel_chunk(x: Float[Array, " time"], n_mels: int) -> Float[Array, "mels frames"]:
     return _log10_mel(spectrogram(x, WHISPER_N_FFT, WHISPER_HOP, center=False), n_mels).T
 
 

@@ -1282,8 +1282,8 @@ class Balancer:
         return BalancerState(*({name: jnp.zeros((), dtype) for name in self.weights} for _ in range(2)))
 
     def __call__(
-        self, gradients: Mapping[str, Float[Array, batch * shape]], state: BalancerState
-    ) -> tuple[Float[Array, batch * shape], BalancerState]:
+        self, gradients: Mapping[str, Float[Array, "batch ..."]], state: BalancerState
+    ) -> tuple[Float[Array, "batch ..."], BalancerState]:
         """The balanced sum of gradients, and the state after it. Norms are taken item by item and averaged."""
         total = sum(self.weights[name] for name in gradients)
         norms, weights, balanced = dict(state.norms), dict(state.weights), []
