@@ -148,9 +148,9 @@ def test_shards_and_index(tmp_path):
 def test_large_shards_are_filled_in_place(tmp_path, monkeypatch):
     from safetensors.numpy import load_file
 
-    import weights_conversion.readers as readers
+    from weights_conversion.readers import safetensors
 
-    monkeypatch.setattr(readers, "_IN_PLACE_BYTES", 100)
+    monkeypatch.setattr(safetensors, "_IN_PLACE_BYTES", 100)
     (path,) = write_safetensors(tmp_path, [("z", ramp(40)), ("a", ramp(50))])
     assert path.stat().st_size == (1 << 20) + 90 * 4
     assert open_tensors(path).names() == ["z", "a"]
@@ -501,6 +501,14 @@ def test_inert_classes_never_exist(tmp_path):
         (rebuilt(shape=(1 << 20, 1 << 20), strides=(0, 0)), "blows 16 bytes up to"),
         (rebuilt(Persistent(numel=1 << 40)), "has 16 bytes instead of"),
         (rebuilt(Persistent(numel=-4)), "impossible size"),
+        # A storage that was found, said to be larger where it is named again with another type.
+        (
+            {
+                "a": rebuilt(),
+                "b": rebuilt(Persistent(numel=1 << 40, kind="DoubleStorage"), shape=(1 << 40,), strides=(1,)),
+            },
+            "has 16 bytes instead of",
+        ),
         (rebuilt(Persistent(key="7")), "lacks the record"),
         (rebuilt(Persistent(key="../../../etc/passwd")), "lacks the record"),
         (rebuilt(Persistent(kind="QInt8Storage")), "not on the list"),
