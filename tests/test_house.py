@@ -174,12 +174,39 @@ def names_defined() -> frozenset[str]:
     return frozenset(found)
 
 
+def named_in_table(path: Path) -> list[str]:
+    """What the table at the head of a paper's file names as ours: the code words of its last column."""
+    rows = [line for line in (ast.get_docstring(tree(path)) or "").split("\n") if line.startswith("|")]
+    return [name for row in rows for name in re.findall(r"`([\w.…]+)[^`]*`", row.rstrip("|").split("|")[-1])]
+
+
 @pytest.mark.parametrize("path", MODELS, ids=lambda p: p.stem)
 def test_the_table_names_what_exists(path):
-    rows = [line for line in (ast.get_docstring(tree(path)) or "").split("\n") if line.startswith("|")]
-    named = [name for row in rows for name in re.findall(r"`\.?([A-Za-z_][\w.]*)[`(]", row.rstrip("|").split("|")[-1])]
+    named = [name.strip(".") for name in named_in_table(path) if "…" not in name]
     assert named
     assert [name for name in named if not set(name.split(".")) <= names_defined()] == []
+
+
+@cache
+def layers_of_networks() -> frozenset[str]:
+    """Classes of the package that descend from `nnx.Module`."""
+    bases = {
+        node.name: {ast.unparse(base).split("[")[0].split(".")[-1] for base in node.bases}
+        for path in FILES
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.ClassDef)
+    }
+    found = {"Module"}
+    while more := {name for name, above in bases.items() if above & found} - found:
+        found |= more
+    return frozenset(found)
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda p: p.stem)
+def test_the_table_names_every_layer_of_the_paper(path):
+    patterns = [re.escape(part).replace("…", r"\w*") for name in named_in_table(path) for part in name.split(".")]
+    classes = [node.name for node in public(path, ast.ClassDef) if node.name in layers_of_networks()]
+    assert [name for name in classes if not any(re.fullmatch(pattern, name) for pattern in patterns)] == []
 
 
 def config_fields():

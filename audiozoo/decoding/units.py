@@ -1,8 +1,10 @@
-r"""Speech as discrete units: clusters of frames (HuBERT, arXiv 2106.07447, §3.1 and §4.2), found by k-means.
+r"""Speech as discrete units: clusters of frames (HuBERT, arXiv 2106.07447, §II-A and §IV-B), found by k-means.
 
-features = cepstra(waveform)                                  # iteration 1: 39 numbers every 10 ms
-kmeans = KMeans.fit(jax.random.key(0), features, 100)
-found = units(model, processor, waveform, kmeans, layer=9)    # iteration 2 and speech without text
+Clusters of cepstra teach the first network, clusters of its states the next:
+
+    features = cepstra(waveform)                                  # iteration 1: 39 numbers every 10 ms
+    kmeans = KMeans.fit(jax.random.key(0), features, 100)
+    found = units(model, processor, waveform, kmeans, layer=9)    # iteration 2 and speech without text
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def deltas(x: Float[Array, "frames channels"]) -> Float[Array, "frames channels"
 
 
 def cepstra(waveform: Float[Array, " samples"], sampling_rate: int = 16_000) -> Float[Array, "frames 39"]:
-    r"""§4.2: 13 mel-frequency cepstral coefficients every 10 ms, with their first and second slopes.
+    r"""§IV-B: 13 mel-frequency cepstral coefficients every 10 ms, with their first and second slopes.
 
     Kaldi's: the cosine transform of 23 log-mel energies, liftered by $1 + 11 \sin(\pi k/22)$.
     """
@@ -93,7 +95,7 @@ def _nearest(x: jax.Array, centroids: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @dataclass(frozen=True)
 class KMeans:
-    """§3.1, the model that discovers units: a frame is its nearest centroid.
+    """§II-A, the model that discovers units: a frame is its nearest centroid.
 
     Attributes:
         centroids: `(clusters, channels)`.

@@ -14,7 +14,7 @@ number of input channels and the shape of the position table, hence its ImageNet
 
 | paper | here |
 | --- | --- |
-| §2.1 and Figure 1, patch split with overlap | `ASTPatchEmbeddings` |
+| §2.1 and Figure 1, patch split with overlap | `ASTPatchEmbeddings`, `PatchProjection` |
 | §2.1, [CLS] token and positions; §2.2, DeiT's second token | `ASTEmbeddings` |
 | §2.1, Transformer encoder | `ASTAttention`, `ASTMLP`, `ASTLayer`, `ASTModel` |
 | §2.1, linear layer with sigmoid | `ASTMLPHead`, `ASTForAudioClassification`, `classify` |

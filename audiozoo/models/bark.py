@@ -20,7 +20,7 @@ said before (a voice preset, or the sentence before) stands in front of each: so
 | §III-C, fine acoustic modelling; Bark's is not autoregressive | `BarkFineModel`, `fine_loss` |
 | §III-D, generation and continuation: history prompts | `BarkModel.generate`, `speak` |
 | not in the paper: end of speech by its probability | `EosPrioritizer` |
-| not in the paper: the Transformer, GPT-2's by way of nanoGPT | `BarkCausalModel`, `BarkBlock` |
+| not in the paper: the Transformer, GPT-2's by way of nanoGPT | `BarkCausalModel`, `BarkBlock`, `BarkMLP` |
 
 How Bark was trained is not published; the three losses are our reconstruction from what the stages read and write.
 

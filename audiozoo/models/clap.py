@@ -19,15 +19,17 @@ shrunk, and through three windows, fused by attention.
 | paper | here |
 | --- | --- |
 | §3.2, Eq. 1, encoders and their projections | `ClapAudioModel`, `RobertaModel`, `ClapProjectionLayer` |
+| the same, one of the two alone | `ClapTextModelWithProjection`, `ClapAudioModelWithProjection` |
 | §3.1, Eq. 2, contrastive loss | `contrastive_loss`, `ClapModel` |
-| HTSAT §2.1, patch embedding, group Swin Transformer | `fold`, `ClapAudioPatchEmbed`, `ClapAudioEncoder` |
+| HTSAT §2.1, patch embedding, group Swin Transformer | `fold`, `ClapAudioPatchEmbed`, `Conv2d`, `ClapAudioEncoder` |
 | HTSAT §2.2, token-semantic module, framewise output | `ClapTaggingHead`, `ClapAudioModel.tag`, `tagging_loss` |
-| §3.3, feature fusion for variable-length input | `FeatureFusion`, `AttentionalFusion`, `ClapAudioEncoder` |
+| §3.3, feature fusion for variable-length input | `FeatureFusion`, `MelFusion` |
+| §3.3, attentional (arXiv 2009.14082) | `AttentionalFusion`, `PointwiseAttention` |
 | §3.4, label templates (keyword-to-caption's baseline) | `caption_of_labels` |
 | §4.2 and §4.3, retrieval and zero-shot classification | `embed_audio`, `embed_text`, `zero_shot` |
 | §4.1, Adam, warm-up and cosine decay | `ClapRecipe` |
 | §4.3, supervised classification on what is heard | `LinearProbe`, `fit_probe` |
-| not in the paper; in the released code: a loss of four terms | `embedding_mlps`, `mlp_contrastive_loss` |
+| not in the paper; in the released code: a loss of four terms | `EmbeddingMLP`, `mlp_contrastive_loss` |
 | the same: scales that are kept in bounds, frames and bands hidden in training | `clamp_logit_scales`, `drop_stripes` |
 
 Three things differ from `transformers` on purpose; a test shows both sides of each. Its loss takes the cross-entropy of

@@ -14,7 +14,7 @@ which frames its mean and deviation are taken from. Here it stands behind a spee
 | paper | here |
 | --- | --- |
 | § "1-Dimensional Squeeze-Excitation Res2Blocks", Figure 2 | `SERes2Block`, `Res2Conv`, `SqueezeExcitation` |
-| § "Multi-layer feature aggregation and summation", Figure 3 | `EcapaTdnn` |
+| § "Multi-layer feature aggregation and summation", Figure 3 | `EcapaTdnn`, `ConvReluNorm` |
 | § "Channel- and context-dependent statistics pooling" | `AttentiveStatisticsPooling` |
 
 What Microsoft released with WavLM and UniSpeech-SAT differs from the paper: the features are a learned mix of an

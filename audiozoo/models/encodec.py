@@ -17,7 +17,8 @@ arithmetic coder spend fewer bits on them.
 
 | paper | here |
 | --- | --- |
-| §3.1, SEANet encoder and decoder; Figure 1 | `EncodecEncoder`, `EncodecDecoder` and their layers |
+| §3.1, SEANet encoder and decoder; Figure 1 | `EncodecEncoder`, `EncodecDecoder` |
+| §3.1, their layers | `EncodecConv1d`, `EncodecConvTranspose1d`, `EncodecResnetBlock`, `EncodecLSTM` |
 | §3.1, streamable and non-streamable | `EncodecModel.encode_chunk`, `decode_chunk`; `EncodecModel.encode` |
 | §3.2, residual vector quantisation, k-means, moving averages | `EncodecResidualVectorQuantizer`, `kmeans` |
 | §3.3, language model and entropy coding | `EncodecLanguageModel`; `audiozoo.codec` |
@@ -558,8 +559,8 @@ def kmeans(
 class EncodecResidualVectorQuantizer(nnx.Module):
     r"""Quantises $z$, then what is left of it, and so on (§3.2; SoundStream, arXiv 2107.03312, Algorithm 1).
 
-    The codebooks are no parameters: `train` moves them by running averages. One array holds all, so that one compiled
-    loop runs over them.
+    The codebooks are no parameters: `train_step` moves them by running averages. One array holds all, so that one
+    compiled loop runs over them.
     """
 
     def __init__(self, config: EncodecConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):

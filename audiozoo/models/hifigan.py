@@ -18,12 +18,13 @@ discriminators teach it: some see the waveform folded at prime periods, some see
 | §2.2, generator and multi-receptive field fusion; Figure 1 | `HifiGanGenerator` |
 | §2.2 and Appendix A, residual blocks of variants 1, 2 and of variant 3 | `ResBlock1`, `ResBlock2` |
 | §2.3, multi-period discriminator; Figure 2 | `PeriodDiscriminator`, `MultiPeriodDiscriminator` |
-| §2.3, multi-scale discriminator | `ScaleDiscriminator`, `MultiScaleDiscriminator` |
+| §2.3, multi-scale discriminator | `ScaleDiscriminator`, `MultiScaleDiscriminator`, `SpectralNormConv1d` |
 | §2.4, Eq. 1 and 2, least-squares GAN | `discriminator_loss`, `generator_loss` |
 | §2.4, Eq. 3, mel-spectrogram loss | `log_mel`, `mel_loss` |
 | §2.4, Eq. 4, feature matching | `feature_loss` |
 | §2.4, Eq. 5 and 6, final losses; training | `generator_losses`, `discriminator_losses`, `HifiGanDiscriminator` |
 | §3.1 and Appendix A, sizes | `HifiGanConfig.v1()`, `v2()`, `v3()` |
+| not in the paper; in the released checkpoints | `SpeechT5HifiGan` |
 
 Two generators that other papers took over differ in small things, each a field of the configuration: SpeechT5's
 standardises its input (`normalize_before`), VITS' leaves its first and last convolution unnormalised, the last one

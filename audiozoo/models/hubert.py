@@ -15,12 +15,13 @@ only the same for the same sound.
 
 | paper | here |
 | --- | --- |
-| §3.1, hidden units by k-means | `audiozoo.decoding.units.KMeans`, `cepstra`, `units` |
-| §3.2, Eq. 1 and 2 and §3.5, Eq. 3 | `masked_prediction`, `HubertForPreTraining` |
-| §3.3, cluster ensembles | `num_clusters`, several `labels` |
-| §3.4, iterative refinement | `audiozoo.decoding.units.units`, then `HubertForPreTraining` again |
-| §3.5, implementation; Table 1, sizes | `HubertConfig.base()`, `.large()`, `.xlarge()`, `HubertModel` |
-| §3.5, fine-tuning | `HubertForCTC` |
+| §II-A, hidden units by k-means | `audiozoo.decoding.units.KMeans`, `cepstra`, `units` |
+| §II-B, Eq. 1; §II-E, Eq. 3 | `masked_prediction`, `HubertForPreTraining` |
+| §II-C, Eq. 2, cluster ensembles | `num_clusters`, several `labels` |
+| §II-D, iterative refinement | `audiozoo.decoding.units.units`, then `HubertForPreTraining` again |
+| §II-E, implementation; Table 1, sizes | `HubertConfig.base()`, `.large()`, `.xlarge()`, `HubertModel` |
+| §II-E, the parts of BASE and of LARGE | `HubertFeatureProjection`, `HubertPositionalConvEmbedding`, `HubertEncoder…` |
+| §II-E, fine-tuning | `HubertForCTC` |
 | not in the paper; in the released checkpoints | `HubertForSequenceClassification`, `conv_pos_batch_norm` |
 | not in the paper; wav2vec 2.0's heads over this network | `HubertForAudioFrameClassification`, `HubertForXVector` |
 | not in the paper; in checkpoints released with WavLM | `HubertForSpeakerVerification` |
@@ -79,7 +80,7 @@ class HubertConfig(Wav2Vec2Config):
 
     feat_proj_layer_norm: bool = True  # whether a LayerNorm stands before the feature projection
     conv_pos_batch_norm: bool = False  # BatchNorm before the positional convolution instead of weight normalisation
-    num_clusters: tuple[int, ...] = (504,)  # units of each set of labels (§3.3); 500 and fairseq's four special ones
+    num_clusters: tuple[int, ...] = (504,)  # units of each set of labels (§II-C); 500 and fairseq's four special ones
     label_rate: float = 50.0  # labels a second; 100 for clusters of cepstra
     untie_final_proj: bool = False  # a projection for each set of labels
     frame_rule: str = "lengths"  # how padding is counted in frames; "samples" as in the released code
@@ -120,11 +121,11 @@ class HubertConfig(Wav2Vec2Config):
         )
 
 
-# --- §3.5, the network: where it is not wav2vec 2.0's -----------------------------------------------------------------
+# --- §II-E, the network: where it is not wav2vec 2.0's ----------------------------------------------------------------
 
 
 class HubertFeatureProjection(Wav2Vec2FeatureProjection):
-    """§3.5, from the features' width to the Transformer's; in some released checkpoints without the LayerNorm."""
+    """§II-E, from the features' width to the Transformer's; in some released checkpoints without the LayerNorm."""
 
     def __init__(self, config: Any, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         super().__init__(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -141,7 +142,7 @@ class HubertFeatureProjection(Wav2Vec2FeatureProjection):
 
 
 class HubertPositionalConvEmbedding(Wav2Vec2PositionalConvEmbedding):
-    """§3.5, the positional convolution; in released checkpoints trained in bfloat16 behind a BatchNorm.
+    """§II-E, the positional convolution; in released checkpoints trained in bfloat16 behind a BatchNorm.
 
     In training (with a `key`) it normalises by the batch, padding included, and its running statistics move a step;
     they are `nnx.BatchStat`s.
@@ -171,19 +172,19 @@ class HubertPositionalConvEmbedding(Wav2Vec2PositionalConvEmbedding):
 
 
 class HubertEncoder(Wav2Vec2Encoder):
-    """§3.5, the Transformer of BASE."""
+    """§II-E, the Transformer of BASE."""
 
     positional_class = HubertPositionalConvEmbedding
 
 
 class HubertEncoderStableLayerNorm(Wav2Vec2EncoderStableLayerNorm):
-    """§3.5, the Transformer of LARGE and X-LARGE: pre-norm blocks and a last LayerNorm."""
+    """§II-E, the Transformer of LARGE and X-LARGE: pre-norm blocks and a last LayerNorm."""
 
     positional_class = HubertPositionalConvEmbedding
 
 
 class HubertModel(Wav2Vec2Model):
-    """§3.5 and Figure 1: convolutions, masking, Transformer."""
+    """§II-E and Figure 1: convolutions, masking, Transformer."""
 
     feature_projection_class = HubertFeatureProjection
     encoder_class = HubertEncoder
@@ -195,7 +196,7 @@ class HubertModel(Wav2Vec2Model):
         return self.config.frame_rule
 
 
-# --- §3.2 to §3.5, masked prediction of hidden units ------------------------------------------------------------------
+# --- §II-B to §II-E, masked prediction of hidden units ----------------------------------------------------------------
 
 
 def targets_of_frames(
@@ -210,7 +211,7 @@ def targets_of_frames(
 def cluster_logits(
     states: Float[Array, "batch frames width"], embeddings: Float[Array, "clusters width"], temperature: float = 0.1
 ) -> Float[Array, "batch frames clusters"]:
-    r"""§3.5, Eq. 3, the exponents: $\mathrm{sim}(A\,o_t, e_c)/\tau$, cosines in at least float32."""
+    r"""§II-E, Eq. 3, the exponents: $\mathrm{sim}(A\,o_t, e_c)/\tau$, cosines in at least float32."""
 
     def unit(x: jax.Array) -> jax.Array:
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -226,7 +227,7 @@ def masked_prediction(
     counted: Bool[Array, "batch frames"],
     temperature: float = 0.1,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    r"""§3.2, Eq. 1, and §3.5, Eq. 3, over the frames that count:
+    r"""§II-B, Eq. 1, and §II-E, Eq. 3, over the frames that count:
 
     $$-\sum_t \log \frac{\exp(\mathrm{sim}(A\,o_t, e_{z_t})/\tau)}{\sum_c \exp(\mathrm{sim}(A\,o_t, e_c)/\tau)}$$
 
@@ -248,7 +249,7 @@ def masked_prediction(
 
 
 class HubertForPreTrainingOutput(ModelOutput):
-    """§3.2: the loss and its parts, sums over frames and sets of labels; `features_pen` before its weight."""
+    """§II-B: the loss and its parts, sums over frames and sets of labels; `features_pen` before its weight."""
 
     loss: Float[Array, ""] | None = None
     logits: tuple[Float[Array, "batch frames clusters"], ...] | None = None
@@ -260,9 +261,9 @@ class HubertForPreTrainingOutput(ModelOutput):
 
 
 class HubertForPreTraining(_WithBackbone):
-    r"""§3.2: $L = \alpha L_m + (1 - \alpha) L_u$, the cross-entropy over masked and over other frames.
+    r"""§II-B: $L = \alpha L_m + (1 - \alpha) L_u$, the cross-entropy over masked and over other frames.
 
-    With several sets of labels (§3.3) the losses add up. Not in the paper but in its recipe: a penalty on the features.
+    With several sets of labels (§II-C) the losses add up. Of the recipe only: a penalty on the features.
     """
 
     base_model_prefix = "hubert"
@@ -282,7 +283,7 @@ class HubertForPreTraining(_WithBackbone):
         self.label_embeddings = nnx.Param(jax.random.uniform(rngs.params(), shape, param_dtype))
 
     def logits(self, states: Float[Array, "batch frames hidden"]) -> tuple[Float[Array, "batch frames clusters"], ...]:
-        """§3.5, Eq. 3, the exponents for every set of labels."""
+        """§II-E, Eq. 3, the exponents for every set of labels."""
         return tuple(
             cluster_logits(x, e, self.config.contrastive_logits_temperature) for x, e in self._projected(states)
         )
@@ -354,7 +355,7 @@ class HubertForPreTraining(_WithBackbone):
                 others, rest = masked_prediction(states, embeddings, targets, ~spans & valid, temperature)
                 masked, unmasked = masked + more, unmasked + others
                 counts.append((count, rest))
-            # Eq. of §3.2
+            # $L = \alpha L_m + (1 - \alpha) L_u$
             loss = alpha * masked + (1 - alpha) * unmasked
             total = counts[0][0] * (alpha > 0) + counts[0][1] * (alpha < 1)
             loss = loss + features_pen_weight * features_pen * total
@@ -381,11 +382,11 @@ class HubertForPreTraining(_WithBackbone):
         return [jnp.asarray(row) for row in sets]
 
 
-# --- §3.5, fine-tuning, and the heads of the released checkpoints -----------------------------------------------------
+# --- §II-E, fine-tuning, and the heads of the released checkpoints ----------------------------------------------------
 
 
 class HubertForCTC(Wav2Vec2ForCTC):
-    """§3.5, fine-tuning: a linear layer onto the letters, trained with CTC."""
+    """§II-E, fine-tuning: a linear layer onto the letters, trained with CTC."""
 
     base_model_prefix = "hubert"
     base_class = HubertModel

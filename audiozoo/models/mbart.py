@@ -14,6 +14,7 @@ its decoder alone, which XLS-R puts behind a speech encoder: the first token say
 | §2.2, architecture: 12 layers, width 1024, 16 heads, one more LayerNorm | `MBartDecoder`, `MBartDecoderLayer` |
 | §2.2, the language's token in front | `MBartForCausalLM`, through `forced_bos_token_id` of whoever generates |
 | decoding, which the paper leaves to others | `continue_text` |
+| not in the paper; in the released checkpoints | `MBartDecoderWrapper` |
 
 The encoder is not here: no paper of the zoo uses it.
 

@@ -21,7 +21,7 @@ makes it follow them more closely.
 | §2.3, text conditioning | `MusicgenForConditionalGeneration.condition` |
 | §2.3, melody conditioning | `MusicgenMelodyForConditionalGeneration.condition`; chromagram in the processor |
 | §2.4, codebook projection and positional embedding, decoder | `MusicgenDecoder`, `MusicgenDecoderLayer` |
-| §2.4, logits prediction | `MusicgenForCausalLM` |
+| §2.4, logits prediction | `MusicgenForCausalLM`, `MusicgenMelodyForCausalLM` |
 | §3.1, guidance, top-k sampling | `MusicgenForCausalLM.generate` |
 | §3.1, training: loss, dropped conditions; optimiser; texts | `training_loss`, `MusicgenRecipe`, `augmented` |
 | not in the paper; in the released code: more than 30 s by a sliding window | `compose` |

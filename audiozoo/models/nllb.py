@@ -12,7 +12,7 @@ first token says into which.
 
 | paper | here |
 | --- | --- |
-| §6.1, model: LayerNorm first, one embedding for encoder, decoder and output | `NllbEncoder`, `NllbDecoder` |
+| §6.1, model: LayerNorm first, one embedding for all | `NllbEncoder`, `NllbEncoderLayer`, `NllbDecoder` |
 | §6.1, decoder block, as mBART's | `audiozoo.models.mbart.MBartDecoderLayer` |
 | §8.2 and §8.6, dense sizes | `NllbConfig.dense_600m()`, `.dense_1_3b()`, `.dense_3_3b()` |
 

@@ -15,12 +15,14 @@ states and writes units, a phonetic alphabet learnt from speech; a vocoder speak
 
 | paper | here |
 | --- | --- |
-| §4.1, w2v-BERT 2.0: a Conformer | `audiozoo.models.conformer`, `SeamlessM4TSpeechEncoder` |
+| §4.1, w2v-BERT 2.0: a Conformer | `SeamlessM4TFeatureProjection`, `audiozoo.models.conformer` |
+| §4.1, both, and the adaptor behind them | `SeamlessM4TSpeechEncoder` |
 | §4.1, length adaptor | `SeamlessM4TAdapterLayer` |
 | §4.2, text encoder and decoder: NLLB | `audiozoo.models.nllb` |
-| §4.3, text-to-unit model (UnitY, arXiv 2212.08055) | `SeamlessM4TTextToUnitForConditionalGeneration` |
+| §4.3, text to units (UnitY, arXiv 2212.08055) | `SeamlessM4TTextToUnitModel`, `…ForConditionalGeneration` |
 | §4.3, vocoder of units | `audiozoo.models.speech_resynthesis` |
 | §4, Fig. 4: T2TT; S2TT and ASR; T2ST; S2ST; all | `SeamlessM4TFor…To…`, `SeamlessM4TModel` |
+| the same, what these share | `SeamlessM4TPreTrainedModel` |
 | §4.4, fine-tuning: smoothed cross-entropy of text and units | `finetuning_losses`, `SeamlessM4TRecipe` |
 | Table 12, sizes | `SeamlessM4TConfig.large()`, `.medium()` |
 

@@ -21,8 +21,8 @@ which unit each of these frames is. So speech takes three passes instead of hund
 | §3, UnitY2's upsampling: subwords to characters | `characters`, `SeamlessM4Tv2TextToUnitDecoder.upsample` |
 | §3, characters to units: duration predictor | `audiozoo.models.speech_resynthesis.VariancePredictor` |
 | §3, unit decoder | `SeamlessM4Tv2TextToUnitDecoder`, `SeamlessM4Tv2TextToUnitDecoderLayer` |
-| §3, text-to-unit model and its loss | `SeamlessM4Tv2TextToUnitForConditionalGeneration` |
-| §3, the model and its tasks | `SeamlessM4Tv2Model`, and a class for each of four tasks |
+| §3, text-to-unit model and its loss | `SeamlessM4Tv2TextToUnitModel`, `SeamlessM4Tv2TextToUnitFor…` |
+| §3, the model and its tasks | `SeamlessM4Tv2Model`, `SeamlessM4Tv2For…To…`, on `SeamlessM4Tv2PreTrainedModel` |
 | §3, vocoder | `audiozoo.models.speech_resynthesis` |
 
 Taken over from the first version: NLLB, the speech encoder around its blocks, the vocoder. The text-to-unit loss is put

@@ -18,13 +18,15 @@ relative position are compared separately, and gets by with a narrower network.
 | paper | here |
 | --- | --- |
 | § "Compact wave feature extractors" (WFE-C) | `SEWConfig.conv_dim`, wav2vec 2.0's `Wav2Vec2FeatureEncoder` |
-| § "Squeezed context networks" | `SEWPositionalConvEmbedding`, `SEWUpsampling`, `SEWEncoder` |
+| § "Squeezed context networks" | `SEWPositionalConvEmbedding`, `SEWUpsampling`, `SEWEncoder`, `SEWModel` |
 | § "MLP predictor heads" | `SEWPredictor`, `SEWForPreTraining` |
-| § "SEW-D", disentangled attention (DeBERTa, arXiv 2006.03654, Eq. 4) | `DisentangledSelfAttention`, `SEWDEncoder` |
+| § "SEW-D", disentangled attention (DeBERTa, arXiv 2006.03654, Eq. 4) | `DisentangledSelfAttention` |
+| § "SEW-D", the squeezed network of it | `SEWDLayer`, `SEWDEncoder`, `SEWDModel` |
 | the same, log buckets (DeBERTa v3, arXiv 2111.09543) | `log_bucket_positions` |
 | pre-training objective (wav2vec 2.0's) | `SEWForPreTraining`, `SEWDForPreTraining` |
 | Tables of sizes | `SEWConfig.sew_tiny()` … `.sew_d_base_plus()` |
 | not in the paper; in the released checkpoints | `SEWForCTC`, `SEWDForCTC` |
+| the same | `SEWFeatureProjection`, `SEWDFeatureProjection` |
 | the same | `SEWForSequenceClassification`, `SEWDForSequenceClassification` |
 
 The convolutions, masking, quantiser and heads are wav2vec 2.0's, imported from its file. `hidden_states` are at the

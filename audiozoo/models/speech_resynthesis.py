@@ -20,7 +20,8 @@ repeat are written once there, and a small network says for how many frames each
 | §3.2, training: HiFi-GAN's losses | `generator_losses`, `CodeBatch` |
 | arXiv 2107.05604, units without repetitions | `run_lengths` |
 | arXiv 2107.05604, duration prediction (FastSpeech 2, arXiv 2006.04558, §2.3) | `VariancePredictor` |
-| arXiv 2308.11596, §4, one vocoder for 36 languages | `CodeHifiGanConfig`, the language's table |
+| arXiv 2308.11596, §4, one vocoder for 36 languages | `SeamlessM4TCodeHifiGan`, `CodeHifiGanConfig` |
+| arXiv 2312.05187, §3, the same network with other weights | `SeamlessM4Tv2CodeHifiGan` |
 
 What is not here: the paper's pitch codes, with the VQ-VAE that makes them; no checkpoint that the zoo runs has them.
 

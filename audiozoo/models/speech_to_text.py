@@ -18,6 +18,8 @@ of the last checkpoints; and one model for many target languages, told which by 
 | §2, SpecAugment: LB, LD, SM, SS (arXiv 1904.08779, Table 1) | `SpecAugmentPolicy`, `spec_augment` |
 | §2, convolutional subsampling (arXiv 1911.08460) | `Conv1dSubsampler` |
 | §2, Transformer (arXiv 1706.03762), LayerNorm first | `Speech2TextEncoder`, `Speech2TextDecoder` |
+| §2, the encoder's blocks | `Speech2TextEncoderLayer` |
+| §2, the model with its head or without | `Speech2TextModel`, `Speech2TextForConditionalGeneration` |
 | §3, sizes S, M, L | `Speech2TextConfig.small()`, `.medium()`, `.large()` |
 | §3, label-smoothed cross-entropy | `label_smoothed_cross_entropy` |
 | §3, encoder pre-trained on recognition | `with_encoder_of` |

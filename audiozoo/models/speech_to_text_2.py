@@ -18,6 +18,7 @@ model of the target language, trained on web text, has a say in the beam search.
 | §2, wav2vec 2.0 with the decoder behind it | `audiozoo.models.xls_r.SpeechEncoderDecoderModel` |
 | §2, self-training on unlabelled speech | `pseudo_labels` |
 | §2, decoding with a language model | `LanguageModelFusion`, `translate` |
+| not in the paper; in the released checkpoints | `Speech2Text2DecoderWrapper` |
 
 What differs from fairseq S2T's decoder, whose sinusoids and embedding it has: each LayerNorm comes after its part's
 residual sum instead of before the part, so there is none at the end; and in the released checkpoints the head is a

@@ -19,15 +19,22 @@ them into one space.
 
 | paper | here |
 | --- | --- |
-| §2.1 and Figure 2, encoder-decoder with relative positions | `SpeechT5Encoder`, `SpeechT5Decoder`, `SpeechT5Model` |
-| §2.1, speech pre/post-net | `SpeechT5SpeechEncoderPrenet`, `SpeechT5SpeechDecoderPrenet`, `…SpeechDecoderPostnet` |
-| §2.1, text pre/post-net | `SpeechT5TextEncoderPrenet`, `SpeechT5TextDecoderPrenet`, tied `head` |
+| §2.1 and Figure 2, encoder | `SpeechT5Encoder`, `SpeechT5EncoderLayer` |
+| §2.1 and Figure 2, decoder | `SpeechT5Decoder`, `SpeechT5DecoderLayer` |
+| §2.1, relative positions in the encoder | `SpeechT5RelativePositionalEncoding`, `SpeechT5RelativeAttention` |
+| §2.1 and Figure 2, each behind a pre-net | `SpeechT5EncoderWithPrenet`, `SpeechT5DecoderWithPrenet` |
+| §2.1 and Figure 2, both | `SpeechT5Model` |
+| §2.1, speech pre-nets | `SpeechT5SpeechEncoderPrenet`, `SpeechT5SpeechDecoderPrenet` |
+| the same, positions of text encoder and speech decoder | `SpeechT5ScaledPositionalEncoding` |
+| §2.1, speech post-net | `SpeechT5SpeechDecoderPostnet`, `SpeechT5BatchNormConvLayer` |
+| §2.1, text pre-nets | `SpeechT5TextEncoderPrenet`, `SpeechT5TextDecoderPrenet` |
+| §2.1, text post-net | `SpeechT5TextDecoderPostnet`, or tied `head` |
 | §2.2, speech pre-training, Eq. 1 and 2 | `SpeechT5ForPreTraining.speech`, `spectrogram_loss` |
 | §2.2, text pre-training, Eq. 3 | `SpeechT5ForPreTraining.text`, `text_infilling` |
 | §2.2, joint pre-training, Eq. 4 and 5 | `SpeechT5ForPreTraining.mix`, `Wav2Vec2GumbelVectorQuantizer` |
 | §3.2, automatic speech recognition; §3.4, speech translation | `SpeechT5ForSpeechToText` |
 | §3.2, joint CTC/attention decoding | `SpeechT5ForSpeechToText.generate(ctc_weight=…)` |
-| §3.3, text to speech | `SpeechT5ForTextToSpeech`, `guided_attention_loss` |
+| §3.3, text to speech | `SpeechT5ForTextToSpeech`, on `SpeechT5Speaking`; `guided_attention_loss` |
 | §3.5, voice conversion | `SpeechT5ForSpeechToSpeech` |
 | §3.6, speech enhancement | `SpeechT5ForSpeechToSpeech.generate_speech(frames=…)`, `SpeechT5ForSpeechEnhancement` |
 | §3.7, speaker identification | `SpeechT5ForSequenceClassification` |

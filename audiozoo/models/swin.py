@@ -15,7 +15,7 @@ into one of twice the width. Here it is the body of HTSAT, CLAP's audio encoder.
 | §3.2, windows of $M \times M$ patches | `window_partition`, `window_reverse` |
 | §3.2 and Figure 4, cyclic shift and its mask | `shift_mask`, `SwinBlock` |
 | §3.2, Eq. 4, attention with relative position bias | `relative_position_index`, `WindowAttention` |
-| §3.2, Eq. 3, two successive blocks | `SwinBlock` |
+| §3.2, Eq. 3, two successive blocks | `SwinBlock`, `SwinMLP` |
 | §3.1, patch merging | `PatchMerging` |
 | §3.1 and Figure 3, stage | `SwinStage` |
 

@@ -17,7 +17,7 @@ their own.
 
 | paper | here |
 | --- | --- |
-| § "Model structure": encoder, quantiser | wav2vec 2.0's, imported from its file |
+| § "Model structure": encoder, quantiser | wav2vec 2.0's, imported from its file; `UniSpeechModel` |
 | § "Unified training", the multitask loss | `UniSpeechForPreTraining` |
 | the same, replacement of $c$ by $q$ | `replace_states` |
 | § "Experiments", sizes | `UniSpeechConfig.large()` |

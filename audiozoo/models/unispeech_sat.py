@@ -19,7 +19,8 @@ content is not to be predicted, so that the network must tell voices apart.
 | --- | --- |
 | § "Utterance-wise contrastive learning" | `utterance_contrastive_loss`, `UniSpeechSatForPreTraining` |
 | § "Utterance mixing augmentation" | `audiozoo.models.wavlm.draw_mixes`, `audiozoo.models.wavlm.mix` |
-| § "Speaker information enhanced training", HuBERT's loss | `audiozoo.models.hubert.masked_prediction` |
+| § "Speaker information enhanced training" | `UniSpeechSatModel` |
+| the same, HuBERT's loss | `audiozoo.models.hubert.masked_prediction` |
 | § "Experiments", sizes | `UniSpeechSatConfig.base()`, `.base_plus()`, `.large()` |
 | not in the paper; in the released checkpoints | `UniSpeechSatFor…` heads |
 

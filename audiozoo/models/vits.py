@@ -24,10 +24,12 @@ alignment that makes $z$ most likely; a flow-based predictor learns to sample th
 | §2.3, Eq. 8 to 10, adversarial training | `VitsDiscriminator`, on `hifigan`'s losses |
 | §2.4, Eq. 11, final loss | `generator_losses`, `discriminator_losses` |
 | §2.5.1, posterior encoder | `VitsPosteriorEncoder`, `VitsWaveNet` |
-| §2.5.2, prior encoder | `VitsTextEncoder`, `VitsResidualCouplingBlock` |
+| §2.5.2, prior encoder | `VitsTextEncoder`, `VitsResidualCouplingBlock`, `VitsResidualCouplingLayer` |
+| the same, its Transformer | `VitsEncoder`, `VitsEncoderLayer`, `VitsAttention`, `VitsFeedForward` |
 | §2.5.3, decoder | `hifigan.HifiGanGenerator` |
 | §2.5.4, discriminator | `VitsDiscriminator` |
-| §2.5.5, stochastic duration predictor; Figure 5 | `VitsConvFlow`, `layers.splines.rational_quadratic_spline` |
+| §2.5.5, stochastic duration predictor; Figure 5 | `VitsConvFlow`, `VitsDilatedDepthSeparableConv`, `layers.splines` |
+| Appendix B, first in both flows of the durations | `VitsElementwiseAffine` |
 | §3.2, multi-speaker; §4.3, voice conversion | `speaker_id`, `VitsModel.voice_conversion` |
 | §3.3 and §4.4, deterministic predictor, the ablation | `VitsDurationPredictor` |
 | §3.1, training | `training.loop.Trainer`, with the phases of `recipes.objectives.Voice` |
@@ -168,7 +170,7 @@ class VitsConfig:
 
     @classmethod
     def mms(cls, **changes: Any) -> VitsConfig:
-        """A voice of MMS (arXiv 2305.13516, §6): one speaker, 16 kHz, the language's characters."""
+        """A voice of MMS (arXiv 2305.13516, §7): one speaker, 16 kHz, the language's characters."""
         return cls(**changes)
 
     @classmethod

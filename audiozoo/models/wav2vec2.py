@@ -16,8 +16,9 @@ minutes of transcribed speech are enough.
 
 | paper | here |
 | --- | --- |
-| §2, feature encoder $f: X \to Z$ | `Wav2Vec2FeatureEncoder` |
+| §2, feature encoder $f: X \to Z$ | `Wav2Vec2FeatureEncoder`, `Wav2Vec2ConvLayer`, `TimeGroupNorm` |
 | §2, contextualized representations $g: Z \to C$ | `Wav2Vec2FeatureProjection`, `Wav2Vec2Encoder`, `Wav2Vec2Model` |
+| §2, the Transformer's blocks | `Wav2Vec2EncoderLayer`, `Wav2Vec2FeedForward` |
 | §2, relative positional embedding | `Wav2Vec2PositionalConvEmbedding` |
 | §2, quantization module, Eq. 1 | `Wav2Vec2GumbelVectorQuantizer`, `gumbel_temperature` |
 | §3.1, masking | `Wav2Vec2Model.mask`, `audiozoo.layers.masking.span_mask` |
@@ -26,7 +27,9 @@ minutes of transcribed speech are enough.
 | §3.2, diversity loss, Eq. 4 | `Wav2Vec2ForPreTraining` |
 | §3.3, fine-tuning | `Wav2Vec2ForCTC`, `audiozoo.layers.losses.ctc_loss` |
 | §4.2, sizes | `Wav2Vec2Config.base()`, `Wav2Vec2Config.large()`, `Wav2Vec2Config.large_lv60()` |
-| not in the paper; in the released checkpoints | `Wav2Vec2EncoderStableLayerNorm`, adapters, `Wav2Vec2For…` heads |
+| not in the paper; in the released checkpoints | `Wav2Vec2Encoder…StableLayerNorm`, `Wav2Vec2For…` heads |
+| the same: of speech translation, and of MMS | `Wav2Vec2Adapter`, `Wav2Vec2AdapterLayer`; `Wav2Vec2AttnAdapterLayer` |
+| the same: speakers | `TDNNLayer`, `AMSoftmaxLoss` |
 
 Where `transformers` and this file part: the last hidden state is normalised, as up to its version 4 and in the heads
 that were trained on it (`hidden_states_before_norm=True` gives version 5's); x-vectors pool the frames that the dilated
@@ -446,7 +449,7 @@ class Wav2Vec2FeedForward(nnx.Module):
 
 
 class Wav2Vec2AttnAdapterLayer(nnx.Module):
-    """Not in the paper; in the released checkpoints of MMS (arXiv 2305.13516, §4.1): a bottleneck for each language."""
+    """Not in the paper; in the released checkpoints of MMS (arXiv 2305.13516, §5.1): a bottleneck for each language."""
 
     def __init__(self, config: Any, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}

@@ -20,11 +20,11 @@ blocks, which each frame opens or closes by a gate of its own.
 | paper | here |
 | --- | --- |
 | § "Model structure", gated relative position bias | `WavLMAttention`, `relative_position_buckets` |
-| § "Model structure", Transformer | `WavLMEncoder`, `WavLMModel` |
+| § "Model structure", Transformer | `WavLMEncoder`, `WavLMEncoderLayer`, `WavLMModel` |
 | § "Masked speech denoising and prediction", Algorithm 1 | `draw_mixes`, `mix` |
 | the same, loss (HuBERT's, arXiv 2106.07447, Eq. 3) | `WavLMForPreTraining` |
 | Table I, sizes | `WavLMConfig.base()`, `.base_plus()`, `.large()` |
-| not in the paper; in the released checkpoints | `WavLMFor…` heads, `WavLMEncoderStableLayerNorm` |
+| not in the paper; in the released checkpoints | `WavLMFor…` heads, `WavLMEncoder…StableLayerNorm` |
 | § "Universal representation evaluation", speaker verification | `WavLMForSpeakerVerification` |
 
 The convolutions, masking and heads are wav2vec 2.0's, the masked prediction is HuBERT's, imported from their files. The

@@ -17,12 +17,14 @@ task, and whether times are wanted; what is heard comes out as text tokens betwe
 | --- | --- |
 | §2.2 and Figure 1, stem and encoder | `WhisperEncoder` |
 | §2.2 and Figure 1, decoder | `WhisperDecoder` |
+| §2.2, both, without a head and with it | `WhisperModel`, `WhisperLanguageModel` |
 | §2.2, "the same width and number of blocks" | `WhisperEncoderLayer`, `WhisperDecoderLayer` |
 | §2.3, multitask format | `WhisperForConditionalGeneration.prompt`, `WhisperGenerationConfig` |
 | §2.4, training | `WhisperForConditionalGeneration.__call__(labels=…)` |
 | §2.4 and Table 1, sizes | `WhisperConfig.tiny()` … `WhisperConfig.large_v3()` |
 | §4.5, strategies for reliable long-form transcription | `transcribe`, on `audiozoo.decoding.long_form` |
-| not in the paper; in the released checkpoints | `WhisperForAudioClassification`, `WhisperForCausalLM`, turbo, distil |
+| not in the paper; in the released checkpoints | `WhisperForAudioClassification`, turbo, distil |
+| the same: a decoder alone | `WhisperForCausalLM`, `WhisperDecoderWrapper` |
 
 Checkpoints: `openai/whisper-{tiny,base,small,medium}[.en]`, `-large`, `-large-v2`, `-large-v3`, `-large-v3-turbo`,
 `distil-whisper/*`, OpenAI's own `.pt` files and CTranslate2 directories of `faster-whisper`.

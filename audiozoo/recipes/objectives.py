@@ -207,10 +207,10 @@ class Seq2Seq(Objective):
 
 @dataclass(frozen=True)
 class Pretraining(Objective):
-    """Masked frames, told from distractors (wav2vec 2.0, §3.2) or by their cluster (HuBERT, §3.2).
+    """Masked frames, told from distractors (wav2vec 2.0, §3.2) or by their cluster (HuBERT, §II-B).
 
     Attributes:
-        units: whether the targets are clusters (`units` beside the recordings, or of MFCCs; HuBERT, §4.2).
+        units: whether the targets are clusters (`units` beside the recordings, or of MFCCs; HuBERT, §IV-B).
         phonemes: whether a CTC loss over the recordings' `phonemes`, as numbers, is added (UniSpeech).
         features_penalty: weight of the mean square of the features.
         feature_gradient: factor on the gradient that reaches the convolutions.

@@ -317,7 +317,7 @@ def _languages(items: Sequence[Item], processor: Any, config: Any) -> dict[str, 
 
 
 def _clusters(processor: Any, items: Sequence[Item], config: Any, recordings: int = 100) -> None:
-    """HuBERT, §4.2: without given units, clusters of MFCCs of some of the recordings."""
+    """HuBERT, §IV-B: without given units, clusters of MFCCs of some of the recordings."""
     if all("units" in item.fields for item in items):
         return
     from audiozoo.audio import files
