@@ -28,8 +28,8 @@ from jaxtyping import Array, Float, Int
 
 from audiozoo.decoding.encoders import in_pieces, rounded
 from audiozoo.errors import SourceError, UsageError
+from audiozoo.layers.losses import LOG_ZERO
 
-LOG_ZERO = -1e30
 STAR = "<star>"
 
 

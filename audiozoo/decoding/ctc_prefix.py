@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-LOG_ZERO = -1e30
+from audiozoo.layers.losses import LOG_ZERO
 
 
 @dataclasses.dataclass(frozen=True)

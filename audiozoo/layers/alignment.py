@@ -56,7 +56,12 @@ def monotonic_alignment(
 def repeat_by_duration(
     durations: Num[Array, "batch time"], frames: int, *values: Float[Array, "batch time channels"]
 ) -> tuple[Float[Array, "batch frames channels"], ...]:
-    """Each symbol's values, as many times as its duration says; zeros after the last one."""
+    """Each symbol's values, as many times as its duration says; zeros after the last one.
+
+    Frames are counted in at least float32: bfloat16 has no 257.
+    """
+    if jnp.issubdtype(durations.dtype, jnp.floating):
+        durations = durations.astype(jnp.promote_types(durations.dtype, jnp.float32))
     ends = jnp.cumsum(durations, axis=-1)
     position = jnp.arange(frames, dtype=ends.dtype)
     index = jax.vmap(partial(jnp.searchsorted, side="right"), in_axes=(0, None))(ends, position)

@@ -23,6 +23,11 @@ def promote(*arrays: jax.Array | None, dtype: Dtype | None = None) -> tuple[Any,
     return tuple(None if a is None else jnp.asarray(a, common) for a in arrays)
 
 
+def unit_vectors(x: Float[Array, "*shape"], *, axis: int = -1, shortest: float = 1e-8) -> Float[Array, "*shape"]:
+    r"""$x / \max(\lVert x \rVert, \text{shortest})$; of a vector of zeros the gradient is finite too."""
+    return x / jnp.sqrt(jnp.maximum(jnp.square(x).sum(axis=axis, keepdims=True), shortest**2))
+
+
 def matmul(x: Float[Array, "*batch rows inner"], y: Float[Array, "*batch inner columns"]) -> jax.Array:
     """$xy$ in the dtype of `x`, its sums taken in float32 or wider.
 

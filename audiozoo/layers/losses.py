@@ -31,6 +31,12 @@ def cross_entropy(
     return jnp.where(kept, losses, 0.0).sum() / jnp.maximum(kept.sum(), 1)
 
 
+def shift_tokens_right(labels: Int[Array, "batch time"], pad: int, start: int) -> Int[Array, "batch time"]:
+    """Decoder inputs for teacher forcing: `start`, then the labels but the last; ignored labels become padding."""
+    shifted = jnp.concatenate([jnp.full_like(labels[:, :1], start), labels[:, :-1]], axis=1)
+    return jnp.where(shifted == IGNORED_LABEL, pad, shifted)
+
+
 def ctc_loss(
     logits: Float[Array, "batch frames vocabulary"],
     labels: Int[Array, "batch tokens"],

@@ -67,3 +67,22 @@ def sinusoids_of(
     angles = positions[..., None].astype(accumulate) * frequencies
     table = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     return jnp.where(real[..., None], table, 0).astype(dtype)
+
+
+def cosines_and_sines(
+    positions: Int[Array, " time"], channels: int, *, max_timescale: float = 10_000.0, dtype: Any
+) -> Float[Array, "time channels"]:
+    r"""$[\cos(t / \lambda_i), \sin(t / \lambda_i)]$ of given times, $\lambda_i = \text{max\_timescale}^{i / (n - 1)}$.
+
+    The periods of `sinusoids`, the cosines first, as in the language models of EnCodec and MusicGen.
+
+    Args:
+        positions: $t$.
+        channels: $2n$, of a row.
+        max_timescale: the longest period, over $2\pi$.
+        dtype: of the rows; angles are computed in float32 at least.
+    """
+    half, wide = channels // 2, jnp.promote_types(dtype, jnp.float32)
+    periods = jnp.asarray(max_timescale ** (np.arange(half) / (half - 1)), wide)
+    angles = positions[:, None].astype(wide) / periods
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1).astype(dtype)

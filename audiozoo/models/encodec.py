@@ -68,6 +68,7 @@ from audiozoo.layers import Conv1d, LayerNorm, Linear
 from audiozoo.layers.activations import gelu
 from audiozoo.layers.basic import GroupNorm, promote
 from audiozoo.layers.convolution import ConvTranspose1d
+from audiozoo.layers.positions import cosines_and_sines
 from audiozoo.layers.weight_norm import (
     WeightNormConv1d,
     WeightNormConvTranspose1d,
@@ -1485,10 +1486,7 @@ class EncodecLanguageModel(nnx.Module):
         offsets = (self.config.codebook_size + 1) * jnp.arange(books, dtype=indices.dtype)
         table = self.emb[...].reshape(-1, self.emb.shape[2])
         x = self.norm_in(table[indices + offsets[:, None]].sum(axis=1))
-        half = x.shape[-1] // 2
-        periods = 10_000.0 ** (np.arange(half) / (half - 1))
-        phase = positions[:, None].astype(x.dtype) / jnp.asarray(periods, x.dtype)
-        return x + jnp.concatenate([jnp.cos(phase), jnp.sin(phase)], axis=-1)
+        return x + cosines_and_sines(positions, x.shape[-1], dtype=x.dtype)
 
     def _logits(self, x: jax.Array, books: int) -> jax.Array:
         x, kernel, bias = promote(x, self.kernel[...][:books], self.bias[...][:books], dtype=self.dtype)

@@ -55,6 +55,7 @@ from jaxtyping import Array, Float, Int
 from audiozoo.audio.features import mel_filterbank, stft
 from audiozoo.errors import UsageError
 from audiozoo.layers import Conv1d
+from audiozoo.layers.basic import unit_vectors
 from audiozoo.layers.weight_norm import WeightNormConv1d, WeightNormConvTranspose1d
 from audiozoo.outputs import ABSENT, ModelOutput
 
@@ -408,8 +409,8 @@ class SpectralNormConv1d(Conv1d):
         super().__init__(*args, rngs=rngs, **kwargs)
         taps, features_in, features_out = self.kernel.shape
         dtype = self.kernel.dtype
-        self.u = nnx.BatchStat(_unit(jax.random.normal(rngs.params(), (features_out,), dtype)))
-        self.v = nnx.BatchStat(_unit(jax.random.normal(rngs.params(), (features_in * taps,), dtype)))
+        self.u = nnx.BatchStat(unit_vectors(jax.random.normal(rngs.params(), (features_out,), dtype)))
+        self.v = nnx.BatchStat(unit_vectors(jax.random.normal(rngs.params(), (features_in * taps,), dtype)))
 
     def matrix(self) -> Float[Array, "out columns"]:
         """The kernel as PyTorch flattens it."""
@@ -424,12 +425,8 @@ class SpectralNormConv1d(Conv1d):
     def power_iteration(self) -> None:
         r"""$v \leftarrow W^\top u$, $u \leftarrow W v$, each brought to length 1; changes the statistics in place."""
         matrix = jax.lax.stop_gradient(self.matrix())
-        v = _unit(matrix.T @ self.u[...])
-        self.v[...], self.u[...] = v, _unit(matrix @ v)
-
-
-def _unit(x: jax.Array) -> jax.Array:
-    return x / jnp.maximum(jnp.linalg.norm(x), 1e-12)
+        v = unit_vectors(matrix.T @ self.u[...], shortest=1e-12)
+        self.v[...], self.u[...] = v, unit_vectors(matrix @ v, shortest=1e-12)
 
 
 # (out channels, taps, stride, groups) of each layer.

@@ -56,6 +56,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from audiozoo.errors import UsageError
 from audiozoo.layers import Conv1d, Dropout, Linear
+from audiozoo.layers.basic import unit_vectors
 from audiozoo.layers.batch_norm import BatchNorm
 from audiozoo.models.wav2vec2 import (
     Wav2Vec2Config,
@@ -212,12 +213,9 @@ def cluster_logits(
     states: Float[Array, "batch frames width"], embeddings: Float[Array, "clusters width"], temperature: float = 0.1
 ) -> Float[Array, "batch frames clusters"]:
     r"""§II-E, Eq. 3, the exponents: $\mathrm{sim}(A\,o_t, e_c)/\tau$, cosines in at least float32."""
-
-    def unit(x: jax.Array) -> jax.Array:
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return x / jnp.maximum(jnp.sqrt(jnp.square(x).sum(axis=-1, keepdims=True)), 1e-8)
-
-    return jnp.einsum("btd,cd->btc", unit(states), unit(embeddings)) / temperature
+    wide = jnp.promote_types(states.dtype, jnp.float32)
+    cosines = jnp.einsum("btd,cd->btc", unit_vectors(states.astype(wide)), unit_vectors(embeddings.astype(wide)))
+    return cosines / temperature
 
 
 def masked_prediction(

@@ -61,6 +61,7 @@ from audiozoo.decoding import GenerationConfig, bucketed, generate
 from audiozoo.errors import UsageError
 from audiozoo.layers import Dropout, Embed, KeyValues, LayerNorm, Linear, MultiHeadAttention, activation, causal_mask
 from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy
+from audiozoo.layers.positions import cosines_and_sines
 from audiozoo.models.encodec import EncodecConfig, EncodecModel
 from audiozoo.models.t5 import T5Config, T5EncoderModel
 from audiozoo.outputs import ABSENT, BaseModelOutput, CausalLMOutput, DecoderOutput, ModelOutput, Seq2SeqLMOutput
@@ -324,15 +325,6 @@ class MusicgenGenerateOutput(ModelOutput):
 # --- §2.4: the decoder -----------------------------------------------------------------------------------------------
 
 
-def positions(start: int | Int[Array, ""], length: int, width: int, dtype: Any) -> Float[Array, "length width"]:
-    r"""§2.4: $[\cos(t / \lambda_i), \sin(t / \lambda_i)]$ with $\lambda_i = 10000^{i / (n - 1)}$, $n$ = `width` / 2."""
-    half = width // 2
-    periods = 10_000.0 ** (np.arange(half) / (half - 1))
-    wide = jnp.promote_types(dtype, jnp.float32)
-    phase = (start + jnp.arange(length))[:, None].astype(wide) / jnp.asarray(periods, wide)
-    return jnp.concatenate([jnp.cos(phase), jnp.sin(phase)], axis=-1).astype(dtype)
-
-
 class MusicgenDecoderLayer(nnx.Module):
     """§2.4: causal self-attention, cross-attention to the conditions, feed-forward; each after a norm, no biases."""
 
@@ -468,7 +460,9 @@ class MusicgenDecoder(nnx.Module):
         shown = None if memory_mask is None else memory_mask[:, None, None, :]
         if cache is not None:
             shown = cache.memory_mask
-        x = dropout(x + positions(position, time, x.shape[2], x.dtype), self.config.dropout)
+        # §2.4: "a sinusoidal positional embedding"
+        x = x + cosines_and_sines(position + jnp.arange(time), x.shape[2], dtype=x.dtype)
+        x = dropout(x, self.config.dropout)
         hidden_states: list[Any] = [x]
         attentions: list[Any] = []
         cross_attentions: list[Any] = []

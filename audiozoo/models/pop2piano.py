@@ -58,7 +58,7 @@ from audiozoo.audio.files import resample
 from audiozoo.decoding import GenerateOutput, GenerationConfig, Growing, Shared, generate
 from audiozoo.errors import UsageError
 from audiozoo.layers import Embed, KeyValues, Linear
-from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy
+from audiozoo.layers.losses import cross_entropy, shift_tokens_right
 from audiozoo.models.t5 import T5Cache, T5Config, T5Stack
 from audiozoo.outputs import BaseModelOutput, Seq2SeqLMOutput
 
@@ -251,8 +251,7 @@ class Pop2PianoForConditionalGeneration(nnx.Module):
     def shift_right(self, labels: Int[Array, "batch tokens"]) -> Int[Array, "batch tokens"]:
         """§4.2, teacher forcing: the labels one later, the first token in front, padding for what has no label."""
         ids = self.generation_config
-        shifted = jnp.pad(labels[:, :-1], ((0, 0), (1, 0)), constant_values=ids.decoder_start_token_id)
-        return jnp.where(shifted == IGNORED_LABEL, ids.pad_token_id, shifted)
+        return shift_tokens_right(labels, ids.pad_token_id, ids.decoder_start_token_id)
 
     def start(
         self,

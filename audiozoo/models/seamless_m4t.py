@@ -65,13 +65,12 @@ from audiozoo.decoding.generate import Streamer
 from audiozoo.decoding.synthesis import bucket
 from audiozoo.errors import UsageError
 from audiozoo.layers import Conv1d, Dropout, LayerNorm, Linear
-from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy
+from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy, shift_tokens_right
 from audiozoo.models.conformer import ConformerConfig, ConformerEncoder, ConformerFeedForward, ConformerSelfAttention
 from audiozoo.models.mbart import MBartCache, continue_text
 from audiozoo.models.nllb import NllbConfig, NllbDecoder, NllbEncoder
 from audiozoo.models.speech_resynthesis import CodeHifiGanConfig, SeamlessM4TCodeHifiGan
 from audiozoo.models.speech_to_text import label_smoothed_cross_entropy
-from audiozoo.models.xls_r import shift_tokens_right
 from audiozoo.outputs import ABSENT, BaseModelOutput, DecoderOutput, ModelOutput, Seq2SeqLMOutput
 
 VOCODER = CodeHifiGanConfig()

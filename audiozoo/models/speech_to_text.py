@@ -71,7 +71,7 @@ from audiozoo.layers import (
     fairseq_sinusoids,
     layer_drop,
 )
-from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy
+from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy, shift_tokens_right
 from audiozoo.models.mbart import (
     MBartCache,
     MBartConfig,
@@ -513,12 +513,6 @@ class Speech2TextModel(nnx.Module):
             encoder_hidden_states=encoder_outputs.hidden_states,
             encoder_attentions=encoder_outputs.attentions,
         )
-
-
-def shift_tokens_right(labels: Int[Array, "batch time"], pad: int, start: int) -> Int[Array, "batch time"]:
-    """Decoder inputs out of targets: `start` in front, the last one gone, -100 as padding."""
-    shifted = jnp.concatenate([jnp.full_like(labels[:, :1], start), labels[:, :-1]], axis=1)
-    return jnp.where(shifted == IGNORED_LABEL, pad, shifted)
 
 
 def label_smoothed_cross_entropy(

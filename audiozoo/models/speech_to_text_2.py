@@ -198,7 +198,7 @@ def translate(
         jnp.asarray(input_values),
         mask,
         prompt,
-        jnp.float32(fusion.weight),
+        fusion.weight,
         config=chosen,
     ).trim()
     return output if chosen.return_dict_in_generate else np.asarray(output.sequences)
@@ -233,7 +233,9 @@ def _translate(
         read = MBartCache(past.self_attention[blocks:], (None,) * len(own))  # type: ignore[arg-type]
         said = model.decoder(tokens, encoder_attention_mask=rows, past_key_values=heard, cache_position=position)
         liked = language(tokens, past_key_values=read, cache_position=position)
-        scores = jax.nn.log_softmax(said.logits) + weight * jax.nn.log_softmax(liked.logits)
+        wide = jnp.promote_types(said.logits.dtype, jnp.float32)
+        heard_scores, read_scores = (jax.nn.log_softmax(x.logits.astype(wide)) for x in (said, liked))
+        scores = heard_scores + weight * read_scores
         # The search takes a softmax. With what is missing to 1 on one more token, which no text may hold, the softmax
         # leaves the sum as it is.
         missing = 1 - jnp.exp(scores).sum(axis=-1, keepdims=True)

@@ -89,11 +89,11 @@ from audiozoo.layers import (
     sinusoids,
     split_heads,
 )
+from audiozoo.layers.basic import unit_vectors
 from audiozoo.layers.batch_norm import BatchNorm
-from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy, ctc_loss
+from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy, ctc_loss, shift_tokens_right
 from audiozoo.models import hubert, wav2vec2
 from audiozoo.models.mbart import MBartCache, MBartDecoderLayer, continue_text, decode_blocks, empty_cache
-from audiozoo.models.speech_to_text import shift_tokens_right
 from audiozoo.outputs import (
     BaseModelOutput,
     DecoderOutput,
@@ -449,9 +449,8 @@ class SpeechT5SpeechDecoderPrenet(nnx.Module):
         x = self.encode_positions(self.final_layer(x), dropout or Dropout(None), position, limit)
         if speaker_embeddings is None:
             return x
-        speaker = jnp.asarray(speaker_embeddings, x.dtype)
-        length = jnp.sqrt(jnp.square(speaker).sum(axis=-1, keepdims=True))
-        speaker = jnp.broadcast_to((speaker / jnp.maximum(length, 1e-12))[:, None], (*x.shape[:2], speaker.shape[-1]))
+        speaker = unit_vectors(jnp.asarray(speaker_embeddings, x.dtype), shortest=1e-12)
+        speaker = jnp.broadcast_to(speaker[:, None], (*x.shape[:2], speaker.shape[-1]))
         return jax.nn.relu(self.speaker_embeds_layer(jnp.concatenate([x, speaker], axis=-1)))
 
 

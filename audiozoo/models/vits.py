@@ -868,7 +868,8 @@ class VitsModel(nnx.Module):
     ) -> tuple[VitsTextEncoderOutput, Float[Array, "batch time"]]:
         """The first half of synthesis: the prior of each symbol, and how many frames it lasts.
 
-        Arguments as for the call; `speaker` is a voice's embedding.
+        Arguments as for the call; `speaker` is a voice's embedding. The frames, which others will add up, are in at
+        least float32: bfloat16 has no 257.
         """
         config, time = self.config, input_ids.shape[1]
         encoded = self.text_encoder(input_ids, self._symbol_mask(input_ids, attention_mask))
@@ -881,6 +882,7 @@ class VitsModel(nnx.Module):
             hidden, mask, speaker, noise=duration_noise.astype(hidden.dtype) * scale
         )
         rate = config.speaking_rate if speaking_rate is None else speaking_rate
+        log_durations = log_durations.astype(jnp.promote_types(hidden.dtype, jnp.float32))
         durations = jnp.ceil(jnp.exp(log_durations) * mask * (1.0 / rate))
         return encoded, durations[..., 0]
 

@@ -64,6 +64,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from audiozoo.errors import CheckpointError, UsageError
 from audiozoo.layers import Conv1d, Dropout, LayerNorm, Linear, MultiHeadAttention, activation, layer_drop, promote
+from audiozoo.layers.basic import unit_vectors
 from audiozoo.layers.losses import cross_entropy, ctc_loss
 from audiozoo.layers.masking import span_mask
 from audiozoo.layers.weight_norm import WeightNormConv1d
@@ -928,11 +929,7 @@ def cosine_similarity(
     a: Float[Array, "*#shape channels"], b: Float[Array, "*#shape channels"]
 ) -> Float[Array, "*shape"]:
     r"""$a^\top b / \lVert a \rVert \lVert b \rVert$, each norm at least 1e-8."""
-
-    def unit(x: jax.Array) -> jax.Array:
-        return x / jnp.maximum(jnp.sqrt(jnp.square(x).sum(axis=-1, keepdims=True)), 1e-8)
-
-    return (unit(a) * unit(b)).sum(axis=-1)
+    return (unit_vectors(a) * unit_vectors(b)).sum(axis=-1)
 
 
 def contrastive_logits(
@@ -1289,12 +1286,8 @@ class AMSoftmaxLoss(nnx.Module):
         self, x: Float[Array, "batch features"], labels: Int[Array, " batch"], scale: float = 30.0, margin: float = 0.4
     ) -> Float[Array, ""]:
         r"""Cross-entropy of $s(\cos\theta_y - m)$ for the label $y$ against $s\cos\theta_j$ for the others."""
-
-        def unit(v: jax.Array, axis: int) -> jax.Array:
-            return v / jnp.maximum(jnp.sqrt(jnp.square(v).sum(axis=axis, keepdims=True)), 1e-12)
-
         x, kernel = promote(x, self.kernel[...])
-        cosine = unit(x, 1) @ unit(kernel, 0)
+        cosine = unit_vectors(x, shortest=1e-12) @ unit_vectors(kernel, axis=0, shortest=1e-12)
         own = jax.nn.one_hot(labels, cosine.shape[1], dtype=cosine.dtype)
         return cross_entropy(scale * (cosine - margin * own), labels)
 

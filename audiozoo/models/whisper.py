@@ -66,7 +66,7 @@ from audiozoo.layers import (
     layer_drop,
     sinusoids,
 )
-from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy
+from audiozoo.layers.losses import cross_entropy, shift_tokens_right
 from audiozoo.layers.masking import span_mask
 from audiozoo.outputs import (
     BaseModelOutput,
@@ -613,12 +613,6 @@ def spec_augment(
         )
         input_features = jnp.where(hidden[:, :, None], 0.0, input_features)
     return input_features
-
-
-def shift_tokens_right(labels: Int[Array, "batch time"], pad: int, start: int) -> Int[Array, "batch time"]:
-    """Decoder inputs for teacher forcing: `start`, then the labels but the last; ignored labels become padding."""
-    shifted = jnp.concatenate([jnp.full_like(labels[:, :1], start), labels[:, :-1]], axis=1)
-    return jnp.where(shifted == IGNORED_LABEL, pad, shifted)
 
 
 class WhisperLanguageModel(nnx.Module):

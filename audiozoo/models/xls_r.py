@@ -56,10 +56,10 @@ from audiozoo.decoding import GenerateOutput, GenerationConfig
 from audiozoo.decoding.generate import Streamer
 from audiozoo.errors import UsageError
 from audiozoo.layers import Linear
+from audiozoo.layers.losses import shift_tokens_right
 from audiozoo.models.hubert import HubertConfig, HubertModel
 from audiozoo.models.mbart import MBartCache, MBartConfig, MBartForCausalLM, continue_text
 from audiozoo.models.sew import SEWConfig, SEWDModel, SEWModel
-from audiozoo.models.speech_to_text import shift_tokens_right
 from audiozoo.models.speech_to_text_2 import Speech2Text2Config, Speech2Text2ForCausalLM
 from audiozoo.models.unispeech import UniSpeechConfig, UniSpeechModel
 from audiozoo.models.unispeech_sat import UniSpeechSatConfig, UniSpeechSatModel

@@ -25,6 +25,7 @@ import audiozoo
 from audiozoo import cli
 from audiozoo.errors import CheckpointError
 from audiozoo.layers import abstract
+from audiozoo.layers.positions import cosines_and_sines
 from audiozoo.models import musicgen
 from audiozoo.processors.musicgen import MusicgenMelodyFeatureExtractor, MusicgenProcessor
 from audiozoo.text.t5_tokenizer import T5Tokenizer
@@ -75,7 +76,7 @@ def _everything_in_double_precision():
     """The originals compute their positions, and T5 its mean square, in float32 even in a float64 model."""
 
     def table(length: int, width: int) -> torch.Tensor:
-        return torch.from_numpy(np.array(musicgen.positions(0, length, width, jnp.float64)))
+        return torch.from_numpy(np.array(cosines_and_sines(jnp.arange(length), width, dtype=jnp.float64)))
 
     def norm(self, x):
         return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)

@@ -11,7 +11,8 @@ from flax import nnx
 
 import audiozoo
 from audiozoo.layers import abstract
-from audiozoo.models.musicgen import MusicgenForConditionalGeneration, positions
+from audiozoo.layers.positions import cosines_and_sines
+from audiozoo.models.musicgen import MusicgenForConditionalGeneration
 from tests.golden.golden import Case
 from tests.random_weights import uniform
 from weights_conversion.musicgen import WHOLE, config_from_hugging_face, hugging_face_table
@@ -99,7 +100,8 @@ def _double_precision() -> Any:
     stock = Positions.forward, T5LayerNorm.forward
 
     def table(self: Any, ids: Any, past: int = 0) -> Any:
-        return torch.from_numpy(np.array(positions(past, ids.shape[2], self.embedding_dim, jnp.float64)))
+        steps = past + jnp.arange(ids.shape[2])
+        return torch.from_numpy(np.array(cosines_and_sines(steps, self.embedding_dim, dtype=jnp.float64)))
 
     def norm(self: Any, y: Any) -> Any:
         return self.weight * y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
