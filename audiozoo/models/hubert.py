@@ -71,6 +71,8 @@ from audiozoo.models.wav2vec2 import (
     Wav2Vec2Model,
     Wav2Vec2PositionalConvEmbedding,
     _WithBackbone,
+    check_labels,
+    features_penalty,
 )
 from audiozoo.outputs import ModelOutput
 
@@ -329,25 +331,19 @@ class HubertForPreTraining(_WithBackbone):
         """
         config = self.config
         keys = [None, None] if key is None else list(jax.random.split(key))
-        frames = self.backbone.frame_lengths(input_values.shape[1], adapter=False)
-        valid = None if attention_mask is None else self.backbone.frame_mask(attention_mask, frames, adapter=False)
-        if mask_time_indices is None and keys[0] is not None:
-            mask_time_indices, _ = self.backbone.draw_masks(keys[0], len(input_values), frames, valid)
-        outputs = self.backbone(input_values, attention_mask, mask_time_indices, key=keys[1], **options)
-        features = outputs.conv_features.astype(jnp.promote_types(outputs.conv_features.dtype, jnp.float32))
-        features_pen = jnp.square(features).mean()
+        spans, valid = self.frames_to_predict(input_values, attention_mask, mask_time_indices, keys[0])
+        outputs = self.backbone(input_values, attention_mask, spans, key=keys[1], **options)
+        features_pen = features_penalty(outputs.conv_features)
         loss = masked = unmasked = None
         if labels is not None:
             sets = self._sets(labels)
-            if mask_time_indices is None:
+            if spans is None:
                 raise UsageError("Pre-training needs masks: give mask_time_indices, or a key and a mask_time_prob.")
-            spans = jnp.asarray(mask_time_indices, bool)
-            valid = jnp.ones_like(spans) if valid is None else valid
             ratio = config.label_rate * config.inputs_to_logits_ratio / 16_000
-            masked = unmasked = jnp.zeros((), features.dtype)
+            masked = unmasked = jnp.zeros((), features_pen.dtype)
             counts = []
             for (states, embeddings), row in zip(self._projected(outputs.last_hidden_state), sets, strict=True):
-                targets = targets_of_frames(row, frames, ratio)
+                targets = targets_of_frames(row, valid.shape[1], ratio)
                 temperature = config.contrastive_logits_temperature
                 more, count = masked_prediction(states, embeddings, targets, spans & valid, temperature)
                 others, rest = masked_prediction(states, embeddings, targets, ~spans & valid, temperature)
@@ -375,8 +371,7 @@ class HubertForPreTraining(_WithBackbone):
         if len(sets) != len(clusters):
             raise UsageError(f"The model predicts {len(clusters)} sets of labels; {len(sets)} are given.")
         for row, count in zip(sets, clusters, strict=True):
-            if not isinstance(row, jax.core.Tracer) and (largest := int(np.asarray(row).max())) >= count:
-                raise UsageError(f"A label is {largest}; the model has {count} clusters.")
+            check_labels(row, count, f"the model has {count} clusters")
         return [jnp.asarray(row) for row in sets]
 
 

@@ -1536,8 +1536,8 @@ class SpeechT5ForPreTraining(nnx.Module):
             codebook_steps = jnp.zeros(time, bool)
             if keys[1] is not None:
                 codebook_steps = jax.random.permutation(keys[1], time) < int(time * config.codebook_prob)
-        total = config.num_codevectors_per_group * config.num_codevector_groups
-        return jnp.where(codebook_steps[:, None], codes.astype(states.dtype), states), (total - in_use) / total
+        mixed = jnp.where(codebook_steps[:, None], codes.astype(states.dtype), states)
+        return mixed, wav2vec2.diversity_loss(in_use, config)
 
     def speech(
         self,
@@ -1580,7 +1580,7 @@ class SpeechT5ForPreTraining(nnx.Module):
         keys: Any = (None, None, None, jax.random.key(0)) if key is None else jax.random.split(key, 4)
         prenet, dropout = self.speech_encoder_prenet, Dropout(keys[0])
         features, mask = prenet.features(input_values, attention_mask, feature_grad_mult=feature_grad_mult)
-        features_pen = jnp.square(features.astype(jnp.promote_types(features.dtype, jnp.float32))).mean()
+        features_pen = wav2vec2.features_penalty(features)
         x, hidden = prenet.embed(features, mask, dropout, mask_time_indices)
         if hidden is None:
             raise UsageError("Pre-training on speech needs hidden frames: give mask_time_indices or a key.")

@@ -49,7 +49,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -63,7 +62,11 @@ from audiozoo.models.wav2vec2 import (
     Wav2Vec2GumbelVectorQuantizer,
     Wav2Vec2Model,
     _WithBackbone,
+    check_labels,
     contrastive_logits,
+    contrastive_loss,
+    diversity_loss,
+    features_penalty,
     sample_negative_indices,
 )
 from audiozoo.outputs import ModelOutput
@@ -184,20 +187,12 @@ class UniSpeechForPreTraining(_WithBackbone):
         """
         config = self.config
         keys = [None] * 8 if key is None else list(jax.random.split(key, 8))
-        batch, frames = len(input_values), int(self.backbone.frame_lengths(input_values.shape[1], adapter=False))
-        valid = jnp.ones((batch, frames), bool)
-        if attention_mask is not None:
-            valid = self.backbone.frame_mask(attention_mask, frames, adapter=False)
-        if mask_time_indices is not None:
-            mask_time_indices = jnp.asarray(mask_time_indices, bool)
-        elif keys[0] is not None:
-            mask_time_indices, _ = self.backbone.draw_masks(keys[0], batch, frames, valid)
-            if mask_time_indices is None:
-                raise UsageError("Pre-training needs masks: apply_spec_augment with a mask_time_prob above 0.")
+        mask_time_indices, valid = self.frames_to_predict(input_values, attention_mask, mask_time_indices, keys[0])
+        if mask_time_indices is None and key is not None:
+            raise UsageError("Pre-training needs masks: apply_spec_augment with a mask_time_prob above 0.")
         outputs = self.backbone(input_values, attention_mask, mask_time_indices, key=keys[1], **options)
         context = outputs.last_hidden_state
-        features = outputs.conv_features.astype(jnp.promote_types(outputs.conv_features.dtype, jnp.float32))
-        features_pen = jnp.square(features).mean()
+        features_pen = features_penalty(outputs.conv_features)
         unmasked = Dropout(keys[2])(outputs.extract_features, config.feat_quantizer_dropout)
         quantised, in_use, codes = self.quantizer(
             unmasked, mask_time_indices, temperature=temperature, gumbel_noise=gumbel_noise, key=keys[3]
@@ -207,7 +202,7 @@ class UniSpeechForPreTraining(_WithBackbone):
         )
         truth, everywhere = (self.project_hid(self.project_q(q)) for q in (quantised, everywhere))
         if replaced is None and keys[5] is not None:
-            replaced = jax.random.uniform(keys[5], (batch, frames)) < config.replace_prob
+            replaced = jax.random.uniform(keys[5], valid.shape) < config.replace_prob
         mixed = Dropout(keys[6])(replace_states(context, everywhere, replaced), config.final_dropout)
         ctc_logits = self.ctc_proj(mixed)
         if sampled_negative_indices is None and keys[7] is not None:
@@ -220,15 +215,12 @@ class UniSpeechForPreTraining(_WithBackbone):
             negatives = everywhere.reshape(-1, everywhere.shape[-1])[chosen]
             same = (codes_everywhere.reshape(-1, codes.shape[-1])[chosen] == codes[:, :, None]).all(axis=-1)
             logits = contrastive_logits(context, truth, negatives, config.contrastive_logits_temperature, same)
-            losses = jax.nn.logsumexp(logits, axis=-1) - logits[..., 0]
-            contrastive = jnp.where(mask_time_indices, losses, 0).sum()
-            total, count = config.num_codevectors_per_group * config.num_codevector_groups, mask_time_indices.sum()
-            diversity = (total - in_use) / total * count
+            count = mask_time_indices.sum()
+            contrastive = contrastive_loss(logits, mask_time_indices)
+            diversity = diversity_loss(in_use, config) * count
             loss = contrastive + config.diversity_loss_weight * diversity + features_pen_weight * features_pen * count
         if labels is not None:
-            if not isinstance(labels, jax.core.Tracer) and int(np.asarray(labels).max()) >= config.num_ctc_classes:
-                largest, classes = int(np.asarray(labels).max()), config.num_ctc_classes
-                raise UsageError(f"The labels go up to {largest}; the pre-training head has {classes} classes.")
+            check_labels(labels, config.num_ctc_classes, f"the pre-training head has {config.num_ctc_classes} classes")
             ctc = ctc_loss(
                 ctc_logits,
                 jnp.asarray(labels),

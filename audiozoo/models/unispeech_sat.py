@@ -48,7 +48,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -65,7 +64,10 @@ from audiozoo.models.wav2vec2 import (
     Wav2Vec2GumbelVectorQuantizer,
     Wav2Vec2Model,
     _WithBackbone,
+    check_labels,
     cosine_similarity,
+    diversity_loss,
+    features_penalty,
     sample_negative_indices,
 )
 from audiozoo.models.wavlm import Mixes, mix
@@ -271,25 +273,19 @@ class UniSpeechSatForPreTraining(_WithBackbone):
         lengths = None if attention_mask is None else jnp.asarray(attention_mask).astype(jnp.int32).sum(axis=-1)
         if mixes is not None:
             input_values = mix(jnp.asarray(input_values), mixes, lengths=lengths, normalize=normalize)
-        batch, frames = len(input_values), int(self.backbone.frame_lengths(input_values.shape[1], adapter=False))
-        valid = jnp.ones((batch, frames), bool)
-        if attention_mask is not None:
-            valid = self.backbone.frame_mask(attention_mask, frames, adapter=False)
-        if mask_time_indices is None and keys[0] is not None:
-            mask_time_indices, _ = self.backbone.draw_masks(keys[0], batch, frames, valid)
+        mask_time_indices, valid = self.frames_to_predict(input_values, attention_mask, mask_time_indices, keys[0])
         wanted = options.pop("output_hidden_states", False)
         outputs = self.backbone(
             input_values, attention_mask, mask_time_indices, output_hidden_states=True, key=keys[1], **options
         )
-        features = outputs.conv_features.astype(jnp.promote_types(outputs.conv_features.dtype, jnp.float32))
-        features_pen = jnp.square(features).mean()
+        features_pen = features_penalty(outputs.conv_features)
         states = self.project_hid(outputs.last_hidden_state)
         table, scale = self.label_embeddings_concat[...], config.contrastive_logits_temperature
         logits = cluster_logits(states, table, scale)
         middle = outputs.hidden_states[config.utterance_contrastive_layer]
         if config.do_stable_layer_norm:
             middle = self.layer_norm_for_extract(middle)
-        counted = None if mask_time_indices is None else jnp.asarray(mask_time_indices, bool) & valid
+        counted = None if mask_time_indices is None else mask_time_indices & valid
         quantised, in_use, _ = self.quantizer(
             middle, counted, temperature=temperature, gumbel_noise=gumbel_noise, key=keys[2]
         )
@@ -298,18 +294,15 @@ class UniSpeechSatForPreTraining(_WithBackbone):
         if labels is not None:
             if counted is None:
                 raise UsageError("Pre-training needs masks: give mask_time_indices, or a key and a mask_time_prob.")
-            if not isinstance(labels, jax.core.Tracer) and int(np.asarray(labels).max()) >= config.num_clusters:
-                largest = int(np.asarray(labels).max())
-                raise UsageError(f"The labels go up to {largest}; the model has {config.num_clusters} clusters.")
+            check_labels(labels, config.num_clusters, f"the model has {config.num_clusters} clusters")
             ratio = config.label_rate * config.inputs_to_logits_ratio / 16_000
-            targets = targets_of_frames(jnp.asarray(labels), frames, ratio)
+            targets = targets_of_frames(jnp.asarray(labels), valid.shape[1], ratio)
             masked, count = masked_prediction(states, table, targets, counted, scale)
             if instances is None and keys[3] is not None:
                 instances = sample_instances(keys[3], counted, config.cross_sample_instances)
             loss = masked + features_pen_weight * features_pen * count
             if instances is not None:
-                total = config.num_codevectors_per_group * config.num_codevector_groups
-                diversity = (total - in_use) / total * count
+                diversity = diversity_loss(in_use, config) * count
                 utterance = utterance_contrastive_loss(
                     self.speaker_proj(middle), codes, jnp.asarray(instances), counted, scale
                 )

@@ -23,8 +23,8 @@ minutes of transcribed speech are enough.
 | §2, quantization module, Eq. 1 | `Wav2Vec2GumbelVectorQuantizer`, `gumbel_temperature` |
 | §3.1, masking | `Wav2Vec2Model.mask`, `audiozoo.layers.masking.span_mask` |
 | §3.2, Eq. 2 | `Wav2Vec2ForPreTraining` |
-| §3.2, contrastive loss, Eq. 3 | `contrastive_logits`, `sample_negative_indices` |
-| §3.2, diversity loss, Eq. 4 | `Wav2Vec2ForPreTraining` |
+| §3.2, contrastive loss, Eq. 3 | `contrastive_loss`, `contrastive_logits`, `sample_negative_indices` |
+| §3.2, diversity loss, Eq. 4 | `diversity_loss`, `perplexity` |
 | §3.3, fine-tuning | `Wav2Vec2ForCTC`, `audiozoo.layers.losses.ctc_loss` |
 | §4.2, sizes | `Wav2Vec2Config.base()`, `Wav2Vec2Config.large()`, `Wav2Vec2Config.large_lv60()` |
 | not in the paper; in the released checkpoints | `Wav2Vec2Encoder…StableLayerNorm`, `Wav2Vec2For…` heads |
@@ -951,6 +951,35 @@ def contrastive_logits(
     return jnp.where(jnp.pad(same, ((0, 0), (0, 0), (1, 0))), -jnp.inf, logits)
 
 
+def contrastive_loss(
+    logits: Float[Array, "batch frames candidates"], mask_time_indices: Bool[Array, "batch frames"]
+) -> Float[Array, ""]:
+    r"""$\mathcal L_m$ of Eq. 3, summed over the masked frames; the truth is candidate 0."""
+    losses = jax.nn.logsumexp(logits, axis=-1) - logits[..., 0]
+    return jnp.where(mask_time_indices, losses, 0).sum()
+
+
+def diversity_loss(in_use: Float[Array, ""], config: Any) -> Float[Array, ""]:
+    r"""$\mathcal L_d$ of Eq. 4, as released: $(GV - \sum_g \exp H(\bar p_g))/GV$, 0 where all are used alike."""
+    entries = config.num_codevectors_per_group * config.num_codevector_groups
+    return (entries - in_use) / entries
+
+
+def features_penalty(features: Float[Array, "batch frames channels"]) -> Float[Array, ""]:
+    """§4.2: the mean square of what the convolutions give, in at least float32."""
+    return jnp.square(features.astype(jnp.promote_types(features.dtype, jnp.float32))).mean()
+
+
+def check_labels(labels: Int[Array, "*shape"], count: int, what: str) -> None:
+    """See to it that labels are below `count`; inside `jax.jit`, where no value is known, nothing is looked at.
+
+    Raises:
+        UsageError: if one is not.
+    """
+    if not isinstance(labels, jax.core.Tracer) and (largest := int(np.asarray(labels).max())) >= count:
+        raise UsageError(f"The labels go up to {largest}; {what}.")
+
+
 class Wav2Vec2ForPreTrainingOutput(ModelOutput):
     """§3.2: the loss (Eq. 2) and its parts. `features_pen` is the penalty of §4.2 before its weight."""
 
@@ -980,6 +1009,23 @@ class _WithBackbone(nnx.Module):
     def backbone(self) -> Any:
         """The model below the head."""
         return getattr(self, self.base_model_prefix)
+
+    def frames_to_predict(
+        self,
+        input_values: Float[Array, "batch samples"],
+        attention_mask: Int[Array, "batch samples"] | None,
+        mask_time_indices: Bool[Array, "batch frames"] | None,
+        key: jax.Array | None,
+    ) -> tuple[Bool[Array, "batch frames"] | None, Bool[Array, "batch frames"]]:
+        """For pre-training (§3.1): the masked frames, given, drawn with `key` or none; and the frames of speech."""
+        batch, frames = len(input_values), int(self.backbone.frame_lengths(input_values.shape[1], adapter=False))
+        valid = jnp.ones((batch, frames), bool)
+        if attention_mask is not None:
+            valid = self.backbone.frame_mask(attention_mask, frames, adapter=False)
+        if mask_time_indices is not None:
+            return jnp.asarray(mask_time_indices, bool), valid
+        drawn = None if key is None else self.backbone.draw_masks(key, batch, frames, valid)[0]
+        return drawn, valid
 
 
 class Wav2Vec2ForPreTraining(_WithBackbone):
@@ -1047,19 +1093,11 @@ class Wav2Vec2ForPreTraining(_WithBackbone):
         """
         config = self.config
         keys = [None] * 5 if key is None else list(jax.random.split(key, 5))
-        if mask_time_indices is not None:
-            mask_time_indices = jnp.asarray(mask_time_indices, bool)
-        elif key is not None:
-            frames = self.backbone.frame_lengths(input_values.shape[1], adapter=False)
-            valid = None
-            if attention_mask is not None:
-                valid = self.backbone.frame_mask(attention_mask, frames, adapter=False)
-            mask_time_indices, _ = self.backbone.draw_masks(keys[0], len(input_values), frames, valid)
-            if mask_time_indices is None:
-                raise UsageError("Pre-training needs masks: apply_spec_augment with a mask_time_prob above 0.")
+        mask_time_indices, _ = self.frames_to_predict(input_values, attention_mask, mask_time_indices, keys[0])
+        if mask_time_indices is None and key is not None:
+            raise UsageError("Pre-training needs masks: apply_spec_augment with a mask_time_prob above 0.")
         outputs = self.backbone(input_values, attention_mask, mask_time_indices, key=keys[1], **options)
-        features = outputs.conv_features
-        features_pen = jnp.square(features.astype(jnp.promote_types(features.dtype, jnp.float32))).mean()
+        features_pen = features_penalty(outputs.conv_features)
         context = self.project("project_hid", outputs.last_hidden_state, mask_time_indices, key is not None)
         unmasked = Dropout(keys[2])(outputs.extract_features, config.feat_quantizer_dropout)
         quantised, in_use, codes = self.quantizer(
@@ -1076,15 +1114,9 @@ class Wav2Vec2ForPreTraining(_WithBackbone):
             # By their codes, which are equal or not; the original compares rounded vectors.
             same = (codes.reshape(-1, codes.shape[-1])[sampled_negative_indices] == codes[:, :, None]).all(axis=-1)
             logits = contrastive_logits(context, quantised, negatives, config.contrastive_logits_temperature, same)
-            # Eq. 3; the truth is candidate 0
-            losses = jax.nn.logsumexp(logits, axis=-1) - logits[..., 0]
-            contrastive = jnp.where(mask_time_indices, losses, 0).sum()
-            # Eq. 4, as released
-            total, masked_frames = (
-                config.num_codevectors_per_group * config.num_codevector_groups,
-                mask_time_indices.sum(),
-            )
-            diversity = (total - in_use) / total * masked_frames
+            masked_frames = mask_time_indices.sum()
+            contrastive = contrastive_loss(logits, mask_time_indices)
+            diversity = diversity_loss(in_use, config) * masked_frames
             # Eq. 2
             loss = contrastive + config.diversity_loss_weight * diversity
             # §4.2, the penalty on the features
@@ -1141,10 +1173,8 @@ class Wav2Vec2ForCTC(_WithBackbone):
             UsageError: if a label is not in the vocabulary.
         """
         config = self.config
-        if labels is not None and not isinstance(labels, jax.core.Tracer):
-            largest = int(np.asarray(labels).max())
-            if largest >= config.vocab_size:
-                raise UsageError(f"The labels go up to {largest}; the vocabulary has {config.vocab_size} entries.")
+        if labels is not None:
+            check_labels(labels, config.vocab_size, f"the vocabulary has {config.vocab_size} entries")
         keys = [None, None] if key is None else list(jax.random.split(key))
         outputs = self.backbone(input_values, attention_mask, key=keys[0], **options)
         x = Dropout(keys[1])(outputs.last_hidden_state, config.final_dropout)

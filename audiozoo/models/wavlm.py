@@ -83,6 +83,8 @@ from audiozoo.models.wav2vec2 import (
     Wav2Vec2ForXVector,
     Wav2Vec2Model,
     _WithBackbone,
+    check_labels,
+    features_penalty,
 )
 from audiozoo.outputs import ModelOutput
 
@@ -525,26 +527,17 @@ class WavLMForPreTraining(_WithBackbone):
         lengths = None if attention_mask is None else jnp.asarray(attention_mask).astype(jnp.int32).sum(axis=-1)
         if mixes is not None:
             input_values = mix(jnp.asarray(input_values), mixes, noise, lengths=lengths, normalize=normalize)
-        frames = self.backbone.frame_lengths(input_values.shape[1], adapter=False)
-        valid = None if attention_mask is None else self.backbone.frame_mask(attention_mask, frames, adapter=False)
-        if mask_time_indices is None and keys[0] is not None:
-            mask_time_indices, _ = self.backbone.draw_masks(keys[0], len(input_values), frames, valid)
-        outputs = self.backbone(input_values, attention_mask, mask_time_indices, key=keys[1], **options)
+        spans, valid = self.frames_to_predict(input_values, attention_mask, mask_time_indices, keys[0])
+        outputs = self.backbone(input_values, attention_mask, spans, key=keys[1], **options)
         states = self.final_proj(outputs.last_hidden_state)
-        features = outputs.conv_features.astype(jnp.promote_types(outputs.conv_features.dtype, jnp.float32))
-        features_pen = jnp.square(features).mean()
+        features_pen = features_penalty(outputs.conv_features)
         loss = masked = unmasked = None
         if labels is not None:
-            if mask_time_indices is None:
+            if spans is None:
                 raise UsageError("Pre-training needs masks: give mask_time_indices, or a key and a mask_time_prob.")
-            if not isinstance(labels, jax.core.Tracer):
-                largest = int(np.asarray(labels).max())
-                if largest >= config.num_clusters:
-                    raise UsageError(f"The labels go up to {largest}; the model has {config.num_clusters} clusters.")
+            check_labels(labels, config.num_clusters, f"the model has {config.num_clusters} clusters")
             ratio = config.label_rate * config.inputs_to_logits_ratio / 16_000
-            targets = targets_of_frames(jnp.asarray(labels), frames, ratio)
-            spans = jnp.asarray(mask_time_indices, bool)
-            valid = jnp.ones_like(spans) if valid is None else valid
+            targets = targets_of_frames(jnp.asarray(labels), valid.shape[1], ratio)
             embeddings, temperature = self.label_embeddings[...], config.contrastive_logits_temperature
             masked, count = masked_prediction(states, embeddings, targets, spans & valid, temperature)
             unmasked, others = masked_prediction(states, embeddings, targets, ~spans & valid, temperature)

@@ -99,7 +99,7 @@ def test_sets_of_labels():
     assert float(half.loss) == pytest.approx(float(both.masked_loss + both.unmasked_loss) / 2, rel=1e-5)
     with pytest.raises(ValueError, match="predicts 2 sets of labels; 1 are given"):
         model(x, None, labels[0], mask_time_indices=spans)
-    with pytest.raises(ValueError, match="A label is 6; the model has 6 clusters"):
+    with pytest.raises(ValueError, match="go up to 6; the model has 6 clusters"):
         model(x, None, [labels[0], labels[1] + 1], mask_time_indices=spans)
     with pytest.raises(ValueError, match="needs masks"):
         model(x, None, labels)
