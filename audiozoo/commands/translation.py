@@ -182,6 +182,60 @@ def seamless(model: Any, processor: Any, request: Request, progress: Callable[[f
     return Translation(text, segments, waveform, model.config.sampling_rate)
 
 
+def while_speaking(
+    model: Any, processor: Any, request: Request, wait_k: int, cmvn: Path | None, write: Callable[[str], None]
+) -> Translation:
+    """Translate a recording as someone would who hears it for the first time, `wait_k` pieces of 280 ms behind.
+
+    Args:
+        model: fairseq S2T.
+        processor: its.
+        request: a file, or "-" for WAV on standard input, as it comes.
+        wait_k: k.
+        cmvn: statistics that features are normalised by; by default those of the file, which a speaker would not know.
+        write: called with each word, and the space before it, as soon as it is whole.
+    """
+    from audiozoo import audio
+    from audiozoo.audio import read_stream
+    from audiozoo.models.speech_to_text import average_lagging, simultaneous
+    from audiozoo.processors.speech_to_text import GlobalCMVN, filterbanks, stream_filterbanks
+
+    extractor, rate, piece = processor.feature_extractor, processor.feature_extractor.sampling_rate, 0.28
+    statistics = None if cmvn is None else GlobalCMVN.from_npz(cmvn)
+    if request.file == "-":
+        if statistics is None and extractor.do_ceptral_normalize:
+            raise UsageError("What is said next is not known yet: give statistics to normalise by with --cmvn.")
+        blocks: Any = (block[0] for block in read_stream(sys.stdin.buffer, rate, seconds=piece))
+    else:
+        if statistics is None and extractor.do_ceptral_normalize:
+            wave = audio.read(str(request.file), rate)
+            statistics = GlobalCMVN.of(filterbanks([wave], extractor.num_mel_bins, rate)) if len(wave) else None
+        blocks = audio.blocks(str(request.file), rate, piece)
+    token = language_token(processor, "This checkpoint", request.target)
+    tokens: list[int] = []
+    segments: list[dict[str, Any]] = []
+    done, heard, lags = "", 0.0, []
+    pieces = stream_filterbanks(blocks, statistics, extractor.num_mel_bins, rate)
+    limit = model.generation_config.max_length or 200
+    for found in simultaneous(model, pieces, wait_k, forced_bos_token_id=token, max_new_tokens=limit):
+        tokens.append(found.token)
+        before, heard = heard, found.frames / 100
+        lags.append(heard)
+        text = processor.decode(tokens, skip_special_tokens=True)
+        whole = text[: text.rfind(" ") + 1].rstrip()  # the last word may go on
+        if len(whole) > len(done):
+            write(whole[len(done) :])
+            segments.append({"start": before, "end": heard, "text": whole[len(done) :].strip()})
+            done = whole
+    text = processor.decode(tokens, skip_special_tokens=True)
+    if len(text) > len(done):
+        write(text[len(done) :])
+        segments.append({"start": heard, "end": heard, "text": text[len(done) :].strip()})
+    if lags:
+        say(f"{average_lagging(lags, heard):.1f} s behind the speaker on average")
+    return Translation(text, segments)
+
+
 TRANSLATORS: dict[str, Translator] = {
     **{
         f"SeamlessM4T{version}{kind}": seamless
@@ -239,6 +293,16 @@ def translate(
         int | None, typer.Option("--beam-size", "--beams", help="of the search; by default the model's own")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="pieces of a long recording translated together")] = 4,
+    wait_k: Annotated[
+        int | None,
+        typer.Option(
+            help="write while someone speaks, that many pieces of 280 ms behind; FILE may be -, WAV as it comes"
+        ),
+    ] = None,
+    cmvn: Annotated[
+        Path | None,
+        typer.Option(help="for --wait-k: .npz with the mean and std of each band, by default the file's own"),
+    ] = None,
     dtype: Annotated[str, typer.Option(help=terminal.COMPUTED_IN)] = "float32",
 ) -> None:
     """Translate speech or text, into text and into speech. Not every model reads texts, or speaks."""
@@ -253,7 +317,11 @@ def translate(
         raise UsageError("--batch-size counts from 1.")
     if speaker is not None and speech is None:
         raise UsageError("--speaker says who speaks the translation; say with --speech where to.")
-    file, text = what_is_meant(source)
+    if wait_k is not None and (beams or speech or wait_k < 1):
+        raise UsageError("--wait-k counts from 1, and goes without --beam-size and --speech.")
+    if cmvn is not None and wait_k is None:
+        raise UsageError("--cmvn belongs to --wait-k.")
+    file, text = ("-", None) if wait_k is not None and source == "-" else what_is_meant(source)
     if speech is not None:
         check_sound(speech)
     terminal.keep_compiled_programs()
@@ -265,9 +333,31 @@ def translate(
         raise UsageError(f"{model} holds a {name}; it translates into English by audiozoo transcribe --task translate.")
     if name not in TRANSLATORS:
         raise UsageError(f"{model} holds a {name}, which does not translate; {', '.join(TRANSLATORS)} do.")
+    if wait_k is not None and name != "Speech2TextForConditionalGeneration":
+        raise UsageError(f"--wait-k is for fairseq S2T; {model} holds a {name}.")
     processor = audiozoo.load_processor(model)
     voice = -1 if speaker is None else speaker
     request = Request(file, text, to, from_, speech is not None, beams, batch_size, voice)
+    if wait_k is not None:
+        if file is None:
+            raise UsageError(f"A {name} translates speech; give it a sound file, not text.")
+        at_once = output is None and output_format == "txt"
+
+        def write(words: str) -> None:
+            if at_once:
+                sys.stdout.write(words)
+                sys.stdout.flush()
+
+        result = while_speaking(translator, processor, request, wait_k, cmvn, write)
+        write("\n")
+        if at_once:
+            return
+        written = subtitles.render({"text": result.text, "segments": result.segments, "language": to}, output_format)
+        if output is not None:
+            write_whole(output, written)
+        else:
+            sys.stdout.write(written)
+        return
     with progress_bar("translating" if file is None else Path(file).name, None, "s" if file else "pieces") as update:
         result = TRANSLATORS[name](translator, processor, request, update)
     written = subtitles.render({"text": result.text, "segments": result.segments, "language": to}, output_format)

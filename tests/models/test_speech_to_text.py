@@ -443,6 +443,36 @@ def test_translate_and_transcribe(run, checkpoint, tmp_path):
     assert_refused(run("translate", tmp_path / "click.wav", "--to", "de", *model_option), "too short")
 
 
+def test_translate_while_someone_speaks(run, checkpoint, tmp_path):
+    source, sound = checkpoint / "model", checkpoint / "noise.wav"
+    options = ("--to", "de", "--model", source)
+    model, processor = audiozoo.load(source), audiozoo.load_processor(source)
+    whole = filterbanks([audiozoo.audio.read(sound)])
+    own = GlobalCMVN.of(whole)
+    written = list(speech_to_text.simultaneous(model, [own(whole[0])], 3, forced_bos_token_id=4, max_new_tokens=9))
+    wanted = processor.decode([w.token for w in written], skip_special_tokens=True)
+    assert wanted
+    found = run("translate", sound, "--wait-k", "3", *options)
+    assert found.code == 0, found.err
+    assert found.out == wanted + "\n"
+    assert "s behind the speaker on average" in found.err
+    # The same through a pipe, by statistics from a file.
+    np.savez(tmp_path / "gcmvn.npz", mean=own.mean, std=own.std)
+    waiting = ("--wait-k", "3", "--cmvn", tmp_path / "gcmvn.npz", *options)
+    assert run("translate", "-", *waiting, stdin=sound.read_bytes()).out == found.out
+    timed = json.loads(run("translate", sound, "--format", "json", *waiting).out)
+    assert " ".join(s["text"] for s in timed["segments"]) == timed["text"] == wanted
+    times = [s[k] for s in timed["segments"] for k in ("start", "end")]
+    assert times == sorted(times)
+    assert times[-1] <= 5
+    assert_refused(run("translate", "-", "--wait-k", "3", *options), "--cmvn")
+    assert_refused(run("translate", sound, "--wait-k", "0", *options), "counts from 1")
+    assert_refused(run("translate", sound, "--wait-k", "3", "--beams", "2", *options), "without --beam-size")
+    assert_refused(run("translate", sound, "--cmvn", sound, *options), "belongs to --wait-k")
+    assert_refused(run("translate", sound, "--wait-k", "3", "--cmvn", sound, *options), "no file of statistics")
+    assert_refused(run("translate", "good morning", "--wait-k", "3", *options), "give it a sound file")
+
+
 def test_long_recordings_in_one_shape(checkpoint, monkeypatch):
     model, processor = audiozoo.load(checkpoint / "model"), audiozoo.load_processor(checkpoint / "model")
     shapes, done = set(), []
