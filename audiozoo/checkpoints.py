@@ -175,13 +175,23 @@ def restore_tree(directory: str | os.PathLike[str], abstract: Any, shardings: An
         target[name] = jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype), sharding=places[name])
         on_host = ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
         arguments[name] = on_host if whole else ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=places[name])
-    request = ocp.args.PyTreeRestore(item=_nest(target), restore_args=_nest(arguments))
+    # On its way to the device an array is there twice: those that are much of the whole go before the rest is read.
+    much = max(sum(map(_nbytes, wanted.values())) / 8, _IN_FLIGHT_BYTES)
+    large = [name for name in wanted if whole and _nbytes(wanted[name]) > much]
+    small = [name for name in wanted if name not in large]
+    arrays: dict[str, Any] = {}
     sentence = f"{directory} cannot be restored; it is incomplete or damaged"
     with _freed_memory_returned(), _orbax(sentence, wanted) as checkpointer:
-        arrays, _ = _leaves(checkpointer.restore(directory, args=request))
-        if whole:
-            for name in arrays:
-                arrays[name] = jax.device_put(arrays[name], places[name]).block_until_ready()
+        for part in filter(None, (large, small)):
+            request = ocp.args.PyTreeRestore(
+                item=_nest({name: target[name] for name in part}),
+                restore_args=_nest({name: arguments[name] for name in part}),
+                partial_restore=len(part) < len(wanted),
+            )
+            arrays |= _leaves(checkpointer.restore(directory, args=request))[0]
+            if whole:
+                for name in part:
+                    arrays[name] = jax.device_put(arrays[name], places[name]).block_until_ready()
     return jax.tree.unflatten(structure, [arrays[name] for name in wanted])
 
 
@@ -249,7 +259,7 @@ def _orbax(sentence: str, arrays: Mapping[str, Any] | None = None) -> Iterator[o
     Orbax keeps up to 96 GB of arrays in flight between device and disk, which is a second copy of nearly any model.
     Here the limit is the largest array, as Orbax refuses to read one above the limit.
     """
-    largest = max((math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in (arrays or {}).values()), default=0)
+    largest = max(map(_nbytes, (arrays or {}).values()), default=0)
     in_flight = max(1.05 * largest, _IN_FLIGHT_BYTES) / 1e9
     # Of several processes the one that asks writes or reads alone, and waits for no other.
     here = jax.process_index()
@@ -325,6 +335,10 @@ def _compare(directory: Path, wanted: Mapping[str, Any], stored: Mapping[str, An
 
 
 # --- Trees -----------------------------------------------------------------------------------------------------------
+
+
+def _nbytes(array: Any) -> int:
+    return math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
 
 
 def _leaves(tree: Any) -> tuple[dict[str, Any], Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -128,7 +129,9 @@ def convert(
         model=foreign.model_class,
         may_be_absent="|".join(f"(?:{e})" for e in (initialize, foreign.may_be_absent) if e) or None,
     )
-    total = sum(int(np.prod(v.shape)) * jnp.dtype(v.dtype).itemsize for v in expected.values())
+    # The largest first: on its way to a device an array is there twice, and then little else is.
+    steps.sort(key=lambda step: -max(_nbytes(expected[path]) for path in step.ours if path in expected))
+    total = sum(map(_nbytes, expected.values()))
     done, values = 0, {}
     for name, array in foreign.table.read(foreign.tensors, steps):
         if name not in expected:
@@ -148,10 +151,19 @@ def convert(
     return finish(with_variables(model, values), foreign.attributes)
 
 
+def _nbytes(array: Any) -> int:
+    return math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
+
+
 def place(array: np.ndarray, dtype: Any, where: Any = None) -> jax.Array:
-    """An array on its devices, in C order and of the model's dtype, with no second copy on the host."""
+    """An array on its devices, in C order and of the model's dtype, with no second copy on the host.
+
+    `jnp.asarray` would make one on the way. And it is waited for: JAX copies on while the next array is read, and
+    several would be there twice.
+    """
     array = np.asarray(array, dtype=dtype, order="C")
-    return jnp.asarray(array) if where is None else sharding.put(array, where)
+    placed = jax.device_put(array) if where is None else sharding.put(array, where)
+    return placed.block_until_ready()
 
 
 def finish(model: nnx.Module, attributes: Mapping[str, Any]) -> nnx.Module:

@@ -97,6 +97,23 @@ def test_the_arrays_are_readable_without_audiozoo(tree, saved):
     )
 
 
+def test_arrays_that_are_much_of_the_whole_are_restored_first(tree, saved, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_IN_FLIGHT_BYTES", 0)
+    parts, restore = [], checkpoints.ocp.Checkpointer.restore
+
+    def observed(self, directory, *, args):
+        parts.append(set(checkpoints._leaves(args.item)[0]))
+        return restore(self, directory, args=args)
+
+    monkeypatch.setattr(checkpoints.ocp.Checkpointer, "restore", observed)
+    same(checkpoints.restore(saved, structs(tree)), tree)
+    leaves = checkpoints._leaves(tree)[0]
+    whole = sum(leaf.nbytes for leaf in leaves.values())
+    large, small = parts
+    assert large == {name for name, leaf in leaves.items() if leaf.nbytes > whole / 8}
+    assert small == set(leaves) - large
+
+
 def test_dtype_changes_on_the_way(tree, saved):
     for dtype in (jnp.bfloat16, jnp.float16):
         restored = checkpoints.restore(saved, structs(tree, dtype))

@@ -24,7 +24,7 @@ from audiozoo.processors.seamless_m4t import SeamlessM4TFeatureExtractor, Seamle
 from weights_conversion import ForeignCheckpoint, HuggingFaceForm, read_json, take
 from weights_conversion import code_hifigan_names as vocoder
 from weights_conversion.hifigan import WEIGHT_NORM_RENAMES
-from weights_conversion.readers import open_tensors
+from weights_conversion.readers import TensorSource, open_tensors
 from weights_conversion.rules import Ignore, Operation, Rule, Table, Tensors, Tied, conv1d, identity, squeeze, transpose
 from weights_conversion.wav2vec2 import convolution, linear, norm
 
@@ -419,31 +419,10 @@ without_last = Operation(
 NLLB_100_ROWS = 256_103  # one more than there are tokens
 
 
-class WithVoice:
+def with_voice(translator: TensorSource, voice: TensorSource, table: Table) -> TensorSource:
     """The tensors of the translator and, with `vocoder.` in front, those of the vocoder, as one file."""
-
-    def __init__(self, translator: Tensors, voice: Tensors, table: Table):
-        self.owners = {name: (translator, name) for name in translator.names()}
-        self.owners |= {f"vocoder.{table.today(name)}": (voice, name) for name in voice.names()}
-
-    def names(self) -> list[str]:
-        """Every tensor's name."""
-        return list(self.owners)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of one tensor, without reading it."""
-        owner, inner = self.owners[name]
-        return owner.shape(inner)
-
-    def dtype(self, name: str) -> np.dtype:
-        """The dtype of one tensor, without reading it."""
-        owner, inner = self.owners[name]
-        return owner.dtype(inner)
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor's values."""
-        owner, inner = self.owners[name]
-        return owner.read(inner)
+    tensors = {**translator, **{f"vocoder.{table.today(name)}": tensor for name, tensor in voice.items()}}
+    return TensorSource(translator.path, translator.format, tensors, translator.metadata, translator.root)
 
 
 FAIRSEQ_MARK = "encoder.w2v_encoder.w2v_model.encoder.layers.0.ffn1.layer_norm.weight"  # XLS-R has no Conformer
@@ -562,7 +541,6 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
     if not _is_original(tensors):
         raise CheckpointError(f"{path} is not SeamlessM4T's own file; give the directory that also holds config.json.")
     name, config = model_class or "SeamlessM4TModel", config_from_original(tensors)
-    source: Tensors = tensors
     if "vocoder" not in WITHOUT.get(name, ()):
         beside = path.parent / "vocoder_36langs.pt"
         if not beside.is_file():
@@ -572,11 +550,11 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
             )
         voice = open_tensors(beside)
         config = dataclasses.replace(config, vocoder=vocoder.config_from_original(voice))
-        source = WithVoice(tensors, voice, vocoder.original_table(config.vocoder))
+        tensors = with_voice(tensors, voice, vocoder.original_table(config.vocoder))
     names = bare(tensors)
     dummy = any(tensors.shape(n)[0] == NLLB_100_ROWS for n in tensors.names() if n.endswith("output_projection.weight"))
     table = original_table(config, name, fairseq=FAIRSEQ_MARK in names, dummy_row=dummy)
     side = path.parent / "generation_config.json"
     given = read_json(side) if side.is_file() else original_languages(config)
     attributes = {"generation_config": generation_from_hugging_face(given, {}, str(side))}
-    return ForeignCheckpoint(name, config, source, table, path, attributes)
+    return ForeignCheckpoint(name, config, tensors, table, path, attributes)

@@ -33,7 +33,6 @@ from weights_conversion.seamless_m4t import (
     TEXT_DECODER,
     TEXT_ENCODER,
     UNREAD,
-    WithVoice,
     attention,
     bare,
     below,
@@ -42,6 +41,7 @@ from weights_conversion.seamless_m4t import (
     reordered,
     search_options,
     table_of,
+    with_voice,
 )
 from weights_conversion.wav2vec2 import convolution, norm
 
@@ -336,7 +336,6 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
     if not _is_original(tensors):
         raise CheckpointError(f"{path} is none of SeamlessM4T v2's own files; give the directory with its config.json.")
     name, config = model_class or "SeamlessM4Tv2Model", config_from_original(tensors)
-    source: Tensors = tensors
     if "vocoder" not in WITHOUT.get(name, ()):
         beside = path.parent / "vocoder_v2.pt"
         if not beside.is_file():
@@ -346,10 +345,10 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
             )
         voice = open_tensors(beside)
         config = dataclasses.replace(config, vocoder=vocoder.config_from_original(voice))
-        source = WithVoice(tensors, voice, vocoder.original_table(config.vocoder))
+        tensors = with_voice(tensors, voice, vocoder.original_table(config.vocoder))
     pieces = character_pieces(path.parent) if FAIRSEQ_MARK in bare(tensors) else None
     table = original_table(config, name, pieces)
     side = path.parent / "generation_config.json"
     given = read_json(side) if side.is_file() else original_generation(path, config)
     attributes = {"generation_config": generation_from_hugging_face(given, {}, str(side))}
-    return ForeignCheckpoint(name, config, source, table, path, attributes)
+    return ForeignCheckpoint(name, config, tensors, table, path, attributes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tracemalloc
 
 import ml_dtypes
@@ -11,6 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from audiozoo.errors import CheckpointError
+from weights_conversion import rules
+from weights_conversion.readers import TensorSource
+from weights_conversion.readers.tensors import Slab
 from weights_conversion.rules import (
     Ignore,
     Rule,
@@ -453,6 +457,27 @@ def test_tied_keys_are_compared_to_the_bit_and_left_out():
     changed[3, 2] = np.nextafter(changed[3, 2], np.float32(9))
     lines = complaint(TABLE, File.of(tensors | {"head.weight": changed}), model())
     assert "  + head.weight  (differs from embed.weight, to which the model ties it)" in lines
+
+
+def test_tied_keys_are_compared_to_the_last_piece(monkeypatch):
+    monkeypatch.setattr(rules, "_COMPARED_BYTES", 8)
+    table = Table([Rule("a.weight", "a.kernel")], tied=[Tied("b.weight", "a.weight")])
+    values, other = numbers(5), numbers(5)
+    table.plan(File(a__weight=values, b__weight=other), expected(a__kernel=5))
+    other[-1] += 1
+    assert (
+        "differs from a.weight" in complaint(table, File(a__weight=values, b__weight=other), expected(a__kernel=5))[1]
+    )
+
+
+def test_tied_keys_that_lie_in_one_place_are_not_read(tmp_path):
+    """Two names of one PyTorch storage: a table of tokens, which may be a gigabyte, would be read twice."""
+    table = Table([Rule("a.weight", "a.kernel")], tied=[Tied("b.weight", "a.weight")])
+    for offset, outcome in ((0, contextlib.nullcontext()), (4, pytest.raises(CheckpointError, match="cannot be read"))):
+        places = {"a.weight": 0, "b.weight": offset}
+        slabs = {n: Slab(tmp_path / "gone", start, (5,), np.dtype(np.float32)) for n, start in places.items()}
+        with outcome:
+            table.plan(TensorSource(tmp_path, "pytorch", slabs, {}), expected(a__kernel=5))
 
 
 def test_minus_zero_is_not_zero_where_tied():
