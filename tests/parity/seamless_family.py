@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,51 +115,6 @@ def jaxed(x: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return {name: jnp.asarray(array) for name, array in x.items()}
 
 
-def fairseq2_names(name: str) -> str | None:
-    """A name of `transformers` as the authors' fairseq2 has it; None for what it does not hold."""
-    fixed = {
-        "shared.weight": "final_proj.weight",
-        "text_encoder.embed_tokens.weight": "text_encoder_frontend.embed.weight",
-        "text_decoder.embed_tokens.weight": "text_decoder_frontend.embed.weight",
-        "t2u_model.lm_head.weight": "t2u_model.final_proj.weight",
-        "t2u_model.model.decoder.embed_tokens.weight": "t2u_model.decoder_frontend.embed.weight",
-    }
-    if name in fixed or name.startswith(("vocoder", "lm_head")):
-        return fixed.get(name)
-    front = "t2u_model.model.decoder."
-    if name.startswith(front + "duration_predictor"):
-        inner = re.sub(r"(conv[12])", r"\1.0", name.removeprefix(front))
-        return f"t2u_model.decoder_frontend.variance_adaptor.{inner}"
-    if name.startswith((front + "embed_char", front + "pos_emb")):
-        return f"t2u_model.decoder_frontend.{name.removeprefix(front)}"
-    if not name.startswith("speech_encoder"):
-        name = name.replace("t2u_model.model.", "t2u_model.").replace("out_proj", "output_proj")
-        name = name.replace("cross_attention", "encoder_decoder_attn")
-        name = name.replace("ffn.fc1", "ffn.inner_proj").replace("ffn.fc2", "ffn.output_proj")
-        if name.startswith("t2u_model.decoder"):
-            name = re.sub(r"\.(conv[12])\.", r".conv1d.\1.", name).replace("conv_layer_norm", "conv1d_layer_norm")
-        return name
-    for a, b in (
-        ("speech_encoder.feature_projection.layer_norm", "speech_encoder_frontend.post_extract_layer_norm"),
-        ("speech_encoder.feature_projection.projection", "speech_encoder_frontend.model_dim_proj"),
-        ("speech_encoder.inner_layer_norm", "speech_encoder.layer_norm"),
-        ("speech_encoder.encoder.layer_norm", "speech_encoder.inner_layer_norm"),
-        ("speech_encoder.intermediate_ffn.intermediate_dense", "speech_encoder.proj1"),
-        ("speech_encoder.intermediate_ffn.output_dense", "speech_encoder.proj2"),
-    ):
-        if name.startswith(a):
-            return name.replace(a, b)
-    name = name.replace("conv_module.layer_norm", "conv_layer_norm")
-    name = name.replace("conv_module.depthwise_layer_norm", "conv.layer_norm").replace("conv_module", "conv")
-    if "adapter" not in name:
-        name = name.replace("final_layer_norm", "layer_norm")
-    name = name.replace("linear_out", "output_proj").replace("linear_pos", "sdpa.r_proj")
-    name = name.replace("distance_embedding", "sdpa.rel_k_embed")
-    name = re.sub(r"pos_bias_([uv])", r"sdpa.\1_bias", re.sub(r"linear_([qkv])", r"\1_proj", name))
-    name = name.replace("intermediate_dense", "inner_proj").replace("output_dense", "output_proj")
-    return name.replace("encoder.layers", "inner.layers").replace("adapter.layers", "adaptor_layers")
-
-
 def write_pieces(file: Path) -> None:
     """A small SentencePiece model of letters, which begins with <unk>, <s> and </s> as the authors' do."""
     import sentencepiece
@@ -187,17 +141,3 @@ def vocoder_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         else:
             result[name] = tensor.clone()
     return result
-
-
-# How fairseq calls what is alike in both versions, by fairseq2's names.
-W2V = "encoder.w2v_encoder.w2v_model."
-FAIRSEQ_SPEECH = (
-    (r"^speech_encoder_frontend\.post_extract_layer_norm", W2V + "layer_norm"),
-    (r"^speech_encoder_frontend\.model_dim_proj", W2V + "post_extract_proj"),
-    (r"^speech_encoder\.inner_layer_norm", W2V + "encoder.layer_norm"),
-    (r"^speech_encoder\.proj1", "encoder.adaptor.proj.0"),
-    (r"^speech_encoder\.proj2", "encoder.adaptor.proj.2"),
-    (r"^speech_encoder\.layer_norm", "encoder.adaptor.out_ln"),
-    (r"^speech_encoder\.adaptor_layers\.(\d+)\.residual_conv", r"encoder.adaptor.layers.\1.residual_pool.1"),
-    (r"^speech_encoder\.adaptor_layers\.(\d+)\.self_attn_conv", r"encoder.adaptor.layers.\1.attn_pool.1"),
-)

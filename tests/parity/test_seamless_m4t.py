@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +19,8 @@ from audiozoo.models import seamless_m4t
 from audiozoo.models.seamless_m4t import SeamlessM4TConfig, finetuning_losses
 from tests.parity import harness
 from tests.parity.seamless_family import (
-    FAIRSEQ_SPEECH,
     LANGUAGES,
-    W2V,
     exact_positions,
-    fairseq2_names,
     jaxed,
     speech,
     targets,
@@ -34,6 +30,7 @@ from tests.parity.seamless_family import (
     write_pieces,
 )
 from tests.parity.seamless_family import TINY as SHARED
+from tests.seamless_names import fairseq2_names, fairseq_names
 from weights_conversion import seamless_m4t as conversion
 from weights_conversion.rules import Table
 
@@ -335,43 +332,6 @@ def test_directories_there_and_back(tmp_path):
         assert again.generation_config.vocoder_lang_code_to_id == LANGUAGES["vocoder_lang_code_to_id"]
         with pytest.raises(CheckpointError, match="no class SeamlessM4TNothing"):
             conversion.open_checkpoint(tmp_path / "theirs", "SeamlessM4TNothing")
-
-
-def fairseq_names(name: str) -> str:
-    """A name of fairseq2 as fairseq has it."""
-    front, inside = r"^speech_encoder\.inner\.layers\.(\d+)\.", W2V
-    pairs = (
-        *FAIRSEQ_SPEECH,
-        (r"^speech_encoder\.adaptor_layers", "encoder.adaptor.layers"),
-        (front + r"conv_layer_norm", inside + r"encoder.layers.\1.conv_module.layer_norm"),
-        (front + r"conv\.", inside + r"encoder.layers.\1.conv_module."),
-        (front + r"ffn(1|2)_layer_norm", inside + r"encoder.layers.\1.ffn\2.layer_norm"),
-        (front + r"ffn(1|2)\.inner_proj", inside + r"encoder.layers.\1.ffn\2.w_1"),
-        (front + r"ffn(1|2)\.output_proj", inside + r"encoder.layers.\1.ffn\2.w_2"),
-        (front + r"self_attn\.output_proj", inside + r"encoder.layers.\1.self_attn.linear_out"),
-        (front + r"self_attn\.([qkv])_proj", inside + r"encoder.layers.\1.self_attn.linear_\2"),
-        (front + r"self_attn\.sdpa\.r_proj", inside + r"encoder.layers.\1.self_attn.linear_pos"),
-        (front + r"self_attn\.sdpa\.([uv])_bias", inside + r"encoder.layers.\1.self_attn.pos_bias_\2"),
-        (front + r"layer_norm", inside + r"encoder.layers.\1.final_layer_norm"),
-        (front, inside + r"encoder.layers.\1."),
-        (r"^final_proj", "target_letter_decoder.output_projection"),
-        (r"^text_decoder_frontend\.embed", "target_letter_decoder.embed_tokens"),
-        (r"^text_encoder_frontend\.embed", "text_encoder.embed_tokens"),
-        (r"^t2u_model\.decoder_frontend\.embed", "decoder.embed_tokens"),
-        (r"^t2u_model\.final_proj", "decoder.output_projection"),
-        (r"^t2u_model\.decoder\.", "decoder."),
-        (r"^t2u_model\.encoder\.", "synthesizer_encoder."),
-        (r"^text_decoder\.", "target_letter_decoder."),
-    )
-    for pattern, new in pairs:
-        if re.search(pattern, name):
-            name = re.sub(pattern, new, name)
-            break
-    if "w2v_encoder" not in name:
-        name = name.replace("ffn.inner_proj", "fc1").replace("ffn.output_proj", "fc2")
-        name = name.replace("ffn_layer_norm", "final_layer_norm").replace("encoder_decoder_attn", "encoder_attn")
-        name = name.replace("attn.output_proj", "attn.out_proj")
-    return name
 
 
 @pytest.mark.parametrize("style", ["fairseq2", "fairseq"])

@@ -21,11 +21,8 @@ from audiozoo.models import seamless_m4t_v2
 from audiozoo.models.seamless_m4t_v2 import SeamlessM4Tv2Config, characters
 from tests.parity import harness
 from tests.parity.seamless_family import (
-    FAIRSEQ_SPEECH,
     LANGUAGES,
-    W2V,
     exact_positions,
-    fairseq2_names,
     jaxed,
     speech,
     targets,
@@ -35,6 +32,7 @@ from tests.parity.seamless_family import (
     write_pieces,
 )
 from tests.parity.seamless_family import TINY as SHARED
+from tests.seamless_names import FAIRSEQ_SPEECH, W2V, fairseq2_names
 from weights_conversion import seamless_m4t as first
 from weights_conversion import seamless_m4t_v2 as conversion
 from weights_conversion.seamless_m4t_v2 import (
