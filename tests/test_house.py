@@ -67,7 +67,7 @@ NEVER = {  # importer: what stands above it
     r"audiozoo\.layers(\..*)?": rf"{FRONT_DOOR}|audiozoo\.(?!layers|errors|outputs)\w+(\..*)?",
     r"audiozoo\.(decoding|training|audio|text|processors)(\..*)?": rf"{FRONT_DOOR}|audiozoo\.(models|registry)(\..*)?",
     r"audiozoo\.models(\..*)?": rf"{FRONT_DOOR}|audiozoo\.(registry|sharding|checkpoints)",
-    r"audiozoo\.(errors|outputs|sharding|checkpoints|hub)": rf"{FRONT_DOOR}|audiozoo\.(models|registry)(\..*)?",
+    r"audiozoo\.(configs|errors|outputs|sharding|checkpoints|hub)": rf"{FRONT_DOOR}|audiozoo\.(models|registry)(\..*)?",
     r"weights_conversion(\..*)?": r"audiozoo|audiozoo\.(loading|cli|(recipes|evaluation)(\..*)?)",
     r"audiozoo\.(recipes|evaluation)(\..*)?": r"audiozoo\.(cli|commands(\..*)?)",
     r"audiozoo(\.(loading|registry))?": r"audiozoo\.(recipes|evaluation)(\..*)?",

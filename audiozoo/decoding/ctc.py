@@ -14,6 +14,7 @@ import dataclasses
 import gzip
 import math
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -263,6 +264,9 @@ class _Prefix:
         return tuple(_unrolled(self, lambda p: (p.before, p.token) if p.before is not None else None))
 
 
+_Beams = dict[int, tuple[_Prefix, _Beam, _Text]]  # by the prefix's key
+
+
 def _unrolled(last: Any, step: Callable[[Any], tuple[Any, Any] | None]) -> list[Any]:
     """What hangs together from the last to the first, in order."""
     found = []
@@ -433,57 +437,70 @@ class BeamSearch:
             )
         log_probs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
         start = _Text(self.language_model.start() if self.language_model else (), "", 0.0, 0.0)
-        beams: dict[int, tuple[_Prefix, _Beam, _Text]] = {1: (_Prefix(), _Beam(blank=0.0), start)}
+        beams: _Beams = {1: (_Prefix(), _Beam(blank=0.0), start)}
         skipped = frozenset(self.skip)
         for frame in log_probs:
-            tried = [int(t) for t in np.flatnonzero(frame >= min(token_min_logp, frame.max()))]
-            following: dict[int, _Beam] = {}
-            longer: dict[int, tuple[int, _Prefix]] = {}
+            probable = np.flatnonzero(frame >= min(token_min_logp, frame.max()))
+            following, longer = self._one_frame(beams, frame, [int(t) for t in probable if t not in skipped])
+            beams = self._best(beams, following, longer, beam_width, beam_prune_logp) or beams
+        return self._hypotheses(beams)[:n_best]
 
-            def at(key: int, following: dict[int, _Beam] = following) -> _Beam:
-                found = following.get(key)
-                if found is None:
-                    found = following[key] = _Beam()
-                return found
-
-            for key, (prefix, beam, _) in beams.items():
-                total = beam.total
-                for token in tried:
-                    logp = float(frame[token])
-                    if token == self.blank:
-                        same = at(key)
-                        same.blank = _log_add(same.blank, total + logp)
-                    elif token in skipped:
-                        continue
-                    else:
-                        further = prefix.followed_by(token)
-                        longer[further] = (token, prefix)
-                        new = at(further)
-                        if token == prefix.token:
-                            # A repeat continues the token; only after a blank it is a new one.
-                            same = at(key)
-                            same.token = _log_add(same.token, beam.token + logp)
-                            new.token = _log_add(new.token, beam.blank + logp)
-                        else:
-                            new.token = _log_add(new.token, total + logp)
-            ranked = []
-            for key, beam in following.items():
-                if beam.total == -math.inf:
+    def _one_frame(
+        self, beams: _Beams, frame: np.ndarray, tried: Sequence[int]
+    ) -> tuple[dict[int, _Beam], dict[int, tuple[int, _Prefix]]]:
+        """What prefixes a frame leaves or makes, with their probabilities; and of what is longer, by which token."""
+        following: defaultdict[int, _Beam] = defaultdict(_Beam)
+        longer: dict[int, tuple[int, _Prefix]] = {}
+        for key, (prefix, beam, _) in beams.items():
+            total = beam.total
+            for token in tried:
+                logp = float(frame[token])
+                if token == self.blank:
+                    same = following[key]
+                    same.blank = _log_add(same.blank, total + logp)
                     continue
-                if key in beams:
-                    text: _Text | None = beams[key][2]
-                else:
-                    token, prefix = longer[key]
-                    text = self._extend(beams[prefix.key][2], token)
-                if text is not None:
-                    ranked.append((beam.total + self._rank(text), key, text))
-            if not ranked:
+                further = prefix.followed_by(token)
+                longer[further] = (token, prefix)
+                new = following[further]
+                if token != prefix.token:
+                    new.token = _log_add(new.token, total + logp)
+                    continue
+                # A repeat continues the token; only after a blank it is a new one.
+                same = following[key]
+                same.token = _log_add(same.token, beam.token + logp)
+                new.token = _log_add(new.token, beam.blank + logp)
+        return following, longer
+
+    def _best(
+        self,
+        beams: _Beams,
+        following: dict[int, _Beam],
+        longer: dict[int, tuple[int, _Prefix]],
+        width: int,
+        prune: float,
+    ) -> _Beams:
+        """The prefixes that go on, best first; none if the lexicon has none."""
+        ranked = []
+        for key, beam in following.items():
+            if beam.total == -math.inf:
                 continue
-            ranked.sort(key=lambda entry: entry[:2], reverse=True)
-            floor = ranked[0][0] + beam_prune_logp
-            kept = [(key, text) for rank, key, text in ranked[:beam_width] if rank >= floor]
-            prefixes = {key: beams[key][0] if key in beams else _Prefix(key, *longer[key]) for key, _ in kept}
-            beams = {key: (prefixes[key], following[key], text) for key, text in kept}
+            if key in beams:
+                text: _Text | None = beams[key][2]
+            else:
+                token, prefix = longer[key]
+                text = self._extend(beams[prefix.key][2], token)
+            if text is not None:
+                ranked.append((beam.total + self._rank(text), key, text))
+        if not ranked:
+            return {}
+        ranked.sort(key=lambda entry: entry[:2], reverse=True)
+        floor = ranked[0][0] + prune
+        kept = [(key, text) for rank, key, text in ranked[:width] if rank >= floor]
+        prefixes = {key: beams[key][0] if key in beams else _Prefix(key, *longer[key]) for key, _ in kept}
+        return {key: (prefixes[key], following[key], text) for key, text in kept}
+
+    def _hypotheses(self, beams: _Beams) -> list[Hypothesis]:
+        """The prefixes as they end, best first."""
         results = []
         ends = [(prefix, beam, self._finish(text)) for prefix, beam, text in beams.values()]
         if not any(end for _, _, end in ends):  # the last word is not yet one of the lexicon's; it is left out
@@ -497,8 +514,7 @@ class BeamSearch:
             tokens, words = prefix.tokens(), tuple(_unrolled(end.words, lambda pair: pair or None))
             said = self.text(tokens) if self.lexicon is None else " ".join(words)
             results.append(Hypothesis(tokens, said, beam.total + lm + end.bonus, beam.total, lm, words))
-        results.sort(key=lambda h: h.score, reverse=True)
-        return results[:n_best]
+        return sorted(results, key=lambda h: h.score, reverse=True)
 
     def text(self, tokens: Iterable[int]) -> str:
         """Tokens as text."""

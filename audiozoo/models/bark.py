@@ -63,6 +63,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from audiozoo.configs import restore_parts
 from audiozoo.decoding import GenerateOutput, GenerationConfig, Growing, LogitsProcessor, generate, while_loop
 from audiozoo.decoding.generate import argmax, invert_cdf, row_keys
 from audiozoo.decoding.processors import SuppressTokens, Temperature, TopK, TopP, apply, warpers_from_config
@@ -116,8 +117,13 @@ class BarkConfig:
     codec_config: EncodecConfig = field(default_factory=EncodecConfig)  # codebooks to sound
 
     def __post_init__(self) -> None:
-        kinds: Any = (BarkSubModelConfig, BarkSubModelConfig, BarkFineConfig, EncodecConfig)
-        _restore(self, zip(dataclasses.fields(self), kinds, strict=True))
+        restore_parts(
+            self,
+            semantic_config=BarkSubModelConfig,
+            coarse_acoustics_config=BarkSubModelConfig,
+            fine_acoustics_config=BarkFineConfig,
+            codec_config=EncodecConfig,
+        )
 
     @classmethod
     def _size(cls, **sizes: int) -> BarkConfig:
@@ -133,19 +139,6 @@ class BarkConfig:
     def bark_small(cls) -> BarkConfig:
         """`suno/bark-small` and the files `text.pt`, `coarse.pt`, `fine.pt`: three times 12 blocks of width 768."""
         return cls._size(num_layers=12, num_heads=12, hidden_size=768)
-
-
-def _restore(config: Any, parts: Any) -> None:
-    """A checkpoint of our own has the parts of a configuration as dictionaries."""
-    for part, kind in parts:
-        value = getattr(config, part.name)
-        if isinstance(value, Mapping):
-            frozen = {k: _frozen(v) for k, v in value.items()}
-            object.__setattr__(config, part.name, kind(**frozen))
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
 
 
 # --- options of generation -------------------------------------------------------------------------------------------
@@ -202,8 +195,12 @@ class BarkGenerationConfig:
     codebook_size: int = 1024  # entries of a codebook
 
     def __post_init__(self) -> None:
-        kinds: Any = (BarkSemanticGenerationConfig, BarkCoarseGenerationConfig, BarkFineGenerationConfig)
-        _restore(self, zip(dataclasses.fields(self), kinds, strict=False))
+        restore_parts(
+            self,
+            semantic_config=BarkSemanticGenerationConfig,
+            coarse_acoustics_config=BarkCoarseGenerationConfig,
+            fine_acoustics_config=BarkFineGenerationConfig,
+        )
 
     @property
     def frames_per_token(self) -> float:
@@ -1105,11 +1102,11 @@ def _generate_fine(
             return lax.dynamic_update_index_in_dim(part, new, book, axis=2)
 
         part = lax.fori_loop(given, ids.n_fine_codebooks, one_codebook, part)
-        return index + 1, jax.vmap(lambda row, new, at: lax.dynamic_update_slice_in_dim(row, new, at, 0))(
-            codes, part, start
-        )
+        codes = jax.vmap(lambda row, new, at: lax.dynamic_update_slice_in_dim(row, new, at, 0))(codes, part, start)
+        return index + 1, codes
 
-    return lax.while_loop(lambda carry: carry[0] < windows.max(), one_window, (jnp.int32(0), codes))[1]
+    _, codes = lax.while_loop(lambda carry: carry[0] < windows.max(), one_window, (jnp.int32(0), codes))
+    return codes
 
 
 # --- the whole -------------------------------------------------------------------------------------------------------

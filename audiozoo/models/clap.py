@@ -67,6 +67,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from audiozoo.audio.features import covering
+from audiozoo.configs import restore_parts
 from audiozoo.errors import UsageError
 from audiozoo.layers import Conv1d, Dropout, LayerNorm, Linear, activation, promote
 from audiozoo.layers.batch_norm import BatchNorm
@@ -175,11 +176,7 @@ class ClapConfig:
     embedding_mlps: bool = False  # whether the MLPs of `mlp_contrastive_loss` are there; Hugging Face's files lack them
 
     def __post_init__(self) -> None:
-        """A native checkpoint keeps the towers' sizes as plain dictionaries."""
-        for name, kind in (("text_config", RobertaConfig), ("audio_config", ClapAudioConfig)):
-            if isinstance(value := getattr(self, name), dict):
-                value = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
-                object.__setattr__(self, name, kind(**value))
+        restore_parts(self, text_config=RobertaConfig, audio_config=ClapAudioConfig)
 
     @classmethod
     def htsat_unfused(cls) -> ClapConfig:
@@ -315,9 +312,8 @@ class PointwiseAttention(nnx.Module):
     """§3.3, one branch of attentional feature fusion (arXiv 2009.14082): narrow, normalise, widen, normalise."""
 
     def __init__(self, channels: int, narrow: int, **kwargs: Any):
-        rest = {name: value for name, value in kwargs.items() if name != "rngs"}
-        self.conv1, self.norm1 = Linear(channels, narrow, **kwargs), BatchNorm(narrow, **rest)
-        self.conv2, self.norm2 = Linear(narrow, channels, **kwargs), BatchNorm(channels, **rest)
+        self.conv1, self.norm1 = Linear(channels, narrow, **kwargs), BatchNorm(narrow, **kwargs)
+        self.conv2, self.norm2 = Linear(narrow, channels, **kwargs), BatchNorm(channels, **kwargs)
 
     def __call__(
         self, x: Float[Array, "batch places channels"], train: bool, mask: Bool[Array, " batch"]
@@ -469,7 +465,7 @@ class MelFusion(nnx.Module):
     def __init__(self, config: ClapAudioConfig, **kwargs: Any):
         mels, kind = config.num_mel_bins, str(config.fusion).removesuffix("_1d")
         self.mel_conv1d = Conv1d(mels, mels, 5, stride=3, padding=2, **kwargs)
-        self.norm = BatchNorm(mels, **{name: value for name, value in kwargs.items() if name != "rngs"})
+        self.norm = BatchNorm(mels, **kwargs)
         self.fusion_model = FeatureFusion(kind, mels, 4, **kwargs)
 
     def __call__(

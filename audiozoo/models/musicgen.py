@@ -57,6 +57,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from audiozoo.configs import restore_parts
 from audiozoo.decoding import GenerationConfig, bucketed, generate
 from audiozoo.errors import UsageError
 from audiozoo.layers import Dropout, Embed, KeyValues, LayerNorm, Linear, MultiHeadAttention, activation, causal_mask
@@ -197,11 +198,7 @@ class MusicgenConfig:
     segment_duration: float = 30.0  # seconds of an excerpt in training; what is longer is made in windows
 
     def __post_init__(self) -> None:
-        """A native checkpoint keeps the parts' sizes as plain dictionaries."""
-        for name, kind in (("text_encoder", T5Config), ("audio_encoder", EncodecConfig)):
-            if isinstance(value := getattr(self, name), dict):
-                value = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
-                object.__setattr__(self, name, kind(**value))
+        restore_parts(self, text_encoder=T5Config, audio_encoder=EncodecConfig)
         if self.audio_channels not in (1, 2) or self.num_codebooks % self.audio_channels:
             raise UsageError(
                 f"{self.num_codebooks} streams of codes and {self.audio_channels} channels do not go together."
@@ -900,9 +897,9 @@ class MusicgenForConditionalGeneration(nnx.Module):
         states = encoder_outputs["last_hidden_state"]
         if self.enc_to_dec_proj is not None:
             states = self.enc_to_dec_proj(states)
-        return states if attention_mask is None else states * attention_mask[..., None].astype(
-            states.dtype
-        ), encoder_outputs
+        if attention_mask is not None:
+            states = states * attention_mask[..., None].astype(states.dtype)
+        return states, encoder_outputs
 
     def condition(
         self,

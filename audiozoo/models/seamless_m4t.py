@@ -60,6 +60,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from audiozoo.configs import restore_parts
 from audiozoo.decoding import GenerateOutput, GenerationConfig
 from audiozoo.decoding.generate import Streamer
 from audiozoo.decoding.synthesis import bucket
@@ -144,9 +145,7 @@ class SeamlessM4TConfig:
     sampling_rate: int = 16_000  # Hz of the speech that comes in and goes out
 
     def __post_init__(self) -> None:
-        if isinstance(self.vocoder, Mapping):  # out of a checkpoint of our own
-            fields = {name: from_lists(value) for name, value in self.vocoder.items()}
-            object.__setattr__(self, "vocoder", CodeHifiGanConfig(**fields))
+        restore_parts(self, vocoder=CodeHifiGanConfig)
 
     @property
     def text(self) -> NllbConfig:
@@ -227,11 +226,6 @@ class SeamlessM4TConfig:
             t2u_encoder_layers=4,
             t2u_decoder_layers=4,
         )
-
-
-def from_lists(value: Any) -> Any:
-    """Not in the paper: lists, which JSON has, as tuples."""
-    return tuple(from_lists(v) for v in value) if isinstance(value, list | tuple) else value
 
 
 # --- §4.1, speech encoder ---------------------------------------------------------------------------------------------

@@ -178,9 +178,10 @@ def characters(
             count[i] += moved
         rows.append(spelt)
     longest = max(map(len, rows), default=0)
-    return np.array([spelt + [pad] * (longest - len(spelt)) for spelt in rows], np.int32).reshape(
-        len(rows), longest
-    ), counts
+    padded = np.full((len(rows), longest), pad, np.int32)
+    for row, spelt in zip(padded, rows, strict=True):
+        row[: len(spelt)] = spelt
+    return padded, counts
 
 
 # --- §3, text to units ----------------------------------------------------------------------------------------------

@@ -736,15 +736,21 @@ def simultaneous(
     heard = np.zeros((0, ids.input_feat_per_channel * ids.input_channels), np.float32)
     ended = False
     text = [ids.decoder_start_token_id] + ([] if forced_bos_token_id is None else [forced_bos_token_id])
-    first, stride = len(text), 2**ids.num_conv_layers
+    first, step = len(text), pre_decision_ratio * 2**ids.num_conv_layers
     room = first + max_new_tokens
-    while len(text) < room:
-        wanted = (k + len(text) - first) * pre_decision_ratio * stride
-        while len(heard) < wanted and not ended:
+
+    def listen(frames: int) -> int:
+        """Hear pieces until there are so many frames, or no more come; how many of those wanted there are."""
+        nonlocal heard, ended
+        while len(heard) < frames and not ended:
             piece = next(source, None)
             ended = piece is None
             heard = heard if piece is None else np.concatenate([heard, np.asarray(piece, heard.dtype)])
-        read = len(heard) if ended else min(wanted, len(heard))
+        return min(frames, len(heard))
+
+    while len(text) < room:
+        read = listen((k + len(text) - first) * step)
+        read = len(heard) if ended else read
         if read == 0:
             return
         while True:
@@ -757,11 +763,7 @@ def simultaneous(
             everything = ended and read == len(heard)
             if token != ids.eos_token_id or everything:
                 break
-            while len(heard) < read + pre_decision_ratio * stride and not ended:
-                piece = next(source, None)
-                ended = piece is None
-                heard = heard if piece is None else np.concatenate([heard, np.asarray(piece, heard.dtype)])
-            read = min(read + pre_decision_ratio * stride, len(heard))
+            read = listen(read + step)
         text.append(token)
         yield Written(token, read, everything)
         if token == ids.eos_token_id:

@@ -41,7 +41,7 @@ everything fine-tuned from them with CTC, or to name the language (`xlsr_300m_vo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -52,6 +52,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from audiozoo.configs import restore_parts
 from audiozoo.decoding import GenerateOutput, GenerationConfig
 from audiozoo.decoding.generate import Streamer
 from audiozoo.errors import UsageError
@@ -134,12 +135,10 @@ class SpeechEncoderDecoderConfig:
 
     def __post_init__(self) -> None:
         for name, kinds in (("encoder", ENCODERS), ("decoder", DECODERS)):
-            kind, value = getattr(self, f"{name}_type"), getattr(self, name)
+            kind = getattr(self, f"{name}_type")
             if kind not in kinds:
                 raise UsageError(f"There is no {name} {kind!r}; there are {', '.join(kinds)}.")
-            if isinstance(value, Mapping):  # a checkpoint of our own has the two as dictionaries
-                fields = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
-                object.__setattr__(self, name, kinds[kind][0](**fields))
+            restore_parts(self, **{name: kinds[kind][0]})
 
     @classmethod
     def _of(cls, encoder: XLSRConfig) -> SpeechEncoderDecoderConfig:

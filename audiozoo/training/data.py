@@ -179,18 +179,7 @@ def _of_row(row: dict[str, Any], manifest: Path, number: int) -> Item:
 def _of_tars(tars: Sequence[Path]) -> list[Item]:
     items = []
     for path in tars:
-        groups: dict[str, dict[str, Member]] = {}
-        try:
-            with tarfile.open(path, "r:") as file:
-                for member in file:
-                    if member.isfile():
-                        stem, dot, suffix = member.name.rpartition(".")
-                        groups.setdefault(stem, {})[(dot + suffix).lower()] = Member(
-                            path, member.offset_data, member.size
-                        )
-        except (OSError, tarfile.TarError) as error:
-            raise SourceError(f"{path} is no tar file that can be read: {error}.") from None
-        for stem, group in sorted(groups.items()):
+        for stem, group in sorted(_groups(path).items()):
             sound = next((group[suffix] for suffix in SUFFIXES if suffix in group), None)
             if sound is None:
                 continue
@@ -204,6 +193,21 @@ def _of_tars(tars: Sequence[Path]) -> list[Item]:
                 fields |= _object(_decoded(group[".json"].read(), where), where)
             items.append(Item(f"{path}: {stem}", sound, _seconds(fields), fields))
     return items
+
+
+def _groups(path: Path) -> dict[str, dict[str, Member]]:
+    """What a tar file holds: of each name without its suffix, the members by their suffixes."""
+    groups: dict[str, dict[str, Member]] = {}
+    try:
+        with tarfile.open(path, "r:") as file:
+            for member in file:
+                if member.isfile():
+                    stem, dot, suffix = member.name.rpartition(".")
+                    found = Member(path, member.offset_data, member.size)
+                    groups.setdefault(stem, {})[(dot + suffix).lower()] = found
+    except (OSError, tarfile.TarError) as error:
+        raise SourceError(f"{path} is no tar file that can be read: {error}.") from None
+    return groups
 
 
 def _text(path: Path) -> str:
