@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -192,7 +193,7 @@ class Judge:
         blocks = [np.pad(w, (0, -len(w) % length)).reshape(-1, 1, length) for w in waves.values()]
         self._ends = np.cumsum([len(b) for b in blocks])[:-1]
         self._blocks = jnp.asarray(np.concatenate(blocks))
-        graph = nnx.graphdef(EncodecModel(config, rngs=nnx.Rngs(0)))
+        graph = nnx.graphdef(nnx.eval_shape(lambda: EncodecModel(config, rngs=nnx.Rngs(0))))
 
         def code(kbps: float, model: Any, x: jax.Array) -> jax.Array:
             codec = nnx.merge(graph, model)
@@ -218,6 +219,8 @@ LEVEL = 0.03  # standard deviation of the first principal component: where ELU i
 LATENT = 1.0  # the same of what is quantised, which no ELU follows
 SPARE = 0.1  # by it, the level of channels that no component needs
 START = 512  # crops that the linear codec is computed from
+# Compiling is most of what a program costs that runs once.
+_once = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def prepared(
@@ -240,47 +243,74 @@ def prepared(
     """
     rng, h = np.random.default_rng(seed), np.asarray(x).swapaxes(1, 2)
     heard, before = [], h  # `before`: the newest values, and not yet through ELU
-    elu = type(model.encoder.layers[-2])
-    for layer in model.encoder.layers:
-        if isinstance(layer, EncodecConv1d):
-            heard.append(before)
-            _set(layer, *_components(h, layer, rng, LATENT if layer is model.encoder.layers[-1] else LEVEL))
-        else:
-            _rest(layer)
-        y = np.asarray(layer(jnp.asarray(h)))
-        before, h = h if isinstance(layer, elu) else y, y
-    found = model.quantizer.train_step(jnp.asarray(h), key=jax.random.key(seed), kmeans_iterations=20)
+    for convolution, *others in _stages(model.encoder.layers):
+        heard.append(before)
+        _set(convolution, *_components(h, convolution, rng, LEVEL if others else LATENT))
+        _rest(others)
+        before, h = _through([convolution, *others], h)
+    found = _quantised(model.quantizer, h, jax.random.key(seed))
     books = found.codebooks
     # Running averages as if from batches of training: from all crops, they would not move for hundreds of steps.
     averages = {"embed_avg": share * books.embed_avg, "cluster_size": share * books.cluster_size}
     model.quantizer.replace(dataclasses.replace(books, **averages))
     h = np.asarray(found.quantized)
-    for layer in model.decoder.layers:
-        if isinstance(layer, EncodecConv1d | EncodecConvTranspose1d):
-            _set(layer, *_regression(h, heard.pop(), layer))
-        else:
-            _rest(layer)
-        h = np.asarray(layer(jnp.asarray(h)))
+    for convolution, *others in _stages(model.decoder.layers):
+        _set(convolution, *_regression(h, heard.pop(), convolution))
+        _rest(others)
+        _, h = _through([convolution, *others], h)
     return model
+
+
+def _stages(layers: Any) -> list[list[Any]]:
+    """The layers divided before each convolution."""
+    stages: list[list[Any]] = []
+    for layer in layers:
+        if isinstance(layer, EncodecConv1d | EncodecConvTranspose1d):
+            stages.append([])
+        stages[-1].append(layer)
+    return stages
+
+
+def _through(layers: list[Any], x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What goes into the last of these layers, and what comes out of it."""
+    before, after = _compiled(layers, jnp.asarray(x))
+    return np.asarray(before), np.asarray(after)
+
+
+@_once
+def _compiled(layers: list[Any], x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    before = x
+    for layer in layers:
+        before, x = x, layer(x)
+    return before, x
+
+
+@_once
+def _quantised(quantizer: Any, z: jax.Array, key: jax.Array) -> Any:
+    return quantizer.train_step(z, key=key, kmeans_iterations=20)
 
 
 def _set(layer: EncodecConv1d | EncodecConvTranspose1d, kernel: np.ndarray, bias: np.ndarray) -> None:
     conv = cast(Any, layer.conv)
-    conv.fold()
-    conv.kernel[...], conv.bias[...] = jnp.asarray(kernel, jnp.float32), jnp.asarray(bias, jnp.float32)
-    conv.normalise()
+    v = kernel.astype(np.float32)
+    g = np.sqrt(np.square(v).sum(axis=tuple({0, 1, 2} - {conv.axis}), keepdims=True))
+    conv.kernel_v[...], conv.kernel_g[...] = jnp.asarray(v), jnp.asarray(g)
+    conv.bias[...] = jnp.asarray(bias, jnp.float32)
 
 
-def _rest(layer: Any) -> None:
-    """A residual unit passes its input on; an LSTM adds little to it."""
-    if isinstance(layer, EncodecResnetBlock):
-        last = cast(Any, layer.block[-1]).conv
-        last.kernel_g[...], last.bias[...] = 0.05 * last.kernel_g[...], 0 * last.bias[...]
-        if layer.shortcut is not None:
-            channels = layer.shortcut.channels
-            _set(layer.shortcut, np.eye(channels)[None], np.zeros(channels))
-    elif isinstance(layer, EncodecLSTM):
-        nnx.update(layer, jax.tree.map(lambda value: 0.1 * value, nnx.state(layer, nnx.Param)))
+def _rest(layers: list[Any]) -> None:
+    """Residual units pass their input on; an LSTM adds little to it."""
+    for layer in layers:
+        if isinstance(layer, EncodecResnetBlock):
+            last = cast(Any, layer.block[-1]).conv
+            last.kernel_g[...] = jnp.asarray(0.05 * np.asarray(last.kernel_g[...]))
+            last.bias[...] = jnp.asarray(np.zeros(last.bias.shape, np.float32))
+            if layer.shortcut is not None:
+                channels = layer.shortcut.channels
+                _set(layer.shortcut, np.eye(channels)[None], np.zeros(channels))
+        elif isinstance(layer, EncodecLSTM):
+            scaled = jax.tree.map(lambda value: jnp.asarray(0.1 * np.asarray(value)), nnx.state(layer, nnx.Param))
+            nnx.update(layer, scaled)
 
 
 def _components(
