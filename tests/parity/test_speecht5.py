@@ -27,6 +27,7 @@ from tests.parity.speech_family import NO_DROPOUT, TINY, Family, blank, padded, 
 from weights_conversion import hifigan as vocoders
 from weights_conversion import hubert as hubert_files
 from weights_conversion import speecht5 as conversion
+from weights_conversion.rules import Rule, transpose
 from weights_conversion.wav2vec2 import norm
 
 KEPT = ("vocab_size", "hidden_size", "conv_dim", "conv_kernel", "conv_stride", "num_conv_pos_embeddings")
@@ -234,6 +235,116 @@ def test_gradients_of_synthesis(voice):
     with kept(reference, kept_units), reference_in_double():
         compared = harness.compare_gradients(reference, theirs, model, jax.jit(ours), table)
     assert len(compared) > 80
+
+
+def test_gradients_of_conversion(changer):
+    """`transformers` gives voice conversion no loss: its own criterion, the one of synthesis, on its own outputs."""
+    reference, model, table = changer
+    x, mask = padded()
+    labels, who, kept_units = target(), speakers(), masks(STEPS)
+
+    def theirs():
+        before = modeling_speecht5.shift_spectrograms_right(torch.tensor(labels), reference.config.reduction_factor)[0]
+        outputs = reference.speecht5(
+            torch.tensor(x),
+            torch.tensor(mask),
+            before,
+            speaker_embeddings=torch.tensor(who),
+            output_attentions=True,
+            use_cache=False,
+        )
+        frames = outputs.encoder_last_hidden_state.shape[1]
+        real = reference.speecht5.encoder.prenet._get_feature_vector_attention_mask(frames, torch.tensor(mask))
+        criterion = modeling_speecht5.SpeechT5SpectrogramLoss(reference.config)
+        made = reference.speech_decoder_postnet(outputs.last_hidden_state)
+        return criterion(real.long(), *made, torch.tensor(labels), outputs.cross_attentions)
+
+    def ours(model):
+        given = {"speaker_embeddings": jnp.asarray(who), "labels": jnp.asarray(labels), "prenet_masks": kept_units}
+        return model(jnp.asarray(x), jnp.asarray(mask), **given).loss
+
+    with kept(reference, kept_units), reference_in_double():
+        compared = harness.compare_gradients(reference, theirs, model, jax.jit(ours), table)
+    assert len(compared) > 80
+
+
+class Teller(torch.nn.Module):
+    """Identification as the released code has it, of the original's encoder and decoder.
+
+    The decoder reads one vector of zeros and the encoder's states; a matrix turns what it makes of them into speakers.
+    """
+
+    def __init__(self, config, speakers):
+        super().__init__()
+        encoder = modeling_speecht5.SpeechT5EncoderWithSpeechPrenet(config)
+        decoder = modeling_speecht5.SpeechT5DecoderWithoutPrenet(config)
+        self.config, self.speecht5 = config, transformers.SpeechT5Model(config, encoder, decoder)
+        self.classifier = torch.nn.Linear(config.hidden_size, speakers, bias=False)
+
+    def forward(self, x, mask):
+        nothing = torch.zeros(len(x), 1, self.config.hidden_size)
+        states = self.speecht5(x, mask, nothing, use_cache=False).last_hidden_state
+        return self.classifier(states[:, 0])
+
+
+def test_gradients_of_identification():
+    names = tuple("abcde")
+    reference = exact_positions(harness.randomise(Teller(FAMILY.their_config(), len(names)), 7))
+    config = dataclasses.replace(conversion.config_from_hugging_face(reference.config.to_dict()), id2label=names)
+    table = conversion.hugging_face_table(config, "SpeechT5ForSpeechToText")
+    table = dataclasses.replace(table, rules=(*table.rules, Rule("classifier.weight", "classifier.kernel", transpose)))
+    model = blank(lambda: speecht5.SpeechT5ForSequenceClassification(config, param_dtype=jnp.float64, rngs=nnx.Rngs(0)))
+    harness.port(reference, model, table)
+    x, mask = padded()
+    labels = np.array([3, 0])
+
+    def told(model):
+        return model(jnp.asarray(x), jnp.asarray(mask), jnp.asarray(labels)).loss
+
+    with reference_in_double():
+        compared = harness.compare_gradients(
+            reference,
+            lambda: torch.nn.functional.cross_entropy(
+                reference(torch.tensor(x), torch.tensor(mask)), torch.tensor(labels)
+            ),
+            model,
+            jax.jit(told),
+            table,
+        )
+    assert len(compared) > 70
+
+
+def test_enhancement():
+    """The released code's three ways: out of the noisy spectrogram comes a clean one, a factor of it, or the excess."""
+    theirs = FAMILY.their_config(reduction_factor=1, use_guided_attention_loss=False)
+    reference = exact_positions(harness.randomise(transformers.SpeechT5ForSpeechToSpeech(theirs), 8))
+    config = conversion.config_from_hugging_face(theirs.to_dict())
+    table = conversion.hugging_face_table(config, "SpeechT5ForSpeechToSpeech")
+    model = blank(lambda: speecht5.SpeechT5ForSpeechEnhancement(config, param_dtype=jnp.float64, rngs=nnx.Rngs(0)))
+    harness.port(reference, model, table)
+    x, mask = padded()
+    clean, kept_units = target(), masks(2 * STEPS)
+    noisy = np.random.default_rng(5).standard_normal(clean.shape)
+    given, wanted = torch.tensor(noisy), {}
+    with kept(reference, kept_units), reference_in_double(), torch.no_grad():
+        states = reference.speecht5(torch.tensor(x), torch.tensor(mask), given, use_cache=False).last_hidden_state
+        *made, stop = reference.speech_decoder_postnet(states)
+        criterion = modeling_speecht5.SpeechT5SpectrogramLoss(theirs)
+        ways = {"target": lambda y: y, "masking": lambda y: torch.sigmoid(y) * given, "delta": lambda y: y - given}
+        for name, way in ways.items():
+            before, after = map(way, made)
+            wanted[name] = after, criterion(None, before, after, stop, torch.tensor(clean))
+
+    @jax.jit
+    def enhance(model):
+        arguments = (jnp.asarray(x), jnp.asarray(noisy), jnp.asarray(mask))
+        options = {"labels": jnp.asarray(clean), "prenet_masks": kept_units}
+        return {name: model.enhance(*arguments, predict=name, **options) for name in ways}
+
+    found = enhance(model)
+    for name, (after, loss) in wanted.items():
+        harness.assert_close(found[name].spectrogram, after, name=name)
+        harness.assert_close(found[name].loss, loss, name=f"loss of {name}")
 
 
 # --- generation ------------------------------------------------------------------------------------------------------
