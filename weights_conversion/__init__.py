@@ -11,12 +11,13 @@ One module a paper. Each gives
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from audiozoo.errors import CheckpointError, SourceError
+from audiozoo.decoding.config import GenerationConfig
+from audiozoo.errors import CheckpointError, SourceError, UsageError
 from weights_conversion.rules import Table, Tensors
 
 
@@ -100,6 +101,33 @@ def take(config: Mapping[str, Any], names: Mapping[str, Any], where: str) -> dic
             raise CheckpointError(f"{where}: {name} is {config[name]!r}, which is no {kind.__name__}.")
         taken[name] = value
     return taken
+
+
+# Of a `generation_config.json`, not of the search: the special tokens, which models keep, and what is returned.
+_NOT_SEARCH = {"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "return_dict_in_generate"}
+_NOT_SEARCH |= {"output_scores", "output_logits", "output_log_probs"}
+
+
+def search_options(
+    generation: Mapping[str, Any], where: str, left_out: Collection[str] = ()
+) -> tuple[tuple[str, Any], ...]:
+    """How a checkpoint wants its tokens searched for: the options that are not at their defaults.
+
+    Args:
+        generation: a `generation_config.json`.
+        where: the file, for messages.
+        left_out: options that the paper keeps elsewhere.
+
+    Raises:
+        CheckpointError: for a value that makes no sense.
+    """
+    names = [f.name for f in fields(GenerationConfig) if f.name not in _NOT_SEARCH | set(left_out)]
+    try:
+        chosen = GenerationConfig(**{name: generation[name] for name in names if generation.get(name) is not None})
+    except UsageError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    default = GenerationConfig()
+    return tuple((n, getattr(chosen, n)) for n in names if getattr(chosen, n) != getattr(default, n))
 
 
 def labels_from_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,12 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from audiozoo.decoding import GenerationConfig
 from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.models.seamless_m4t import SeamlessM4TConfig, SeamlessM4TGenerationConfig
 from audiozoo.models.speech_resynthesis import CodeHifiGanConfig
 from audiozoo.processors.seamless_m4t import SeamlessM4TFeatureExtractor, SeamlessM4TProcessor, SeamlessM4TTokenizer
-from weights_conversion import ForeignCheckpoint, HuggingFaceForm, read_json, take
+from weights_conversion import ForeignCheckpoint, HuggingFaceForm, read_json, search_options, take
 from weights_conversion import code_hifigan_names as vocoder
 from weights_conversion.hifigan import WEIGHT_NORM_RENAMES
 from weights_conversion.readers import TensorSource, open_tensors
@@ -177,15 +176,6 @@ def table_of(generation: Mapping[str, Any], name: str, where: str) -> Mapping[st
     return table
 
 
-def search_options(generation: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """How the checkpoint wants its text searched for; the longest text may also stand in `config.json`."""
-    known = {f.name for f in dataclasses.fields(GenerationConfig)}
-    left_out = {"pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_token_id", "output_scores"}
-    options = {"max_new_tokens": config.get("max_new_tokens") or 256}
-    options |= {n: v for n, v in generation.items() if n in known - left_out and v is not None}
-    return tuple((name, value) for name, value in options.items() if value != getattr(GenerationConfig(), name))
-
-
 def config_from_hugging_face(
     config: Mapping[str, Any], where: str = "config.json", *, weight_norm: bool = False
 ) -> SeamlessM4TConfig:
@@ -197,12 +187,18 @@ def config_from_hugging_face(
     return SeamlessM4TConfig(**taken, vocoder=sizes, sampling_rate=sizes.sampling_rate)
 
 
+def text_options(generation: Mapping[str, Any], config: Mapping[str, Any], where: str) -> tuple[tuple[str, Any], ...]:
+    """How the checkpoint wants its text searched for; the longest text may also stand in `config.json`."""
+    longest = generation.get("max_new_tokens") or config.get("max_new_tokens") or 256
+    return search_options({**generation, "max_new_tokens": longest}, where)
+
+
 def generation_from_hugging_face(
     generation: Mapping[str, Any], config: Mapping[str, Any], where: str
 ) -> SeamlessM4TGenerationConfig:
     """Our generation settings from `generation_config.json`; the longest text may also stand in `config.json`."""
     tables = {n: tuple((str(k), int(v)) for k, v in table_of(generation, n, where).items()) for n in LANGUAGES}
-    return SeamlessM4TGenerationConfig(**tables, options=search_options(generation, config))
+    return SeamlessM4TGenerationConfig(**tables, options=text_options(generation, config, where))
 
 
 def hugging_face(model: Any) -> HuggingFaceForm:

@@ -39,8 +39,8 @@ from weights_conversion.seamless_m4t import (
     original_languages,
     original_processor,
     reordered,
-    search_options,
     table_of,
+    text_options,
     with_voice,
 )
 from weights_conversion.wav2vec2 import convolution, norm
@@ -151,7 +151,7 @@ def generation_from_hugging_face(
         number = name == "id_to_text"
         items = table_of(generation, name, where).items()
         tables[name] = tuple((int(k), str(v)) if number else (str(k), int(v)) for k, v in items)
-    return SeamlessM4Tv2GenerationConfig(**tables, options=search_options(generation, config))
+    return SeamlessM4Tv2GenerationConfig(**tables, options=text_options(generation, config, where))
 
 
 def hugging_face(model: Any) -> HuggingFaceForm:

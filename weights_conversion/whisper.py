@@ -19,6 +19,7 @@ from weights_conversion import (
     labels_from_hugging_face,
     labels_to_hugging_face,
     read_json,
+    search_options,
     take,
 )
 from weights_conversion.readers import TensorSource, open_tensors
@@ -108,16 +109,29 @@ def config_from_hugging_face(config: Mapping[str, Any], where: str = "config.jso
     return WhisperConfig(**(take(config, _CONFIG_DEFAULTS, where) | labels_from_hugging_face(config)))
 
 
+# Options of the search that stand in fields of their own, or, `forced_decoder_ids`, in the prompt.
+_NOT_OPTIONS = {f.name for f in dataclasses.fields(WhisperGenerationConfig)} | {"forced_decoder_ids"}
+
+
 def generation_from_hugging_face(config: Mapping[str, Any], model: WhisperConfig) -> WhisperGenerationConfig:
     """Token ids and choices from a `generation_config.json`, or, for old directories, from `config.json`."""
-    defaults = _generation_defaults(model)
+    where = "generation_config.json"
+    defaults = dataclasses.replace(_generation_defaults(model), begin_suppress_tokens=())
     wanted = {f.name: getattr(defaults, f.name) for f in dataclasses.fields(WhisperGenerationConfig)}
+    wanted |= {"language": "", "task": ""}
     tables = {name: config.get(name) for name in ("lang_to_id", "task_to_id")}
-    taken = take({k: v for k, v in config.items() if k not in tables}, wanted, "generation_config.json")
+    taken = take({k: v for k, v in config.items() if k not in (*tables, "options")}, wanted, where)
     for name, table in tables.items():
         if isinstance(table, Mapping):
             taken[name] = tuple((str(key), int(value)) for key, value in table.items())
-    return dataclasses.replace(defaults, **taken)
+    generation = dataclasses.replace(defaults, **taken, options=search_options(config, where, _NOT_OPTIONS))
+    if generation.language is None and generation.task is None:
+        # Older files say it by the tokens at the prompt's places.
+        pairs = config.get("forced_decoder_ids") or ()
+        forced = {pair[0]: pair[1] for pair in pairs if isinstance(pair, list) and len(pair) == 2}
+        names: dict[Any, str] = {token: name for name, token in generation.lang_to_id + generation.task_to_id}
+        generation = dataclasses.replace(generation, language=names.get(forced.get(1)), task=names.get(forced.get(2)))
+    return generation
 
 
 # --- OpenAI ----------------------------------------------------------------------------------------------------------
@@ -395,7 +409,8 @@ def _open_hugging_face(directory: Path, model_class: str) -> ForeignCheckpoint:
     raw = read_json(directory / "config.json")
     config = config_from_hugging_face(raw, str(directory / "config.json"))
     side = directory / "generation_config.json"
-    generation = generation_from_hugging_face(read_json(side) if side.is_file() else raw, config)
+    older = {"begin_suppress_tokens": [220, config.eos_token_id]} | raw
+    generation = generation_from_hugging_face(read_json(side) if side.is_file() else older, config)
     attributes = {"generation_config": generation} if model_class == "WhisperForConditionalGeneration" else {}
     return ForeignCheckpoint(
         model_class, config, open_tensors(directory), hugging_face_table(config, model_class), directory, attributes
@@ -424,6 +439,6 @@ def hugging_face(model: Any) -> HuggingFaceForm:
             generation[table] = dict(generation[table])
         if not model.generation_config.is_multilingual:
             del generation["lang_to_id"], generation["task_to_id"]
-        generation["bos_token_id"] = model.config.bos_token_id
-        files["generation_config.json"] = generation
+        generation |= {"bos_token_id": model.config.bos_token_id} | dict(generation.pop("options"))
+        files["generation_config.json"] = {name: value for name, value in generation.items() if value is not None}
     return HuggingFaceForm(files, hugging_face_table(model.config, name))

@@ -246,7 +246,11 @@ class WhisperGenerationConfig:
     begin_suppress_tokens: tuple[int, ...] = ()  # not generated as the first token: a blank, the end
     max_initial_timestamp_index: int | None = 50  # the first time token is at most this many steps of 20 ms
     alignment_heads: tuple[tuple[int, int], ...] = ()  # (decoder layer, head) whose attention follows the words
-    max_length: int = 448  # tokens, prompt included
+    max_length: int = 448  # tokens behind the prompt, of which there are never more than positions
+    language: str | None = None  # of the speech, where nobody says it
+    task: str | None = None  # likewise
+    return_timestamps: bool = False  # likewise
+    options: tuple[tuple[str, Any], ...] = ()  # of the search for text, as for `transformers.GenerationConfig`
 
 
 class WhisperEncoderLayer(nnx.Module):
@@ -710,8 +714,9 @@ class WhisperForConditionalGeneration(WhisperLanguageModel):
 
         Args:
             batch: number of examples.
-            language: code, name or token ("de", "german", "<|de|>"), one for all or one each.
-            task: "transcribe" or "translate".
+            language: code, name or token ("de", "german", "<|de|>"), one for all or one each; that of the checkpoint's
+                settings if not given, and English if they name none.
+            task: "transcribe" or "translate"; likewise.
             return_timestamps: whether time tokens are wanted.
             prompt_ids: previous text, put before the start; its first token may be `<|startofprev|>`.
 
@@ -725,6 +730,7 @@ class WhisperForConditionalGeneration(WhisperLanguageModel):
             rows = [[ids.decoder_start_token_id]] * batch
         else:
             tasks = dict(ids.task_to_id)
+            language, task = language or ids.language, task or ids.task
             if (task or "transcribe") not in tasks:
                 raise UsageError(f"There is no task {task!r}; there are {', '.join(tasks)}.")
             languages = [language or "en"] * batch if language is None or isinstance(language, str) else list(language)
@@ -787,7 +793,7 @@ class WhisperForConditionalGeneration(WhisperLanguageModel):
         *,
         language: str | Sequence[str] | None = None,
         task: str | None = None,
-        return_timestamps: bool = False,
+        return_timestamps: bool | None = None,
         prompt_ids: Sequence[int] | None = None,
         decoder_input_ids: Any = None,
         encoder_outputs: BaseModelOutput | None = None,
@@ -801,9 +807,12 @@ class WhisperForConditionalGeneration(WhisperLanguageModel):
     ) -> Int[np.ndarray, "rows tokens"] | GenerateOutput:
         """Tokens for one window of 30 s an example, by one compiled loop. For longer audio see `transcribe`.
 
+        What is not given is as the checkpoint's `generation_config.json` says, be it an option of the search, the
+        language or the task.
+
         Args:
             input_features: log-mel spectrogram.
-            language: of the speech; English by default (`detect_language` tells, `transcribe` detects).
+            language: of the speech; English if nobody says (`detect_language` tells, `transcribe` detects).
             task: "transcribe" or "translate".
             return_timestamps: generate time tokens, by OpenAI's rules for them.
             prompt_ids: previous text.
@@ -829,6 +838,8 @@ class WhisperForConditionalGeneration(WhisperLanguageModel):
         ids = self.generation_config
         if input_features is None and encoder_outputs is None:
             raise UsageError("Give generate input_features, or encoder_outputs of an earlier call.")
+        if return_timestamps is None:
+            return_timestamps = ids.return_timestamps
         source: Any = input_features if encoder_outputs is None else encoder_outputs.last_hidden_state
         if decoder_input_ids is None:
             decoder_input_ids = self.prompt(
@@ -840,14 +851,15 @@ class WhisperForConditionalGeneration(WhisperLanguageModel):
             raise UsageError(
                 f"The prompt has {length} tokens; this model has {self.config.max_target_positions} positions in all."
             )
-        defaults = {
+        defaults: dict[str, Any] = {
             "eos_token_id": ids.eos_token_id,
             "pad_token_id": ids.pad_token_id,
             "suppress_tokens": ids.suppress_tokens or None,
             "begin_suppress_tokens": ids.begin_suppress_tokens or None,
         }
-        if "max_length" not in options:
-            defaults["max_new_tokens"] = room
+        defaults |= {"max_new_tokens": min(ids.max_length, room)} | dict(ids.options)
+        if options.get("max_length") is not None:
+            defaults["max_new_tokens"] = None
         config = GenerationConfig(**(defaults | options))
         limit = min(config.new_tokens(length), room)
         # A few lengths of buffer, so that another limit does not compile again.

@@ -29,7 +29,7 @@ from tests import processes
 from tests.models.tiny_whisper import TINY, build
 from tests.shapes import enforce
 from tests.tolerances import tolerance
-from weights_conversion.whisper import _generation_defaults, hugging_face
+from weights_conversion.whisper import _generation_defaults, generation_from_hugging_face, hugging_face
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +168,21 @@ def test_generate_compiles_once_for_any_number_of_tokens(model):
     assert whisper._generate._cache_size() == before + 1
 
 
+def test_generate_follows_the_checkpoints_settings_and_the_caller_before_them(model):
+    given = {"input_features": features(), "decoder_input_ids": np.full((2, 2), (2, 11))}
+    search = {"num_beams": 2, "no_repeat_ngram_size": 1, "min_new_tokens": 6}
+    settled = build()
+    settled.generation_config = dataclasses.replace(
+        model.generation_config, max_length=6, options=tuple(search.items())
+    )
+    found = settled.generate(**given)
+    assert found.shape == (2, 6)
+    np.testing.assert_array_equal(found, model.generate(**given, max_new_tokens=6, **search))
+    plain = settled.generate(**given, num_beams=1, no_repeat_ngram_size=0)
+    np.testing.assert_array_equal(plain, model.generate(**given, max_new_tokens=6, min_new_tokens=6))
+    assert not np.array_equal(plain, found)
+
+
 def test_generate_from_an_earlier_encoding(model):
     encoded = audiozoo.jit(model.model.encoder)(features())
     np.testing.assert_array_equal(
@@ -224,7 +239,7 @@ def test_a_draft_model_that_cannot_help(model):
 
 
 def test_prompts():
-    model = multilingual()
+    model = multilingual.__wrapped__()
     start, en, de, transcribe, translate, plain, previous = 50258, 50259, 50261, 50359, 50358, 50363, 50361
     assert model.prompt(1).tolist() == [[start, en, transcribe, plain]]
     assert model.prompt(1, language="german", task="translate", return_timestamps=True).tolist() == [
@@ -236,6 +251,11 @@ def test_prompts():
     ]
     assert model.prompt(1, prompt_ids=[7, 8]).tolist() == [[previous, 7, 8, start, en, transcribe, plain]]
     assert model.prompt(1, prompt_ids=[previous, 7]).tolist() == [[previous, 7, start, en, transcribe, plain]]
+    older = {"forced_decoder_ids": [[1, de], [2, translate], [3, plain]]}
+    for said in ({"language": "german", "task": "translate"}, older):
+        model.generation_config = generation_from_hugging_face(said, model.config)
+        assert model.prompt(1).tolist() == [[start, de, translate, plain]]
+        assert model.prompt(1, language="en", task="transcribe").tolist() == [[start, en, transcribe, plain]]
 
 
 def test_language_probabilities():

@@ -12,7 +12,7 @@ import transformers
 import audiozoo
 from audiozoo.loading import variables
 from tests.parity import harness
-from tests.parity.test_whisper import TINY
+from tests.parity.test_whisper import TINY, features
 
 NAMES = ["WhisperForConditionalGeneration", "WhisperForCausalLM", "WhisperForAudioClassification", "WhisperModel"]
 
@@ -59,3 +59,36 @@ def test_a_native_checkpoint_exports_as_well(tmp_path):
         again = transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path / "ours").state_dict()
         for key, tensor in reference.state_dict().items():
             assert torch.equal(tensor, again[key]), key
+
+
+def test_generate_follows_the_file_as_transformers_does(tmp_path):
+    """Beams, penalties, forbidden tokens and the length are the checkpoint's, where the caller says nothing."""
+    search = {"num_beams": 3, "length_penalty": 0.2, "repetition_penalty": 1.4, "no_repeat_ngram_size": 2}
+    tokens = {"suppress_tokens": [5, 6, 7, 8, 30, 31], "begin_suppress_tokens": [9], "no_timestamps_token_id": 95}
+    with harness.precision("float32"):
+        reference = harness.randomise(
+            transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**TINY)), 7
+        ).float()
+        with torch.no_grad():  # sharper logits, so that the search has something to decide
+            reference.model.decoder.layer_norm.weight.mul_(6)
+        x = features(6).astype(np.float32)
+
+        def compare(**settings):
+            reference.generation_config = transformers.GenerationConfig(
+                **{n: TINY[n] for n in ("pad_token_id", "bos_token_id", "decoder_start_token_id")},
+                **{"eos_token_id": 1, "do_sample": False} | settings,
+            )
+            reference.save_pretrained(tmp_path)
+            theirs = reference.generate(torch.tensor(x)).numpy()
+            ours = audiozoo.load(tmp_path).generate(x)
+            np.testing.assert_array_equal(ours[:, : theirs.shape[1]], theirs[:, : ours.shape[1]])
+            assert not ours[:, theirs.shape[1] :].any()
+            assert not theirs[:, ours.shape[1] :].any()
+            return ours
+
+        plain = compare(**tokens, max_length=12)
+        searched = compare(**tokens, **search, max_new_tokens=9)
+        assert plain.shape[1] == 12
+        assert searched.shape[1] == 9
+        assert not np.array_equal(plain[:, :9], searched)
+        assert 9 not in plain[:, 0]

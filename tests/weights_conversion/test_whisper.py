@@ -126,6 +126,9 @@ def test_generation_settings_travel_along(model, tmp_path):
         suppress_tokens=(1, 2, 7),
         alignment_heads=((0, 1), (0, 3)),
         max_initial_timestamp_index=None,
+        language="de",
+        return_timestamps=True,
+        options=(("num_beams", 4), ("length_penalty", 0.5), ("bad_words_ids", ((3, 4),))),
     )
     other = build()
     other.generation_config = settings
