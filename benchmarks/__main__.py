@@ -1,10 +1,11 @@
-"""The command `python -m benchmarks [PAPER…] [--only WORDS] [--save FILE.md] [--minutes 20] [--dtype bfloat16] …`."""
+"""The command `python -m benchmarks [PAPER…] [--only WORDS] [--save [FILE.md]] [--minutes 20] [--dtype bfloat16] …`."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+from datetime import date
 from pathlib import Path
 
 from benchmarks import framework, results
@@ -44,7 +45,15 @@ def main(arguments: list[str] | None = None) -> int:
     known = framework.papers()
     parser.add_argument("papers", nargs="*", metavar="PAPER", help=f"all, or some of {', '.join(known)}")
     parser.add_argument("--only", metavar="WORDS", help="papers, or parts of names of cases, with commas between")
-    parser.add_argument("--save", type=Path, metavar="FILE.md", help="keep a dated table there, and a .json beside it")
+    record = Path(__file__).parent / "records" / f"{date.today()}.md"
+    parser.add_argument(
+        "--save",
+        nargs="?",
+        type=Path,
+        const=record,
+        metavar="FILE.md",
+        help="keep a dated table, and a .json beside it; without a name under benchmarks/records/",
+    )
     parser.add_argument("--minutes", type=float, help="begin no row later (default: 20 for all papers)")
     parser.add_argument("--threads", type=int, default=2, help="for every contender (default %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of both sides' models")
