@@ -42,13 +42,14 @@ class PrefixScorer:
     eos_token_id: int
 
     def __call__(
-        self, logits: Float[Array, "rows vocabulary"], tokens: Int[Array, "rows buffer"], length: Int[Array, ""]
+        self, scores: Float[Array, "rows vocabulary"], tokens: Int[Array, "rows buffer"], length: Int[Array, ""]
     ) -> Float[Array, "rows vocabulary"]:
-        """The mixture, as log-probabilities that are not normalised again."""
+        """The mixture of log-probabilities, not normalised again; what CTC has no label for is no token."""
         whole, following = self.prefix(tokens[:, self.prompt_length :], length - self.prompt_length)
-        scores = jax.nn.log_softmax(logits, axis=-1)
-        mixed = (1 - self.weight) * scores + self.weight * (following - whole[:, None]).astype(scores.dtype)
-        return jnp.where(jnp.arange(mixed.shape[1]) == self.blank, -jnp.inf, mixed)
+        labels = following.shape[1]
+        mixed = (1 - self.weight) * scores[:, :labels] + self.weight * (following - whole[:, None]).astype(scores.dtype)
+        mixed = jnp.where(jnp.arange(labels) == self.blank, -jnp.inf, mixed)
+        return jnp.pad(mixed, ((0, 0), (0, scores.shape[1] - labels)), constant_values=-jnp.inf)
 
     def prefix(
         self, labels: Int[Array, "rows buffer"], count: Int[Array, ""]

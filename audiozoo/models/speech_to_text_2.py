@@ -17,7 +17,7 @@ model of the target language, trained on web text, has a say in the beam search.
 | §2, decoder with its head | `Speech2Text2ForCausalLM`, `Speech2Text2Config` |
 | §2, wav2vec 2.0 with the decoder behind it | `audiozoo.models.xls_r.SpeechEncoderDecoderModel` |
 | §2, self-training on unlabelled speech | `pseudo_labels` |
-| §2, decoding with a language model | `LanguageModelFusion`, `translate` |
+| §2, decoding with a language model | `LanguageModelFusion`, `with_language_model`, `translate` |
 | not in the paper; in the released checkpoints | `Speech2Text2DecoderWrapper` |
 
 What differs from fairseq S2T's decoder, whose sinusoids and embedding it has: each LayerNorm comes after its part's
@@ -52,7 +52,14 @@ from jaxtyping import Array, Float, Int
 from audiozoo.decoding import GenerateOutput, GenerationConfig
 from audiozoo.errors import UsageError
 from audiozoo.layers import Linear
-from audiozoo.models.mbart import MBartCache, MBartConfig, MBartDecoderLayer, MBartForCausalLM, continue_text
+from audiozoo.models.mbart import (
+    DecoderStep,
+    MBartCache,
+    MBartConfig,
+    MBartDecoderLayer,
+    MBartForCausalLM,
+    continue_text,
+)
 from audiozoo.models.speech_to_text import Speech2TextDecoder
 
 
@@ -219,31 +226,48 @@ def _translate(
 ) -> GenerateOutput:
     model, language = nnx.merge(graphdef, state), nnx.merge(language_graphdef, language_state)
     encoded, mask = model.encode(input_values, attention_mask)
-    memory = encoded.last_hidden_state
     room = prompt.shape[1] + config.new_tokens(prompt.shape[1])
-    translator, author = model.decoder.model.decoder, language.model.decoder
-    own = author.start(jnp.zeros((len(memory), 1, author.config.d_model), memory.dtype), room).self_attention
-    start = translator.start(memory, room)
-    blocks = len(start.self_attention)
-    # One cache for both: the translator's blocks, then those of the language model, which attend to no encoder.
-    cache = MBartCache((*start.self_attention, *own), start.cross_attention)
 
     def decode(tokens: Any, rows: Any, past: MBartCache, position: Any) -> tuple[jax.Array, MBartCache]:
+        said = model.decoder(tokens, encoder_attention_mask=rows, past_key_values=past, cache_position=position)
+        return said.logits, said.past_key_values
+
+    start = model.decoder.model.decoder.start(encoded.last_hidden_state, room)
+    return continue_text(*with_language_model(decode, start, language, weight), mask, prompt, config)
+
+
+def with_language_model(
+    decode: DecoderStep, cache: MBartCache, language: Any, weight: float | Float[Array, ""]
+) -> tuple[DecoderStep, MBartCache]:
+    """§2, shallow fusion: the same step and cache with a language model beside the decoder.
+
+    Its scores are log-probabilities of every token and, so that a softmax leaves them as they are, of one more, which
+    takes what is missing to 1 and which no text may hold: the search has to suppress it.
+
+    Args:
+        decode: one step of a decoder.
+        cache: its `start`.
+        language: a decoder without an encoder.
+        weight: λ.
+    """
+    own, author = cache.self_attention, language.model.decoder
+    blocks, empty = len(own), own[0].key
+    nothing = jnp.zeros((len(empty), 1, author.config.d_model), empty.dtype)
+    read = author.start(nothing, cache.length).self_attention
+
+    def both(tokens: Any, rows: Any, past: MBartCache, position: Any) -> tuple[jax.Array, MBartCache]:
         heard = MBartCache(past.self_attention[:blocks], past.cross_attention)
-        read = MBartCache(past.self_attention[blocks:], (None,) * len(own))  # type: ignore[arg-type]
-        said = model.decoder(tokens, encoder_attention_mask=rows, past_key_values=heard, cache_position=position)
-        liked = language(tokens, past_key_values=read, cache_position=position)
-        wide = jnp.promote_types(said.logits.dtype, jnp.float32)
-        heard_scores, read_scores = (jax.nn.log_softmax(x.logits.astype(wide)) for x in (said, liked))
-        scores = heard_scores + weight * read_scores
-        # The search takes a softmax. With what is missing to 1 on one more token, which no text may hold, the softmax
-        # leaves the sum as it is.
+        written = MBartCache(past.self_attention[blocks:], (None,) * len(read))  # type: ignore[arg-type]
+        said, heard = decode(tokens, rows, heard, position)
+        liked = language(tokens, past_key_values=written, cache_position=position)
+        scores = jax.nn.log_softmax(said) + weight * jax.nn.log_softmax(liked.logits[:, -said.shape[1] :])
         missing = 1 - jnp.exp(scores).sum(axis=-1, keepdims=True)
         scores = jnp.concatenate([scores, jnp.log(jnp.maximum(missing, 1e-30))], axis=-1)
-        states = (*said.past_key_values.self_attention, *liked.past_key_values.self_attention)
+        states = (*heard.self_attention, *liked.past_key_values.self_attention)
         return scores, MBartCache(states, past.cross_attention)
 
-    return continue_text(decode, cache, mask, prompt, config)
+    # One cache for both: the decoder's blocks, then those of the language model, which attend to no encoder.
+    return both, MBartCache((*own, *read), cache.cross_attention)
 
 
 # --- §2, self-training ------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ them into one space.
 | §2.2, text pre-training, Eq. 3 | `SpeechT5ForPreTraining.text`, `text_infilling` |
 | §2.2, joint pre-training, Eq. 4 and 5 | `SpeechT5ForPreTraining.mix`, `Wav2Vec2GumbelVectorQuantizer` |
 | §3.2, automatic speech recognition; §3.4, speech translation | `SpeechT5ForSpeechToText` |
-| §3.2, joint CTC/attention decoding | `SpeechT5ForSpeechToText.generate(ctc_weight=…)` |
+| §3.2, joint decoding with CTC and a language model | `SpeechT5ForSpeechToText.generate(ctc_weight=…, fusion=…)` |
 | §3.3, text to speech | `SpeechT5ForTextToSpeech`, on `SpeechT5Speaking`; `guided_attention_loss` |
 | §3.5, voice conversion | `SpeechT5ForSpeechToSpeech` |
 | §3.6, speech enhancement | `SpeechT5ForSpeechToSpeech.generate_speech(frames=…)`, `SpeechT5ForSpeechEnhancement` |
@@ -94,6 +94,7 @@ from audiozoo.layers.batch_norm import BatchNorm
 from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy, ctc_loss, shift_tokens_right
 from audiozoo.models import hubert, wav2vec2
 from audiozoo.models.mbart import MBartCache, MBartDecoderLayer, continue_text, decode_blocks, empty_cache
+from audiozoo.models.speech_to_text_2 import LanguageModelFusion, with_language_model
 from audiozoo.outputs import (
     BaseModelOutput,
     DecoderOutput,
@@ -907,19 +908,23 @@ class SpeechT5ForSpeechToText(nnx.Module):
         *,
         decoder_input_ids: Any = None,
         ctc_weight: float = 0.0,
+        fusion: LanguageModelFusion | None = None,
         masked_group_norm: bool = False,
         key: jax.Array | None = None,
         streamer: Streamer | None = None,
         **options: Any,
     ) -> Int[np.ndarray, "rows tokens"] | GenerateOutput:
-        r"""Recognise or translate, by one compiled loop.
+        r"""Recognise or translate, by one compiled loop; every token $c$ after the text $h$ scores
+
+        $$(1 - w)\log p_{att}(c \mid h) + w\,[\log\psi(h c) - \log\psi(h)] + \lambda \log p_{LM}(c \mid h).$$
 
         Args:
             input_values: waveforms at 16 kHz.
             attention_mask: 1 for a sample of the recording, 0 for padding behind it.
             decoder_input_ids: the text's beginning; by default `decoder_start_token_id`.
-            ctc_weight: §3.2, share of CTC's opinion of each prefix in the choice of its next token; usually together
-                with `num_beams`.
+            ctc_weight: §3.2, $w$, share of CTC's opinion of each prefix in the choice of its next token; usually
+                together with `num_beams`.
+            fusion: §3.2, a language model over the same tokens (`Speech2Text2ForCausalLM`, …) and its weight $\lambda$.
             masked_group_norm: leave the padding of shorter items out of the first convolution's norm.
             key: randomness for `do_sample=True`.
             streamer: called on the host with every token.
@@ -930,7 +935,8 @@ class SpeechT5ForSpeechToText(nnx.Module):
             `GenerateOutput`.
 
         Raises:
-            UsageError: for a `ctc_weight` outside of 0 to 1, or of a model without a CTC head.
+            UsageError: for a `ctc_weight` outside of 0 to 1, or of a model without a CTC head; for a language model
+                with other tokens, or one beside CTC alone.
         """
         ours = self.config
         if not 0 <= ctc_weight <= 1:
@@ -939,6 +945,15 @@ class SpeechT5ForSpeechToText(nnx.Module):
             raise UsageError("This model has no CTC head, so ctc_weight must be 0.")
         defaults = {"eos_token_id": ours.eos_token_id, "pad_token_id": ours.pad_token_id}
         config = GenerationConfig(**(defaults | {"max_length": ours.max_text_positions} | options))
+        language: Any = None
+        if fusion is not None:
+            if fusion.weight < 0 or fusion.model.config.vocab_size != ours.vocab_size or ctc_weight == 1:
+                raise UsageError(
+                    f"A language model needs {ours.vocab_size} tokens, a weight of at least 0, and ctc_weight below 1; "
+                    f"these are {fusion.model.config.vocab_size}, {fusion.weight} and {ctc_weight}."
+                )
+            language = (*nnx.split(fusion.model), jnp.float32(fusion.weight))
+            config = config.replace(suppress_tokens=(*(config.suppress_tokens or ()), ours.vocab_size))
         if decoder_input_ids is None:
             decoder_input_ids = np.full((len(input_values), 1), ours.decoder_start_token_id)
         output = _generate(
@@ -947,6 +962,7 @@ class SpeechT5ForSpeechToText(nnx.Module):
             None if attention_mask is None else jnp.asarray(attention_mask),
             jnp.asarray(decoder_input_ids, jnp.int32),
             key,
+            *(language or (None, None, None)),
             config=config,
             ctc_weight=float(ctc_weight),
             masked_group_norm=masked_group_norm,
@@ -955,7 +971,9 @@ class SpeechT5ForSpeechToText(nnx.Module):
         return output if config.return_dict_in_generate else np.asarray(output.sequences)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "config", "ctc_weight", "masked_group_norm", "streamer"))
+@partial(
+    jax.jit, static_argnames=("graphdef", "language_graphdef", "config", "ctc_weight", "masked_group_norm", "streamer")
+)
 def _generate(
     graphdef: Any,
     state: Any,
@@ -963,6 +981,9 @@ def _generate(
     attention_mask: jax.Array | None,
     prompt: jax.Array,
     key: jax.Array | None,
+    language_graphdef: Any,
+    language_state: Any,
+    language_weight: jax.Array | None,
     *,
     config: GenerationConfig,
     ctc_weight: float,
@@ -977,15 +998,21 @@ def _generate(
     def decode(tokens: Any, rows: Any, past: MBartCache, position: Any) -> tuple[jax.Array, MBartCache]:
         x = decoder.prenet(tokens, position=position, limit=limit)
         out = decoder.wrapped_decoder(x, encoder_attention_mask=rows, past_key_values=past, cache_position=position)
-        return model.head(out.last_hidden_state[:, -1:]), out.past_key_values
+        logits = model.head(out.last_hidden_state[:, -1:])
+        return jax.nn.log_softmax(logits) if ctc_weight else logits, out.past_key_values
 
     processors: tuple[Any, ...] = ()
     if ctc_weight:
         log_probs = jax.nn.log_softmax(model.ctc_proj(encoded.last_hidden_state), axis=-1)
         frames, ends = None if mask is None else mask.sum(axis=-1), (ours.ctc_blank_id, ours.eos_token_id)
         processors = (PrefixScorer(log_probs, frames, ctc_weight, prompt.shape[1], *ends),)
+    step: Any = decode
     cache = decoder.wrapped_decoder.start(encoded.last_hidden_state, limit)
-    return continue_text(decode, cache, mask, prompt, config, key=key, logits_processors=processors, streamer=streamer)
+    if language_weight is not None:
+        # The attention's score, in which the language model's goes along, counts (1 - w) times.
+        language = nnx.merge(language_graphdef, language_state)
+        step, cache = with_language_model(decode, cache, language, language_weight / (1 - ctc_weight))
+    return continue_text(step, cache, mask, prompt, config, key=key, logits_processors=processors, streamer=streamer)
 
 
 # --- §2.2, Eq. 2, and §3.3: the losses of speaking --------------------------------------------------------------------

@@ -16,10 +16,12 @@ from audiozoo.decoding.ctc_prefix import PrefixScorer
 from audiozoo.errors import AudioError, CheckpointError, SourceError, UsageError
 from audiozoo.layers.batch_norm import writable
 from audiozoo.models import speecht5
+from audiozoo.models.speech_to_text_2 import LanguageModelFusion, Speech2Text2Config, Speech2Text2ForCausalLM
 from audiozoo.models.speecht5 import SpeechT5Config
 from audiozoo.processors.speecht5 import SpeechT5FeatureExtractor, SpeechT5Processor, SpeechT5Tokenizer
 from audiozoo.text.numbers import spell_numbers
 from tests import processes
+from tests.models.random_model import random_model
 from tests.models.tiny_speecht5 import SIZES, build, train_characters, vocoder, wave
 from tests.shapes import enforce
 from tests.tolerances import tolerance
@@ -75,6 +77,7 @@ SHARDED = """
 import jax, numpy as np
 from audiozoo import sharding
 from tests.models.test_speecht5 import IDS, WHO
+from tests.models.random_model import random_model
 from tests.models.tiny_speecht5 import build, vocoder
 
 def say(model, vocoder, seed):
@@ -301,11 +304,11 @@ def test_probabilities_of_prefixes():
             np.testing.assert_allclose(np.exp(following[row, end]), exactly, rtol=1e-4)
             for token in (0, 1):
                 np.testing.assert_allclose(np.exp(following[row, token]), brute(row, (*prefix, token))[0], rtol=1e-4)
-    logits = jnp.asarray(rng.standard_normal((2, 4)))
+    heard = jax.nn.log_softmax(jnp.asarray(rng.standard_normal((2, 4))))
     tokens = jnp.asarray([[2, 0, 1, 9], [2, 1, 1, 9]])
-    mixed = scorer(logits, tokens, jnp.asarray(3))
+    mixed = scorer(heard, tokens, jnp.asarray(3))
     whole, following = scorer.prefix(tokens[:, 1:], jnp.asarray(2))
-    wanted = 0.7 * jax.nn.log_softmax(logits) + 0.3 * (following - whole[:, None])
+    wanted = 0.7 * heard + 0.3 * (following - whole[:, None])
     np.testing.assert_allclose(mixed[:, :3], wanted[:, :3], rtol=1e-5)
     assert np.isneginf(mixed[:, blank]).all()
 
@@ -323,6 +326,46 @@ def test_joint_decoding():
     for weight, sentence in ((1.5, "between 0 and 1"), (0.5, "no CTC head")):
         with pytest.raises(UsageError, match=sentence):
             (model if weight > 1 else model.without_ctc()).generate(x, ctc_weight=weight)
+
+
+def test_a_language_model_has_a_say():
+    """Every token by what the three say of it, each asked anew about the whole text so far; the same for beams."""
+    model = build("ForSpeechToText")
+    sizes = Speech2Text2Config(
+        vocab_size=81, d_model=12, decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=16
+    )
+    author = random_model(lambda rngs: Speech2Text2ForCausalLM(sizes, rngs=rngs), seed=1)
+    waves, mask = np.stack([wave(4000, 0), wave(4000, 1)]), np.ones((2, 4000), np.int32)
+    mask[1, 3000:] = 0
+    fusion, w, new = LanguageModelFusion(author, 0.4), 0.3, 5
+
+    @jax.jit
+    def scores(tokens, length, weight=fusion.weight):
+        said = model(waves, mask, tokens)
+        frames = model.speecht5.encoder.mask(jnp.asarray(mask), said.ctc_logits.shape[1]).sum(axis=-1)
+        scorer = PrefixScorer(jax.nn.log_softmax(said.ctc_logits), frames, w, 1, 80, 2)
+        whole, following = scorer.prefix(tokens[:, 1:], length - 1)
+        attention, liked = (jax.nn.log_softmax(x.logits)[:, length - 1] for x in (said, author(tokens)))
+        total = (1 - w) * attention + w * (following - whole[:, None]) + weight * liked
+        return jnp.where(jnp.arange(81) == 80, -jnp.inf, total)
+
+    tokens = np.full((2, 1 + new), 2, np.int32)
+    for length in range(1, 1 + new):
+        tokens[:, length] = scores(tokens, length).argmax(axis=-1)
+    options = {"ctc_weight": w, "max_new_tokens": new, "min_new_tokens": new}
+    assert not (tokens[:, 1:] == 2).any()
+    np.testing.assert_array_equal(model.generate(waves, mask, fusion=fusion, **options), tokens)
+    alone = [scores(tokens, length, 0.0).argmax(axis=-1) for length in range(1, 1 + new)]
+    assert (np.stack(alone, axis=1) != tokens[:, 1:]).any()
+    beams = {"num_beams": 3, "return_dict_in_generate": True}
+    found = model.generate(waves, mask, fusion=fusion, **options, **beams)
+    texts, total = np.asarray(found.sequences), np.zeros(2)
+    for length in range(1, 1 + new):
+        total += np.asarray(scores(texts, length))[np.arange(2), texts[:, length]]
+    np.testing.assert_allclose(found.sum_log_probs, total, rtol=1e-4)
+    for wrong, weight in ((LanguageModelFusion(author, -1.0), w), (fusion, 1.0)):
+        with pytest.raises(UsageError, match="A language model needs"):
+            model.generate(waves, mask, fusion=wrong, ctc_weight=weight)
 
 
 # --- the other heads -------------------------------------------------------------------------------------------------
