@@ -13,6 +13,9 @@ feeds the tokens at `position … position + L - 1`, writes their keys and value
 slots up to its own, and returns the logits after each. Rejected tokens are undone by moving the position back: slots at
 or after it are never attended to and are overwritten later, so nothing is copied.
 
+Without a draft model the text itself drafts (**prompt lookup**, Saxena, 2023): where the last few tokens stood before,
+what followed them then is the guess. That helps where a text repeats itself or its prompt.
+
 In a batch all rows advance together, by the smallest number of accepted tokens among the unfinished rows.
 """
 
@@ -68,13 +71,14 @@ class _State:
 
 def assisted_generate(
     target_step: MultiStep,
-    draft_step: MultiStep,
+    draft_step: MultiStep | None,
     target_cache: Any,
     draft_cache: Any,
     prompt: Int[Array, "batch prompt"],
     config: GenerationConfig,
     *,
     num_assistant_tokens: int = 5,
+    max_matching_ngram_size: int = 2,
     logits_processors: Sequence[LogitsProcessor] = (),
     max_new_tokens: int | Int[Array, ""] | None = None,
 ) -> AssistedOutput:
@@ -82,12 +86,13 @@ def assisted_generate(
 
     Args:
         target_step: the model whose tokens are wanted.
-        draft_step: a cheaper model over the same vocabulary.
+        draft_step: a cheaper model over the same vocabulary; None for prompt lookup.
         target_cache: the target's cache, with `num_assistant_tokens` slots more than prompt and new tokens.
-        draft_cache: likewise.
+        draft_cache: likewise; None for prompt lookup.
         prompt: the tokens to continue.
         config: the options; those of greedy search.
         num_assistant_tokens: how many tokens are drafted at a time.
+        max_matching_ngram_size: how many of the last tokens prompt lookup looks for, at most.
         logits_processors: as for `generate`; they apply to draft and target alike.
         max_new_tokens: a traced limit, at most that of `config`.
 
@@ -101,6 +106,8 @@ def assisted_generate(
         raise UsageError(f"Speculative decoding is greedy; num_beams={config.num_beams} must be 1.")
     if num_assistant_tokens < 1:
         raise UsageError(f"num_assistant_tokens={num_assistant_tokens} must be at least 1.")
+    if max_matching_ngram_size < 1:
+        raise UsageError(f"max_matching_ngram_size={max_matching_ngram_size} must be at least 1.")
     drafted, prompt = num_assistant_tokens, prompt.astype(jnp.int32)
     batch, prompt_length = prompt.shape
 
@@ -135,7 +142,8 @@ def assisted_generate(
     # The prompt, through both models; the target chooses the first token.
     zero = jnp.zeros((), jnp.int32)
     logits, target_cache = target_step(prompt, target_cache, zero)
-    _, draft_cache = draft_step(prompt, draft_cache, zero)
+    if draft_step is not None:
+        _, draft_cache = draft_step(prompt, draft_cache, zero)
     buffer = jnp.full((batch, prompt_length + search.buffer_new + drafted), config.fill_token_id, jnp.int32)
     state = _State(
         target=target_cache,
@@ -149,11 +157,26 @@ def assisted_generate(
     )
     state = commit(state, choose(logits[:, -1], state.tokens, state.length))
 
-    def speculate(state: _State) -> _State:
-        length = state.length
+    def look_up(tokens: Array, length: Array) -> Array:
+        """Draft what followed the first occurrence of the last tokens: of as many of them as have one."""
+        follows = jnp.zeros(batch, jnp.int32)  # without an occurrence any guess will do
+        for size in range(1, max_matching_ngram_size + 1):
+            starts = tokens.shape[1] - size
+            occurs = jnp.broadcast_to(jnp.arange(starts) + size < length, (batch, starts))
+            for offset in range(size):
+                last = lax.dynamic_slice_in_dim(tokens, length - size + offset, 1, axis=1)
+                occurs &= tokens[:, offset : offset + starts] == last
+            follows = jnp.where(jnp.any(occurs, axis=1), jnp.argmax(occurs, axis=1) + size, follows)
+        guess = jnp.take_along_axis(tokens, follows[:, None] + jnp.arange(drafted), axis=1, mode="clip")
+        return lax.dynamic_update_slice_in_dim(tokens, guess, length, axis=1)
 
-        # Draft. If all of the last draft was accepted, the draft has not yet been fed the last but one token; feeding
-        # two tokens first covers both cases and writes again what was there in the other.
+    def ask(draft_step: MultiStep, cache: Any, tokens: Array, length: Array) -> tuple[Array, Any]:
+        """Draft by the draft model's greedy search.
+
+        If all of the last draft was accepted, the draft has not yet been fed the last but one token; feeding two tokens
+        first covers both cases and writes again what was there in the other.
+        """
+
         def draft(carry: tuple[Array, Array, Any, Array]) -> tuple[Array, Array, Any, Array]:
             index, tokens, cache, chosen = carry
             tokens = append(tokens, chosen, length + index - 1)
@@ -161,12 +184,18 @@ def assisted_generate(
             logits, cache = draft_step(fed, cache, length + index - 1)
             return index + 1, tokens, cache, choose(logits[:, -1], tokens, length + index)
 
-        two = lax.dynamic_slice_in_dim(state.tokens, length - 2, 2, axis=1)
-        logits, cache = draft_step(two, state.draft, length - 2)
-        first = choose(logits[:, -1], state.tokens, length)
-        drafting = (jnp.int32(1), state.tokens, cache, first)
+        two = lax.dynamic_slice_in_dim(tokens, length - 2, 2, axis=1)
+        logits, cache = draft_step(two, cache, length - 2)
+        drafting = (jnp.int32(1), tokens, cache, choose(logits[:, -1], tokens, length))
         _, tokens, cache, last = caches.while_loop(lambda carry: carry[0] < drafted, draft, drafting)
-        tokens = append(tokens, last, length + drafted - 1)
+        return append(tokens, last, length + drafted - 1), cache
+
+    def speculate(state: _State) -> _State:
+        length = state.length
+        if draft_step is None:
+            tokens, cache = look_up(state.tokens, length), state.draft
+        else:
+            tokens, cache = ask(draft_step, state.draft, state.tokens, length)
 
         # Check: the target sees the last token and the draft, and makes its own choice after each.
         fed = lax.dynamic_slice_in_dim(tokens, length - 1, drafted + 1, axis=1)

@@ -802,6 +802,8 @@ class WhisperForConditionalGeneration(WhisperLanguageModel):
         streamer: Streamer | None = None,
         assistant_model: WhisperLanguageModel | None = None,
         num_assistant_tokens: int = 5,
+        prompt_lookup_num_tokens: int | None = None,
+        max_matching_ngram_size: int = 2,
         attention_mask: Any = None,
         **options: Any,
     ) -> Int[np.ndarray, "rows tokens"] | GenerateOutput:
@@ -824,6 +826,9 @@ class WhisperForConditionalGeneration(WhisperLanguageModel):
             assistant_model: drafts tokens for this model to check, which is greedy search with the same result, sooner.
                 A `WhisperForCausalLM` drafts from this model's encoding of the audio, a whole model from its own.
             num_assistant_tokens: how many tokens are drafted at a time.
+            prompt_lookup_num_tokens: draft so many tokens at a time without a model, by what followed when the last
+                ones stood before, in the text or in `prompt_ids`; the result is that of greedy search.
+            max_matching_ngram_size: how many of the last tokens are looked for, at most.
             attention_mask: of the processor; Whisper does not use it.
             options: as for `transformers.generate`; see `audiozoo.decoding.GenerationConfig`.
 
@@ -870,9 +875,12 @@ class WhisperForConditionalGeneration(WhisperLanguageModel):
             from audiozoo.decoding.timestamps import TimestampRules
 
             rules = (TimestampRules.of(ids, length),)
+        lookup = prompt_lookup_num_tokens is not None
+        if streamer is not None and (lookup or assistant_model is not None):
+            raise UsageError("A streamer cannot follow speculative decoding, where tokens come several at a time.")
+        if lookup and assistant_model is not None:
+            raise UsageError("Either assistant_model or prompt_lookup_num_tokens drafts the tokens, not both.")
         if assistant_model is not None:
-            if streamer is not None:
-                raise UsageError("A streamer cannot follow speculative decoding, where tokens come several at a time.")
             if isinstance(assistant_model, WhisperForConditionalGeneration) and input_features is None:
                 raise UsageError("An assistant_model with an encoder of its own needs input_features.")
             if assistant_model.config.vocab_size != self.config.vocab_size:
@@ -892,14 +900,24 @@ class WhisperForConditionalGeneration(WhisperLanguageModel):
             rules=rules,
             allow_short=allow_short,
             streamer=streamer,
-            drafted=num_assistant_tokens,
+            drafted=num_assistant_tokens if prompt_lookup_num_tokens is None else prompt_lookup_num_tokens,
+            matching=max_matching_ngram_size if lookup else None,
         ).trim()
         return output if config.return_dict_in_generate else np.asarray(output.sequences)[:, length:]
 
 
 @partial(
     jax.jit,
-    static_argnames=("graphdef", "assistant_graphdef", "config", "rules", "allow_short", "streamer", "drafted"),
+    static_argnames=(
+        "graphdef",
+        "assistant_graphdef",
+        "config",
+        "rules",
+        "allow_short",
+        "streamer",
+        "drafted",
+        "matching",
+    ),
 )
 def _generate(
     graphdef: Any,
@@ -917,11 +935,25 @@ def _generate(
     allow_short: bool,
     streamer: Streamer | None,
     drafted: int,
+    matching: int | None,
 ) -> GenerateOutput:
     model = nnx.merge(graphdef, state)
     if encoder_outputs is None:
         encoder_outputs = model.model.encoder(input_features, allow_short=allow_short)
     hidden, length = encoder_outputs.last_hidden_state, prompt.shape[1] + config.new_tokens(prompt.shape[1])
+    if matching is not None:
+        return assisted_generate(
+            model.several,
+            None,
+            model.model.decoder.start(hidden, length + drafted),
+            None,
+            prompt,
+            config,
+            num_assistant_tokens=drafted,
+            max_matching_ngram_size=matching,
+            logits_processors=rules,
+            max_new_tokens=limit,
+        )
     if assistant_graphdef is not None:
         assistant = nnx.merge(assistant_graphdef, assistant_state)
         heard = hidden

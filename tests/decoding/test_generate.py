@@ -342,6 +342,52 @@ def test_drafting_changes_nothing_but_the_number_of_rounds(batch, drafted, draft
     assert int(result.rounds) <= new - 1
 
 
+@pytest.mark.parametrize(("batch", "size"), [(1, 3), (3, 2)])
+def test_looking_up_drafts_changes_nothing_but_the_number_of_rounds(batch, size):
+    target, drafted = tiny_transformer.weights(0), 4
+    prompt = np.array([[1, 2, 5], [7, 7, 7], [4, 1, 4]])[:batch]
+    config = GREEDY.replace(max_new_tokens=24, eos_token_id=12)
+    start = functools.partial(tiny_transformer.start, target, batch)
+
+    @quick
+    def assisted(target, prompt):
+        several = functools.partial(tiny_transformer.multi_step, target)
+        return assisted_generate(
+            several,
+            None,
+            start(27 + drafted),
+            None,
+            prompt,
+            config,
+            num_assistant_tokens=drafted,
+            max_matching_ngram_size=size,
+        )
+
+    step = functools.partial(tiny_transformer.step, target)
+    expected = quick(lambda prompt: generate(step, start(27), prompt, config))(prompt)
+    result = assisted(target, prompt)
+    np.testing.assert_array_equal(result.sequences, expected.sequences)
+    np.testing.assert_array_equal(result.lengths, expected.lengths)
+    # By hand, from the finished sequences: how many rounds it takes.
+    rows, ends = np.asarray(expected.sequences), np.asarray(expected.lengths)
+    length, rounds = 4, 0
+    while length < ends.max():
+        kept = []
+        for row, end in zip(rows, ends, strict=True):
+            if length >= end:
+                continue
+            seen, follows = row[:length].tolist(), 0
+            for n in range(1, size + 1):
+                places = [i for i in range(length - n) if seen[i : i + n] == seen[-n:]]
+                follows = places[0] + n if places else follows
+            known = seen + [config.fill_token_id] * drafted
+            wrong = np.array(known[follows : follows + drafted]) != np.append(row, [-1] * drafted)[length:][:drafted]
+            kept.append(int(np.argmax(np.append(wrong, True))))
+        length, rounds = length + min(kept) + 1, rounds + 1
+    assert int(result.rounds) == rounds
+    assert rounds < ends.max() - 4
+
+
 # --- options ---------------------------------------------------------------------------------------------------------
 
 

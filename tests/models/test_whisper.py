@@ -223,6 +223,9 @@ def test_a_draft_model_changes_nothing_but_the_number_of_rounds(model, kind):
     np.testing.assert_array_equal(helped.lengths, alone.lengths)
     assert int(helped.accepted) > 0
     assert int(helped.rounds) < int(alone.steps) - 1
+    looked = model.generate(x, prompt_lookup_num_tokens=4, **options)
+    np.testing.assert_array_equal(looked.sequences, alone.sequences)
+    assert int(looked.rounds) + int(looked.accepted) >= int(alone.steps) - 1
     timed = {"return_timestamps": True, "max_new_tokens": 12}
     many = multilingual()
     np.testing.assert_array_equal(many.generate(x, assistant_model=many, **timed), many.generate(x, **timed))
@@ -234,6 +237,7 @@ def test_a_draft_model_that_cannot_help(model):
     refuse("greedy", model.generate, x, assistant_model=model, do_sample=True, key=jax.random.key(0))
     refuse("greedy", model.generate, x, assistant_model=model, num_beams=2)
     refuse("streamer", model.generate, x, assistant_model=model, streamer=print)
+    refuse("not both", model.generate, x, assistant_model=model, prompt_lookup_num_tokens=2)
     encoded = BaseModelOutput(last_hidden_state=jnp.zeros((1, 12, 16)))
     refuse("needs input_features", model.generate, encoder_outputs=encoded, assistant_model=model)
 
