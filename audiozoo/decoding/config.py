@@ -9,13 +9,23 @@ from typing import Any, Literal
 
 from audiozoo.errors import UsageError
 
+# What `transformers` has beside them, and why it is refused here.
+_REFUSED = {
+    "max_time": "a search is one compiled loop, which sees no clock; max_new_tokens limits it",
+    "stop_strings": "a search sees tokens and no text; cut the text, or give the token as eos_token_id",
+    "guidance_scale": "it needs a model that was trained without its condition too, which only MusicGen was",
+    "prompt_lookup_num_tokens": "it needs a model that checks several tokens at once, as Whisper's generate does",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
     """Options of autoregressive decoding; frozen and hashable, so that it can be a static argument of `jax.jit`.
 
     Names and defaults are those of `transformers` 5. Lists are stored as tuples. An unknown name raises
-    `UsageError` with the nearest known ones.
+    `UsageError` with the nearest known ones; what is left out on purpose raises it with the reason: a clock
+    (`max_time`) has no place in a compiled loop, and texts (`stop_strings`) none in a search that knows no tokenizer,
+    for recognisers and translators, which end their texts themselves.
     """
 
     # Length, in tokens. Without `max_new_tokens` and `max_length`, twenty new tokens, as in `transformers`.
@@ -184,6 +194,8 @@ class GenerationConfig:
 def _check_names(options: Mapping[str, Any]) -> None:
     known = [field.name for field in dataclasses.fields(GenerationConfig)]
     for name in options:
+        if name in _REFUSED:
+            raise UsageError(f"Generation option {name!r} is not offered here: {_REFUSED[name]}.")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else f"known options are {', '.join(known)}."

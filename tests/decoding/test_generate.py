@@ -395,6 +395,8 @@ def test_unknown_options_are_named_with_their_neighbours():
     for make in (lambda: GenerationConfig(num_beam=2), lambda: GREEDY.replace(num_beam=2)):
         with pytest.raises(UsageError, match="'num_beam'; did you mean num_beams"):
             make()
+    with pytest.raises(UsageError, match=r"'max_time' is not offered here: .* sees no clock"):
+        GREEDY.replace(max_time=2.0)
     with pytest.raises(UsageError, match="'lang_to_id'"):
         GenerationConfig.from_dict({"lang_to_id": {}})
     relaxed = GenerationConfig.from_dict({"lang_to_id": {}, "num_beams": 4, "eos_token_id": [1, 2]}, strict=False)
