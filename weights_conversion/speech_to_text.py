@@ -11,7 +11,7 @@ from typing import Any
 from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.models.speech_to_text import Speech2TextConfig, Speech2TextGenerationConfig
 from audiozoo.processors.speech_to_text import Speech2TextProcessor
-from weights_conversion import ForeignCheckpoint, HuggingFaceForm, read_json, take
+from weights_conversion import ForeignCheckpoint, HuggingFaceForm, read_json, search_options, take
 from weights_conversion.readers import TensorSource, open_tensors
 from weights_conversion.rules import Ignore, Rule, Table, Tied, transpose
 from weights_conversion.wav2vec2 import convolution, fairseq_settings, linear, norm
@@ -56,7 +56,7 @@ def hugging_face_table(config: Speech2TextConfig, model_class: str) -> Table:
 
 
 _CONFIG_DEFAULTS = {f.name: f.default for f in dataclasses.fields(Speech2TextConfig)}
-_GENERATION = tuple(f.name for f in dataclasses.fields(Speech2TextGenerationConfig))
+_GENERATION = ("num_beams", "max_length", "early_stopping", "forced_bos_token_id")
 
 
 def config_from_hugging_face(config: Mapping[str, Any], where: str = "config.json") -> Speech2TextConfig:
@@ -74,7 +74,8 @@ def generation_from_hugging_face(
     merged = {n: v for n in _GENERATION if (v := generation.get(n, config.get(n))) is not None}
     kinds = {"num_beams": 1, "max_length": 1, "early_stopping": False, "forced_bos_token_id": 0}
     silent = {"num_beams": 1, "max_length": None, "early_stopping": False, "forced_bos_token_id": None}
-    return Speech2TextGenerationConfig(**(silent | take(merged, kinds, where)))
+    rest = search_options(generation, where, left_out=(*_GENERATION, "forced_eos_token_id"))
+    return Speech2TextGenerationConfig(**(silent | take(merged, kinds, where)), options=rest)
 
 
 def hugging_face(model: Any) -> HuggingFaceForm:
@@ -84,7 +85,8 @@ def hugging_face(model: Any) -> HuggingFaceForm:
     config |= {"architectures": [name], "model_type": MODEL_TYPE, "dtype": "float32", "is_encoder_decoder": True}
     files = {"config.json": config}
     if hasattr(model, "generation_config"):
-        search = {n: v for n, v in dataclasses.asdict(model.generation_config).items() if v is not None}
+        search = dataclasses.asdict(model.generation_config)
+        search = {n: v for n, v in (search | dict(search.pop("options"))).items() if v is not None}
         files["generation_config.json"] = search | ids
     return HuggingFaceForm(files, hugging_face_table(model.config, name))
 

@@ -178,6 +178,7 @@ class Speech2TextGenerationConfig:
     max_length: int | None = 200  # tokens of a text, the first included
     early_stopping: bool = True  # end when as many hypotheses as beams have
     forced_bos_token_id: int | None = None  # the first token after the start: a language
+    options: tuple[tuple[str, Any], ...] = ()  # the rest of the search, as for `transformers.GenerationConfig`
 
 
 # --- §2, SpecAugment --------------------------------------------------------------------------------------------------
@@ -622,7 +623,10 @@ class Speech2TextForConditionalGeneration(nnx.Module):
             "early_stopping": search.early_stopping,
             "forced_bos_token_id": search.forced_bos_token_id,
             "max_length": search.max_length,
+            **dict(search.options),
         }
+        if options.get("max_length") is not None:
+            defaults["max_new_tokens"] = None
         if options.get("do_sample") and "num_beams" not in options:
             defaults["num_beams"] = 1
         chosen = GenerationConfig(**(defaults | options))

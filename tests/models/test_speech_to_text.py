@@ -393,6 +393,12 @@ def test_directories(checkpoint, model, tmp_path):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(SourceError, match=r"no vocab\.json"):
         Speech2TextTokenizer.from_directory(tmp_path)
+    # The rest of the search is the file's too; here it leaves few tokens.
+    left = (0, 1, TINY.eos_token_id, 7, 8)
+    silent = tuple(token for token in range(TINY.vocab_size) if token not in left)
+    again.generation_config = Speech2TextGenerationConfig(1, 9, options=(("suppress_tokens", silent),))
+    heard = np.random.default_rng(0).standard_normal((1, 40, TINY.input_feat_per_channel)).astype(np.float32)
+    assert set(again.generate(heard).ravel().tolist()) <= {TINY.decoder_start_token_id, *left}
     with pytest.raises(CheckpointError, match="</s>"):
         Speech2TextTokenizer({"<s>": 0, "<pad>": 1, "<unk>": 2}, checkpoint / "m.model")
 

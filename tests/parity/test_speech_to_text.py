@@ -287,10 +287,11 @@ def load(path, model_class=None):
 def test_hugging_face_directories(tied, tmp_path):
     with harness.precision("float32"):
         reference = their_model(tie_word_embeddings=tied)
-        reference.generation_config.update(num_beams=4, max_length=50)
+        reference.generation_config.update(num_beams=4, max_length=50, length_penalty=0.2, no_repeat_ngram_size=2)
         reference.save_pretrained(tmp_path / "theirs")
         model = load(tmp_path / "theirs")
-        assert model.generation_config == Speech2TextGenerationConfig(4, 50, False)
+        rest = (("length_penalty", 0.2), ("no_repeat_ngram_size", 2))
+        assert model.generation_config == Speech2TextGenerationConfig(4, 50, False, options=rest)
         form = conversion.hugging_face(model)
         with checkpoints.written_whole(tmp_path / "ours") as folder:
             for file, content in form.files.items():
@@ -303,6 +304,7 @@ def test_hugging_face_directories(tied, tmp_path):
         for key, tensor in reference.state_dict().items():
             np.testing.assert_array_equal(back.state_dict()[key], tensor, err_msg=key)
         assert (back.generation_config.num_beams, back.generation_config.max_length) == (4, 50)
+        assert (back.generation_config.length_penalty, back.generation_config.no_repeat_ngram_size) == (0.2, 2)
         # Hub files of before: a pickle, with both tables of positions and the head; how to search is in config.json.
         old = reference.state_dict() | {
             f"model.{part}.embed_positions.weights": torch.zeros(5, 24) for part in ("encoder", "decoder")
