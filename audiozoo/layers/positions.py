@@ -24,6 +24,18 @@ def sinusoids(length: int, channels: int, *, max_timescale: float = 10_000.0) ->
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
+def interleaved_sinusoids(positions: np.ndarray, channels: int) -> np.ndarray:
+    r"""Sinusoidal positions of arXiv 1706.03762, §3.5, as it writes them: sine and cosine in turn.
+
+    Row $t$ holds $\sin(t\,\omega_k)$ at $2k$ and $\cos(t\,\omega_k)$ at $2k + 1$ with $\omega_k = 10000^{-2k/C}$.
+
+    Returns:
+        float64 array of shape `(len(positions), channels)`.
+    """
+    angles = positions[:, None] * 10_000.0 ** (-np.arange(0, channels, 2) / channels)
+    return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(len(positions), -1)[:, :channels]
+
+
 def fairseq_sinusoids(length: int, channels: int, *, padding: int = 1) -> np.ndarray:
     r"""fairseq's table of positions, which its descendants' checkpoints were trained with and do not hold.
 

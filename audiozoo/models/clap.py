@@ -18,14 +18,14 @@ shrunk, and through three windows, fused by attention.
 
 | paper | here |
 | --- | --- |
-| §3.2, Eq. 1, encoders and their projections | `ClapAudioModel`, `RobertaModel`, `ClapProjectionLayer` |
+| §3.1, Eq. 1 and 2, encoders and their projections | `ClapAudioModel`, `RobertaModel`, `ClapProjectionLayer` |
 | the same, one of the two alone | `ClapTextModelWithProjection`, `ClapAudioModelWithProjection` |
-| §3.1, Eq. 2, contrastive loss | `contrastive_loss`, `ClapModel` |
+| §3.1, Eq. 3, contrastive loss | `contrastive_loss`, `ClapModel` |
 | HTSAT §2.1, patch embedding, group Swin Transformer | `fold`, `ClapAudioPatchEmbed`, `Conv2d`, `ClapAudioEncoder` |
 | HTSAT §2.2, token-semantic module, framewise output | `ClapTaggingHead`, `ClapAudioModel.tag`, `tagging_loss` |
-| §3.3, feature fusion for variable-length input | `FeatureFusion`, `MelFusion` |
-| §3.3, attentional (arXiv 2009.14082) | `AttentionalFusion`, `PointwiseAttention` |
-| §3.4, label templates (keyword-to-caption's baseline) | `caption_of_labels` |
+| §3.4, feature fusion for variable-length input | `FeatureFusion`, `MelFusion` |
+| §3.4, attentional (arXiv 2009.14082) | `AttentionalFusion`, `PointwiseAttention` |
+| §3.5, label templates (keyword-to-caption's baseline) | `caption_of_labels` |
 | §4.2 and §4.3, retrieval and zero-shot classification | `embed_audio`, `embed_text`, `zero_shot` |
 | §4.1, Adam, warm-up and cosine decay | `ClapRecipe` |
 | §4.3, supervised classification on what is heard | `LinearProbe`, `fit_probe` |
@@ -33,7 +33,7 @@ shrunk, and through three windows, fused by attention.
 | the same: scales that are kept in bounds, frames and bands hidden in training | `clamp_logit_scales`, `drop_stripes` |
 
 Three things differ from `transformers` on purpose; a test shows both sides of each. Its loss takes the cross-entropy of
-`logits_per_audio` transposed, hence asks twice which sound a text belongs to and never which text a sound; here Eq. 2
+`logits_per_audio` transposed, hence asks twice which sound a text belongs to and never which text a sound; here Eq. 3
 is taken in both directions. Its extractor says of one item drawn at random that it is longer than 10 s when none is,
 hence gives the same sound another embedding in every batch; here such an item is not fused, as in the released
 evaluation code. And it knows one way of fusing, `aff_2d`; here are all of the released code: `daf`, `aff` and `iaff`,
@@ -166,7 +166,7 @@ _TEXT = RobertaConfig(layer_norm_eps=1e-12)
 
 @dataclass(frozen=True)
 class ClapConfig:
-    """Sizes of both towers, §3.2 and §4.1; the defaults are those of `laion/clap-htsat-unfused`."""
+    """Sizes of both towers, §3.3 and §4.1; the defaults are those of `laion/clap-htsat-unfused`."""
 
     text_config: RobertaConfig = field(default=_TEXT)  # the text tower
     audio_config: ClapAudioConfig = field(default_factory=ClapAudioConfig)  # the sound tower
@@ -185,7 +185,7 @@ class ClapConfig:
 
     @classmethod
     def htsat_fused(cls) -> ClapConfig:
-        """§3.3, the same with feature fusion."""
+        """§3.4, the same with feature fusion."""
         return cls(audio_config=ClapAudioConfig.tiny(enable_fusion=True, fusion_type="aff_2d"))
 
     @classmethod
@@ -203,7 +203,7 @@ class ClapConfig:
 
 
 class ClapOutput(ModelOutput):
-    """What `ClapModel` returns: embeddings on the sphere, §3.2, their scaled products, and the loss, Eq. 2."""
+    """What `ClapModel` returns: embeddings on the sphere, §3.1, their scaled products, and the loss, Eq. 3."""
 
     loss: Float[Array, ""] | None = None
     logits_per_audio: Float[Array, "sounds texts"] = ABSENT
@@ -215,7 +215,7 @@ class ClapOutput(ModelOutput):
 
 
 class ClapTextModelOutput(ModelOutput):
-    """What the text tower returns, §3.2; `text_embeds` are not normalised, as in `transformers`."""
+    """What the text tower returns, §3.1; `text_embeds` are not normalised, as in `transformers`."""
 
     text_embeds: Float[Array, "texts dim"] = ABSENT
     last_hidden_state: Float[Array, "texts time hidden"] = ABSENT
@@ -224,7 +224,7 @@ class ClapTextModelOutput(ModelOutput):
 
 
 class ClapAudioModelOutput(ModelOutput):
-    """What the sound tower returns, §3.2; `audio_embeds` are not normalised, as in `transformers`."""
+    """What the sound tower returns, §3.1; `audio_embeds` are not normalised, as in `transformers`."""
 
     audio_embeds: Float[Array, "sounds dim"] = ABSENT
     last_hidden_state: Float[Array, "sounds hidden bands frames"] = ABSENT
@@ -305,11 +305,11 @@ def fold(x: Float[Array, "*batch frames mels"], config: ClapAudioConfig) -> Floa
     return x.swapaxes(-1, -2).reshape(*x.shape[:-3], config.spec_size, config.frames // config.ratio)
 
 
-# --- feature fusion, §3.3 --------------------------------------------------------------------------------------------
+# --- feature fusion, §3.4 --------------------------------------------------------------------------------------------
 
 
 class PointwiseAttention(nnx.Module):
-    """§3.3, one branch of attentional feature fusion (arXiv 2009.14082): narrow, normalise, widen, normalise."""
+    """§3.4, one branch of attentional feature fusion (arXiv 2009.14082): narrow, normalise, widen, normalise."""
 
     def __init__(self, channels: int, narrow: int, **kwargs: Any):
         self.conv1, self.norm1 = Linear(channels, narrow, **kwargs), BatchNorm(narrow, **kwargs)
@@ -323,7 +323,7 @@ class PointwiseAttention(nnx.Module):
 
 
 class AttentionalFusion(nnx.Module):
-    r"""§3.3 and Figure 2, attentional feature fusion (AFF) and its iterative kind (iAFF).
+    r"""§3.4 and Figure 2, attentional feature fusion (AFF) and its iterative kind (iAFF).
 
     $F = 2\,(\alpha X + (1 - \alpha) Y)$ with $\alpha = \sigma(L(X + Y) + G(X + Y))$, where $L$ looks at each place and
     $G$ at their mean. The iterative kind drops the factor 2 and computes $\alpha$ anew from its own first result, with
@@ -356,7 +356,7 @@ class AttentionalFusion(nnx.Module):
 
 
 class FeatureFusion(nnx.Module):
-    """§3.3: fuse the whole sound with its windows, for the items that are longer; the others stay as they are."""
+    """§3.4: fuse the whole sound with its windows, for the items that are longer; the others stay as they are."""
 
     def __init__(self, kind: str, channels: int, ratio: int, **kwargs: Any):
         self.attention = None if kind == "daf" else AttentionalFusion(channels, ratio, kind == "iaff", **kwargs)
@@ -416,7 +416,7 @@ class Conv2d(nnx.Module):
 
 
 class ClapAudioPatchEmbed(nnx.Module):
-    """HTSAT §2.1, patch embedding, and §3.3, fusion of patches."""
+    """HTSAT §2.1, patch embedding, and §3.4, fusion of patches."""
 
     def __init__(self, config: ClapAudioConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -460,7 +460,7 @@ class ClapAudioPatchEmbed(nnx.Module):
 
 
 class MelFusion(nnx.Module):
-    """§3.3, fusion of spectrograms (`_1d`): the windows' frames, thinned three times, against the shrunk whole."""
+    """§3.4, fusion of spectrograms (`_1d`): the windows' frames, thinned three times, against the shrunk whole."""
 
     def __init__(self, config: ClapAudioConfig, **kwargs: Any):
         mels, kind = config.num_mel_bins, str(config.fusion).removesuffix("_1d")
@@ -677,11 +677,11 @@ def tagging_loss(logits: Float[Array, "batch classes"], targets: Float[Array, "b
     return optax.sigmoid_binary_cross_entropy(logits, targets.astype(logits.dtype)).mean()
 
 
-# --- both towers, §3.2 -----------------------------------------------------------------------------------------------
+# --- both towers, §3.1 -----------------------------------------------------------------------------------------------
 
 
 class ClapProjectionLayer(nnx.Module):
-    r"""§3.2, Eq. 1: $E = \mathrm{MLP}(f(X))$, two layers into the common space."""
+    r"""§3.1, Eq. 1 and 2: $E = \mathrm{MLP}(f(X))$, two layers into the common space."""
 
     def __init__(self, width: int, config: ClapConfig, **kwargs: Any):
         self.linear1 = Linear(width, config.projection_dim, **kwargs)
@@ -730,7 +730,7 @@ def contrastive_loss(
     scale_text: Float[Array, ""],
     axis_name: str | None = None,
 ) -> Float[Array, ""]:
-    r"""§3.1, Eq. 2: each sound finds its text among all, and each text its sound.
+    r"""§3.1, Eq. 3: each sound finds its text among all, and each text its sound.
 
     $$L = \frac{1}{2N} \sum_i \Bigl(-\log \frac{e^{E^a_i \cdot E^t_i / \tau}}{\sum_j e^{E^a_i \cdot E^t_j / \tau}}
           - \log \frac{e^{E^t_i \cdot E^a_i / \tau}}{\sum_j e^{E^t_i \cdot E^a_j / \tau}}\Bigr)$$
@@ -760,7 +760,7 @@ def mlp_contrastive_loss(
     scale_text: Float[Array, ""],
     axis_name: str | None = None,
 ) -> Float[Array, ""]:
-    r"""Not in the paper; in the released code: Eq. 2 twice, each embedding against the other's through an MLP.
+    r"""Not in the paper; in the released code: Eq. 3 twice, each embedding against the other's through an MLP.
 
     With $1/\tau_a$: sounds against texts behind their MLP; with $1/\tau_t$: sounds behind theirs against texts.
     """
@@ -825,7 +825,7 @@ class ClapModel(nnx.Module):
             is_longer: see `ClapAudioModel`.
             attention_mask: 1 for real tokens, 0 for padding.
             position_ids: see `RobertaModel`.
-            return_loss: return Eq. 2 too; sounds and texts are then pairs. A checkpoint with MLPs behind its
+            return_loss: return Eq. 3 too; sounds and texts are then pairs. A checkpoint with MLPs behind its
                 embeddings, which was trained with `mlp_contrastive_loss`, gets that one.
             output_attentions: return both towers' attention weights.
             output_hidden_states: return both towers' states.
@@ -864,7 +864,7 @@ class ClapModel(nnx.Module):
 
 
 class ClapTextModelWithProjection(nnx.Module):
-    """§3.2, Eq. 1: the text tower alone."""
+    """§3.1, Eq. 2: the text tower alone."""
 
     def __init__(self, config: ClapConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -900,7 +900,7 @@ class ClapTextModelWithProjection(nnx.Module):
 
 
 class ClapAudioModelWithProjection(nnx.Module):
-    """§3.2, Eq. 1: the sound tower alone."""
+    """§3.1, Eq. 1: the sound tower alone."""
 
     def __init__(self, config: ClapConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -1021,7 +1021,7 @@ def fit_probe(
 
 
 def caption_of_labels(labels: Sequence[str]) -> str:
-    """§3.4, label template: "The sounds of a, b, and c".
+    """§3.5, label template: "The sounds of a, b, and c".
 
     What the paper improves on by letting a T5 write the caption; that model is not part of CLAP's checkpoints.
     """

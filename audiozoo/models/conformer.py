@@ -56,6 +56,7 @@ from audiozoo.layers import (
     split_heads,
 )
 from audiozoo.layers.batch_norm import BatchNorm
+from audiozoo.layers.positions import interleaved_sinusoids
 from audiozoo.outputs import BaseModelOutput
 
 
@@ -115,9 +116,7 @@ def relative_sinusoids(length: int, width: int) -> np.ndarray:
     Returns:
         float64 array of shape `(2 length - 1, width)`.
     """
-    distances = np.arange(length - 1, -length, -1)
-    angles = distances[:, None] * 10_000.0 ** (-np.arange(0, width, 2) / width)
-    return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(len(distances), -1)[:, :width]
+    return interleaved_sinusoids(np.arange(length - 1, -length, -1), width)
 
 
 def relative_shift(scores: Float[Array, "batch heads time distances"]) -> Float[Array, "batch heads time time"]:

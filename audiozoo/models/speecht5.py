@@ -92,6 +92,7 @@ from audiozoo.layers import (
 from audiozoo.layers.basic import unit_vectors
 from audiozoo.layers.batch_norm import BatchNorm
 from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy, ctc_loss, shift_tokens_right
+from audiozoo.layers.positions import interleaved_sinusoids
 from audiozoo.models import hubert, wav2vec2
 from audiozoo.models.mbart import MBartCache, MBartDecoderLayer, continue_text, decode_blocks, empty_cache
 from audiozoo.models.speech_to_text_2 import LanguageModelFusion, with_language_model
@@ -245,12 +246,6 @@ def padded_sinusoids(count: int, channels: int, padding: int) -> np.ndarray:
     return table
 
 
-def interleaved_sinusoids(count: int, channels: int) -> np.ndarray:
-    r"""Positions as in arXiv 1706.03762, §3.5: sine and cosine of $t\,10000^{-2i/d}$ in turn."""
-    angles = np.arange(count)[:, None] * np.exp(-np.log(10_000.0) / channels * np.arange(0, channels, 2))
-    return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(count, -1)[:, :channels]
-
-
 class SpeechT5ScaledPositionalEncoding(nnx.Module):
     r"""§2.1, positions of text encoder and speech decoder: $x + \alpha\,\mathrm{PE}$ (arXiv 1809.08895, §3.2)."""
 
@@ -266,7 +261,7 @@ class SpeechT5ScaledPositionalEncoding(nnx.Module):
         limit: int | None = None,
     ) -> Float[Array, "batch time hidden"]:
         """Add positions from `position` on, all of them less than `limit`, the number of steps by default."""
-        table = jnp.asarray(interleaved_sinusoids(limit or x.shape[1], x.shape[2]), x.dtype)
+        table = jnp.asarray(interleaved_sinusoids(np.arange(limit or x.shape[1]), x.shape[2]), x.dtype)
         rows = jax.lax.dynamic_slice_in_dim(table, position, x.shape[1])
         return dropout(x + self.alpha[...].astype(x.dtype) * rows, self.rate)
 

@@ -314,7 +314,7 @@ def test_clamping_touches_the_scales_alone():
 
 
 def test_a_model_that_fuses_learns_from_four_views():
-    """§3.3 in training: what is longer is seen whole and through windows drawn anew; what is not, is not fused."""
+    """§3.4 in training: what is longer is seen whole and through windows drawn anew; what is not, is not fused."""
     processor, objective = tiny_processor(fusion=True), recipe("clap").objective
     model = tiny(enable_fusion=True, depths=(1,), hidden_size=8, num_attention_heads=(2,))
     rng, waves = np.random.default_rng(0), (sound("high", 0, 5.0), sound("low", 1, 1.0))

@@ -16,6 +16,7 @@ from flax import nnx
 from transformers.models.speecht5 import modeling_speecht5
 
 from audiozoo.errors import CheckpointError
+from audiozoo.layers.positions import interleaved_sinusoids
 from audiozoo.models import speecht5
 from audiozoo.models.hifigan import SpeechT5HifiGan
 from audiozoo.models.speecht5 import SpeechT5Config
@@ -66,7 +67,8 @@ def exact_positions(reference):
             table = speecht5.padded_sinusoids(rows - 2, width, 1)
             module.weights.data = torch.tensor(np.concatenate([np.zeros((1, width)), table])[:rows]).to(module.weights)
         elif type(module).__name__ == "SpeechT5ScaledPositionalEncoding":
-            module.pe.data = torch.tensor(speecht5.interleaved_sinusoids(*module.pe.shape[1:]))[None].to(module.pe)
+            rows, width = module.pe.shape[1:]
+            module.pe.data = torch.tensor(interleaved_sinusoids(np.arange(rows), width))[None].to(module.pe)
     return reference
 
 
