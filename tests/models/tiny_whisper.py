@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from flax import nnx
@@ -33,4 +34,10 @@ TINY = WhisperConfig(
 def build(name: str = "WhisperForConditionalGeneration", config: WhisperConfig = TINY, **kwargs: Any) -> nnx.Module:
     """A model whose every parameter is random, none at its initial 0 or 1."""
     create = getattr(whisper, name)
-    return random_model(lambda rngs: create(config, **kwargs, rngs=rngs), hugging_face_table(config, name), seed=5)
+    model = random_model(lambda rngs: create(config, **kwargs, rngs=rngs), hugging_face_table(config, name), seed=5)
+    if config is TINY and hasattr(model, "generation_config"):
+        # Ids within the small vocabulary: beyond it an embedding is NaN. The time tokens are the last six.
+        model.generation_config = dataclasses.replace(
+            model.generation_config, prev_sot_token_id=3, no_timestamps_token_id=config.vocab_size - 7
+        )
+    return model
