@@ -171,12 +171,8 @@ def _convert(
         model = audiozoo.load(path, model_class=model_class, param_dtype=param_dtype, progress=megabytes(update))
     directory = path if path.is_dir() else path.parent
     with tempfile.TemporaryDirectory() as made:
-        # Some authors' files hold no processor: what it is can be told from the model, and from what lies beside them.
-        conversion = loading.paper_of_class(type(model).__name__).conversion
-        make = getattr(conversion, "processor_for", None)
-        of_file = getattr(conversion, "processor_of_file", None)
         try:
-            processor = make(model, path) if make else of_file(path) if of_file and path.is_file() else None
+            processor = loading.processor_of_file(path, loading.paper_of_class(type(model).__name__))
         except SourceError as problem:
             processor = None
             say(f"{out} will have no tokenizer, and reads no texts until one is put there: {problem}", style="yellow")

@@ -72,13 +72,22 @@ def paper_of(path: Path) -> Paper:
     raise SourceError(f"{path} is no checkpoint of a model that audiozoo runs ({known}).")
 
 
-def processor_of(path: Path) -> Any:
-    """The processor of what lies at a path: out of the files in a directory; of an author's file, out of that too."""
-    paper = paper_of(path)
+def processor_of(path: Path, paper: Paper | None = None) -> Any:
+    """The processor of what lies at a path: as an author's file tells, else out of the files of the directory.
+
+    Args:
+        path: a directory or a file.
+        paper: whose model is read from it; by default the one that is found there.
+    """
+    paper = paper or paper_of(path)
+    made = processor_of_file(path, paper)
+    return paper.processor_class.from_directory(path if path.is_dir() else path.parent) if made is None else made
+
+
+def processor_of_file(path: Path, paper: Paper) -> Any:
+    """The processor that an author's file tells of; None where the files of a directory say all of it."""
     make = getattr(paper.conversion, "processor_of_file", None)
-    if path.is_file() and make is not None and (made := make(path)) is not None:
-        return made
-    return paper.processor_class.from_directory(path if path.is_dir() else path.parent)
+    return None if make is None or (path / "config.json").is_file() else make(path)
 
 
 def load(

@@ -5,7 +5,8 @@ One module a paper. Each gives
 - `recognise(path) -> bool`: is this file or directory one of the original project's own forms? (Hugging Face
   directories need no recognising: their `config.json` names the class.)
 - `open_checkpoint(path, model_class=None) -> ForeignCheckpoint`: opened, not yet read;
-- `hugging_face(model) -> HuggingFaceForm`: what `audiozoo.export` writes.
+- `hugging_face(model) -> HuggingFaceForm`: what `audiozoo.export` writes;
+- where the original's own files tell something of it, `processor_of_file(path)`: their processor.
 """
 
 from __future__ import annotations

@@ -433,26 +433,21 @@ def _open_original(path: Path, model_class: str | None) -> ForeignCheckpoint:
     return ForeignCheckpoint(name, config, joined, table, path, {"generation_config": generation})
 
 
-def processor_for(model: Any, path: Path) -> MusicgenProcessor | None:
-    """What belongs beside a model that was read from the authors' files, none of which says how texts become tokens.
-
-    Returns:
-        The processor, with the tokenizer that lies with T5; None for a directory that has its own.
+def processor_of_file(path: Path) -> MusicgenProcessor:
+    """The processor of the authors' files, with the tokenizer that lies with T5: they do not say how texts are read.
 
     Raises:
         SourceError: if there is no tokenizer with T5.
     """
-    if not hasattr(model, "text_encoder") or (path.is_dir() and (path / "config.json").is_file()):
-        return None
-    folder, name = _file(path).parent, _T5_NAMES.get(model.config.text_encoder.d_model, "t5-base")
+    original = _open_original(path, None)
+    config, folder = original.config, _file(path).parent
+    name = _T5_NAMES.get(config.text_encoder.d_model, "t5-base")
     tokenizer = T5Tokenizer.from_directory(folder / name if (folder / name).is_dir() else hub.resolve(name))
-    codec = model.config.audio_encoder
-    if type(model).__name__ == MELODY:
-        chroma = {"feature_size": model.config.num_chroma, "num_chroma": model.config.num_chroma}
-        return MusicgenMelodyProcessor(
-            MusicgenMelodyFeatureExtractor(sampling_rate=codec.sampling_rate, **chroma), tokenizer
-        )
-    extractor = EncodecFeatureExtractor(model.config.audio_channels, codec.sampling_rate, padding_side="left")
+    rate = config.audio_encoder.sampling_rate
+    if original.model_class == MELODY:
+        chroma = {"feature_size": config.num_chroma, "num_chroma": config.num_chroma}
+        return MusicgenMelodyProcessor(MusicgenMelodyFeatureExtractor(sampling_rate=rate, **chroma), tokenizer)
+    extractor = EncodecFeatureExtractor(config.audio_channels, rate, padding_side="left")
     return MusicgenProcessor(extractor, tokenizer)
 
 

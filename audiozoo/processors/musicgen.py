@@ -163,25 +163,18 @@ class MusicgenProcessor:
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike[str]) -> MusicgenProcessor:
-        """From a checkpoint's files; a melody model's gives a `MusicgenMelodyProcessor`.
-
-        Beside the authors' files a directory `t5-base` holds the tokenizer, or AudioGen's, `t5-large`.
-        """
+        """From a checkpoint's files; a melody model's gives a `MusicgenMelodyProcessor`."""
         folder = Path(directory)
         config = extractor_settings(folder) or {}
         kind = config.get("feature_extractor_type", "EncodecFeatureExtractor")
-        names = [name for name in ("t5-base", "t5-large") if (folder / name).is_dir()]
-        own = (folder / "tokenizer.json").is_file() or (folder / "spiece.model").is_file()
-        tokenizer = T5Tokenizer.from_directory(folder if own or not names else folder / names[0])
+        tokenizer = T5Tokenizer.from_directory(folder)
         if kind == MusicgenMelodyFeatureExtractor.__name__:
             return MusicgenMelodyProcessor(MusicgenMelodyFeatureExtractor.from_directory(folder), tokenizer)
         if kind != "EncodecFeatureExtractor":
             raise CheckpointError(f"'{folder}' holds the settings of a {kind}, not of MusicGen's features.")
         if config:
             return MusicgenProcessor(EncodecFeatureExtractor.from_directory(folder), tokenizer)
-        # AudioGen's texts are read by T5-large, and its sounds have 16 kHz.
-        rate = 16_000 if names == ["t5-large"] else 32_000
-        return MusicgenProcessor(EncodecFeatureExtractor(sampling_rate=rate, padding_side="left"), tokenizer)
+        return MusicgenProcessor(EncodecFeatureExtractor(sampling_rate=32_000, padding_side="left"), tokenizer)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the files that `from_directory` and `transformers` read."""

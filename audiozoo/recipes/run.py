@@ -175,8 +175,7 @@ def build(
             path, model_class=recipe.model_class, initialize=recipe.new, dtype=dtype, mesh=mesh, rules=rules
         )
         if processor is None:
-            directory = path if path.is_dir() else path.parent
-            processor = registry.paper(recipe.paper).processor_class.from_directory(directory)
+            processor = loading.processor_of(path, registry.paper(recipe.paper))
     base = _named(recipe, size) if model is None else model.config
     base = _changed(base, changes, f"field of {type(base).__name__}")
     processor = _of_size(processor, base) if processor else _new_processor(recipe, base)

@@ -602,6 +602,8 @@ def test_the_authors_files(melodic, tmp_path, tokenizer_directory):
     done = CliRunner().invoke(cli.app, convert)
     assert (done.exit_code, "no tokenizer" in done.stderr) == (0, False), done.stderr
     processor = audiozoo.load_processor(tmp_path / "out")
+    for other in (audiozoo.load_processor(tmp_path), audiozoo.load_processor(tmp_path / "state_dict.bin")):
+        assert vars(other.feature_extractor) == vars(processor.feature_extractor)
     assert processor.feature_extractor.sampling_rate == 800
     assert type(processor).__name__ == "MusicgenMelodyProcessor"
     assert audiozoo.load(tmp_path / "out").config.segment_duration == 31.0
