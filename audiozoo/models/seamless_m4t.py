@@ -668,8 +668,7 @@ class SeamlessM4TPreTrainedModel(nnx.Module):
             best = np.argmax(np.asarray(text.sequences_scores).reshape(-1, several), axis=1)
             sequences = sequences[best + several * np.arange(len(memory))]
         units, spoken, lengths = write_units(self, sequences, memory, mask, tgt_lang, key=keys[1], **of_units)
-        voice = self.vocoder.own_voice(language) if speaker_id == -1 else speaker_id
-        waveform, waveform_lengths = self.vocoder.speak(spoken, voice, language, lengths=lengths)
+        waveform, waveform_lengths = self.vocoder.speak(spoken, speaker_id, language, lengths=lengths)
         if not return_intermediate_token_ids:
             return waveform, waveform_lengths
         return SeamlessM4TGenerationOutput(waveform, waveform_lengths, sequences, units)

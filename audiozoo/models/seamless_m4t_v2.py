@@ -515,9 +515,8 @@ class SeamlessM4Tv2PreTrainedModel(SeamlessM4TPreTrainedModel):
         units = np.asarray(units)[:, :longest]
 
         spoken = vocoder_units(units, np.arange(longest) < lengths[:, None], config)
-        voice = self.vocoder.own_voice(language) if speaker_id == -1 else speaker_id
         waveform, waveform_lengths = self.vocoder.speak(
-            spoken, voice, language, lengths=lengths, dur_prediction=dur_prediction
+            spoken, speaker_id, language, lengths=lengths, dur_prediction=dur_prediction
         )
         if not return_intermediate_token_ids:
             return waveform, waveform_lengths
