@@ -275,6 +275,19 @@ class Results:
         return "\n".join(lines) + "\n"
 
 
+def summary(rows: Iterable[Row]) -> str:
+    """A table in Markdown with a line for each paper: between what ratios its rows lie."""
+    ratios: dict[str, list[float]] = {}
+    for row in rows:
+        if "contenders" in row and len(row["contenders"]) > 1:
+            ratios.setdefault(row["paper"], []).append(_ratio(row))
+    lines = ["| paper | rows | times as fast as the original |", "| --- | --: | --- |"]
+    for paper, found in ratios.items():
+        low, high = (f"{ratio:.2f}" for ratio in (min(found), max(found)))
+        lines.append(f"| {paper} | {len(found)} | {low if low == high else f'{low} to {high}'} |")
+    return "\n".join(lines) + "\n"
+
+
 def _ratio(row: Row) -> float:
     """How many times as fast ours is as the original that the target is about."""
     return next(c["ours_is_times_as_fast"] for name, c in row["contenders"].items() if name != framework.OURS)

@@ -100,3 +100,10 @@ def test_rows_have_names_of_their_own(paper):
     assert names
     assert len(set(names)) == len(names)
     assert not any("|" in name for name in names)
+
+
+def test_the_readme_says_what_was_measured():
+    rows = json.loads((results.ROOT / "benchmarks" / "RESULTS.json").read_text(encoding="utf-8"))["rows"]
+    text = (results.ROOT / "README.md").read_text(encoding="utf-8")
+    _, rest = text.split("<!-- speeds: benchmarks/RESULTS.json -->\n")
+    assert rest.split("<!-- end of speeds -->")[0] == results.summary(rows)
