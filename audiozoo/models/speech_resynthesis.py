@@ -309,8 +309,8 @@ class CodeHifiGan(nnx.Module):
         dur_prediction: bool = True,
     ) -> tuple[np.ndarray, np.ndarray]:
         """As the call, compiled once for each of a few lengths; voice -1 is the language's own."""
-        if isinstance(speaker_id, int) and speaker_id == -1:
-            speaker_id = self.own_voice(lang_id)
+        if np.ndim(speaker_id) == 0 and speaker_id == -1:
+            speaker_id = [self.own_voice(int(language)) for language in np.ravel(lang_id)]
         units, speakers, languages = checked(sizes_of(self.config), input_ids, speaker_id, lang_id)
         if lengths is None:
             lengths = self.unit_lengths(units)

@@ -155,6 +155,12 @@ def test_a_language_has_voices_of_its_own(model):
         model.generate(input_ids=jnp.array([[30, 3]]), tgt_lang="spa", **x)[0] for x in ({}, {"spkr_id": -1})
     )
     np.testing.assert_array_equal(own, default)  # of a vocoder with other voices nothing is known
+    vocoder, units = model.vocoder, np.full((2, 2), 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(vocoder), "own_voice", lambda self, language: language + 1)
+        expected = vocoder.speak(units, [2, 3], [1, 2])[0]
+        for voice in (-1, np.int64(-1)):
+            np.testing.assert_array_equal(vocoder.speak(units, voice, [1, 2])[0], expected)
 
 
 def test_samples_come_from_the_key(model):
