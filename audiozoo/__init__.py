@@ -127,7 +127,8 @@ def load(
         mesh: devices to lay the parameters out on; every tensor goes straight to its shards.
         rules: `(regular expression, PartitionSpec)` pairs, first match wins; by default `sharding.DEFAULT_RULES`.
         initialize: a regular expression of parameter paths that are drawn at random if the checkpoint does not have
-            them (a new head, for fine-tuning). Without it the checkpoint must hold every parameter.
+            them (a new head, for fine-tuning). Without it the checkpoint must hold every parameter, as a directory
+            that `save` wrote always does.
         stack_layers: run equal blocks by one scan, so that a deep model compiles in the time of one block. Such a model
             computes and is saved as any other, but keeps no cache (`generate`) and shows nothing between its blocks.
         revision: branch, tag or commit of a hub repository.

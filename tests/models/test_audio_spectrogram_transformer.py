@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -359,12 +358,10 @@ def test_a_real_small_model_learns(request, tmp_path):
         folder = request.getfixturevalue("recordings")
         beside = [f"--sound={name}={folder / file}" for name, file in BESIDE.items()]
     animals = Path(importlib.util.find_spec(small_ast.PACKAGE).origin).parent / "sounds" / "animals"
-    # A process of its own, as a user starts it: programs of tests are not optimised, and slow to run.
+    # Programs of tests are not optimised, and slow to run.
     command = [sys.executable, "-m", "audiozoo.recipes.small_ast", f"--data={animals}", *beside]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    done = subprocess.run(
-        [*command, f"--out={tmp_path / 'out'}", "--steps=900"], env=environment, capture_output=True, text=True
-    )
+    command += [f"--out={tmp_path / 'out'}", "--steps=900"]
+    done = subprocess.run(command, env=processes.of_a_user(tmp_path / "cache"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     losses = [float(line.split()[-1]) for line in done.stdout.splitlines() if "  loss " in line]
     assert losses[-1] < 0.8 * losses[0]
