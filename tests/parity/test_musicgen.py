@@ -452,7 +452,9 @@ def test_mutations_are_noticed(plain):
             model, count=2, exclude=r"(audio_encoder|text_encoder|decoder\.model\.embed_tokens)\..*"
         ),
         harness.dropped(model, "enc_to_dec_proj.bias"),
-        harness.Replaced(musicgen, "positions", lambda start, length, width, dtype: jnp.zeros((length, width), dtype)),
+        harness.Replaced(
+            musicgen, "cosines_and_sines", lambda times, width, dtype: jnp.zeros((len(times), width), dtype)
+        ),
     ]
     assert harness.assert_detects(check, mutations) == 4
 
