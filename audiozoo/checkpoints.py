@@ -176,8 +176,8 @@ def restore_tree(directory: str | os.PathLike[str], abstract: Any, shardings: An
         on_host = ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
         arguments[name] = on_host if whole else ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=places[name])
     # On its way to the device an array is there twice: those that are much of the whole go before the rest is read.
-    much = max(sum(map(_nbytes, wanted.values())) / 8, _IN_FLIGHT_BYTES)
-    large = [name for name in wanted if whole and _nbytes(wanted[name]) > much]
+    much = max(sum(map(nbytes, wanted.values())) / 8, _IN_FLIGHT_BYTES)
+    large = [name for name in wanted if whole and nbytes(wanted[name]) > much]
     small = [name for name in wanted if name not in large]
     arrays: dict[str, Any] = {}
     sentence = f"{directory} cannot be restored; it is incomplete or damaged"
@@ -259,7 +259,7 @@ def _orbax(sentence: str, arrays: Mapping[str, Any] | None = None) -> Iterator[o
     Orbax keeps up to 96 GB of arrays in flight between device and disk, which is a second copy of nearly any model.
     Here the limit is the largest array, as Orbax refuses to read one above the limit.
     """
-    largest = max(map(_nbytes, (arrays or {}).values()), default=0)
+    largest = max(map(nbytes, (arrays or {}).values()), default=0)
     in_flight = max(1.05 * largest, _IN_FLIGHT_BYTES) / 1e9
     # Of several processes the one that asks writes or reads alone, and waits for no other.
     here = jax.process_index()
@@ -337,7 +337,8 @@ def _compare(directory: Path, wanted: Mapping[str, Any], stored: Mapping[str, An
 # --- Trees -----------------------------------------------------------------------------------------------------------
 
 
-def _nbytes(array: Any) -> int:
+def nbytes(array: Any) -> int:
+    """Bytes of an array, or of one of which only shape and dtype are known."""
     return math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from audiozoo import checkpoints, sharding
+from audiozoo.configs import with_tuples
 from audiozoo.errors import CheckpointError, SourceError, UsageError
 from audiozoo.layers.abstract import abstract
 from audiozoo.layers.stacking import unscanned
@@ -139,8 +139,8 @@ def convert(
         may_be_absent="|".join(f"(?:{e})" for e in (initialize, foreign.may_be_absent) if e) or None,
     )
     # The largest first: on its way to a device an array is there twice, and then little else is.
-    steps.sort(key=lambda step: -max(_nbytes(expected[path]) for path in step.ours if path in expected))
-    total = sum(map(_nbytes, expected.values()))
+    steps.sort(key=lambda step: -max(checkpoints.nbytes(expected[path]) for path in step.ours if path in expected))
+    total = sum(map(checkpoints.nbytes, expected.values()))
     done, values = 0, {}
     for name, array in foreign.table.read(foreign.tensors, steps):
         if name not in expected:
@@ -158,10 +158,6 @@ def convert(
         # Compiled, so that what the checkpoint does have is not drawn as well.
         values |= {n: place(np.asarray(a), expected[n].dtype, shardings.get(n)) for n, a in jax.jit(draw)().items()}
     return finish(with_variables(model, values), foreign.attributes)
-
-
-def _nbytes(array: Any) -> int:
-    return math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
 
 
 def place(array: np.ndarray, dtype: Any, where: Any = None) -> jax.Array:
@@ -232,10 +228,7 @@ def from_dict(cls: Any, values: Mapping[str, Any]) -> Any:
     if unknown := sorted(set(values) - set(fields)):
         raise CheckpointError(f"{cls.__name__} has no {', '.join(unknown)}; a newer audiozoo may have written this.")
 
-    def frozen(value: Any) -> Any:
-        return tuple(frozen(v) for v in value) if isinstance(value, list) else value
-
-    return cls(**{name: frozen(value) for name, value in values.items()})
+    return cls(**{name: with_tuples(value) for name, value in values.items()})
 
 
 # --- Hugging Face directories ----------------------------------------------------------------------------------------

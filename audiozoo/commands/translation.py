@@ -352,14 +352,10 @@ def translate(
         write("\n")
         if at_once:
             return
-        written = subtitles.render({"text": result.text, "segments": result.segments, "language": to}, output_format)
-        if output is not None:
-            write_whole(output, written)
-        else:
-            sys.stdout.write(written)
-        return
-    with progress_bar("translating" if file is None else Path(file).name, None, "s" if file else "pieces") as update:
-        result = TRANSLATORS[name](translator, processor, request, update)
+    else:
+        label, unit = ("translating", "pieces") if file is None else (Path(file).name, "s")
+        with progress_bar(label, None, unit) as update:
+            result = TRANSLATORS[name](translator, processor, request, update)
     written = subtitles.render({"text": result.text, "segments": result.segments, "language": to}, output_format)
     if output is not None:
         write_whole(output, written)
