@@ -165,6 +165,7 @@ def test_commands_that_make_no_sense(audiozoo_command):
 # --- transcription ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_format(transcribe, speech, tmp_path):
     """What is said, and every format says the same; files appear whole, under the recording's name."""
     result = json.loads(transcribe(speech, "--format", "json").out)
@@ -239,6 +240,7 @@ def test_several_files_and_standard_input(transcribe, speech, tmp_path):
     assert (out / "studio.txt").read_text() == (out / "stdin.txt").read_text() == text.out
 
 
+@pytest.mark.slow
 def test_as_a_user_runs_it(speech, real, tmp_path):
     """The installed program, standard input to standard output, with its cache of compiled programs."""
     run = subprocess.run(

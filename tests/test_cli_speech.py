@@ -115,6 +115,7 @@ def test_text_from_a_file_and_noise_switched_off(run, voice, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_as_a_user_runs_it(voice, tmp_path):
     """The installed program, standard input to standard output, with its cache of compiled programs."""
     done = subprocess.run(

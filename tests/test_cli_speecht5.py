@@ -68,6 +68,7 @@ def read(path: Path) -> np.ndarray:
     return waveform
 
 
+@pytest.mark.slow
 def test_speak(run, zoo, tmp_path):
     out, said = tmp_path / "out.wav", tmp_path / "out.json"
     voice = ("--model", zoo / "voice", "--vocoder", zoo / "vocoder", "--speaker-embedding", zoo / "ann.npy")

@@ -395,6 +395,7 @@ SENTENCES = {
 }
 
 
+@pytest.mark.slow
 def test_the_real_tiny_en_on_real_speech(command, recordings, tmp_path):
     """Its errors are known: "there under", "steals" and "heaven", 4 of 47 words; one file is damaged."""
     if packaged.TINY_EN.find() is None:

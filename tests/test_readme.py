@@ -76,6 +76,7 @@ def test_excerpt_stands_in_its_file(note, file, code):
     assert code in (ROOT / file).read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("note", "extra", "code"), BLOCKS)
 def test_block_runs(note, extra, code, tmp_path):
     if extra == "reference" and importlib.util.find_spec("torch") is None:

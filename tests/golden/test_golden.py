@@ -17,7 +17,9 @@ each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 @each_case
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", ["float64", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float32", "bfloat16"))]
+)
 def test_agrees(case, dtype):
     backend = jax.default_backend()
     if dtype == "float64" and ("golden", "float64", backend) not in TABLE:

@@ -157,6 +157,7 @@ def instructions(compiled):
     return sum(" = " in line for line in compiled.as_text().splitlines())
 
 
+@pytest.mark.slow
 def test_twenty_four_layers_are_loaded_as_a_program_of_six(tmp_path):
     """`load(..., stack_layers=True)`: at most half as long again, a loop is thrice as long; outputs equal."""
     choice, size = small.choice("bark"), {}

@@ -67,6 +67,7 @@ def test_one_token_at_a_time(model):
     np.testing.assert_array_equal(whole(stage, jnp.asarray(tokens)), tokens)
 
 
+@pytest.mark.slow
 def test_a_row_is_what_it_is_alone_and_a_history_goes_on(model, tmp_path):
     """Drawn, with a key: a batch's first row has the tokens, and the sound, that it has by itself."""
     options = {"sampling": "original", "key": jax.random.key(1), "semantic_max_new_tokens": 12, "min_eos_p": None}
@@ -141,6 +142,7 @@ def learns(model, loss) -> np.ndarray:
     return np.asarray(steps(params, optimiser.init(params)))
 
 
+@pytest.mark.slow
 def test_every_stage_learns(model):
     """Our reconstruction of the three losses, on one example each."""
     rng = np.random.default_rng(0)
@@ -168,6 +170,7 @@ def test_half_precision_stays_near():
     np.testing.assert_allclose(half.astype(jnp.float32), whole, atol=0.1, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_long_texts(model):
     said = list(bark.speak(model, processor(), "abc. dej. abcdefghij abcdefghij.", semantic_max_new_tokens=8))
     assert [s.text for s in said][:2] == ["abc.", "dej."]
@@ -184,6 +187,7 @@ def test_long_texts(model):
     np.testing.assert_array_equal(both["fine_prompt"][:, -1], said[0].history["fine_prompt"][:, -1])
 
 
+@pytest.mark.slow
 def test_speak(model, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(speech, "keep_compiled_programs", lambda: None)
     audiozoo.export(model, tmp_path / "model")

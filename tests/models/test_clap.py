@@ -149,6 +149,7 @@ def test_mistakes_get_a_sentence():
         clap.caption_of_labels([])
 
 
+@pytest.mark.slow
 def test_vmap_padding_and_a_batch_agree():
     """Each item by itself, its text without the padding that the batch gives it."""
     model, x = tiny(), inputs(3)
@@ -223,6 +224,7 @@ print(max(worst, float(jnp.abs(alone - np.asarray(together)))))
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_loss_and_gradients_of_one():
     assert float(processes.output("-c", SHARDED)) < 1e-5
 
@@ -277,6 +279,7 @@ def trained() -> tuple[clap.ClapModel, ClapProcessor, list[float]]:
     return clap.clamp_logit_scales(nnx.merge(graphdef, params, rest)), processor, losses
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_words_find_sounds(trained):
     model, processor, losses = trained
     assert np.mean(losses[-8:]) < 0.2 * np.mean(losses[:3])

@@ -186,6 +186,7 @@ def test_files_come_back(config, lm):
             np.testing.assert_array_equal(kept, codes[0])
 
 
+@pytest.mark.slow
 def test_long_recordings_go_in_pieces(monkeypatch):
     """The causal codec streams, the chunked one takes groups; the bytes stay the same."""
     for config in (TINY, STEREO):
@@ -571,6 +572,7 @@ def test_mono_for_a_stereo_model():
         EncodecFeatureExtractor(feature_size=2)(sound(9), 24_000)
 
 
+@pytest.mark.slow
 def test_codec_on_the_command_line(tmp_path, monkeypatch):
     monkeypatch.setattr(commands, "keep_compiled_programs", lambda: None)
     assert commands.app in [group.typer_instance for group in cli.app.registered_groups]

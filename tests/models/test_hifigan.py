@@ -110,6 +110,7 @@ def test_features_of_a_batch_and_mistakes(tmp_path):
         HifiGanConfig(resblock="3")
 
 
+@pytest.mark.slow
 def test_a_few_steps_of_all_networks_lower_the_mel_loss():
     """Power iterations included; what is not a parameter is not changed by the optimisers."""
     time = np.arange(64 * 32) / 8000

@@ -265,6 +265,7 @@ def test_windows_are_the_authors():
         list(musicgen.windows(100, 0, 30, 30))
 
 
+@pytest.mark.slow
 def test_a_long_piece(model, tokenizer):
     """Three windows, each of which continues the last; the beginning is that of one window alone."""
     told = []

@@ -67,6 +67,7 @@ def model():
 # --- beats -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_beats_of_a_click_track():
     times = tracking.beats(clicks(12.0), RATE)
     assert np.median(np.diff(times)) == pytest.approx(0.5, abs=0.02)
@@ -219,6 +220,7 @@ print(max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in (
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_numbers_and_tokens_of_one():
     assert float(processes.output("-c", EIGHT)) < 1e-5
 

@@ -183,6 +183,7 @@ def test_half_precision(model):
         np.testing.assert_allclose(ours.logits.astype(np.float32), whole.logits, atol=0.2)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(model):
     """Speech to text and to units, with dropout and batches normalised by themselves; statistics move."""
     features = jnp.asarray(np.random.default_rng(0).standard_normal((2, 24, 160)), jnp.float32)
@@ -245,6 +246,7 @@ def write_tokenizer(folder) -> None:
     made.save(str(folder / "tokenizer.json"))
 
 
+@pytest.mark.slow
 def test_from_the_command_line(model, tmp_path):
     folder, sound = tmp_path / "model", tmp_path / "in.wav"
     audiozoo.export(model, folder)

@@ -102,6 +102,7 @@ def test_annotations_hold(model, monkeypatch):
     assert np.isfinite(float(loss))
 
 
+@pytest.mark.slow
 def test_directions(model):
     """Text and speech in, text and speech out; the shortest input; noise; voices that differ."""
     rng = np.random.default_rng(0)
@@ -132,6 +133,7 @@ def test_ends_of_texts():
     assert seamless_m4t_v2.without_ends(tokens, 3, 0).tolist() == [[3, 31, 5, 6, 7], [3, 31, 5, 0, 0]]
 
 
+@pytest.mark.slow
 def test_half_precision(model):
     whole = audiozoo.jit(model)(**text(), decoder_input_ids=jnp.ones((2, 3), int))
     half = random_model(lambda rngs: SeamlessM4Tv2Model(TINY, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=rngs))
@@ -144,6 +146,7 @@ def test_half_precision(model):
     assert np.isfinite(waveform).all()
 
 
+@pytest.mark.slow
 def test_training_lowers_the_losses(model):
     """Translation with smoothed labels, and units with their durations, by one optimiser."""
     graphdef, params = nnx.split(model)
@@ -173,6 +176,7 @@ def test_training_lowers_the_losses(model):
     assert np.mean(values[-5:]) < 0.7 * np.mean(values[:5])
 
 
+@pytest.mark.slow
 def test_checkpoints_of_our_own(model, tmp_path):
     audiozoo.save(model, tmp_path / "native")
     back = audiozoo.load(tmp_path / "native")

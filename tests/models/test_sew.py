@@ -89,6 +89,7 @@ def test_a_padded_batch_is_its_items(name):
     np.testing.assert_allclose(run(x, mask)[1, :23], alone[0], atol=3e-5)
 
 
+@pytest.mark.slow
 def test_pretraining_lowers_the_loss_and_moves_the_statistics():
     graphdef, params, statistics = nnx.split(build("SEWDForPreTraining"), nnx.Param, ...)
     x, optimiser = waves(), optax.adam(5e-3)

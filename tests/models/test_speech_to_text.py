@@ -165,6 +165,7 @@ def test_time_warping():
     np.testing.assert_array_equal(short, x[:12])
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(model):
     """Two spoken digits to their tokens, with smoothed labels, SpecAugment, dropout and the recipe's schedule."""
     recipe = Speech2TextRecipe(learning_rate=2e-2, warmup_updates=10)
@@ -415,6 +416,7 @@ def run(audiozoo_command, monkeypatch):  # noqa: F811
     return call
 
 
+@pytest.mark.slow
 def test_translate_and_transcribe(run, checkpoint, tmp_path):
     source, sound = checkpoint / "model", checkpoint / "noise.wav"
     model, processor = audiozoo.load(source), audiozoo.load_processor(source)

@@ -70,6 +70,7 @@ def test_the_annotations_hold(monkeypatch, model, author):
         dataclasses.replace(CONFIG, encoder_type="ear")
 
 
+@pytest.mark.slow
 def test_training_the_decoder_behind_a_frozen_encoder(model):
     """The loss falls, and not a bit of the encoder changes."""
     x, labels = waves(3200, 2400, 3000), jnp.asarray([[4, 5, 2], [6, 2, -100], [7, 8, 2]])
@@ -101,6 +102,7 @@ def test_training_the_decoder_behind_a_frozen_encoder(model):
     assert (batch[:, 3:] == -100).all()
 
 
+@pytest.mark.slow
 def test_a_language_model_has_a_say(model, author):
     x = waves(3200, 2000)
     options = {"max_length": 6, "num_beams": 3}

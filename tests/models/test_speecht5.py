@@ -159,6 +159,7 @@ def spectrogram_target():
     return labels
 
 
+@pytest.mark.slow
 def test_a_voice_learns():
     model = build("ForTextToSpeech", hidden_dropout=0.1, decoder_layerdrop=0.1, speech_decoder_postnet_dropout=0.1)
     before = np.asarray(model.speech_decoder_postnet.layers[0].batch_norm.mean[...])
@@ -170,6 +171,7 @@ def test_a_voice_learns():
     assert np.abs(trained.speech_decoder_postnet.layers[0].batch_norm.mean[...] - before).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_pre_training_learns_from_both():
     """One step of speech and one of text at a time, as their batches alternate."""
     model = build("ForPreTraining", mask_time_prob=0.5)
@@ -237,6 +239,7 @@ def test_masked_text():
     assert speecht5.text_infilling([0, 2], 5, rng) == [0, 2]
 
 
+@pytest.mark.slow
 def test_a_recogniser_learns_by_both_losses():
     model = build("ForSpeechToText", mask_time_prob=0.0)
     labels = np.array([[5, 9, 9, 2], [7, 2, -100, -100]])
@@ -328,6 +331,7 @@ def test_joint_decoding():
             (model if weight > 1 else model.without_ctc()).generate(x, ctc_weight=weight)
 
 
+@pytest.mark.slow
 def test_a_language_model_has_a_say():
     """The sum over a text of what the three say of each token, each asked anew about the whole text so far."""
     model = build("ForSpeechToText")
@@ -374,6 +378,7 @@ def test_a_language_model_has_a_say():
 # --- the other heads -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_identification_and_enhancement():
     waves = np.stack([wave(3000, 0), np.sin(np.arange(3000) / 7).astype(np.float32)])
     teller = build("ForSequenceClassification", id2label=("ann", "bob", "cy"), mask_time_prob=0.0)

@@ -82,6 +82,7 @@ def test_replacement():
     assert unispeech.replace_states(context, codes, None) is context
 
 
+@pytest.mark.slow
 def test_multitask_pretraining_lowers_the_loss():
     small = dataclasses.replace(UNISPEECH, num_hidden_layers=1)
     model = build(unispeech, unispeech_conversion, "UniSpeechForPreTraining", small)

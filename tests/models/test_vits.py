@@ -257,6 +257,7 @@ print(float(np.abs(np.asarray(alone.waveform) - np.asarray(together.waveform)).m
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_say_with_a_seed_what_one_says():
     assert float(processes.output("-c", SHARDED)) < 1e-5
 

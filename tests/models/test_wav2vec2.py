@@ -101,6 +101,7 @@ def test_gumbel_noise_chooses_by_probability():
         np.testing.assert_allclose(share, wanted[group], atol=0.02)
 
 
+@pytest.mark.slow
 def test_gradient_of_the_feature_encoder_is_scaled():
     model, x = build("ForPreTraining"), waves()
     spans = np.zeros((2, 34), bool)

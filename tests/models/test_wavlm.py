@@ -148,6 +148,7 @@ def test_heads_that_take_turns_agree_with_all_at_once(masked, monkeypatch):
     np.testing.assert_allclose(in_turns, at_once, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_pretraining_on_disturbed_speech_lowers_the_loss():
     """Forty steps on four utterances with other utterances laid over them; the clusters are the clean ones."""
     x = waves()

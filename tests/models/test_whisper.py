@@ -210,6 +210,7 @@ def multilingual() -> WhisperForConditionalGeneration:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["WhisperForConditionalGeneration", "WhisperForCausalLM"])
 def test_a_draft_model_changes_nothing_but_the_number_of_rounds(model, kind):
     x = features()

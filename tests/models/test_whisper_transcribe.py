@@ -78,6 +78,7 @@ def test_alignment_of_a_known_text(tiny_en: tuple, recordings: Path):
             assert min(abs(time - heard[name]) for time in times) < 0.5
 
 
+@pytest.mark.slow
 def test_files_in_one_batch(tiny_en: tuple, recordings: Path):
     names = ["jfk.flac", "LJ050-0131.wav", "librispeech_198-209-0000.ogg"]
     paths = [recordings / name for name in names]

@@ -85,6 +85,7 @@ def test_another_number_of_devices_goes_on_within_rounding(uninterrupted, tmp_pa
         np.testing.assert_allclose([a[k] for k in a], [b[k] for k in a], rtol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     full = start(tmp_path, 12, code=LIMITED)
     assert full.returncode == 1

@@ -318,6 +318,7 @@ def test_rare_sounds_are_drawn_more_often():
     np.testing.assert_allclose(alone.odds(config, items[:2]), [1000 / 1.01] * 2)
 
 
+@pytest.mark.slow
 def test_encodecs_loss_has_the_balanced_gradient():
     """Its scalar loss is made so that its gradient is what the balancer gives."""
     from audiozoo.models import encodec
@@ -361,6 +362,7 @@ def test_encodecs_loss_has_the_balanced_gradient():
 # --- from data to a model --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_train_learns_letters_saves_goes_on_and_loads(corpus, tmp_path):
     """A whole run from nothing: vocabulary of the texts, checkpoints, a second run that goes on, a model to load."""
     config = {name: value for name, value in tiny.SPEECH.items() if name not in ("vocab_size", "id2label")}
