@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from audiozoo.decoding.encoders import in_pieces, rounded
 from audiozoo.errors import SourceError, UsageError
@@ -589,16 +589,8 @@ def _viterbi(
         scores = scores - scores.max(axis=-1, keepdims=True)
         peak = jnp.where(alpha.max() > LOG_ZERO / 2, alpha.max(), 0.0)
         alpha = jnp.where(alpha > LOG_ZERO / 2, alpha - peak, LOG_ZERO)
-        # The window moves on with the best state, never back, and stops at the last one.
-        best = offset + jnp.argmax(alpha)
-        moved = jnp.clip(best - window // 2, offset, jnp.maximum(jnp.minimum(last + 1, states) - window, offset))
-        behind = jnp.where(jnp.arange(window) < moved - offset, alpha, LOG_ZERO).max()
+        alpha, moved, behind = _move_window(alpha, offset, jnp.minimum(last + 1, states))
         left = jnp.where(first < frames, behind, LOG_ZERO)
-        alpha = jax.lax.dynamic_slice(
-            jnp.concatenate([alpha, jnp.full((window,), LOG_ZERO, alpha.dtype)]),
-            (jnp.minimum(moved - offset, window),),
-            (window,),
-        )
         labels = jax.lax.dynamic_slice(extended, (moved,), (window,))
         skip = jnp.where(jax.lax.dynamic_slice(may_skip, (moved,), (window,)), 0.0, LOG_ZERO).astype(alpha.dtype)
         emissions = scores[:, labels]  # (block, window)
@@ -606,19 +598,12 @@ def _viterbi(
 
         def one_frame(carry: tuple, frame: tuple) -> tuple[tuple, jax.Array]:
             (alpha, left), (emission, index) = carry, frame
-            padded = jnp.concatenate([jnp.full((2,), LOG_ZERO, alpha.dtype), alpha])
-            stay, step, jump = alpha, padded[1:-1], padded[:-2] + skip
-            back = jnp.where(step > stay, 1, 0)
-            best = jnp.maximum(stay, step)
-            back = jnp.where(jump > best, 2, back).astype(jnp.uint8)
-            best = jnp.maximum(best, jump) + emission
+            best, back = _best_predecessors(alpha, skip)
             begun = jnp.where(reachable < 2, emission, LOG_ZERO)  # the first frame
-            new = jnp.where(index == 0, begun, best)
+            new = jnp.where(index == 0, begun, best + emission)
             running = index < frames
             ahead = jnp.where(running & (moved + window <= last), jnp.maximum(alpha[-1], alpha[-2]), LOG_ZERO)
-            packed = back.reshape(-1, 4)  # four of them a byte
-            packed = packed[:, 0] | (packed[:, 1] << 2) | (packed[:, 2] << 4) | (packed[:, 3] << 6)
-            return (jnp.where(running, new, alpha), jnp.maximum(left, ahead)), packed
+            return (jnp.where(running, new, alpha), jnp.maximum(left, ahead)), _packed(back)
 
         (alpha, left), back = jax.lax.scan(one_frame, (alpha, left), (emissions, first + jnp.arange(block)))
         return (alpha, moved), (back, moved, peak, left)
@@ -634,20 +619,60 @@ def _viterbi(
 
     at_blank, at_token = value(last), value(last - 1)
     end = jnp.where(at_token > at_blank, last - 1, last)
-    total = jnp.maximum(at_blank, at_token)
-    flat = back.reshape(blocks * block, -1)
+    path = _trace(back, offsets, end.astype(jnp.int32), frames)
+    said = log_probs.reshape(blocks * block, -1)
+    scores = jnp.take_along_axis(said, extended[jnp.maximum(path, 0)][:, None], axis=1)[:, 0]
+    return path, jnp.where(path >= 0, scores, 0.0), jnp.maximum(at_blank, at_token), peaks, left
+
+
+def _move_window(
+    alpha: Float[Array, " window"], offset: Int[Array, ""], states: Int[Array, ""]
+) -> tuple[Float[Array, " window"], Int[Array, ""], Float[Array, ""]]:
+    """Move the window on with the best state, never back and not past the last; also the best score left behind."""
+    window = len(alpha)
+    best = offset + jnp.argmax(alpha)
+    moved = jnp.clip(best - window // 2, offset, jnp.maximum(states - window, offset))
+    behind = jnp.where(jnp.arange(window) < moved - offset, alpha, LOG_ZERO).max()
+    longer = jnp.concatenate([alpha, jnp.full((window,), LOG_ZERO, alpha.dtype)])
+    return jax.lax.dynamic_slice(longer, (jnp.minimum(moved - offset, window),), (window,)), moved, behind
+
+
+def _best_predecessors(
+    alpha: Float[Array, " window"], skip: Float[Array, " window"]
+) -> tuple[Float[Array, " window"], UInt8[Array, " window"]]:
+    r"""$\max(\alpha_s, \alpha_{s-1}, \alpha_{s-2})$, the last where `skip` is 0, and how many states back it is."""
+    padded = jnp.concatenate([jnp.full((2,), LOG_ZERO, alpha.dtype), alpha])
+    stay, step, jump = alpha, padded[1:-1], padded[:-2] + skip
+    back = jnp.where(step > stay, 1, 0)
+    best = jnp.maximum(stay, step)
+    back = jnp.where(jump > best, 2, back).astype(jnp.uint8)
+    return jnp.maximum(best, jump), back
+
+
+def _packed(back: UInt8[Array, " window"]) -> UInt8[Array, " bytes"]:
+    """Steps back of 0 to 2 states, four of them a byte."""
+    four = back.reshape(-1, 4)
+    return four[:, 0] | (four[:, 1] << 2) | (four[:, 2] << 4) | (four[:, 3] << 6)
+
+
+def _trace(
+    back: UInt8[Array, "blocks block bytes"],
+    offsets: Int[Array, " blocks"],
+    end: Int[Array, ""],
+    frames: Int[Array, ""],
+) -> Int[Array, " frames"]:
+    """The states of the path that ends in `end`, by the packed steps back of each block's window; -1 behind it."""
+    blocks, block, size = back.shape
+    flat = back.reshape(blocks * block, size)
 
     def trace(state: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
         inside = index < frames
-        local = jnp.clip(state - offsets[index // block], 0, window - 1)
+        local = jnp.clip(state - offsets[index // block], 0, 4 * size - 1)
         step = (flat[index, local // 4] >> (2 * (local % 4)).astype(jnp.uint8)) & 3
         before = jnp.where(inside & (index > 0), state - step.astype(jnp.int32), state)
         return before, jnp.where(inside, state, -1)
 
-    _, path = jax.lax.scan(trace, end.astype(jnp.int32), jnp.arange(blocks * block), reverse=True)
-    said = log_probs.reshape(blocks * block, -1)
-    scores = jnp.take_along_axis(said, extended[jnp.maximum(path, 0)][:, None], axis=1)[:, 0]
-    return path, jnp.where(path >= 0, scores, 0.0), total, peaks, left
+    return jax.lax.scan(trace, end, jnp.arange(blocks * block), reverse=True)[1]
 
 
 def forced_alignment(

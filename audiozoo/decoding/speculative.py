@@ -69,6 +69,117 @@ class _State:
     accepted: Int[Array, ""]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Greedy:
+    """Which token greedy search takes, and when a row ends: by the rules of a `Search` that never runs."""
+
+    search: Search
+    constraints: tuple[LogitsProcessor, ...]
+
+    def choose(
+        self, logits: Float[Array, "batch vocab"], tokens: Int[Array, "batch buffer"], length: Int[Array, ""]
+    ) -> Int[Array, " batch"]:
+        """What follows the first `length` tokens."""
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        return argmax(processors.apply(self.constraints, logits, tokens, length))
+
+    def commit(self, state: _State, chosen: Int[Array, " batch"]) -> _State:
+        """Append one token to every unfinished row."""
+        token = jnp.where(state.finished, self.search.config.fill_token_id, chosen)
+        tokens = _append(state.tokens, token, state.length)
+        length = state.length + 1
+        return dataclasses.replace(
+            state,
+            tokens=tokens,
+            length=length,
+            finished=state.finished | self.search.stops(tokens, token, length),
+            lengths=jnp.where(state.finished, state.lengths, length),
+        )
+
+
+def _never(*_: Any) -> Any:
+    raise AssertionError("the search is used for its rules only")
+
+
+def _append(
+    tokens: Int[Array, "batch buffer"], chosen: Int[Array, " batch"], length: Int[Array, ""]
+) -> Int[Array, "batch buffer"]:
+    return lax.dynamic_update_slice_in_dim(tokens, chosen[:, None], length, axis=1)
+
+
+def _look_up(
+    tokens: Int[Array, "batch buffer"], length: Int[Array, ""], drafted: int, longest: int
+) -> Int[Array, "batch buffer"]:
+    """Draft what followed the first occurrence of the last tokens: of as many, up to `longest`, as have one."""
+    batch = tokens.shape[0]
+    follows = jnp.zeros(batch, jnp.int32)  # without an occurrence any guess will do
+    for size in range(1, longest + 1):
+        starts = tokens.shape[1] - size
+        occurs = jnp.broadcast_to(jnp.arange(starts) + size < length, (batch, starts))
+        for offset in range(size):
+            last = lax.dynamic_slice_in_dim(tokens, length - size + offset, 1, axis=1)
+            occurs &= tokens[:, offset : offset + starts] == last
+        follows = jnp.where(jnp.any(occurs, axis=1), jnp.argmax(occurs, axis=1) + size, follows)
+    guess = jnp.take_along_axis(tokens, follows[:, None] + jnp.arange(drafted), axis=1, mode="clip")
+    return lax.dynamic_update_slice_in_dim(tokens, guess, length, axis=1)
+
+
+def _ask(
+    draft_step: MultiStep,
+    greedy: _Greedy,
+    cache: Any,
+    tokens: Int[Array, "batch buffer"],
+    length: Int[Array, ""],
+    drafted: int,
+) -> tuple[Int[Array, "batch buffer"], Any]:
+    """Draft by the draft model's greedy search.
+
+    If all of the last draft was accepted, the draft has not yet been fed the last but one token; feeding two tokens
+    first covers both cases and writes again what was there in the other.
+    """
+
+    def draft(carry: tuple[Array, Array, Any, Array]) -> tuple[Array, Array, Any, Array]:
+        index, tokens, cache, chosen = carry
+        tokens = _append(tokens, chosen, length + index - 1)
+        fed = lax.dynamic_slice_in_dim(tokens, length + index - 1, 1, axis=1)
+        logits, cache = draft_step(fed, cache, length + index - 1)
+        return index + 1, tokens, cache, greedy.choose(logits[:, -1], tokens, length + index)
+
+    two = lax.dynamic_slice_in_dim(tokens, length - 2, 2, axis=1)
+    logits, cache = draft_step(two, cache, length - 2)
+    drafting = (jnp.int32(1), tokens, cache, greedy.choose(logits[:, -1], tokens, length))
+    _, tokens, cache, last = caches.while_loop(lambda carry: carry[0] < drafted, draft, drafting)
+    return _append(tokens, last, length + drafted - 1), cache
+
+
+def _check(
+    target_step: MultiStep, greedy: _Greedy, state: _State, tokens: Int[Array, "batch buffer"], drafted: int
+) -> tuple[Int[Array, "batch choices"], Int[Array, ""], Any]:
+    """The target sees the last token and the draft: its own choice after each, how many drafted stand, its cache."""
+    length = state.length
+    fed = lax.dynamic_slice_in_dim(tokens, length - 1, drafted + 1, axis=1)
+    logits, cache = target_step(fed, state.target, length - 1)
+    own = jnp.stack([greedy.choose(logits[:, i], tokens, length + i) for i in range(drafted + 1)], axis=1)
+    agree = jnp.cumsum(own[:, :-1] != fed[:, 1:], axis=1) == 0
+    matches = jnp.where(state.finished, drafted, jnp.sum(agree, axis=1))
+    return own, jnp.min(matches).astype(jnp.int32), cache
+
+
+def _keep(greedy: _Greedy, state: _State, own: Int[Array, "batch choices"], agreed: Int[Array, ""]) -> _State:
+    """Keep the agreed tokens and one more, unless the rows end before."""
+    length = state.length
+
+    def keep_one(state: _State) -> _State:
+        return greedy.commit(state, lax.dynamic_index_in_dim(own, state.length - length, axis=1, keepdims=False))
+
+    def going(state: _State) -> Array:
+        return (state.length <= length + agreed) & ~jnp.all(state.finished)
+
+    kept = caches.while_loop(going, keep_one, state)
+    accepted = state.accepted + jnp.minimum(kept.length - length, agreed)
+    return dataclasses.replace(kept, rounds=state.rounds + 1, accepted=accepted)
+
+
 def assisted_generate(
     target_step: MultiStep,
     draft_step: MultiStep | None,
@@ -99,52 +210,20 @@ def assisted_generate(
     Raises:
         UsageError: for sampling, beams or requests for scores.
     """
-    for name in ("do_sample", "output_scores", "output_logits", "output_log_probs"):
-        if getattr(config, name):
-            raise UsageError(f"Speculative decoding is greedy and returns tokens only; {name} must be False.")
-    if config.num_beams > 1:
-        raise UsageError(f"Speculative decoding is greedy; num_beams={config.num_beams} must be 1.")
-    if num_assistant_tokens < 1:
-        raise UsageError(f"num_assistant_tokens={num_assistant_tokens} must be at least 1.")
-    if max_matching_ngram_size < 1:
-        raise UsageError(f"max_matching_ngram_size={max_matching_ngram_size} must be at least 1.")
+    _refuse_all_but_greedy(config, num_assistant_tokens, max_matching_ngram_size)
     drafted, prompt = num_assistant_tokens, prompt.astype(jnp.int32)
     batch, prompt_length = prompt.shape
-
-    def refuse(*_: Any) -> Any:
-        raise AssertionError("the search is used for its constraints only")
-
     search = Search(
-        refuse, config, prompt_length, logits_processors=tuple(logits_processors), max_new_tokens=max_new_tokens
+        _never, config, prompt_length, logits_processors=tuple(logits_processors), max_new_tokens=max_new_tokens
     )
-    constraints = search.constraints(1)
-
-    def choose(logits: Float[Array, "batch vocab"], tokens: Array, length: Array) -> Int[Array, " batch"]:
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-        return argmax(processors.apply(constraints, logits, tokens, length))
-
-    def append(tokens: Array, chosen: Array, length: Array) -> Array:
-        return lax.dynamic_update_slice_in_dim(tokens, chosen[:, None], length, axis=1)
-
-    def commit(state: _State, chosen: Int[Array, " batch"]) -> _State:
-        """Append one token to every unfinished row, as greedy search does."""
-        token = jnp.where(state.finished, config.fill_token_id, chosen)
-        tokens = append(state.tokens, token, state.length)
-        length = state.length + 1
-        return dataclasses.replace(
-            state,
-            tokens=tokens,
-            length=length,
-            finished=state.finished | search.stops(tokens, token, length),
-            lengths=jnp.where(state.finished, state.lengths, length),
-        )
+    greedy, room = _Greedy(search, search.constraints(1)), prompt_length + search.buffer_new
 
     # The prompt, through both models; the target chooses the first token.
     zero = jnp.zeros((), jnp.int32)
     logits, target_cache = target_step(prompt, target_cache, zero)
     if draft_step is not None:
         _, draft_cache = draft_step(prompt, draft_cache, zero)
-    buffer = jnp.full((batch, prompt_length + search.buffer_new + drafted), config.fill_token_id, jnp.int32)
+    buffer = jnp.full((batch, room + drafted), config.fill_token_id, jnp.int32)
     state = _State(
         target=target_cache,
         draft=draft_cache,
@@ -155,78 +234,36 @@ def assisted_generate(
         rounds=zero,
         accepted=zero,
     )
-    state = commit(state, choose(logits[:, -1], state.tokens, state.length))
-
-    def look_up(tokens: Array, length: Array) -> Array:
-        """Draft what followed the first occurrence of the last tokens: of as many of them as have one."""
-        follows = jnp.zeros(batch, jnp.int32)  # without an occurrence any guess will do
-        for size in range(1, max_matching_ngram_size + 1):
-            starts = tokens.shape[1] - size
-            occurs = jnp.broadcast_to(jnp.arange(starts) + size < length, (batch, starts))
-            for offset in range(size):
-                last = lax.dynamic_slice_in_dim(tokens, length - size + offset, 1, axis=1)
-                occurs &= tokens[:, offset : offset + starts] == last
-            follows = jnp.where(jnp.any(occurs, axis=1), jnp.argmax(occurs, axis=1) + size, follows)
-        guess = jnp.take_along_axis(tokens, follows[:, None] + jnp.arange(drafted), axis=1, mode="clip")
-        return lax.dynamic_update_slice_in_dim(tokens, guess, length, axis=1)
-
-    def ask(draft_step: MultiStep, cache: Any, tokens: Array, length: Array) -> tuple[Array, Any]:
-        """Draft by the draft model's greedy search.
-
-        If all of the last draft was accepted, the draft has not yet been fed the last but one token; feeding two tokens
-        first covers both cases and writes again what was there in the other.
-        """
-
-        def draft(carry: tuple[Array, Array, Any, Array]) -> tuple[Array, Array, Any, Array]:
-            index, tokens, cache, chosen = carry
-            tokens = append(tokens, chosen, length + index - 1)
-            fed = lax.dynamic_slice_in_dim(tokens, length + index - 1, 1, axis=1)
-            logits, cache = draft_step(fed, cache, length + index - 1)
-            return index + 1, tokens, cache, choose(logits[:, -1], tokens, length + index)
-
-        two = lax.dynamic_slice_in_dim(tokens, length - 2, 2, axis=1)
-        logits, cache = draft_step(two, cache, length - 2)
-        drafting = (jnp.int32(1), tokens, cache, choose(logits[:, -1], tokens, length))
-        _, tokens, cache, last = caches.while_loop(lambda carry: carry[0] < drafted, draft, drafting)
-        return append(tokens, last, length + drafted - 1), cache
+    state = greedy.commit(state, greedy.choose(logits[:, -1], state.tokens, state.length))
 
     def speculate(state: _State) -> _State:
-        length = state.length
         if draft_step is None:
-            tokens, cache = look_up(state.tokens, length), state.draft
+            tokens, draft = _look_up(state.tokens, state.length, drafted, max_matching_ngram_size), state.draft
         else:
-            tokens, cache = ask(draft_step, state.draft, state.tokens, length)
-
-        # Check: the target sees the last token and the draft, and makes its own choice after each.
-        fed = lax.dynamic_slice_in_dim(tokens, length - 1, drafted + 1, axis=1)
-        logits, target_cache = target_step(fed, state.target, length - 1)
-        own = jnp.stack([choose(logits[:, i], tokens, length + i) for i in range(drafted + 1)], axis=1)
-        agree = jnp.cumsum(own[:, :-1] != fed[:, 1:], axis=1) == 0
-        matches = jnp.where(state.finished, drafted, jnp.sum(agree, axis=1))
-        keep = jnp.min(matches).astype(jnp.int32)  # drafted tokens that stand, for all rows
-
-        # Keep the agreed tokens and one more, unless the rows end before.
-        def keep_one(state: _State) -> _State:
-            return commit(state, lax.dynamic_index_in_dim(own, state.length - length, axis=1, keepdims=False))
-
-        def going(state: _State) -> Array:
-            return (state.length <= length + keep) & ~jnp.all(state.finished)
-
-        state = dataclasses.replace(state, target=target_cache, draft=cache)
-        kept = caches.while_loop(going, keep_one, state)
-        return dataclasses.replace(
-            kept, rounds=state.rounds + 1, accepted=state.accepted + jnp.minimum(kept.length - length, keep)
-        )
+            tokens, draft = _ask(draft_step, greedy, state.draft, state.tokens, state.length, drafted)
+        own, agreed, target = _check(target_step, greedy, state, tokens, drafted)
+        return _keep(greedy, dataclasses.replace(state, target=target, draft=draft), own, agreed)
 
     state = caches.while_loop(lambda state: ~jnp.all(state.finished), speculate, state)
     # Drafted tokens that were never committed may stand behind the end.
     behind = jnp.arange(state.tokens.shape[1]) >= state.length
-    tokens = jnp.where(behind, config.fill_token_id, state.tokens)[:, : prompt_length + search.buffer_new]
     return AssistedOutput(
-        sequences=tokens,
+        sequences=jnp.where(behind, config.fill_token_id, state.tokens)[:, :room],
         lengths=state.lengths,
         prompt_length=prompt_length,
         steps=state.length - prompt_length,
         rounds=state.rounds,
         accepted=state.accepted,
     )
+
+
+def _refuse_all_but_greedy(config: GenerationConfig, num_assistant_tokens: int, max_matching_ngram_size: int) -> None:
+    for name in ("do_sample", "output_scores", "output_logits", "output_log_probs"):
+        if getattr(config, name):
+            raise UsageError(f"Speculative decoding is greedy and returns tokens only; {name} must be False.")
+    if config.num_beams > 1:
+        raise UsageError(f"Speculative decoding is greedy; num_beams={config.num_beams} must be 1.")
+    if num_assistant_tokens < 1:
+        raise UsageError(f"num_assistant_tokens={num_assistant_tokens} must be at least 1.")
+    if max_matching_ngram_size < 1:
+        raise UsageError(f"max_matching_ngram_size={max_matching_ngram_size} must be at least 1.")

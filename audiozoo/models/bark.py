@@ -780,31 +780,23 @@ def _generate_coarse(
 ) -> jax.Array:
     model = nnx.merge(graphdef, state)
     stage, (batch, had) = ids.coarse_acoustics_config, history.shape
-    window, inputs = stage.sliding_window_len, stage.max_coarse_input_length
+    window = stage.sliding_window_len
     room = window * starts.shape[0]  # coarse tokens that the buffers hold
     most = min(stage.max_coarse_history, had + room)
-    prompt_length = inputs + 1 + most
+    prompt_length = stage.max_coarse_input_length + 1 + most
     chunk = min(CHUNK, prompt_length)
     slots = prompt_length + max(window, chunk)
     processors: tuple[LogitsProcessor, ...] = (
         AlternatingCodebooks(prompt_length, ids.semantic_config.semantic_vocab_size, ids.codebook_size, exact),
         *shaping,
     )
-    column = jnp.arange(slots)
-    infer = jnp.full((batch, 1), stage.coarse_infer_token, jnp.int32)
     keys = None if key is None or not config.do_sample else row_keys(key, batch)
     reusable = config.num_beams == 1
 
     def one_window(carry: Any) -> Any:
         index, coarse, cache, held = carry
         made = index * window
-        # The context: semantic tokens, "now go on", and the last `most` coarse tokens, of which there are `recent`.
-        part = lax.dynamic_slice_in_dim(semantic, starts[index], inputs, axis=1)
-        recent = jnp.minimum(had + made, most)
-        past = lax.dynamic_slice_in_dim(coarse, had + made - recent, most, axis=1)
-        length = inputs + 1 + recent
-        context = jnp.concatenate([part, infer, past], axis=1)
-        context = jnp.where(column < length, jnp.pad(context, ((0, 0), (0, slots - prompt_length))), 0)
+        context, length = _window_context(semantic, coarse, starts[index], had + made, stage, most, slots)
         # For the search it stands at the right end of a prompt of fixed length.
         padding = prompt_length - length
         seen = jnp.arange(prompt_length) >= padding
@@ -815,19 +807,6 @@ def _generate_coarse(
         def step(tokens: jax.Array, cache: Any, position: jax.Array) -> Any:
             return model.step(tokens, cache, position - padding)
 
-        def prefill(_: jax.Array, cache: Any) -> Any:
-            """Feed what the cache does not hold yet, chunk by chunk, and the last token by itself."""
-
-            def feed(state: Any) -> Any:
-                position, cache = state
-                x = model.input_embeds_layer(lax.dynamic_slice_in_dim(context, position, chunk, axis=1))
-                return position + chunk, model.blocks(x, past=cache, position=position)[1]
-
-            state = (jnp.minimum(unchanged, length - 1), _unmarked(cache))
-            cache = while_loop(lambda state: state[0] < length - 1, feed, state)[1]
-            last = lax.dynamic_slice_in_dim(context, length - 1, 1, axis=1)
-            return model.step(last, _marked(cache), length - 1)
-
         output = generate(
             step,
             cache,
@@ -837,7 +816,7 @@ def _generate_coarse(
             key=None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, index),
             noise=None if noise is None else lax.dynamic_slice_in_dim(noise, made, window),
             logits_processors=processors,
-            prefill=prefill,
+            prefill=lambda _, cache: _read_context(model, context, length, unchanged, chunk, cache),
             max_new_tokens=jnp.minimum(window, total - made),
             return_cache=reusable,
         )
@@ -846,13 +825,58 @@ def _generate_coarse(
         if reusable:
             cache = output.cache
             held = lax.dynamic_update_slice_in_dim(context, new, length, axis=1)
-            held = jnp.where(column < length + window - 1, held, -1)
+            held = jnp.where(jnp.arange(slots) < length + window - 1, held, -1)
         return index + 1, coarse, cache, held
 
     coarse = jnp.concatenate([history, jnp.zeros((batch, room), jnp.int32)], axis=1)
     carry = (jnp.int32(0), coarse, _marked(model.start(batch, slots)), jnp.full((batch, slots), -1, jnp.int32))
     _, coarse, _, _ = while_loop(lambda carry: carry[0] * window < total, one_window, carry)
     return coarse[:, had:]
+
+
+def _window_context(
+    semantic: Int[Array, "batch semantic"],
+    coarse: Int[Array, "batch coarse"],
+    start: Int[Array, ""],
+    end: Int[Array, ""],
+    stage: BarkCoarseGenerationConfig,
+    most: int,
+    slots: int,
+) -> tuple[Int[Array, "batch slots"], Int[Array, ""]]:
+    """What a window reads: semantic tokens from `start`, "now go on", and up to `most` coarse tokens before `end`.
+
+    Returns:
+        The tokens with zeros behind them, and how many they are.
+    """
+    inputs, recent = stage.max_coarse_input_length, jnp.minimum(end, most)
+    part = lax.dynamic_slice_in_dim(semantic, start, inputs, axis=1)
+    infer = jnp.full((len(part), 1), stage.coarse_infer_token, jnp.int32)
+    past = lax.dynamic_slice_in_dim(coarse, end - recent, most, axis=1)
+    context = jnp.concatenate([part, infer, past], axis=1)
+    length = inputs + 1 + recent
+    context = jnp.pad(context, ((0, 0), (0, slots - context.shape[1])))
+    return jnp.where(jnp.arange(slots) < length, context, 0), length
+
+
+def _read_context(
+    model: BarkCoarseModel,
+    context: Int[Array, "batch slots"],
+    length: Int[Array, ""],
+    unchanged: Int[Array, ""],
+    chunk: int,
+    cache: Any,
+) -> tuple[Float[Array, "batch vocab"], Any]:
+    """Feed what the cache does not hold yet, chunk by chunk, and the last token by itself."""
+
+    def feed(state: Any) -> Any:
+        position, cache = state
+        x = model.input_embeds_layer(lax.dynamic_slice_in_dim(context, position, chunk, axis=1))
+        return position + chunk, model.blocks(x, past=cache, position=position)[1]
+
+    state = (jnp.minimum(unchanged, length - 1), _unmarked(cache))
+    cache = while_loop(lambda state: state[0] < length - 1, feed, state)[1]
+    last = lax.dynamic_slice_in_dim(context, length - 1, 1, axis=1)
+    return model.step(last, _marked(cache), length - 1)
 
 
 # --- §III-C, third stage: coarse tokens to all codebooks -------------------------------------------------------------

@@ -557,6 +557,48 @@ def kmeans(
     return jax.lax.fori_loop(0, iterations, step, (start, jnp.zeros(start.shape[0], x.dtype)))
 
 
+def _placed(
+    values: Float[Array, "rows channels"], starts: Float[Array, "entries channels"], iterations: int, released: bool
+) -> tuple[Float[Array, "entries channels"], Float[Array, "entries channels"], Float[Array, " entries"]]:
+    """§3.2, the first batch: entries by k-means, with their running sums and counts."""
+    means, counts = kmeans(values, starts, iterations)
+    return means, means if released else means * counts[:, None], counts
+
+
+def _revived(
+    average: Float[Array, "entries channels"],
+    count: Float[Array, " entries"],
+    spares: Float[Array, "entries channels"],
+    dead_below: float,
+) -> tuple[Float[Array, "entries channels"], Float[Array, " entries"]]:
+    """§3.2: sums and counts in which what stands for too little begins anew, at a row of the batch."""
+    dead = count < dead_below
+    return jnp.where(dead[:, None], spares * dead_below, average), jnp.where(dead, dead_below, count)
+
+
+def _followed(
+    values: Float[Array, "rows channels"],
+    codes: Int[Array, " rows"],
+    average: Float[Array, "entries channels"],
+    count: Float[Array, " entries"],
+    decay: float,
+    epsilon: float,
+) -> tuple[Float[Array, "entries channels"], Float[Array, "entries channels"], Float[Array, " entries"]]:
+    r"""§3.2: entries at the mean of what they stand for, with running sums $m$ and counts $N$.
+
+    With $n_j$ rows of sum $s_j$ in this batch, and $K$ entries,
+
+    $$N_j \leftarrow \gamma N_j + (1 - \gamma) n_j, \qquad m_j \leftarrow \gamma m_j + (1 - \gamma) s_j, \qquad
+    e_j = m_j \Big/ \frac{N_j + \epsilon}{\sum_i N_i + K\epsilon} \sum_i N_i.$$
+    """
+    size = len(count)
+    counts, sums = _totals(values, codes, size)
+    count = decay * count + (1 - decay) * counts
+    average = decay * average + (1 - decay) * sums
+    smooth = (count + epsilon) / (count.sum() + size * epsilon) * count.sum()
+    return average / smooth[:, None], average, count
+
+
 class EncodecResidualVectorQuantizer(nnx.Module):
     r"""Quantises $z$, then what is left of it, and so on (§3.2; SoundStream, arXiv 2107.03312, Algorithm 1).
 
@@ -642,25 +684,18 @@ class EncodecResidualVectorQuantizer(nnx.Module):
             if released:
                 residual = jnp.where(index == 0, residual, values)
 
-            def initialised() -> tuple[jax.Array, jax.Array, jax.Array]:
-                means, counts = kmeans(values, values[starts], kmeans_iterations)
-                return means, means if released else means * counts[:, None], counts
-
+            first_batch = active & (inited[0] == 0)
             embed, average, count = jax.lax.cond(
-                active & (inited[0] == 0), initialised, lambda: (embed, average, count)
+                first_batch,
+                lambda: _placed(values, values[starts], kmeans_iterations, released),
+                lambda: (embed, average, count),
             )
             codes = nearest(values, embed)
             chosen = embed[codes]
             commitment = jnp.mean(jnp.square(residual - chosen))  # ||z_k - q_k(z_k)||²
             if dead_below and not released:
-                dead = count < dead_below
-                average = jnp.where(dead[:, None], values[spares] * dead_below, average)
-                count = jnp.where(dead, dead_below, count)
-            counts, sums = _totals(values, codes, size)
-            new_count = decay * count + (1 - decay) * counts
-            new_average = decay * average + (1 - decay) * sums
-            smooth = (new_count + epsilon) / (new_count.sum() + size * epsilon) * new_count.sum()
-            fresh = (new_average / smooth[:, None], new_average, new_count, jnp.ones_like(inited))
+                average, count = _revived(average, count, values[spares], dead_below)
+            fresh = (*_followed(values, codes, average, count, decay, epsilon), jnp.ones_like(inited))
             kept = (embed, average, count, inited)
             after = jax.tree.map(lambda a, b: jnp.where(active, a, b), fresh, kept)
             so_far = so_far + jnp.where(active, chosen, jnp.zeros((), x.dtype))
