@@ -16,7 +16,7 @@ fills, and a wrong shape are all collected before the first tensor is read, and 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -310,6 +310,31 @@ class Step:
     operation: Operation
 
 
+def _misfits(step: Step, tensors: Tensors, expected: Mapping[str, Any], filled: Collection[str]) -> list[str]:
+    """Why what a step gives does not fit a model, of which other steps have `filled` some parameters."""
+    if all(path not in expected for path in step.ours):
+        return [f"  + {name}  (the model has no such parameter)" for name in step.foreign]
+    which = ", ".join(step.foreign)
+    virtual = tuple(np.broadcast_to(np.False_, tensors.shape(n)) for n in step.foreign)
+    try:
+        arrays = step.operation.forward(virtual)
+        if [a.shape for a in step.operation.inverse(arrays)] != [v.shape for v in virtual]:
+            raise ValueError
+    except ValueError:
+        shapes = ", ".join(str(v.shape) for v in virtual)
+        return [f"  ! {which}  (shape {shapes} does not go through {step.operation.name})"]
+    problems = []
+    for path, array in zip(step.ours, arrays, strict=False):
+        if path in filled:
+            problems.append(f"  + {which}  ({path} is already filled)")
+        elif path not in expected:
+            problems.append(f"  + {which}  (the model has no {path})")
+        elif array.shape != tuple(expected[path].shape):
+            shape = tuple(expected[path].shape)
+            problems.append(f"  ! {which}  (gives {path} the shape {array.shape}; the model has {shape})")
+    return problems
+
+
 @dataclass(frozen=True)
 class Table:
     """The whole correspondence between one foreign format and one of our models.
@@ -380,8 +405,30 @@ class Table:
         Raises:
             CheckpointError: with a +/- listing of every key too many, too few or of a wrong shape.
         """
+        actual, problems = self._names_today(tensors)
+        steps, unmatched = self._matches(tensors, actual)
+        problems += unmatched
+        filled: set[str] = set()
+        for step in steps:
+            problems += _misfits(step, tensors, expected, filled)
+            if any(path in expected for path in step.ours):
+                filled.update(step.ours)
+        for path in expected:
+            if path not in filled and not (may_be_absent and re.fullmatch(may_be_absent, path)):
+                problems.append(f"  - {path}  (shape {tuple(expected[path].shape)}; nothing in the file fills it)")
+        if problems:
+            counts = {mark: sum(p.startswith(f"  {mark}") for p in problems) for mark in "+-!"}
+            shown = problems[:60] + ([f"  … and {len(problems) - 60} more"] if len(problems) > 60 else [])
+            raise CheckpointError(
+                f"{where} does not fit {model}: {counts['+']} unexpected (+), {counts['-']} missing (-), "
+                f"{counts['!']} of a wrong shape (!).\n" + "\n".join(shown)
+            )
+        return steps
+
+    def _names_today(self, tensors: Tensors) -> tuple[dict[str, str], list[str]]:
+        """Today's spelling of each tensor's name, without constants, and that name; and what is there twice."""
         actual: dict[str, str] = {}
-        problems: list[str] = []
+        problems = []
         for name in tensors.names():
             today = self.today(name)
             if today in actual:
@@ -389,11 +436,16 @@ class Table:
             actual[today] = name
         for constant in self.constants:
             actual.pop(constant.name, None)
-        tied = {t.name: t for t in self.tied}
         for pair in self.tied:
             if pair.name in actual and pair.same_as not in actual:
                 actual[pair.same_as] = actual.pop(pair.name)  # a file may hold either of the two
+        return actual, problems
+
+    def _matches(self, tensors: Tensors, actual: Mapping[str, str]) -> tuple[list[Step], list[str]]:
+        """The rules that take the tensors of a file, and what no rule takes, or several do."""
         steps: dict[tuple[str, ...], Step] = {}
+        problems = []
+        tied = {t.name: t for t in self.tied}
         for today, name in actual.items():
             if any(re.fullmatch(i.pattern, today) for i in self.ignored):
                 continue
@@ -412,43 +464,7 @@ class Table:
                 problems.append(f"  - {', '.join(absent)}  (goes together with {name})")
                 continue
             steps[names] = Step(tuple(actual[n] for n in names), rule.our_paths(values), rule.operation)
-        filled: dict[str, Step] = {}
-        for step in steps.values():
-            if all(path not in expected for path in step.ours):
-                problems.extend(f"  + {name}  (the model has no such parameter)" for name in step.foreign)
-                continue
-            virtual = tuple(np.broadcast_to(np.False_, tensors.shape(n)) for n in step.foreign)
-            try:
-                arrays = step.operation.forward(virtual)
-                if [a.shape for a in step.operation.inverse(arrays)] != [v.shape for v in virtual]:
-                    raise ValueError
-            except ValueError:
-                shapes = ", ".join(str(v.shape) for v in virtual)
-                which, operation = ", ".join(step.foreign), step.operation.name
-                problems.append(f"  ! {which}  (shape {shapes} does not go through {operation})")
-                arrays = ()
-            for path, array in zip(step.ours, arrays, strict=False):
-                if path in filled:
-                    problems.append(f"  + {', '.join(step.foreign)}  ({path} is already filled)")
-                elif path not in expected:
-                    problems.append(f"  + {', '.join(step.foreign)}  (the model has no {path})")
-                elif array.shape != tuple(expected[path].shape):
-                    problems.append(
-                        f"  ! {', '.join(step.foreign)}  (gives {path} the shape {array.shape}; "
-                        f"the model has {tuple(expected[path].shape)})"
-                    )
-            filled.update(dict.fromkeys(step.ours, step))
-        for path in expected:
-            if path not in filled and not (may_be_absent and re.fullmatch(may_be_absent, path)):
-                problems.append(f"  - {path}  (shape {tuple(expected[path].shape)}; nothing in the file fills it)")
-        if problems:
-            counts = {mark: sum(p.startswith(f"  {mark}") for p in problems) for mark in "+-!"}
-            shown = problems[:60] + ([f"  … and {len(problems) - 60} more"] if len(problems) > 60 else [])
-            raise CheckpointError(
-                f"{where} does not fit {model}: {counts['+']} unexpected (+), {counts['-']} missing (-), "
-                f"{counts['!']} of a wrong shape (!).\n" + "\n".join(shown)
-            )
-        return list(steps.values())
+        return list(steps.values()), problems
 
     def read(self, tensors: Tensors, steps: Iterable[Step]) -> Iterator[tuple[str, np.ndarray]]:
         """Carry out a plan tensor by tensor, yielding `(our path, array)` as foreign arrays come in."""

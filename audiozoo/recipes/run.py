@@ -380,17 +380,7 @@ def train(
         raise UsageError(
             "Patience counts evaluations, and there is nothing to evaluate on: give evaluation or held_out."
         )
-    items = find_items(data)
-    held: list[Item] = []
-    if evaluation is not None:
-        held = find_items(evaluation)
-    elif held_out:
-        order = np.random.default_rng(1).permutation(len(items))
-        count = max(1, round(held_out * len(items)))
-        held = [items[i] for i in sorted(order[:count])]
-        items = [items[i] for i in sorted(order[count:])]
-        if not items:
-            raise UsageError(f"{data} holds one recording: there is none left to train on.")
+    items, held = _divided(data, evaluation, held_out)
     if language is not None:
         items, held = ([_with_language(item, language) for item in part] for part in (items, held))
     run = build(recipe, [*items, *held], **how)
@@ -448,6 +438,24 @@ def train(
         _save(model, run.processor, out / "model")
     hosts.wait("saved")
     return model
+
+
+def _divided(data: str | Path, evaluation: str | Path | None, held_out: float) -> tuple[list[Item], list[Item]]:
+    """What to train on, and what to evaluate on: data of its own, a share of the former, or nothing.
+
+    Raises:
+        UsageError: if the share leaves nothing to train on.
+    """
+    items = find_items(data)
+    if evaluation is not None:
+        return items, find_items(evaluation)
+    if not held_out:
+        return items, []
+    order = np.random.default_rng(1).permutation(len(items))
+    count = max(1, round(held_out * len(items)))
+    if count == len(items):
+        raise UsageError(f"{data} holds one recording: there is none left to train on.")
+    return [items[i] for i in sorted(order[count:])], [items[i] for i in sorted(order[:count])]
 
 
 def _with_language(item: Item, language: str) -> Item:
