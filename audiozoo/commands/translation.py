@@ -198,24 +198,25 @@ def while_speaking(
     from audiozoo import audio
     from audiozoo.audio import read_stream
     from audiozoo.models.speech_to_text import average_lagging, simultaneous
-    from audiozoo.processors.speech_to_text import GlobalCMVN, filterbanks, stream_filterbanks
+    from audiozoo.processors.speech_to_text import GlobalCMVN, stream_filterbanks
 
     extractor, rate, piece = processor.feature_extractor, processor.feature_extractor.sampling_rate, 0.28
     statistics = None if cmvn is None else GlobalCMVN.from_npz(cmvn)
+    own = statistics is None and extractor.do_ceptral_normalize
     if request.file == "-":
-        if statistics is None and extractor.do_ceptral_normalize:
+        if own:
             raise UsageError("What is said next is not known yet: give statistics to normalise by with --cmvn.")
         blocks: Any = (block[0] for block in read_stream(sys.stdin.buffer, rate, seconds=piece))
     else:
-        if statistics is None and extractor.do_ceptral_normalize:
-            wave = audio.read(str(request.file), rate)
-            statistics = GlobalCMVN.of(filterbanks([wave], extractor.num_mel_bins, rate)) if len(wave) else None
-        blocks = audio.blocks(str(request.file), rate, piece)
+        blocks = [audio.read(str(request.file), rate)] if own else audio.blocks(str(request.file), rate, piece)
+    pieces: Any = stream_filterbanks(blocks, statistics, extractor.num_mel_bins, rate)
+    if own:
+        frames = list(pieces)
+        pieces = map(GlobalCMVN.of(frames), frames)
     token = language_token(processor, "This checkpoint", request.target)
     tokens: list[int] = []
     segments: list[dict[str, Any]] = []
     done, heard, lags = "", 0.0, []
-    pieces = stream_filterbanks(blocks, statistics, extractor.num_mel_bins, rate)
     limit = model.generation_config.max_length or 200
     for found in simultaneous(model, pieces, wait_k, forced_bos_token_id=token, max_new_tokens=limit):
         tokens.append(found.token)

@@ -18,6 +18,7 @@ from flax import nnx
 
 import audiozoo
 from audiozoo import sharding
+from audiozoo.audio import files as audio_files
 from audiozoo.audio.features import double_precision_on_cpu, kaldi_fbank
 from audiozoo.decoding.pieces import quiet_cuts, write_pieces
 from audiozoo.errors import AudioError, CheckpointError, SourceError, UsageError
@@ -451,7 +452,7 @@ def test_translate_and_transcribe(run, checkpoint, tmp_path):
     assert_refused(run("translate", tmp_path / "click.wav", "--to", "de", *model_option), "too short")
 
 
-def test_translate_while_someone_speaks(run, checkpoint, tmp_path):
+def test_translate_while_someone_speaks(run, checkpoint, tmp_path, monkeypatch):
     source, sound = checkpoint / "model", checkpoint / "noise.wav"
     options = ("--to", "de", "--model", source)
     model, processor = audiozoo.load(source), audiozoo.load_processor(source)
@@ -460,7 +461,10 @@ def test_translate_while_someone_speaks(run, checkpoint, tmp_path):
     written = list(speech_to_text.simultaneous(model, [own(whole[0])], 3, forced_bos_token_id=4, max_new_tokens=9))
     wanted = processor.decode([w.token for w in written], skip_special_tokens=True)
     assert wanted
+    opened, open_file = [], audio_files._open
+    monkeypatch.setattr(audio_files, "_open", lambda source: opened.append(source) or open_file(source))
     found = run("translate", sound, "--wait-k", "3", *options)
+    assert opened == [str(sound)]  # read once, its own statistics included
     assert found.code == 0, found.err
     assert found.out == wanted + "\n"
     assert "s behind the speaker on average" in found.err
@@ -473,6 +477,9 @@ def test_translate_while_someone_speaks(run, checkpoint, tmp_path):
     times = [s[k] for s in timed["segments"] for k in ("start", "end")]
     assert times == sorted(times)
     assert times[-1] <= 5
+    soundfile.write(tmp_path / "click.wav", np.zeros(100), 16_000)
+    click = run("translate", tmp_path / "click.wav", "--wait-k", "3", *options)
+    assert (click.code, click.out) == (0, "\n")  # too short for a frame: nothing is said
     assert_refused(run("translate", "-", "--wait-k", "3", *options), "--cmvn")
     assert_refused(run("translate", sound, "--wait-k", "0", *options), "counts from 1")
     assert_refused(run("translate", sound, "--wait-k", "3", "--beams", "2", *options), "without --beam-size")
