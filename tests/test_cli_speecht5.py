@@ -15,7 +15,9 @@ import audiozoo
 from audiozoo import cli
 from audiozoo.commands import recognition, speech, terminal
 from audiozoo.decoding.synthesis import durations_of, speak_spectrograms
+from audiozoo.models.speech_to_text_2 import LanguageModelFusion, Speech2Text2Config, Speech2Text2ForCausalLM
 from audiozoo.processors.speecht5 import SpeechT5FeatureExtractor, SpeechT5Processor, SpeechT5Tokenizer
+from tests.models.random_model import random_model
 from tests.models.tiny_speecht5 import build, train_characters, vocoder, wave
 from tests.test_cli import Run, assert_refused
 
@@ -140,6 +142,26 @@ def test_transcribe_and_identify(run, zoo, tmp_path):
     assert_refused(run("transcribe", zoo / "noise.wav", "--model", zoo / "voice"), "does not transcribe")
     done = run("identify", zoo / "noise.wav", "--model", zoo / "teller", "--json")
     assert {row["label"] for row in json.loads(done.out)} == {"ann", "bob"}
+
+
+@pytest.mark.slow
+def test_transcribe_with_a_language_model(run, zoo, tmp_path):
+    sizes = {"d_model": 12, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16}
+    author = random_model(lambda rngs: Speech2Text2ForCausalLM(Speech2Text2Config(vocab_size=81, **sizes), rngs=rngs))
+    audiozoo.save(author, tmp_path / "author")
+    command = ("transcribe", zoo / "noise.wav", "--model", zoo / "recogniser")
+    joint = ("--language-model", tmp_path / "author", "--ctc-weight", "0.3", "--lm-weight")
+    done = run(*command, *joint, "3")
+    assert done.code == 0, done.err
+    model, processor = audiozoo.load(zoo / "recogniser"), audiozoo.load_processor(zoo / "recogniser")
+    inputs = processor(audiozoo.audio.read(zoo / "noise.wav", 16_000), sampling_rate=16_000, pad_to_multiple_of=64_000)
+    options = {"ctc_weight": 0.3, "masked_group_norm": True}
+    tokens = model.generate(**inputs, **options, fusion=LanguageModelFusion(author, 3.0))
+    assert done.out.strip() == processor.batch_decode(tokens, True)[0].strip()
+    assert run(*command, *joint, "0").out != done.out
+    assert_refused(run(*command, "--ctc-weight", "2"), "between 0 and 1")
+    assert_refused(run(*command, "--hotword", "fox"), "are for CTC models")
+    assert_refused(run(*command, "--language-model", zoo / "vocoder"), "holds a SpeechT5HifiGan; beside SpeechT5 goes")
 
 
 def test_durations_by_attention():

@@ -38,18 +38,28 @@ def refuse_whispers(model: Any, options: dict[str, Any], used: set[str]) -> None
 
 @dataclass(frozen=True)
 class Fusion:
-    """What helps a CTC model to find words: options of `audiozoo transcribe`."""
+    """What helps a model to find words: options of `audiozoo transcribe`."""
 
-    language_model: Path | None = None  # an ARPA file
+    language_model: str | None = None  # of words, an ARPA file; for SpeechT5 a checkpoint that writes its tokens
     hotwords: tuple[str, ...] = ()
     lexicon: Path | None = None
     lm_weight: float = 0.5
     word_bonus: float = 1.5
+    ctc_weight: float = 0.0  # share of the CTC head of SpeechT5
 
-    @property
-    def asked(self) -> bool:
-        """Whether there is any."""
-        return bool(self.language_model or self.hotwords or self.lexicon)
+    def refuse(self, name: str, source: str) -> None:
+        """Refuse what a class of models cannot be helped by.
+
+        Raises:
+            UsageError: if there is any.
+        """
+        ctc, joint = name.endswith("ForCTC"), name == "SpeechT5ForSpeechToText"
+        if self.language_model is not None and not (ctc or joint):
+            raise UsageError(f"--language-model is for CTC models and SpeechT5; {source} holds a {name}.")
+        if (self.hotwords or self.lexicon) and not ctc:
+            raise UsageError(f"--hotword and --lexicon are for CTC models; {source} holds a {name}.")
+        if self.ctc_weight and not joint:
+            raise UsageError(f"--ctc-weight is for SpeechT5; {source} holds a {name}.")
 
 
 def ctc_transcriber(
@@ -101,7 +111,7 @@ def ctc_transcriber(
 
 
 def writer(
-    model: Any, processor: Any, options: dict[str, Any], language: str | None = None
+    model: Any, processor: Any, options: dict[str, Any], language: str | None = None, fusion: Fusion = Fusion()
 ) -> Callable[[Any, Progress], dict[str, Any]]:
     """The same with an encoder-decoder that writes what it hears (fairseq S2T, SpeechT5).
 
@@ -110,6 +120,7 @@ def writer(
         processor: its processor.
         options: those of the command.
         language: of the text, for checkpoints of several.
+        fusion: with what SpeechT5 finds words.
 
     Raises:
         UsageError: for an option that only Whisper has.
@@ -122,7 +133,7 @@ def writer(
     chosen = {"num_beams": options["beam_size"], "length_penalty": options["length_penalty"]}
     chosen["forced_bos_token_id"] = language_token(processor, "This checkpoint", language, "--language")
     if hasattr(model, "speecht5"):
-        chosen["masked_group_norm"] = True
+        chosen |= {"masked_group_norm": True, "ctc_weight": fusion.ctc_weight, "fusion": _language_model(fusion)}
     else:
         chosen["batch_invariant"] = True
         if model.generation_config.max_length is None:
@@ -136,6 +147,21 @@ def writer(
         return found | {"language": language}
 
     return hear
+
+
+def _language_model(fusion: Fusion) -> Any:
+    """The language model of a `Fusion` beside SpeechT5."""
+    if fusion.language_model is None:
+        return None
+    import audiozoo
+    from audiozoo.models.speech_to_text_2 import LanguageModelFusion, Speech2Text2ForCausalLM
+
+    model = audiozoo.load(fusion.language_model)
+    if not isinstance(model, Speech2Text2ForCausalLM):
+        raise UsageError(
+            f"{fusion.language_model} holds a {type(model).__name__}; beside SpeechT5 goes a Speech2Text2ForCausalLM."
+        )
+    return LanguageModelFusion(model, fusion.lm_weight)
 
 
 def speak_language(model: Any, processor: Any, source: str, language: str | None) -> Any:

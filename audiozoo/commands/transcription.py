@@ -74,15 +74,19 @@ def transcribe(
         bool, typer.Option("--allow-short", help="encode a short last window as it is: sooner, but not as trained")
     ] = False,
     seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
-    language_model: Annotated[Path | None, typer.Option(help="of words, an ARPA file; for CTC models")] = None,
+    language_model: Annotated[
+        str | None,
+        typer.Option(help="of words, an ARPA file, for CTC models; of tokens, a hub id or directory, for SpeechT5"),
+    ] = None,
     hotwords: Annotated[
         list[str] | None, typer.Option("--hotword", help="a word that is likely to be said; for CTC models")
     ] = None,
     lexicon: Annotated[
         Path | None, typer.Option(help="the only words there are: one and its letters a line; for CTC models")
     ] = None,
-    lm_weight: Annotated[float, typer.Option(help="of the language model; for CTC models")] = 0.5,
+    lm_weight: Annotated[float, typer.Option(help="of the language model")] = 0.5,
     word_bonus: Annotated[float, typer.Option(help="with a language model or a lexicon; for CTC models")] = 1.5,
+    ctc_weight: Annotated[float, typer.Option(help="share of its CTC head, 0 to 1; for SpeechT5")] = 0.0,
     dtype: Annotated[str, typer.Option(help=COMPUTED_IN)] = "float32",
 ) -> None:
     """Transcribe sound files. Whisper, CTC models, fairseq S2T and SpeechT5 can."""
@@ -132,7 +136,7 @@ def transcribe(
 
     # Which languages there are, and what a length penalty is, differs between models.
     TranscriptionOptions.of(options if model is None else options | {"language": None, "length_penalty": None})
-    fusion = recognition.Fusion(language_model, tuple(hotwords or ()), lexicon, lm_weight, word_bonus)
+    fusion = recognition.Fusion(language_model, tuple(hotwords or ()), lexicon, lm_weight, word_bonus, ctc_weight)
     hear = _recogniser(model or packaged.whisper(), options, dtype, fusion)
     if output_dir is not None:
         try:
@@ -172,18 +176,16 @@ def _recogniser(
 
     model: Any = audiozoo.load(source, dtype=dtype if dtype != "float32" else None)
     name = type(model).__name__
+    writes = name in ("Speech2TextForConditionalGeneration", "SpeechT5ForSpeechToText")
+    if not (writes or name.endswith("ForCTC") or name == "WhisperForConditionalGeneration"):
+        raise UsageError(f"{source} holds a {name}, which does not transcribe.")
+    fusion.refuse(name, source)
+    processor = audiozoo.load_processor(source)
     if name.endswith("ForCTC"):
-        processor = audiozoo.load_processor(source)
         model = recognition.speak_language(model, processor, source, options["language"])
         return recognition.ctc_transcriber(model, processor, options, fusion)
-    writes = name in ("Speech2TextForConditionalGeneration", "SpeechT5ForSpeechToText")
-    if not writes and name != "WhisperForConditionalGeneration":
-        raise UsageError(f"{source} holds a {name}, which does not transcribe.")
-    if fusion.asked:
-        raise UsageError(f"--language-model, --hotword and --lexicon are for CTC models; {source} holds a {name}.")
-    processor = audiozoo.load_processor(source)
     if writes:
-        return recognition.writer(model, processor, options, options["language"])
+        return recognition.writer(model, processor, options, options["language"], fusion)
     long_form.TranscriptionOptions.of(options)
     return partial(long_form.transcribe, model, processor, **options)
 
