@@ -121,6 +121,29 @@ def pad_batch(
     return batch, mask
 
 
+def token_lists(rows: Sequence[list[int]], pad_token_id: int, padding: bool, *, alone: bool) -> dict[str, Any]:
+    """Tokens of texts as `input_ids` and `attention_mask`.
+
+    Args:
+        rows: the tokens of each text.
+        pad_token_id: what fills.
+        padding: bring all to one length.
+        alone: there is one text, and no batch.
+    """
+    longest = max(map(len, rows)) if padding else 0
+    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+    ids = [row + [pad_token_id] * (longest - len(row)) for row in rows]
+    return {"input_ids": ids[0], "attention_mask": mask[0]} if alone else {"input_ids": ids, "attention_mask": mask}
+
+
+def padded_labels(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """Tokens of texts as targets, int32 `(batch, tokens)`; -100, which no loss counts, behind those of a text."""
+    labels = np.full((len(rows), max(map(len, rows))), -100, np.int32)
+    for row, ids in zip(labels, rows, strict=True):
+        row[: len(ids)] = ids
+    return labels
+
+
 def zero_mean_unit_variance(waveform: np.ndarray) -> np.ndarray:
     r"""$(x - \bar x) / \sqrt{\mathrm{var}(x) + 10^{-7}}$ over one unpadded waveform."""
     return (waveform - waveform.mean()) / np.sqrt(waveform.var() + 1e-7)

@@ -22,7 +22,9 @@ from audiozoo.processors import (
     check_return_tensors,
     extractor_settings,
     pad_batch,
+    padded_labels,
     read_json,
+    token_lists,
     waveform_batch,
     write_json,
 )
@@ -473,12 +475,7 @@ class Speech2TextTokenizer:
         for line in texts:
             ids = [self.encoder.get(piece, self.unk_token_id) for piece in self.tokenize(line)]
             rows.append([*prefix, *ids, self.eos_token_id])
-        longest = max(map(len, rows)) if padding else 0
-        mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
-        rows = [row + [self.pad_token_id] * (longest - len(row)) for row in rows]
-        if isinstance(text, str):
-            return {"input_ids": rows[0], "attention_mask": mask[0]}
-        return {"input_ids": rows, "attention_mask": mask}
+        return token_lists(rows, self.pad_token_id, padding, alone=isinstance(text, str))
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> str:
         """The text of tokens; with `skip_special_tokens` without languages, padding and ends."""
@@ -556,11 +553,8 @@ class Speech2TextProcessor:
             return self.tokenizer(text, **options)
         inputs: dict[str, Any] = dict(self.feature_extractor(audio, sampling_rate, **options))
         if text is not None:
-            rows = [self.tokenizer(t)["input_ids"] for t in ([text] if isinstance(text, str) else text)]
-            labels = np.full((len(rows), max(map(len, rows))), -100, np.int32)
-            for row, ids in zip(labels, rows, strict=True):
-                row[: len(ids)] = ids
-            inputs["labels"] = labels
+            texts = [text] if isinstance(text, str) else text
+            inputs["labels"] = padded_labels([self.tokenizer(t)["input_ids"] for t in texts])
         return inputs
 
     def set_target_lang(self, target_lang: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from audiozoo.errors import CheckpointError, UsageError
-from audiozoo.processors import read_json, write_json
+from audiozoo.processors import read_json, token_lists, write_json
 from audiozoo.processors.wav2vec2 import Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 
 CONTINUED, WORD_END = "@@ ", "</w>"
@@ -117,12 +117,7 @@ class Speech2Text2Tokenizer:
         for line in texts:
             words = (line.lower() if self.do_lower_case else line).split()
             rows.append([self.encoder.get(p, self.unk_token_id) for word in words for p in self._pieces(word)])
-        longest = max(map(len, rows)) if padding else 0
-        mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
-        rows = [row + [self.pad_token_id] * (longest - len(row)) for row in rows]
-        if isinstance(text, str):
-            return {"input_ids": rows[0], "attention_mask": mask[0]}
-        return {"input_ids": rows, "attention_mask": mask}
+        return token_lists(rows, self.pad_token_id, padding, alone=isinstance(text, str))
 
     def decode(
         self, token_ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = True

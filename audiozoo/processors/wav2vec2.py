@@ -19,6 +19,7 @@ from audiozoo.processors import (
     check_return_tensors,
     extractor_settings,
     pad_batch,
+    padded_labels,
     read_json,
     waveform_batch,
     write_json,
@@ -546,11 +547,8 @@ class Wav2Vec2Processor:
             return self.tokenizer(text, **options)
         inputs: dict[str, Any] = dict(self.feature_extractor(audio, sampling_rate, **options))
         if text is not None:
-            rows = [self.tokenizer(t)["input_ids"] for t in ([text] if isinstance(text, str) else text)]
-            labels = np.full((len(rows), max(map(len, rows))), -100, np.int32)
-            for row, ids in zip(labels, rows, strict=True):
-                row[: len(ids)] = ids
-            inputs["labels"] = labels
+            texts = [text] if isinstance(text, str) else text
+            inputs["labels"] = padded_labels([self.tokenizer(t)["input_ids"] for t in texts])
         return inputs
 
     def set_target_lang(self, target_lang: str) -> None:

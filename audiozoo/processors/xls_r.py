@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from audiozoo.errors import SourceError, UsageError
-from audiozoo.processors import read_json
+from audiozoo.processors import read_json, token_lists
 from audiozoo.processors.speech_to_text_2 import Speech2Text2Processor
 from audiozoo.processors.wav2vec2 import Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 
@@ -69,12 +69,7 @@ class MBart50Tokenizer:
         for line in texts:
             pieces = [self.unk_token_id if i == 0 else i + 1 for i in self.pieces.encode(line)]
             rows.append([self.lang_code_to_id[self.target_lang], *pieces, self.eos_token_id])
-        longest = max(map(len, rows)) if padding else 0
-        mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
-        rows = [row + [self.pad_token_id] * (longest - len(row)) for row in rows]
-        if isinstance(text, str):
-            return {"input_ids": rows[0], "attention_mask": mask[0]}
-        return {"input_ids": rows, "attention_mask": mask}
+        return token_lists(rows, self.pad_token_id, padding, alone=isinstance(text, str))
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> str:
         """The text of tokens; with `skip_special_tokens` without languages, padding and ends."""
