@@ -900,8 +900,8 @@ class WhisperForConditionalGeneration(WhisperLanguageModel):
             rules=rules,
             allow_short=allow_short,
             streamer=streamer,
-            drafted=num_assistant_tokens if prompt_lookup_num_tokens is None else prompt_lookup_num_tokens,
-            matching=max_matching_ngram_size if lookup else None,
+            drafted=prompt_lookup_num_tokens if assistant_model is None else num_assistant_tokens,
+            matching=max_matching_ngram_size,
         ).trim()
         return output if config.return_dict_in_generate else np.asarray(output.sequences)[:, length:]
 
@@ -934,39 +934,30 @@ def _generate(
     rules: tuple[Any, ...],
     allow_short: bool,
     streamer: Streamer | None,
-    drafted: int,
-    matching: int | None,
+    drafted: int | None,
+    matching: int,
 ) -> GenerateOutput:
     model = nnx.merge(graphdef, state)
     if encoder_outputs is None:
         encoder_outputs = model.model.encoder(input_features, allow_short=allow_short)
     hidden, length = encoder_outputs.last_hidden_state, prompt.shape[1] + config.new_tokens(prompt.shape[1])
-    if matching is not None:
+    if drafted is not None:
+        draft_step = draft_cache = None  # the text itself drafts
+        if assistant_graphdef is not None:
+            assistant = nnx.merge(assistant_graphdef, assistant_state)
+            heard = hidden
+            if isinstance(assistant, WhisperForConditionalGeneration):
+                heard = assistant.model.encoder(input_features, allow_short=allow_short).last_hidden_state
+            draft_step, draft_cache = assistant.several, assistant.model.decoder.start(heard, length + drafted)
         return assisted_generate(
             model.several,
-            None,
+            draft_step,
             model.model.decoder.start(hidden, length + drafted),
-            None,
+            draft_cache,
             prompt,
             config,
             num_assistant_tokens=drafted,
             max_matching_ngram_size=matching,
-            logits_processors=rules,
-            max_new_tokens=limit,
-        )
-    if assistant_graphdef is not None:
-        assistant = nnx.merge(assistant_graphdef, assistant_state)
-        heard = hidden
-        if isinstance(assistant, WhisperForConditionalGeneration):
-            heard = assistant.model.encoder(input_features, allow_short=allow_short).last_hidden_state
-        return assisted_generate(
-            model.several,
-            assistant.several,
-            model.model.decoder.start(hidden, length + drafted),
-            assistant.model.decoder.start(heard, length + drafted),
-            prompt,
-            config,
-            num_assistant_tokens=drafted,
             logits_processors=rules,
             max_new_tokens=limit,
         )
