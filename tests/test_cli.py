@@ -218,6 +218,12 @@ def test_words_and_other_options(transcribe, speech):
     assert "\nEver <u>tried" in cues
 
 
+def test_overlapping_chunks(transcribe, speech):
+    run = transcribe(speech, "--chunk-length-s", "6", "--stride-length-s", "1.5", "--batch-size", "4")
+    assert run.out.lower().count("ever tried") == 1
+    assert_refused(transcribe(speech, "--stride-length-s", "1"), "stride_length_s needs a chunk_length_s")
+
+
 def test_several_files_and_standard_input(transcribe, speech, tmp_path):
     """A file that cannot be read does not keep the others from being transcribed; the exit code tells."""
     text = transcribe("-", stdin=speech.read_bytes())

@@ -69,6 +69,12 @@ def transcribe(
         bool, typer.Option("--highlight-words", help="underline each word as it is said (needs --word-timestamps)")
     ] = False,
     batch_size: Annotated[int, typer.Option(help="windows decoded together")] = 1,
+    chunk_length_s: Annotated[
+        float | None, typer.Option(help="seconds; cut into chunks that overlap, and join their texts")
+    ] = None,
+    stride_length_s: Annotated[
+        float | None, typer.Option(help="seconds that a chunk shares with each neighbour; a sixth of it if not given")
+    ] = None,
     padding: Annotated[str, typer.Option(help="of the last window: silence or zeros")] = "silence",
     allow_short: Annotated[
         bool, typer.Option("--allow-short", help="encode a short last window as it is: sooner, but not as trained")
@@ -125,6 +131,8 @@ def transcribe(
         "max_initial_timestamp": max_initial_timestamp,
         "padding": padding,
         "batch_size": batch_size,
+        "chunk_length_s": chunk_length_s,
+        "stride_length_s": stride_length_s,
         "seed": seed,
         "allow_short": allow_short,
     }

@@ -16,6 +16,9 @@ default, see `TranscriptionOptions.padding`.
 **Batches.** The loop above is a generator, which asks for windows to be decoded and gets results (`_Stream.run`).
 Several of them advance together, their windows side by side in one batch: several recordings, or (with `batch_size`)
 the pieces of a long one, cut where it is quiet. Temperature fallback is per window.
+
+With `chunk_length_s` a recording is cut into chunks that overlap instead, and their texts are joined where they match:
+see `audiozoo.decoding.overlaps`.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from jaxtyping import Float
 
 from audiozoo.audio import files
 from audiozoo.audio.features import WHISPER_CHUNK_SAMPLES, WHISPER_HOP, long_log_mel_spectrogram
+from audiozoo.decoding import overlaps
 from audiozoo.decoding.timestamps import (
     APPENDED,
     PREPENDED,
@@ -200,7 +204,8 @@ class _Stream:
         kept = list(previous)[-(positions // 2 - 1) :]
         return (tokens.sot_prev, *kept, *task), len(kept) + 1
 
-    def _segment(self, seek: int, start: float, end: float, tokens: Sequence[int], result: Decoded) -> dict[str, Any]:
+    def segment(self, seek: int, start: float, end: float, tokens: Sequence[int], result: Decoded) -> dict[str, Any]:
+        """A segment as `openai-whisper` writes it."""
         return {
             "seek": seek,
             "start": start,
@@ -227,7 +232,7 @@ class _Stream:
             for begin, end in zip([0, *cuts], cuts, strict=False):
                 part = tokens[begin:end]
                 first, last = (offset + (token - zero) * SECONDS_PER_TIMESTAMP for token in (part[0], part[-1]))
-                segments.append(self._segment(seek, first, last, part, result))
+                segments.append(self.segment(seek, first, last, part, result))
             if complete:
                 return segments, seek + size, True
             return segments, seek + (tokens[cuts[-1] - 1] - zero) * FRAMES_PER_TIMESTAMP, False
@@ -235,17 +240,34 @@ class _Stream:
         stamps = [token for token in tokens if token >= zero]
         if stamps and stamps[-1] != zero:
             duration = (stamps[-1] - zero) * SECONDS_PER_TIMESTAMP
-        return [self._segment(seek, offset, offset + duration, tokens, result)], seek + size, complete
+        return [self.segment(seek, offset, offset + duration, tokens, result)], seek + size, complete
+
+    def initial_prompt(self) -> list[int]:
+        """The tokens of the text before the recording."""
+        text = self.options.initial_prompt
+        return [] if text is None else self.tokenizer.encode_ordinary(" " + text.strip())
+
+    def window(self, seek: int, size: int, previous: Sequence[int]) -> Window:
+        """The request to decode `size` frames from `seek` on, after the `previous` text."""
+        options, positions = self.options, self.decoder.config.max_target_positions
+        prompt, start = self._prompt(previous)
+        limit = min(options.sample_len or positions // 2, positions + 1 - len(prompt))
+        if limit < 1:
+            raise UsageError(
+                f"The prompt has {len(prompt)} tokens, and this model has {positions} positions in all; "
+                "give a shorter prefix."
+            )
+        width = self.decoder.window_frames
+        if options.allow_short:
+            width = min(width, -(-size // _SHORT_WINDOW_FRAMES) * _SHORT_WINDOW_FRAMES)
+        return Window(self.recording.window(seek, size, width, options.padding), prompt, start, limit, seek)
 
     def run(self) -> Generator[Window | Alignment, Any, None]:
         """Ask for windows and alignments, one at a time, and collect segments from the answers."""
-        recording, options, tokens = self.recording, self.options, self.tokenizer
-        positions = self.decoder.config.max_target_positions
-        initial: list[int] = []
-        if options.initial_prompt is not None:
-            initial = tokens.encode_ordinary(" " + options.initial_prompt.strip())
+        recording, options = self.recording, self.options
+        initial = self.initial_prompt()
         self.tokens, self.prompted = list(initial), len(initial)
-        room = positions // 2 - 1 - len(initial)  # for text after the initial prompt
+        room = self.decoder.config.max_target_positions // 2 - 1 - len(initial)  # for text after the initial prompt
         forgotten = 0  # tokens that are no longer part of the prompt
         seek = 0
         for clip_start, clip_end in self.clips:
@@ -257,19 +279,8 @@ class _Stream:
                     previous = initial + self.tokens[max(len(initial), forgotten) :][-room:]
                 else:
                     previous = self.tokens[forgotten:]
-                prompt, start = self._prompt(previous)
-                limit = min(options.sample_len or positions // 2, positions + 1 - len(prompt))
-                if limit < 1:
-                    raise UsageError(
-                        f"The prompt has {len(prompt)} tokens, and this model has {positions} positions in all; "
-                        "give a shorter prefix."
-                    )
-                width = self.decoder.window_frames
-                if options.allow_short:
-                    width = min(width, -(-size // _SHORT_WINDOW_FRAMES) * _SHORT_WINDOW_FRAMES)
-                features = recording.window(seek, size, width, options.padding)
-                result: Decoded = yield Window(features, prompt, start, limit, seek)
-                if self._is_silence(result):
+                result: Decoded = yield self.window(seek, size, previous)
+                if self.is_silence(result):
                     seek += size
                     self.heard = min(seek, recording.frames)
                     continue
@@ -283,7 +294,8 @@ class _Stream:
                 seek = following
                 self.heard = min(seek, recording.frames)
 
-    def _is_silence(self, result: Decoded) -> bool:
+    def is_silence(self, result: Decoded) -> bool:
+        """Whether the model takes the window for silence."""
         options = self.options
         if options.no_speech_threshold is None or result.no_speech_prob <= options.no_speech_threshold:
             return False
@@ -413,7 +425,8 @@ def transcribe(
         A dictionary, or a list of them for a list of recordings, as `openai-whisper` writes it: `text`, `language`, and
         `segments`, each with `id`, `seek` (frames of 10 ms), `start` and `end` (seconds), `text`, `tokens`,
         `temperature`, `avg_logprob`, `compression_ratio`, `no_speech_prob` and, with `word_timestamps`, `words`, each
-        with `word`, `start`, `end` and `probability`.
+        with `word`, `start`, `end` and `probability`. With `chunk_length_s`, `tokens` are those of the text alone, and
+        `seek` and the numbers are those of the chunk in which a segment ends.
 
     Raises:
         UsageError: for an option, language or task that does not exist.
@@ -429,7 +442,8 @@ def transcribe(
     recordings = [Recording.of(source, model.config.num_mel_bins) for source in sources]
     _set_languages(recordings, decoder)
 
-    results = _transcribe(recordings, decoder, progress, on_segment)
+    how = _transcribe if chosen.chunk_length_s is None else _transcribe_chunks
+    results = how(recordings, decoder, progress, on_segment)
     return results if several else results[0]
 
 
@@ -491,6 +505,77 @@ def _transcribe(
         ]
         results.append({"text": tokenizer.decode(tokens), "segments": segments[owner], "language": recording.language})
     return results
+
+
+def _transcribe_chunks(
+    recordings: Sequence[Recording],
+    decoder: WindowDecoder,
+    progress: Progress | None = None,
+    on_segment: Callable[[dict[str, Any]], None] | None = None,
+) -> list[dict[str, Any]]:
+    """`_transcribe` by chunks that overlap."""
+    chosen = decoder.options
+    size, left, right = (round(s * FRAMES_PER_SECOND) for s in (chosen.chunk_length_s or 0, *chosen.strides))
+    if not left + right < size <= decoder.window_frames:
+        raise UsageError(
+            f"chunk_length_s={chosen.chunk_length_s} must be longer than its strides by 10 ms, and at most the "
+            f"{decoder.window_frames / FRAMES_PER_SECOND:g} s that the model hears at once."
+        )
+    streams = [_Stream(recording, [], decoder) for recording in recordings]
+    cuts = [
+        [
+            overlaps.cut(start, min(end, recording.frames), size, left, right)
+            for start, end in chosen.clips(recording.frames)
+        ]
+        for recording in recordings
+    ]
+    windows = [
+        (stream, chunk) for stream, clips in zip(streams, cuts, strict=True) for chunks in clips for chunk in chunks
+    ]
+    total = sum(recording.seconds for recording in recordings)
+
+    def decoded() -> Iterator[Decoded]:
+        batch = max(chosen.batch_size, len(recordings))
+        for first in range(0, len(windows), batch):
+            part = windows[first : first + batch]
+            yield from decoder.decode(
+                [stream.window(chunk.start, chunk.size, stream.initial_prompt()) for stream, chunk in part]
+            )
+            if progress is not None:
+                progress(total * (first + len(part)) / len(windows), total)
+
+    answers = decoded()
+    results = []
+    for stream, clips in zip(streams, cuts, strict=True):
+        segments: list[dict[str, Any]] = []
+        for chunks in clips:
+            for segment in _joined(stream, chunks, answers):
+                segments.append({"id": len(segments), **segment})
+                if on_segment is not None:
+                    on_segment(segments[-1])
+        text = "".join(segment["text"] for segment in segments)
+        results.append({"text": text, "segments": segments, "language": stream.recording.language})
+    for _ in answers:  # to the end, for the last word on progress
+        pass
+    return results
+
+
+def _joined(stream: _Stream, chunks: Sequence[overlaps.Chunk], answers: Iterator[Decoded]) -> Iterator[dict[str, Any]]:
+    """The segments of chunks, as soon as enough answers are there."""
+    results: list[Decoded] = []
+
+    def heard() -> Iterator[tuple[overlaps.Chunk, list[int]]]:
+        for chunk in chunks:
+            results.append(next(answers))
+            yield chunk, [] if stream.is_silence(results[-1]) else results[-1].tokens
+
+    before = chunks[0].start if chunks else 0
+    for piece in overlaps.join(heard(), stream.tokenizer.timestamp_begin):
+        chunk = chunks[piece.chunk]
+        start = before if piece.start is None else piece.start
+        before = chunk.start + chunk.size if piece.end is None else piece.end
+        times = start / FRAMES_PER_SECOND, before / FRAMES_PER_SECOND
+        yield stream.segment(chunk.start, *times, piece.tokens, results[piece.chunk])
 
 
 def _seconds_done(streams: Sequence[_Stream], owners: Sequence[int], recordings: Sequence[Recording]) -> float:
@@ -574,6 +659,7 @@ def align(model: Any, processor: Any, audio: Audio, text: str, **options: Any) -
     owner = np.zeros(len(words), int)
     if len(pieces) > 1:
         wanted = {"word_timestamps": True, "language": recording.language if tokenizer.multilingual else None}
+        wanted |= {"chunk_length_s": None, "stride_length_s": None}
         heard = [
             word
             for segment in _transcribe([recording], decoder.with_options(**wanted))[0]["segments"]

@@ -87,6 +87,12 @@ class TranscriptionOptions:
     # the last window; take "zeros" to get exactly those of today's `openai-whisper`.
     padding: str = "silence"
     batch_size: int = 1  # windows decoded together; above 1, a recording is cut into pieces with prompts of their own
+    # Instead of seeking, cut the recording into chunks that overlap (`audiozoo.decoding.overlaps`), as the pipeline of
+    # `transformers` does under these names. With temperature=0 and no_speech_threshold=None the texts are those of the
+    # pipeline with num_beams=1 and force_unique_generate_call=True, had it the same spectrogram: its own is one of each
+    # chunk, ours one of the whole recording.
+    chunk_length_s: float | None = None  # s, at most 30
+    stride_length_s: float | tuple[float, float] | None = None  # s shared with the chunk before and after; a sixth each
     seed: int = 0  # of the sampling at temperatures above 0
     allow_short: bool = False  # encode a last, shorter window as it is (in steps of 5 s): faster, but not as trained
 
@@ -125,6 +131,18 @@ class TranscriptionOptions:
             self.hallucination_silence_threshold is None or self.word_timestamps,
             "hallucination_silence_threshold needs word_timestamps=True.",
         )
+        chunk = self.chunk_length_s
+        require(chunk is not None or self.stride_length_s is None, "stride_length_s needs a chunk_length_s.")
+        if chunk is not None:
+            require(not self.word_timestamps, "Words are not timed in overlapping chunks; leave chunk_length_s out.")
+            fits = False
+            with suppress(TypeError, ValueError):
+                left, right = self.strides
+                fits = min(left, right) >= 0 and left + right < chunk < math.inf
+            require(
+                fits,
+                f"chunk_length_s={chunk} must be longer than its two strides, stride_length_s={self.stride_length_s}.",
+            )
         latest = self.max_initial_timestamp
         require(latest is None or latest >= 0, f"max_initial_timestamp={latest} must be at least 0.")
         require(-(2**31) <= self.seed < 2**31, f"seed={self.seed} must be a number of 32 bits.")
@@ -150,6 +168,14 @@ class TranscriptionOptions:
         """The temperatures to try, in order."""
         assert isinstance(self.temperature, tuple)
         return self.temperature
+
+    @property
+    def strides(self) -> tuple[float, float]:
+        """Seconds that a chunk shares with the one before and with the one after."""
+        given = self.stride_length_s
+        if given is None:
+            given = (self.chunk_length_s or 0.0) / 6
+        return (given, given) if isinstance(given, (int, float)) else given
 
     def clips(self, content_frames: int) -> list[tuple[int, int]]:
         """Start and end of the parts to transcribe, in frames."""

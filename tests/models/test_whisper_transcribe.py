@@ -117,6 +117,32 @@ def test_pieces_of_a_long_recording_in_one_batch(tiny_en: tuple, recordings: Pat
     np.testing.assert_allclose(country, wanted, atol=0.5)
 
 
+def test_overlapping_chunks(tiny_en: tuple, recordings: Path):
+    """The words across the edges are heard once, in several recordings and clips at the same time."""
+    path, seconds, heard = recordings / "jfk.flac", [], []
+    options = {"chunk_length_s": 8.0, "stride_length_s": 2.5, "batch_size": 4}
+    result = transcribe(
+        *tiny_en,
+        [path, path],
+        **options,
+        progress=lambda done, total: seconds.append((done, total)),
+        on_segment=heard.append,
+    )
+    assert [one["text"].count("what you can do for your country") for one in result] == [1, 1]
+    assert result[0]["text"].count("Americans") == 1
+    assert result[0] == result[1]
+    segments = result[0]["segments"]
+    assert heard == segments * 2
+    assert [segment["id"] for segment in segments] == list(range(len(segments)))
+    times = [time for segment in segments for time in (segment["start"], segment["end"])]
+    assert times == sorted(times)
+    assert 10 < times[-1] <= 11.0
+    assert seconds[-1] == (22.0, 22.0)
+    clip = transcribe(*tiny_en, path, **options, clip_timestamps=[8.0], without_timestamps=True)
+    assert clip["text"].strip() == "Ask what you can do for your country."
+    assert [(segment["start"], segment["end"]) for segment in clip["segments"]] == [(8.0, 11.0)]
+
+
 def test_short_windows(tiny_en: tuple, recordings: Path):
     """Encoding 15 s instead of 30 s still hears the words."""
     result = transcribe(*tiny_en, recordings / "jfk.flac", allow_short=True)
@@ -164,6 +190,14 @@ def test_prompt_lengths_share_programs(tiny_en: tuple, recordings: Path):
         ({"suppress_tokens": "a"}, "token ids separated by commas"),
         ({"hallucination_silence_threshold": 1.0}, "needs word_timestamps"),
         ({"prefix": "word " * 500}, "shorter prefix"),
+        ({"prefix": "word " * 500, "chunk_length_s": 20.0}, "shorter prefix"),
+        ({"chunk_length_s": 31.0}, "at most the 30 s"),
+        ({"chunk_length_s": 0.0}, "longer than its two strides"),
+        ({"chunk_length_s": 10.0, "stride_length_s": 5.0}, "longer than its two strides"),
+        ({"chunk_length_s": 10.0, "stride_length_s": (1.0, 2.0, 3.0)}, "longer than its two strides"),
+        ({"chunk_length_s": 10.0, "stride_length_s": (-1.0, 2.0)}, "longer than its two strides"),
+        ({"stride_length_s": 2.0}, "needs a chunk_length_s"),
+        ({"chunk_length_s": 20.0, "word_timestamps": True}, "Words are not timed"),
     ],
 )
 def test_bad_options(options: dict, sentence: str, tiny_en: tuple):
