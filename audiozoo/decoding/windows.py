@@ -52,7 +52,12 @@ _ALIGNMENT_LENGTHS = (32, 64, 128, 256, 512)
 
 @dataclasses.dataclass(frozen=True)
 class TranscriptionOptions:
-    """What a user may ask of `transcribe`: the names and defaults of `openai-whisper`, and below them our own."""
+    """What a user may ask of `transcribe`: the names and defaults of `openai-whisper`, and below them our own.
+
+    The search that a checkpoint's `generation_config.json` asks for (`num_beams`, `repetition_penalty`, …) is left to
+    `generate`. OpenAI's procedure has other remedies: what repeats itself is decoded again at the next temperature. And
+    its `length_penalty` is another formula under the same name.
+    """
 
     language: str | None = None  # of the speech, code or name; detected in the first 30 s if not given
     task: str = "transcribe"  # or "translate", into English

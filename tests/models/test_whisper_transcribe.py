@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import audiozoo
 from audiozoo import UsageError
 from audiozoo.audio import files
+from audiozoo.decoding.windows import TranscriptionOptions, WindowDecoder
 from audiozoo.models.whisper import align, transcribe
 
 # What CTranslate2 and `transformers`, both in float32, make of the same spectrograms: greedy search, with timestamps.
@@ -143,6 +145,15 @@ def test_overlapping_chunks(tiny_en: tuple, recordings: Path):
     assert [(segment["start"], segment["end"]) for segment in clip["segments"]] == [(8.0, 11.0)]
 
 
+def test_the_search_of_the_file_is_for_generate(tiny_en: tuple, monkeypatch: pytest.MonkeyPatch):
+    model, processor = tiny_en
+    options = TranscriptionOptions(beam_size=2)
+    searches = [WindowDecoder(model, processor.tokenizer, options)._search(t) for t in (0.0, 0.4)]
+    asked = (("num_beams", 5), ("repetition_penalty", 1.3), ("length_penalty", 2.0))
+    monkeypatch.setattr(model, "generation_config", dataclasses.replace(model.generation_config, options=asked))
+    assert [WindowDecoder(model, processor.tokenizer, options)._search(t) for t in (0.0, 0.4)] == searches
+
+
 def test_short_windows(tiny_en: tuple, recordings: Path):
     """Encoding 15 s instead of 30 s still hears the words."""
     result = transcribe(*tiny_en, recordings / "jfk.flac", allow_short=True)
@@ -158,8 +169,6 @@ def test_blocks_and_arrays_are_like_files(tiny_en: tuple, recordings: Path):
 
 def test_prompt_lengths_share_programs(tiny_en: tuple, recordings: Path):
     """Prompts of 3 and of 7 tokens run the same compiled program."""
-    from audiozoo.decoding.windows import TranscriptionOptions, WindowDecoder
-
     programs = WindowDecoder(tiny_en[0], tiny_en[1].tokenizer, TranscriptionOptions()).programs
     transcribe(*tiny_en, recordings / "jfk.flac", temperature=0.0, initial_prompt="A speech")
     size = programs.decode._cache_size()
