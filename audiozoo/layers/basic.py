@@ -11,8 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from audiozoo.errors import UsageError
 
 Dtype = Any
 
@@ -134,8 +137,29 @@ class Linear(nnx.Linear):
         return y if bias is None else y + bias
 
 
+def check_ids(ids: Any, entries: int) -> None:
+    """Refuse what is no index of a table of so many entries: JAX would read NaN there.
+
+    Inside a compiled program ids are not known yet; what compiles itself calls this before.
+
+    Raises:
+        UsageError: for an id below 0, or beyond the last.
+    """
+    if isinstance(ids, jax.core.Tracer) or (isinstance(ids, jax.Array) and not ids.is_fully_addressable):
+        return
+    known = np.asarray(ids)
+    wrong = known[(known < 0) | (known >= entries)]
+    if wrong.size:
+        raise UsageError(f"The id {wrong[0]} is none of this model's: they are 0 to {entries - 1}.")
+
+
 class Embed(nnx.Embed):
     """A table of shape `(entries, features)`, read by index; `attend` multiplies by its transpose, for tied heads."""
+
+    def __call__(self, inputs: Int[Array, "*batch"], out_sharding: Any = None) -> Float[Array, "*batch features"]:
+        """The entries of these indices, which `check_ids` has seen."""
+        check_ids(inputs, self.num_embeddings)
+        return super().__call__(inputs, out_sharding)
 
     def attend(
         self, query: Float[Array, "*batch features"], out_sharding: Any = None

@@ -68,7 +68,17 @@ from audiozoo.decoding import GenerateOutput, GenerationConfig, Growing, LogitsP
 from audiozoo.decoding.generate import argmax, invert_cdf, row_keys
 from audiozoo.decoding.processors import SuppressTokens, Temperature, TopK, TopP, apply, warpers_from_config
 from audiozoo.errors import UsageError
-from audiozoo.layers import Dropout, Embed, KeyValues, LayerNorm, Linear, MultiHeadAttention, causal_mask, gelu
+from audiozoo.layers import (
+    Dropout,
+    Embed,
+    KeyValues,
+    LayerNorm,
+    Linear,
+    MultiHeadAttention,
+    causal_mask,
+    check_ids,
+    gelu,
+)
 from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy
 from audiozoo.models.encodec import EncodecConfig, EncodecModel
 from audiozoo.outputs import CausalLMOutput
@@ -733,6 +743,7 @@ class BarkCoarseModel(BarkCausalModel):
         spoken = semantic != ids.semantic_config.eos_token_id
         lengths = np.array([2 * ids.frames(int(n)) for n in spoken.sum(axis=1)], np.int32)
         semantic = np.where(spoken, semantic, stage.coarse_semantic_pad_token)
+        check_ids(semantic, self.config.input_vocab_size)
         before, coarse = self.histories(history_prompt, ids)
         # Buffers for as many semantic tokens as fill a number of windows that many lengths share.
         windows = 8 * math.ceil(lengths.max(initial=0) / window / 8)

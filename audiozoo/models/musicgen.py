@@ -60,7 +60,17 @@ from jaxtyping import Array, Bool, Float, Int
 from audiozoo.configs import restore_parts
 from audiozoo.decoding import GenerationConfig, bucketed, generate
 from audiozoo.errors import UsageError
-from audiozoo.layers import Dropout, Embed, KeyValues, LayerNorm, Linear, MultiHeadAttention, activation, causal_mask
+from audiozoo.layers import (
+    Dropout,
+    Embed,
+    KeyValues,
+    LayerNorm,
+    Linear,
+    MultiHeadAttention,
+    activation,
+    causal_mask,
+    check_ids,
+)
 from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy
 from audiozoo.layers.positions import cosines_and_sines
 from audiozoo.models.encodec import EncodecConfig, EncodecModel
@@ -1088,6 +1098,8 @@ class MusicgenForConditionalGeneration(nnx.Module):
         given = {n: options.pop(n) for n in names if n in options}
         hide = given.pop("mask_text", None)
         alone = bool(options.get("two_step_cfg"))
+        if input_ids is not None:
+            check_ids(input_ids, self.config.text_encoder.vocab_size)
         condition, null = _conditions(*nnx.split(self), input_ids, attention_mask, given, hide=hide, alone=alone)
         settings = self.generation_config
         return self.decoder.generate(

@@ -65,7 +65,7 @@ from audiozoo.decoding import GenerateOutput, GenerationConfig
 from audiozoo.decoding.generate import Streamer
 from audiozoo.decoding.synthesis import bucket
 from audiozoo.errors import UsageError
-from audiozoo.layers import Conv1d, Dropout, LayerNorm, Linear
+from audiozoo.layers import Conv1d, Dropout, LayerNorm, Linear, check_ids
 from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy, shift_tokens_right
 from audiozoo.models.conformer import ConformerConfig, ConformerEncoder, ConformerFeedForward, ConformerSelfAttention
 from audiozoo.models.mbart import MBartCache, continue_text
@@ -630,6 +630,9 @@ class SeamlessM4TPreTrainedModel(nnx.Module):
             raise UsageError("Say into which language: tgt_lang, or decoder_input_ids.")
         if (prompt[:, 0] != config.decoder_start_token_id).any():
             prompt = np.concatenate([np.full((len(prompt), 1), config.decoder_start_token_id), prompt], axis=1)
+        check_ids(prompt, config.vocab_size)
+        if "input_ids" in inputs:
+            check_ids(inputs["input_ids"], config.vocab_size)
         output, memory, mask = _write(
             *nnx.split(self),
             {name: jnp.asarray(x) for name, x in inputs.items()},

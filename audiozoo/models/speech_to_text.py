@@ -68,6 +68,7 @@ from audiozoo.layers import (
     Linear,
     MultiHeadAttention,
     activation,
+    check_ids,
     fairseq_sinusoids,
     layer_drop,
 )
@@ -632,6 +633,7 @@ class Speech2TextForConditionalGeneration(nnx.Module):
         chosen = GenerationConfig(**(defaults | options))
         if decoder_input_ids is None:
             decoder_input_ids = np.full((len(input_features), 1), ids.decoder_start_token_id)
+        check_ids(decoder_input_ids, self.config.vocab_size)
         mask = None if attention_mask is None else jnp.asarray(attention_mask)
         output = _generate(
             *nnx.split(self),

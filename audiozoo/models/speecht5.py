@@ -83,6 +83,7 @@ from audiozoo.layers import (
     Linear,
     MultiHeadAttention,
     attend,
+    check_ids,
     layer_drop,
     merge_heads,
     relative_to_absolute,
@@ -951,6 +952,7 @@ class SpeechT5ForSpeechToText(nnx.Module):
             config = config.replace(suppress_tokens=(*(config.suppress_tokens or ()), ours.vocab_size))
         if decoder_input_ids is None:
             decoder_input_ids = np.full((len(input_values), 1), ours.decoder_start_token_id)
+        check_ids(decoder_input_ids, ours.vocab_size)
         output = _generate(
             *nnx.split(self),
             jnp.asarray(input_values),

@@ -63,6 +63,7 @@ from audiozoo.layers import (
     MultiHeadAttention,
     activation,
     causal_mask,
+    check_ids,
     layer_drop,
     sinusoids,
 )
@@ -850,6 +851,7 @@ class WhisperForConditionalGeneration(WhisperLanguageModel):
             decoder_input_ids = self.prompt(
                 len(source), language=language, task=task, return_timestamps=return_timestamps, prompt_ids=prompt_ids
             )
+        check_ids(decoder_input_ids, self.config.vocab_size)
         length = decoder_input_ids.shape[1]
         room = self.config.max_target_positions - length
         if room < 1:

@@ -56,7 +56,7 @@ from audiozoo.configs import restore_parts
 from audiozoo.decoding import GenerateOutput, GenerationConfig
 from audiozoo.decoding.generate import Streamer
 from audiozoo.errors import UsageError
-from audiozoo.layers import Linear
+from audiozoo.layers import Linear, check_ids
 from audiozoo.layers.losses import shift_tokens_right
 from audiozoo.models.hubert import HubertConfig, HubertModel
 from audiozoo.models.mbart import MBartCache, MBartConfig, MBartForCausalLM, continue_text
@@ -319,6 +319,7 @@ class SpeechEncoderDecoderModel(nnx.Module):
         chosen = GenerationConfig(**(defaults | options))
         if decoder_input_ids is None:
             decoder_input_ids = np.full((len(input_values), 1), config.decoder_start_token_id)
+        check_ids(decoder_input_ids, config.decoder.vocab_size)
         mask = None if attention_mask is None else jnp.asarray(attention_mask)
         output = _generate(
             *nnx.split(self),
