@@ -87,9 +87,10 @@ def sampling_rate(model: Any, processor: Any) -> int:
     return 16_000
 
 
-def resized(model: Any, **changes: Any) -> Any:
+def resized(model: Any, *, dtype: Any = None, **changes: Any) -> Any:
     """The model with another configuration: parameters that keep their shape keep their values, the others are new.
 
+    It computes in `dtype`, or in the model's own where that can be read off it; many a model hands it on to its layers.
     AST's positions are cut or interpolated for spectrograms of another size, as in its §2.2.
     """
     sizes = {n: changes[n] for n in ("max_length", "num_mel_bins", "time_stride", "frequency_stride") if n in changes}
@@ -97,7 +98,7 @@ def resized(model: Any, **changes: Any) -> Any:
         model = ast.resized(model, **sizes)
     cls, config = type(model), dataclasses.replace(model.config, **changes)
     values = {name: leaf[...] for name, leaf in loading.variables(model).items()}
-    dtype = getattr(model, "dtype", None)
+    dtype = getattr(model, "dtype", None) if dtype is None else dtype
     param_dtype = next(iter(values.values())).dtype
 
     def create(rngs: Any) -> Any:
@@ -185,7 +186,7 @@ def build(
         cls = registry.paper(recipe.paper).model_class(recipe.model_class)
         model = drawn(lambda rngs: cls(base, dtype=dtype, rngs=rngs), (options or Options()).seed, mesh)
     elif base != model.config:
-        model = resized(model, **{n: getattr(base, n) for n in changes})
+        model = resized(model, dtype=dtype, **{n: getattr(base, n) for n in changes})
     if isinstance(recipe.objective, Pretraining) and recipe.objective.units:
         _clusters(processor, items, base)
     frozen = numbers.frozen

@@ -436,6 +436,21 @@ def test_spectrograms_are_as_large_as_the_model_reads(corpus):
         jax.eval_shape(ready.trainer._step, ready.trainer.abstract(), batch)
 
 
+def test_a_changed_model_computes_in_the_dtype_that_was_asked_for(corpus):
+    row, model, processor = tiny.small(recipe("wav2vec2_ctc"))
+    changed = run.build(
+        row,
+        find_items(corpus),
+        model=model,
+        processor=processor,
+        config={"hidden_dropout": 0.2},
+        settings={"batch_size": 2},
+        dtype=jnp.bfloat16,
+    ).model
+    assert changed.config.hidden_dropout == 0.2
+    assert jax.eval_shape(lambda model: model(jnp.zeros((1, 800))).logits, changed).dtype == jnp.bfloat16
+
+
 def test_what_cannot_be_trained_says_so(corpus, tmp_path):
     items = find_items(corpus)
     ctc, ast = recipe("wav2vec2_ctc"), recipe("ast")
