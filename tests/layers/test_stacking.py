@@ -212,4 +212,4 @@ def test_a_stacked_model_loads_and_is_saved_as_any_other(tmp_path):
     with pytest.raises(UsageError, match="no attention weights and no cache"):
         stacked(**inputs, output_attentions=True)
     with pytest.raises(UsageError, match="no attention weights and no cache"):
-        stacked.generate(inputs["input_features"], max_new_tokens=2)
+        stacked.generate(inputs["input_features"], decoder_input_ids=np.zeros((1, 1), int), max_new_tokens=2)
