@@ -77,7 +77,10 @@ def main(arguments: list[str] | None = None) -> int:
         console = Console(width=160)
     if Path("/proc/loadavg").exists() and os.getloadavg()[0] > 0.5:
         print(f"other programs run: the load is {os.getloadavg()[0]:.1f}, and times will be too long", file=sys.stderr)
-    kept = results.Results(options.save, " ".join(["python -m benchmarks", *(arguments or sys.argv[1:])]))
+    try:
+        kept = results.Results(options.save)
+    except ValueError as error:
+        parser.error(str(error))
     total = sum(map(len, selected.values()))
 
     def on_row(paper: str, name: str, row: results.Row) -> None:

@@ -206,18 +206,25 @@ class Results:
     """The rows of a run, and those that the file held already of the same machine, versions and dtype.
 
     They are kept twice: whole as JSON, and as a table in Markdown. Both are written anew with every row.
+
+    Raises:
+        ValueError: the file holds rows of another machine, other versions or another dtype.
     """
 
-    def __init__(self, file: Path | None, command: str = "python -m benchmarks"):
-        self.file, self.command = file, command
+    def __init__(self, file: Path | None):
+        self.file = file
         self.surroundings = framework.surroundings()
         self.rows: dict[Key, Row] = {}
         if file is not None and file.with_suffix(".json").is_file():
             kept = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
-            if {**kept["surroundings"], "date": None} == {**self.surroundings, "date": None}:
-                self.rows = {(row["paper"], row["case"]): row for row in kept["rows"]}
-            else:
-                print(f"{file}: the rows of another machine, other versions or options are replaced", file=sys.stderr)
+            other = [
+                name
+                for name, value in kept["surroundings"].items()
+                if name != "date" and value != self.surroundings[name]
+            ]
+            if other:
+                raise ValueError(f"{file} keeps rows measured with other {', '.join(other)}; save to another file.")
+            self.rows = {(row["paper"], row["case"]): row for row in kept["rows"]}
 
     def add(self, paper: str, case: str, row: Row) -> None:
         """One more row; what could not be measured does not replace what once was."""
@@ -227,11 +234,6 @@ class Results:
             record = {"surroundings": self.surroundings, "rows": list(self.rows.values())}
             framework.write_whole(json.dumps(record, indent=1) + "\n", self.file.with_suffix(".json"))
             framework.write_whole(self.markdown(), self.file)
-
-    @property
-    def failed(self) -> list[Key]:
-        """What ended in an error, lack of time aside."""
-        return [key for key, row in self.rows.items() if row.get("error", NO_TIME) != NO_TIME]
 
     def markdown(self) -> str:
         """The table, and above it what the numbers depend on."""
@@ -246,7 +248,7 @@ class Results:
         lines = [
             "# Ours against the originals",
             "",
-            f"`{self.command}`, {' to '.join(dict.fromkeys((days[0], days[-1])))}: {at['processor']}, "
+            f"`python -m benchmarks`, {' to '.join(dict.fromkeys((days[0], days[-1])))}: {at['processor']}, "
             f"{at['cores']} cores{memory}, {at['threads']} threads for every contender; {at['dtype']}; "
             f"Python {at['python']}, {versions}.",
             "",

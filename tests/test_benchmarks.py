@@ -64,7 +64,7 @@ def test_every_row_is_kept_as_it_comes(tmp_path):
     assert theirs["ours_is_times_as_fast"] == theirs["median_s"] / ours["median_s"] > 1.5
     assert theirs["repeats"] == 5
     assert rows["alone"]["contenders"].keys() == {"audiozoo"}
-    assert len(kept.failed) == 4
+    assert sum("error" in row for row in rows.values()) == 4
     table = file.read_text()
     assert "1 of 1 rows reach their target" in table
     assert "ValueError: no such weights / none" in table
@@ -75,6 +75,13 @@ def test_every_row_is_kept_as_it_comes(tmp_path):
     assert again.rows == kept.rows
     again.add(PAPER, "half", {"error": results.NO_TIME})
     assert "contenders" in again.rows[PAPER, "half"]
+
+    # A record is of one machine.
+    record = json.loads(file.with_suffix(".json").read_text())
+    record["surroundings"]["processor"] = "another"
+    file.with_suffix(".json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="rows measured with other processor; save to another file"):
+        results.Results(file)
 
 
 def test_papers_share_the_time_and_no_row_begins_after_it():

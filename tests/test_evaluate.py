@@ -213,6 +213,7 @@ def test_verification(items, waves, tmp_path):
             evaluate(model, tiny.PROCESSOR, items, trials=tmp_path / "trials.txt")
 
 
+@pytest.mark.slow
 def test_coding_and_vocoding(items):
     model, processor = tiny.encodec_model()
     result = evaluate(model, processor, items, bandwidth=3.2)

@@ -62,6 +62,7 @@ def test_shell_line_is_understood(line):
     assert context.params
 
 
+@pytest.mark.slow
 def test_recipes_of_small_models_have_these_options():
     lines = [shlex.split(line, comments=True) for line in SHELL if line.startswith("python -m")]
     assert lines

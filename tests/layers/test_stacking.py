@@ -89,7 +89,9 @@ def test_transformers_are_stacked_and_nothing_else(paper):
     assert not {n for n in whole if not re.search(r"gru_rel_pos_linear|adapter_layer|linear_pos|pointwise_conv", n)}
 
 
-@pytest.mark.parametrize("paper", ["whisper", "wavlm", pytest.param("seamless_m4t", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "paper", ["whisper", *(pytest.param(p, marks=pytest.mark.slow) for p in ("wavlm", "seamless_m4t"))]
+)
 def test_numbers_and_gradients_are_those_of_the_loop(paper):
     """Encoders, decoders with cross-attention, blocks with statistics, and a first block unlike the others."""
     with jax.enable_x64(True):

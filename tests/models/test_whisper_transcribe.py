@@ -119,6 +119,7 @@ def test_pieces_of_a_long_recording_in_one_batch(tiny_en: tuple, recordings: Pat
     np.testing.assert_allclose(country, wanted, atol=0.5)
 
 
+@pytest.mark.slow
 def test_overlapping_chunks(tiny_en: tuple, recordings: Path):
     """The words across the edges are heard once, in several recordings and clips at the same time."""
     path, seconds, heard = recordings / "jfk.flac", [], []

@@ -114,6 +114,7 @@ def test_every_recipe_learns_a_batch_by_heart(row, small_runs):
     assert result["resumed"] is not False  # bit by bit, of the one that is stopped and goes on
 
 
+@pytest.mark.slow
 def test_low_rank_factors_find_queries_and_values():
     """LoRA's default finds something to adapt in every paper that is a Transformer, and trains little of it."""
     papers = {row.paper: row for row in ROWS if row.paper not in ("vits", "hifigan", "encodec")}
