@@ -220,7 +220,7 @@ class Results:
             other = [
                 name
                 for name, value in kept["surroundings"].items()
-                if name != "date" and value != self.surroundings[name]
+                if name != "date" and value != self.surroundings.get(name)
             ]
             if other:
                 raise ValueError(f"{file} keeps rows measured with other {', '.join(other)}; save to another file.")

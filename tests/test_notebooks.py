@@ -1,4 +1,7 @@
-"""Every notebook runs from top to bottom in under two minutes, and is stored with its outputs, small enough to read."""
+"""Every notebook runs from top to bottom, and is stored with its outputs, small enough to read.
+
+By itself each takes about a minute on two cores of a Xeon.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 240  # seconds, beside another notebook, on a slower machine
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 needs_jupyter = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("nbclient", "nbformat", "ipykernel", "matplotlib")),
@@ -42,6 +46,6 @@ def test_runs(path, tmp_path, recordings, monkeypatch):
     monkeypatch.delenv("XLA_FLAGS")  # a reader's programs are optimised
     notebook = nbformat.read(path, as_version=4)
     start = time.monotonic()
-    client = nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}})
+    client = nbclient.NotebookClient(notebook, timeout=LIMIT, resources={"metadata": {"path": str(path.parent)}})
     client.execute()
-    assert time.monotonic() - start < 120, "a notebook takes under two minutes"
+    assert time.monotonic() - start < LIMIT
