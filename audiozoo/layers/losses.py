@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -10,6 +12,11 @@ from audiozoo.errors import UsageError
 
 IGNORED_LABEL = -100
 LOG_ZERO = -1e30  # finite, so that sums of impossible paths have a gradient (of zero) and not NaN
+
+
+def widened(arrays: Iterable[jax.Array]) -> list[jax.Array]:
+    """The arrays in float32 or wider, in which means over many values keep their digits."""
+    return [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in arrays]
 
 
 def cross_entropy(

@@ -91,8 +91,8 @@ class Objective:
         """The loss of the only phase."""
         raise NotImplementedError
 
-    def task(self, model: Any, processor: Any, settings: Settings, trainable: Trainable) -> Task:
-        """Networks and phases."""
+    def task(self, model: Any, processor: Any, settings: Settings, trainable: Trainable, dtype: Any = None) -> Task:
+        """Networks and phases; networks beside the model compute in `dtype`."""
         phase = Phase("model", self.loss(processor), settings.transformation(), trainable)
         return Task({"model": model}, [phase], evaluation_key=self.evaluation_key)
 
@@ -454,7 +454,7 @@ class Contrastive(Objective):
 
         return loss
 
-    def task(self, model: Any, processor: Any, settings: Settings, trainable: Trainable) -> Task:
+    def task(self, model: Any, processor: Any, settings: Settings, trainable: Trainable, dtype: Any = None) -> Task:
         """See `Objective`; the scales are kept in their bounds after each update."""
         optimizer = optax.chain(settings.transformation(), _keep_scales())
         return Task({"model": model}, [Phase("model", self.loss(processor), optimizer, trainable)])
@@ -507,7 +507,7 @@ class Voice(Objective):
             example["speaker_id"] = np.asarray(int(fields.get("speaker_id", 0)), np.int32)
         return example
 
-    def task(self, model: Any, processor: Any, settings: Settings, trainable: Trainable) -> Task:
+    def task(self, model: Any, processor: Any, settings: Settings, trainable: Trainable, dtype: Any = None) -> Task:
         """See `Objective`."""
 
         def generate(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
@@ -529,7 +529,7 @@ class Voice(Objective):
             return Loss(vits.discriminator_losses(networks["judge"], *turn.carried))
 
         param_dtype = jax.tree.leaves(nnx.state(model, nnx.Param))[0].dtype
-        discriminator = vits.VitsDiscriminator(**self.judge, param_dtype=param_dtype, rngs=nnx.Rngs(1))
+        discriminator = vits.VitsDiscriminator(**self.judge, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(1))
         phases = [
             Phase("generator", generate, settings.transformation(), trainable),
             Phase("judge", judge, settings.transformation()),
@@ -563,7 +563,7 @@ class Vocoder(Objective):
         cut = waveform[start : start + segment].astype(np.float32)
         return {"waveform": np.pad(cut, (0, segment - len(cut)))}
 
-    def task(self, model: Any, processor: Any, settings: Settings, trainable: Trainable) -> Task:
+    def task(self, model: Any, processor: Any, settings: Settings, trainable: Trainable, dtype: Any = None) -> Task:
         """See `Objective`."""
 
         def generate(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
@@ -591,7 +591,9 @@ class Vocoder(Objective):
             return Loss(hifigan.discriminator_losses(networks["judge"], *turn.carried))
 
         param_dtype = jax.tree.leaves(nnx.state(model, nnx.Param))[0].dtype
-        discriminator = hifigan.HifiGanDiscriminator(**self.judge, param_dtype=param_dtype, rngs=nnx.Rngs(1))
+        discriminator = hifigan.HifiGanDiscriminator(
+            **self.judge, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(1)
+        )
         phases = [
             Phase("generator", generate, settings.transformation(), trainable),
             Phase("judge", judge, settings.transformation()),
@@ -657,7 +659,7 @@ class Codec(Objective):
         cut = np.pad(cut, (0, length - len(cut)))
         return {"input_values": np.repeat(cut[None], config.audio_channels, axis=0)}
 
-    def task(self, model: Any, processor: Any, settings: Settings, trainable: Trainable) -> Task:
+    def task(self, model: Any, processor: Any, settings: Settings, trainable: Trainable, dtype: Any = None) -> Task:
         """See `Objective`."""
         wide = model.config.audio_channels == 2
         balancer = encodec.Balancer.encodec_48khz() if wide else encodec.Balancer.encodec_24khz()
@@ -705,12 +707,14 @@ class Codec(Objective):
             share = (1 / 2 if wide else 2 / 3) if self.judge_updates is None else self.judge_updates
             return jax.random.uniform(jax.random.fold_in(jax.random.key(2), step)) < share
 
-        dtype = jax.tree.leaves(nnx.state(model, nnx.Param))[0].dtype
-        networks: dict[str, Any] = {"codec": model, "balancer": Averages(tuple(balancer.weights), dtype)}
+        param_dtype = jax.tree.leaves(nnx.state(model, nnx.Param))[0].dtype
+        networks: dict[str, Any] = {"codec": model, "balancer": Averages(tuple(balancer.weights), param_dtype)}
         phases = [Phase("codec", compress, settings.transformation(), trainable)]
         if self.judge is not None:
             arguments: dict[str, Any] = {"n_ffts": (4096, 2048, 1024, 512, 256)} if wide else {}
             arguments |= self.judge
-            networks["judge"] = encodec.MultiScaleSTFTDiscriminator(**arguments, param_dtype=dtype, rngs=nnx.Rngs(1))
+            networks["judge"] = encodec.MultiScaleSTFTDiscriminator(
+                **arguments, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(1)
+            )
             phases.append(Phase("judge", judge, optax.conditionally_mask(settings.transformation(), learns)))
         return Task(networks, phases, evaluation_key=True)

@@ -299,9 +299,9 @@ def forward(
 class Returned(Objective):
     """The loss that a model itself returns for its labels, of papers that have no recipe."""
 
-    def task(self, model: Any, processor: Any, settings: Settings, trainable: Trainable) -> Task:
+    def task(self, model: Any, processor: Any, settings: Settings, trainable: Trainable, dtype: Any = None) -> Task:
         """See `Objective`."""
-        return super().task(model, processor, settings, trainable)
+        return super().task(model, processor, settings, trainable, dtype)
 
     def loss(self, processor: Any) -> Callable[[dict[str, Any], Any, Turn], Loss]:
         """See `Objective`."""
@@ -444,7 +444,7 @@ def trainer(
     def networks() -> dict[str, Any]:
         model = choice.create(dtype, param_dtype)
         trainable = Trainable(frozen=recipe.settings.frozen)
-        made["task"] = recipe.objective.task(model, processor, recipe.settings, trainable)
+        made["task"] = recipe.objective.task(model, processor, recipe.settings, trainable, dtype)
         return {name: network for name, network in made["task"].networks.items() if network is not model}
 
     others = nnx.eval_shape(networks)  # judges and averages, which an objective makes

@@ -193,7 +193,7 @@ def build(
     trainable = Trainable(frozen=frozen)
     if lora is not None:
         trainable = Trainable(pattern=recipe.new, frozen=frozen, lora=lora)
-    task = recipe.objective.task(model, processor, numbers, trainable)
+    task = recipe.objective.task(model, processor, numbers, trainable, dtype)
     return Run(recipe, numbers, model, processor, Trainer(task, with_average(options, numbers), mesh=mesh))
 
 

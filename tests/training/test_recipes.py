@@ -23,6 +23,7 @@ import audiozoo
 from audiozoo.cli import app
 from audiozoo.errors import AudioError, CheckpointError, UsageError
 from audiozoo.models import audio_spectrogram_transformer as ast
+from audiozoo.models import encodec, hifigan
 from audiozoo.models.audio_spectrogram_transformer import ASTRecipe
 from audiozoo.processors.seamless_m4t import SeamlessM4TFeatureExtractor
 from audiozoo.processors.speech_to_text import Speech2TextFeatureExtractor
@@ -322,8 +323,6 @@ def test_rare_sounds_are_drawn_more_often():
 @pytest.mark.slow
 def test_encodecs_loss_has_the_balanced_gradient():
     """Its scalar loss is made so that its gradient is what the balancer gives."""
-    from audiozoo.models import encodec
-
     row, model, processor = tiny.small(next(row for row in ROWS if row.name == "encodec"))
     task = row.objective.task(model, processor, row.settings, run.Trainable())
     batch = {"input_values": jnp.asarray(np.random.default_rng(0).normal(0, 0.2, (2, 1, 160)), jnp.float32)}
@@ -450,6 +449,24 @@ def test_a_changed_model_computes_in_the_dtype_that_was_asked_for(corpus):
     ).model
     assert changed.config.hidden_dropout == 0.2
     assert jax.eval_shape(lambda model: model(jnp.zeros((1, 800))).logits, changed).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("name", ["vits", "hifigan", "encodec"])
+def test_judges_compute_in_the_dtype_that_was_asked_for(name):
+    """Their parameters are in float32 all the same, and so are the losses."""
+    row, model, processor = tiny.small(recipe(name))
+    judge = row.objective.task(model, processor, row.settings, run.Trainable(), jnp.bfloat16).networks["judge"]
+    sound = jnp.zeros((1, 1, 4096) if name == "encodec" else (1, 4096))
+    scores, features = jax.eval_shape(lambda judge: judge(sound), judge)
+    assert {x.dtype for x in jax.tree.leaves((scores, features))} == {jnp.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in jax.tree.leaves(nnx.state(judge, nnx.Param))} == {jnp.dtype(jnp.float32)}
+    losses = encodec if name == "encodec" else hifigan
+    for loss, of in (
+        (losses.discriminator_loss, (scores, scores)),
+        (losses.generator_loss, (scores,)),
+        (losses.feature_loss, (features, features)),
+    ):
+        assert jax.eval_shape(loss, *of).dtype == jnp.float32
 
 
 def test_what_cannot_be_trained_says_so(corpus, tmp_path):
