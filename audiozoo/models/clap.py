@@ -25,7 +25,7 @@ shrunk, and through three windows, fused by attention.
 | HTSAT §2.2, token-semantic module, framewise output | `ClapTaggingHead`, `ClapAudioModel.tag`, `tagging_loss` |
 | §3.4, feature fusion for variable-length input | `FeatureFusion`, `MelFusion` |
 | §3.4, attentional (arXiv 2009.14082) | `AttentionalFusion`, `PointwiseAttention` |
-| §3.5, label templates (keyword-to-caption's baseline) | `caption_of_labels` |
+| §2, label template (§3.5's captions improve on it) | `caption_of_labels` |
 | §4.2 and §4.3, retrieval and zero-shot classification | `embed_audio`, `embed_text`, `zero_shot` |
 | §4.1, Adam, warm-up and cosine decay | `ClapRecipe` |
 | §4.3, supervised classification on what is heard | `LinearProbe`, `fit_probe` |
@@ -323,7 +323,7 @@ class PointwiseAttention(nnx.Module):
 
 
 class AttentionalFusion(nnx.Module):
-    r"""§3.4 and Figure 2, attentional feature fusion (AFF) and its iterative kind (iAFF).
+    r"""§3.4, attentional feature fusion (AFF, arXiv 2009.14082) and its iterative kind (iAFF).
 
     $F = 2\,(\alpha X + (1 - \alpha) Y)$ with $\alpha = \sigma(L(X + Y) + G(X + Y))$, where $L$ looks at each place and
     $G$ at their mean. The iterative kind drops the factor 2 and computes $\alpha$ anew from its own first result, with
@@ -1021,9 +1021,9 @@ def fit_probe(
 
 
 def caption_of_labels(labels: Sequence[str]) -> str:
-    """§3.5, label template: "The sounds of a, b, and c".
+    """§2, label template: "The sounds of a, b, and c".
 
-    What the paper improves on by letting a T5 write the caption; that model is not part of CLAP's checkpoints.
+    §3.5 improves on it by letting a T5 write the caption; that model is not part of CLAP's checkpoints.
     """
     if not labels:
         raise UsageError("There is no label to make a caption of.")

@@ -15,11 +15,11 @@ only the same for the same sound.
 
 | paper | here |
 | --- | --- |
-| §II-A, hidden units by k-means | `audiozoo.decoding.units.KMeans`, `cepstra`, `units` |
+| §II-A and §IV-B, hidden units by k-means | `audiozoo.decoding.units.KMeans`, `cepstra`, `units` |
 | §II-B, Eq. 1; §II-E, Eq. 3 | `masked_prediction`, `HubertForPreTraining` |
 | §II-C, Eq. 2, cluster ensembles | `num_clusters`, several `labels` |
 | §II-D, iterative refinement | `audiozoo.decoding.units.units`, then `HubertForPreTraining` again |
-| §II-E, implementation; Table 1, sizes | `HubertConfig.base()`, `.large()`, `.xlarge()`, `HubertModel` |
+| §II-E, implementation; Table I, sizes | `HubertConfig.base()`, `.large()`, `.xlarge()`, `HubertModel` |
 | §II-E, the parts of BASE and of LARGE | `HubertFeatureProjection`, `HubertPositionalConvEmbedding`, `HubertEncoder…` |
 | §II-E, fine-tuning | `HubertForCTC` |
 | not in the paper; in the released checkpoints | `HubertForSequenceClassification`, `conv_pos_batch_norm` |
@@ -79,7 +79,7 @@ from audiozoo.outputs import ModelOutput
 
 @dataclass(frozen=True)
 class HubertConfig(Wav2Vec2Config):
-    """Sizes of one checkpoint (Table 1): wav2vec 2.0's, and what the paper adds."""
+    """Sizes of one checkpoint (Table I): wav2vec 2.0's, and what the paper adds."""
 
     feat_proj_layer_norm: bool = True  # whether a LayerNorm stands before the feature projection
     conv_pos_batch_norm: bool = False  # BatchNorm before the positional convolution instead of weight normalisation
@@ -90,12 +90,12 @@ class HubertConfig(Wav2Vec2Config):
 
     @classmethod
     def base(cls) -> HubertConfig:
-        """Table 1, BASE: 12 blocks of width 768, 94.4 M parameters; pre-trained on 960 hours."""
+        """Table I, BASE: 12 blocks of width 768, 94.4 M parameters; pre-trained on 960 hours."""
         return cls()
 
     @classmethod
     def large(cls) -> HubertConfig:
-        """Table 1, LARGE: 24 pre-norm blocks of width 1024, 315 M parameters; pre-trained on 60,000 hours."""
+        """Table I, LARGE: 24 pre-norm blocks of width 1024, 315 M parameters; pre-trained on 60,000 hours."""
         return cls(
             hidden_size=1024,
             num_hidden_layers=24,
@@ -110,7 +110,7 @@ class HubertConfig(Wav2Vec2Config):
 
     @classmethod
     def xlarge(cls) -> HubertConfig:
-        """Table 1, X-LARGE: 48 pre-norm blocks of width 1280, heads of 80 channels, 962 M parameters."""
+        """Table I, X-LARGE: 48 pre-norm blocks of width 1280, heads of 80 channels, 962 M parameters."""
         return cls(
             hidden_size=1280,
             num_hidden_layers=48,
