@@ -758,8 +758,8 @@ def _write(
     model = nnx.merge(graphdef, state)
     encoded, mask = model.encode(attention_mask=attention_mask, batch_invariant=batch_invariant, **inputs)
     memory = encoded.last_hidden_state
-    found = search(model.text_decoder, memory, mask, prompt, config, key=key, streamer=streamer)
-    return found, memory, mask
+    told: dict[str, Any] = {"encoder_tokens": inputs.get("input_ids"), "key": key, "streamer": streamer}
+    return search(model.text_decoder, memory, mask, prompt, config, **told), memory, mask
 
 
 @partial(jax.jit, static_argnames=("graphdef", "config"))

@@ -17,7 +17,7 @@ from audiozoo.errors import CheckpointError, SourceError, UsageError
 from audiozoo.loading import variables
 from audiozoo.models import seamless_m4t
 from audiozoo.models.seamless_m4t import SeamlessM4TConfig, finetuning_losses
-from tests.parity import harness
+from tests.parity import generation, harness
 from tests.parity.seamless_family import (
     LANGUAGES,
     exact_positions,
@@ -201,6 +201,49 @@ def test_texts_are_equal(whole, source, options):
     if options:  # what the original fills short rows of a beam search with is their end
         ours = np.where(np.arange(ours.shape[1]) < found.lengths[:, None], ours, 3)
     np.testing.assert_array_equal(ours, wanted)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {
+            "eos_token_id": [1, 52, 32, 35],
+            "repetition_penalty": 2.0,
+            "min_new_tokens": 5,
+            "suppress_tokens": [20],
+            "begin_suppress_tokens": [17],
+            "bad_words_ids": [[52, 0], [28]],
+            "sequence_bias": [[[48], -6.0], [[13, 5], 5.0]],
+        },
+        {"eos_token_id": [1], "encoder_repetition_penalty": 3.0, "encoder_no_repeat_ngram_size": 2},
+        {
+            "eos_token_id": [1, 39, 48, 53],
+            "num_beams": 3,
+            "length_penalty": 2.0,
+            "early_stopping": True,
+            "no_repeat_ngram_size": 1,
+            "min_length": 8,
+            "forced_eos_token_id": 1,
+        },
+    ],
+    ids=["greedy", "source", "beams"],
+)
+def test_options_of_translation(options):
+    reference, model, table = build("SeamlessM4TForTextToText")
+    generation.livelier(reference.text_decoder)
+    harness.port(reference, model, table)
+    ids, mask = np.random.default_rng(0).integers(9, 50, (4, 7)), np.ones((4, 7), np.int64)
+    ids[:, 0], ids[:, -1] = 50, 3
+    ids[1, 5:], mask[1, 5:] = 0, 0
+    if "encoder_no_repeat_ngram_size" in options:
+        ids[:, 2:5] = ids[:, 1:2]  # what a random decoder says, says the source
+    x = {"input_ids": ids, "attention_mask": mask}
+    generation.compare(
+        lambda **chosen: reference.generate(**torched(x), tgt_lang="spa", max_new_tokens=12, **chosen),
+        lambda **chosen: model.generate(**jaxed(x), tgt_lang="spa", max_new_tokens=12, **chosen),
+        2,
+        options,
+    )
 
 
 @pytest.mark.parametrize(
