@@ -14,7 +14,7 @@ from flax import nnx
 
 from audiozoo.layers import activations
 from audiozoo.models import whisper
-from tests.parity import harness
+from tests.parity import generation, harness
 from weights_conversion.whisper import (
     OPENAI_TABLE,
     config_from_hugging_face,
@@ -190,45 +190,90 @@ def test_cached_steps_equal_the_whole():
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"num_beams": 3},
-        {"num_beams": 4, "length_penalty": 0.3, "early_stopping": True},
-        {"num_beams": 3, "num_return_sequences": 2},
-        {"repetition_penalty": 1.7},
-        {"no_repeat_ngram_size": 2},
-        {"min_new_tokens": 5},
-        {"suppress_tokens": [5, 6, 7, 8, 30, 31]},
-        {"max_new_tokens": 4},
+        {"eos_token_id": [1, 40, 41, 42], "num_return_sequences": 2, "num_beams": 3, "max_new_tokens": 5},
+        {
+            "eos_token_id": [1, 76, 21, 47],
+            "repetition_penalty": 1.5,
+            "min_new_tokens": 5,
+            "suppress_tokens": [17],
+            "begin_suppress_tokens": [37],
+            "bad_words_ids": [[70, 84], [31]],
+            "sequence_bias": [[[25], -6.0], [[84, 25], 5.0]],
+        },
+        {
+            "eos_token_id": [1, 25, 72, 31],
+            "num_beams": 3,
+            "length_penalty": 2.0,
+            "early_stopping": True,
+            "no_repeat_ngram_size": 2,
+            "min_length": 9,
+            "forced_eos_token_id": 1,
+        },
+    ],
+    ids=["five tokens", "greedy", "beams"],
+)
+def test_generate_gives_the_same_tokens(options):
+    """The grandparent's `generate`: the plain search, without Whisper's own wrapping of it."""
+    reference, model, table = pair("WhisperForConditionalGeneration", seed=7)
+    with torch.no_grad():  # sharper logits, so that the search has something to decide
+        reference.model.decoder.layer_norm.weight.mul_(6.0)
+    harness.port(reference, model, table)
+    x, prompt = features(4), np.array([[2, 11]] * 4)
+
+    def theirs(**chosen):
+        given = {"decoder_input_ids": torch.tensor(prompt), "pad_token_id": 0, "do_sample": False}
+        chosen = {"max_new_tokens": 12} | chosen
+        return transformers.GenerationMixin.generate(reference, torch.tensor(x), **given, **chosen)
+
+    def ours(**chosen):
+        given = {"decoder_input_ids": prompt, "pad_token_id": 0, "return_dict_in_generate": True}
+        return model.generate(jnp.asarray(x), **given, **({"max_new_tokens": 12} | chosen)).sequences
+
+    generation.compare(theirs, ours, 2, options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prompt_lookup_num_tokens": 3},
+        {"prompt_lookup_num_tokens": 5, "max_matching_ngram_size": 3, "suppress_tokens": [5, 7]},
     ],
     ids=str,
 )
-def test_generate_gives_the_same_tokens(options):
-    reference, model, _ = pair("WhisperForConditionalGeneration", seed=7)
-    for model_, scale in ((reference, 6.0),):
-        with torch.no_grad():  # sharper logits, so that the search has something to decide
-            model_.model.decoder.layer_norm.weight.mul_(scale)
-    harness.port(reference, model, hugging_face_table(model.config, "WhisperForConditionalGeneration"))
-    x, prompt = features(4), np.array([[2, 11]] * 4)
-    options = {"max_new_tokens": 12} | options
-    reference.generation_config.suppress_tokens = options.get("suppress_tokens")
-    rest = {k: v for k, v in options.items() if k != "suppress_tokens"}
-    # The grandparent's `generate`: the plain search, without Whisper's own wrapping of it.
-    theirs = transformers.GenerationMixin.generate(
-        reference,
-        torch.tensor(x),
-        decoder_input_ids=torch.tensor(prompt),
-        eos_token_id=[1, 40, 41, 42],
-        pad_token_id=0,
-        do_sample=False,
-        **rest,
-    )[:, 2:].numpy()
-    ours = model.generate(
-        jnp.asarray(x), decoder_input_ids=prompt, eos_token_id=(1, 40, 41, 42), pad_token_id=0, **options
-    )
-    width = max(ours.shape[1], theirs.shape[1])
-    np.testing.assert_array_equal(
-        np.pad(ours, ((0, 0), (0, width - ours.shape[1]))), np.pad(theirs, ((0, 0), (0, width - theirs.shape[1])))
-    )
+def test_prompt_lookup_gives_the_same_tokens(options, monkeypatch):
+    """One example at a time, as the original has it; the prompt repeats itself, and few tokens repeat often.
+
+    Where nothing matches, the original drafts nothing and we draft anything, so ours takes no more rounds.
+    """
+    reference, model, _ = pair("WhisperForConditionalGeneration", seed=7, vocab_size=13, max_target_positions=48)
+    x, prompt = features(4), np.array([[2, 11, 5, 7, 2, 11]])
+    options = {"max_new_tokens": 40, "eos_token_id": 1, "pad_token_id": 0} | options
+    fed = []
+    forward = type(reference).forward
+
+    def watched(self, *arguments, **given):
+        fed.append(given["decoder_input_ids"].shape[1])
+        return forward(self, *arguments, **given)
+
+    monkeypatch.setattr(type(reference), "forward", watched)
+    accepted = 0
+    for row in range(len(x)):
+        fed.clear()
+        theirs = transformers.GenerationMixin.generate(
+            reference,
+            torch.tensor(x[row : row + 1]),
+            decoder_input_ids=torch.tensor(prompt),
+            do_sample=False,
+            **options,
+        )
+        ours = model.generate(
+            jnp.asarray(x[row : row + 1]), decoder_input_ids=prompt, return_dict_in_generate=True, **options
+        )
+        np.testing.assert_array_equal(ours.sequences, theirs)
+        assert int(ours.rounds) + 1 <= len(fed)
+        assert max(fed[1:]) == 1 + options["prompt_lookup_num_tokens"]
+        accepted += int(ours.accepted)
+    assert accepted > 20
 
 
 def test_mutations_are_noticed(monkeypatch):
