@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import jax
@@ -20,7 +21,7 @@ import audiozoo
 from audiozoo.layers import abstract, activations
 from audiozoo.models import pop2piano, t5
 from audiozoo.processors.pop2piano import Pop2PianoProcessor, Pop2PianoTokenizer, vocabulary
-from tests.parity import harness
+from tests.parity import generation, harness
 from weights_conversion.pop2piano import (
     CLASS,
     ORIGINAL_TABLE,
@@ -183,6 +184,44 @@ def test_beams_are_equal(released):
     theirs = reference.generate(torch.tensor(features), num_beams=3, max_length=16)
     ours = model.generate(jnp.asarray(features), num_beams=3, max_length=16)
     np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {
+            "eos_token_id": [1, 124, 15, 82],
+            "repetition_penalty": 2.0,
+            "min_new_tokens": 8,
+            "suppress_tokens": [201],
+            "begin_suppress_tokens": [83],
+            "bad_words_ids": [[149, 124], [152]],
+            "sequence_bias": [[[180], -6.0], [[156, 134], 5.0]],
+        },
+        {
+            "eos_token_id": [1, 79, 120, 183],
+            "num_beams": 3,
+            "length_penalty": 2.0,
+            "early_stopping": True,
+            "no_repeat_ngram_size": 2,
+            "min_length": 7,
+            "forced_eos_token_id": 1,
+            "forced_bos_token_id": 33,
+        },
+    ],
+    ids=["greedy", "beams"],
+)
+def test_options_of_generate(options):
+    reference, model, table = pair()
+    generation.livelier(reference.decoder)
+    harness.port(reference, model, table)
+    x, settings = np.random.default_rng(3).standard_normal((4, 9, 12)), reference.generation_config
+
+    def theirs(**chosen):
+        reference.generation_config = copy.deepcopy(settings)  # in which the original keeps the options of a call
+        return reference.generate(torch.tensor(x), max_length=14, **chosen)
+
+    generation.compare(theirs, lambda **chosen: model.generate(jnp.asarray(x), max_length=14, **chosen), 1, options)
 
 
 def test_one_token_at_a_time(released):

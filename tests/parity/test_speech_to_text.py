@@ -25,7 +25,7 @@ from audiozoo.models.speech_to_text import (
     Speech2TextModel,
 )
 from audiozoo.processors import write_json
-from tests.parity import harness
+from tests.parity import generation, harness
 from weights_conversion import speech_to_text as conversion
 from weights_conversion.readers import write_safetensors
 
@@ -171,23 +171,55 @@ def test_the_prefix_is_read_but_not_learnt(models):
     assert whole.loss == pytest.approx(float(wanted.loss), abs=1e-12)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"num_beams": 1, "forced_bos_token_id": 6},
-        {"num_beams": 5, "early_stopping": True, "num_return_sequences": 2},
-        {"num_beams": 3, "length_penalty": 0.6, "no_repeat_ngram_size": 2, "repetition_penalty": 1.3},
-    ],
-    ids=["greedy", "five beams", "constrained"],
-)
-def test_generated_tokens(models, options):
+def test_generated_tokens(models):
     reference, model, _ = models
     x, mask = padded()
-    options |= {"max_length": 12}
+    options = {"num_beams": 5, "early_stopping": True, "num_return_sequences": 2, "max_length": 12}
     with torch.no_grad():
         wanted = reference.generate(torch.tensor(x), attention_mask=torch.tensor(mask), **SPECIAL, **options,
                                     forced_eos_token_id=2)  # fmt: skip
     np.testing.assert_array_equal(model.generate(x, mask, **options), wanted)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {
+            "eos_token_id": [2, 6, 4, 24],
+            "repetition_penalty": 1.3,
+            "min_new_tokens": 6,
+            "suppress_tokens": [22],
+            "begin_suppress_tokens": [13],
+            "bad_words_ids": [[28, 28], [8]],
+            "sequence_bias": [[[19], -6.0], [[8, 13], 5.0]],
+        },
+        {
+            "eos_token_id": [2, 11, 26, 17],
+            "num_beams": 3,
+            "length_penalty": 2.0,
+            "early_stopping": True,
+            "no_repeat_ngram_size": 2,
+            "min_length": 9,
+            "forced_eos_token_id": 26,
+            "forced_bos_token_id": 12,
+        },
+    ],
+    ids=["greedy", "beams"],
+)
+def test_options_of_generate(options):
+    reference, model, table = pair()
+    generation.livelier(reference.model.decoder)
+    harness.port(reference, model, table)
+    x, mask = padded((23, 14, 21, 9))
+    given = (torch.tensor(x), torch.tensor(mask))
+    generation.compare(
+        lambda **chosen: reference.generate(
+            given[0], attention_mask=given[1], max_length=14, **(SPECIAL | {"forced_eos_token_id": 2} | chosen)
+        ),
+        lambda **chosen: model.generate(x, mask, max_length=14, **chosen),
+        1,
+        options,
+    )
 
 
 def test_padding_in_the_convolutions(models):

@@ -23,7 +23,7 @@ from audiozoo.models.speecht5 import SpeechT5Config
 from audiozoo.processors.speecht5 import SpeechT5Processor
 from audiozoo.text.numbers import spell_numbers
 from tests.models.tiny_speecht5 import train_characters
-from tests.parity import harness
+from tests.parity import generation, harness
 from tests.parity.speech_family import NO_DROPOUT, TINY, Family, blank, padded, reference_in_double
 from weights_conversion import hifigan as vocoders
 from weights_conversion import hubert as hubert_files
@@ -362,6 +362,45 @@ def test_recognised_tokens(recogniser, beams):
     ours = model.generate(x, mask, **options)
     np.testing.assert_array_equal(ours, theirs)
     assert len(np.unique(ours)) > 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {
+            "eos_token_id": [2, 8],
+            "repetition_penalty": 2.0,
+            "min_new_tokens": 4,
+            "suppress_tokens": [7],
+            "bad_words_ids": [[7, 7], [6]],
+            "sequence_bias": [[[4], -6.0], [[6, 6], 5.0]],
+        },
+        {
+            "eos_token_id": [2, 4],
+            "num_beams": 3,
+            "length_penalty": 2.0,
+            "early_stopping": True,
+            "no_repeat_ngram_size": 2,
+            "min_length": 9,
+            "forced_eos_token_id": 2,
+            "forced_bos_token_id": 7,
+        },
+    ],
+    ids=["greedy", "beams"],
+)
+def test_options_of_recognition(options):
+    reference, model, table = pair("ForSpeechToText")
+    generation.livelier(reference.speecht5.decoder)
+    harness.port(reference, model, table)
+    mask = (np.arange(700) < np.array([700, 480, 700, 600])[:, None]).astype(np.int64)
+    x = np.random.default_rng(0).standard_normal((4, 700)) * mask
+    given = (torch.tensor(x), torch.tensor(mask))
+    generation.compare(
+        lambda **chosen: reference.generate(given[0], attention_mask=given[1], max_new_tokens=12, **chosen),
+        lambda **chosen: model.generate(x, mask, max_new_tokens=12, **chosen),
+        1,
+        options,
+    )
 
 
 @pytest.fixture(scope="module")
