@@ -16,6 +16,7 @@ import sentencepiece
 import torch
 import transformers
 from flax import nnx
+from transformers.generation import logits_process
 from transformers.models.musicgen import modeling_musicgen
 from transformers.models.musicgen_melody import modeling_musicgen_melody
 from transformers.models.t5 import modeling_t5
@@ -29,7 +30,7 @@ from audiozoo.layers.positions import cosines_and_sines
 from audiozoo.models import musicgen
 from audiozoo.processors.musicgen import MusicgenMelodyFeatureExtractor, MusicgenProcessor
 from audiozoo.text.t5_tokenizer import T5Tokenizer
-from tests.parity import harness
+from tests.parity import generation, harness
 from weights_conversion import encodec as codec_conversion
 from weights_conversion.musicgen import MELODY, WHOLE, config_from_hugging_face, hugging_face, hugging_face_table
 
@@ -350,6 +351,44 @@ def test_codes_and_music_are_equal(plain, guidance):
     assert exact.audio_codes.shape == (2, 4, 14)
     np.testing.assert_array_equal(exact.audio_codes[..., :11], ours.audio_codes)
     assert len(np.unique(ours.audio_codes)) > 8
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"suppress_tokens": [3, 9, 17, 25]},
+        {"begin_suppress_tokens": [11]},
+        {"bad_words_ids": [[27], [22, 19]], "sequence_bias": [[[4], 1.0]]},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_options_of_generate(plain, options):
+    reference, model, _ = plain
+    without = their_music(reference, **torched(texts()), max_new_tokens=10)[1]
+    with generation.biases_in_single():
+        ours = compare_music(reference, model, texts(), max_new_tokens=10, **options)
+    assert (ours.audio_codes != without).any()
+
+
+@pytest.mark.parametrize(("name", "value"), [("repetition_penalty", 1.5), ("no_repeat_ngram_size", 2)])
+def test_repetitions_are_those_of_the_music(plain, name, value, monkeypatch):
+    """The original also counts the codes that it found before a codebook's delay was over, which never sound."""
+    reference, model, _ = plain
+    options = {name: value, "max_new_tokens": 10}
+    with_silent_codes = their_music(reference, **torched(texts()), **options)[1]
+    kind = {
+        "repetition_penalty": logits_process.RepetitionPenaltyLogitsProcessor,
+        "no_repeat_ngram_size": logits_process.NoRepeatNGramLogitsProcessor,
+    }[name]
+    process = kind.__call__
+
+    def of_the_music(self, input_ids, scores):
+        rows = [(input_ids[i : i + 1, i % 4 + 1 :], scores[i : i + 1]) for i in range(len(input_ids))]
+        return torch.cat([process(self, heard, row) if heard.shape[1] else row for heard, row in rows])
+
+    monkeypatch.setattr(kind, "__call__", of_the_music)
+    ours = compare_music(reference, model, texts(), **options)
+    assert (ours.audio_codes != with_silent_codes).any()
 
 
 def test_music_to_continue(plain):
