@@ -110,12 +110,12 @@ def package_whole(bandwidth: float, seconds: float) -> Run:
 
     size = "encodec_24khz"
     ours, x = model(size), tensor(audio(size, seconds))
-    weights = original_table(ours.config).write({name: v[...] for name, v in variables(ours).items()})
+    table = original_table(ours.config)
+    weights = dict(table.write({name: v[...] for name, v in variables(ours).items()}))
     torch.set_num_threads(threads())
     theirs = EncodecModel.encodec_model_24khz(pretrained=False).eval()
-    old = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
-    named = {functools.reduce(lambda n, new: n.replace(new, old[new]), old, name): value for name, value in weights}
-    theirs.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in named.items()})
+    names = theirs.state_dict()  # in an older spelling than the table's
+    theirs.load_state_dict({name: torch.from_numpy(np.array(weights[table.today(name)])) for name in names})
     theirs = theirs.to(x.dtype)
     theirs.set_target_bandwidth(bandwidth)
 

@@ -46,6 +46,7 @@ from audiozoo.decoding import processors
 from audiozoo.decoding.config import GenerationConfig
 from audiozoo.decoding.processors import LogitsProcessor
 from audiozoo.errors import UsageError
+from audiozoo.layers.basic import at_least_float32
 
 Step: TypeAlias = Callable[[Int[Array, "rows 1"], Any, Int[Array, ""]], tuple[Float[Array, "rows vocab"], Any]]
 Prefill: TypeAlias = Callable[[Int[Array, "batch prompt"], Any], tuple[Float[Array, "batch vocab"], Any]]
@@ -251,7 +252,7 @@ class Search:
             before = lax.fori_loop(0, self.prompt_length - 1, feed, cache) if self.prompt_length > 1 else cache
             logits, filled = self.step(prompt[:, -1:], before, jnp.asarray(self.prompt_length - 1, jnp.int32))
         _check_cache(cache, filled, "prefill" if self.prefill is not None else "step")
-        return jnp.repeat(_at_least_float32(logits), copies, axis=0), caches.expand(filled, copies)
+        return jnp.repeat(at_least_float32(logits), copies, axis=0), caches.expand(filled, copies)
 
     def feed_last(
         self, tokens: Int[Array, "rows buffer"], cache: Any, length: Int[Array, ""]
@@ -260,7 +261,7 @@ class Search:
         position = length - 1
         logits, after = self.step(lax.dynamic_slice_in_dim(tokens, position, 1, axis=1), cache, position)
         _check_cache(cache, after, "step")
-        return _at_least_float32(logits), after
+        return at_least_float32(logits), after
 
     def constraints(self, copies: int) -> tuple[LogitsProcessor, ...]:
         """Processors of the config and of the caller, without the shaping of sampling."""
@@ -427,10 +428,6 @@ def argmax(scores: Float[Array, "rows vocab"]) -> Int[Array, " rows"]:
 def record(history: Array | None, scores: Array, index: Array) -> Array | None:
     """Write one step's scores into the stacked history, if there is one."""
     return None if history is None else lax.dynamic_update_index_in_dim(history, scores, index, axis=0)
-
-
-def _at_least_float32(logits: Array) -> Array:
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
 def _host(streamer: Streamer) -> Callable[[Array, Array], None]:

@@ -36,6 +36,7 @@ from audiozoo.decoding.config import GenerationConfig
 from audiozoo.decoding.generate import GenerateOutput, Search, argmax
 from audiozoo.decoding.processors import LogitsProcessor
 from audiozoo.errors import UsageError
+from audiozoo.layers.basic import at_least_float32
 
 MultiStep: TypeAlias = Callable[
     [Int[Array, "batch fed"], Any, Int[Array, ""]], tuple[Float[Array, "batch fed vocab"], Any]
@@ -80,7 +81,7 @@ class _Greedy:
         self, logits: Float[Array, "batch vocab"], tokens: Int[Array, "batch buffer"], length: Int[Array, ""]
     ) -> Int[Array, " batch"]:
         """What follows the first `length` tokens."""
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        logits = at_least_float32(logits)
         return argmax(processors.apply(self.constraints, logits, tokens, length))
 
     def commit(self, state: _State, chosen: Int[Array, " batch"]) -> _State:

@@ -42,6 +42,7 @@ from audiozoo.decoding.timestamps import (
 )
 from audiozoo.errors import UsageError
 from audiozoo.layers import KeyValues
+from audiozoo.layers.basic import at_least_float32
 from audiozoo.text.whisper_tokenizer import language_code
 
 FRAMES_PER_SECOND = 100  # of the log-mel spectrogram
@@ -331,7 +332,7 @@ class _Programs:
         hidden, filled = feed(prompt, _with_room(cache, slots), padding, 0)
         at_start = jnp.take_along_axis(hidden, start[:, None, None], axis=1)
         logits = model.head(jnp.concatenate([at_start, hidden[:, -1:]], axis=1))
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        logits = at_least_float32(logits)
         no_speech = jax.nn.softmax(logits[:, 0], axis=-1)[:, no_speech_token_id]
         carried = (_growing(filled.self_attention), Shared(cache.cross_attention), padding)
         output = generate(
@@ -373,7 +374,7 @@ class _Programs:
         model = nnx.merge(self._graphdef, state)
         output = model.model.decoder(tokens, past_key_values=_with_room(cache, tokens.shape[1]), output_attentions=True)
         weights = jnp.stack([output.cross_attentions[layer][:, head] for layer, head in heads], axis=1)
-        weights = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
+        weights = at_least_float32(weights)
         matrices = jax.vmap(alignment_matrix)(weights, count, frames)
         logits = model.head(output.last_hidden_state[:, :-1])[..., :text_end]
         chosen = jnp.take_along_axis(logits, jnp.minimum(tokens[:, 1:], text_end - 1)[..., None], axis=-1)[..., 0]

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
+from audiozoo.layers.basic import at_least_float32
+
 
 def monotonic_alignment(
     scores: Float[Array, "batch frames time"],
@@ -61,7 +63,7 @@ def repeat_by_duration(
     Frames are counted in at least float32: bfloat16 has no 257.
     """
     if jnp.issubdtype(durations.dtype, jnp.floating):
-        durations = durations.astype(jnp.promote_types(durations.dtype, jnp.float32))
+        durations = at_least_float32(durations)
     ends = jnp.cumsum(durations, axis=-1)
     position = jnp.arange(frames, dtype=ends.dtype)
     index = jax.vmap(partial(jnp.searchsorted, side="right"), in_axes=(0, None))(ends, position)

@@ -26,6 +26,11 @@ def promote(*arrays: jax.Array | None, dtype: Dtype | None = None) -> tuple[Any,
     return tuple(None if a is None else jnp.asarray(a, common) for a in arrays)
 
 
+def at_least_float32(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The array in float32 or wider, in which sums and choices keep the digits that they need."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def unit_vectors(x: Float[Array, "*shape"], *, axis: int = -1, shortest: float = 1e-8) -> Float[Array, "*shape"]:
     r"""$x / \max(\lVert x \rVert, \text{shortest})$; of a vector of zeros the gradient is finite too."""
     return x / jnp.sqrt(jnp.maximum(jnp.square(x).sum(axis=axis, keepdims=True), shortest**2))

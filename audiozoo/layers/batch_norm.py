@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from audiozoo.layers.basic import promote
+from audiozoo.layers.basic import at_least_float32, promote
 
 
 def writable(state: Any) -> Any:
@@ -54,7 +54,7 @@ class BatchNorm(nnx.Module):
         """
         mean, var = self.mean[...], self.var[...]
         if train:
-            wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            wide = at_least_float32(x)
             axes = tuple(range(x.ndim - 1))
             weight = jnp.ones(x.shape[:1], wide.dtype) if mask is None else mask.astype(wide.dtype)
             weight = weight.reshape(-1, *(1,) * (x.ndim - 1))

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from audiozoo.errors import UsageError
+from audiozoo.layers.basic import at_least_float32
 
 IGNORED_LABEL = -100
 LOG_ZERO = -1e30  # finite, so that sums of impossible paths have a gradient (of zero) and not NaN
-
-
-def widened(arrays: Iterable[jax.Array]) -> list[jax.Array]:
-    """The arrays in float32 or wider, in which means over many values keep their digits."""
-    return [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in arrays]
 
 
 def cross_entropy(
@@ -28,7 +22,7 @@ def cross_entropy(
     With no label left the loss is 0, where PyTorch gives NaN.
     """
     kept = labels != IGNORED_LABEL
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = at_least_float32(logits)
     log_normaliser = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, jnp.where(kept, labels, 0)[..., None], axis=-1)[..., 0]
     losses = log_normaliser - chosen
@@ -73,7 +67,7 @@ def ctc_loss(
     """
     if reduction not in ("sum", "mean", "none"):
         raise UsageError(f"There is no reduction {reduction!r} of the CTC loss; there are sum, mean and none.")
-    log_probs = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=-1)
+    log_probs = jax.nn.log_softmax(at_least_float32(logits), axis=-1)
     batch, frames, _ = log_probs.shape
     if logit_lengths is None:
         logit_lengths = jnp.full((batch,), frames)

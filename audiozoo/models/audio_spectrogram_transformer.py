@@ -72,6 +72,7 @@ from audiozoo.layers import (
     promote,
     split_heads,
 )
+from audiozoo.layers.basic import at_least_float32
 from audiozoo.layers.losses import cross_entropy
 from audiozoo.outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
 
@@ -411,7 +412,7 @@ def classification_loss(
             f"The labels have shape {tuple(labels.shape)} where the logits have {tuple(logits.shape)}; "
             f"{problem_type} takes one target for each logit."
         )
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = at_least_float32(logits)
     targets = labels.reshape(logits.shape).astype(logits.dtype)
     if problem_type == "regression":
         return jnp.mean((logits - targets) ** 2)

@@ -79,6 +79,7 @@ from audiozoo.layers import (
     check_ids,
     gelu,
 )
+from audiozoo.layers.basic import at_least_float32
 from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy
 from audiozoo.models.encodec import EncodecConfig, EncodecModel
 from audiozoo.outputs import CausalLMOutput
@@ -1131,7 +1132,7 @@ def _generate_fine(
         def one_codebook(book: jax.Array, part: jax.Array) -> jax.Array:
             x = model.blocks(model.embed(part, book))[0]
             logits = x @ heads[book - first_head].astype(x.dtype)
-            logits = logits[..., :codebook_size].astype(jnp.promote_types(logits.dtype, jnp.float32))
+            logits = at_least_float32(logits[..., :codebook_size])
             old = lax.dynamic_index_in_dim(part, book, axis=2, keepdims=False)
             new = jnp.where(unknown, choose(logits, index, book), old)
             return lax.dynamic_update_index_in_dim(part, new, book, axis=2)

@@ -70,6 +70,7 @@ from audiozoo.audio.features import covering
 from audiozoo.configs import restore_parts
 from audiozoo.errors import UsageError
 from audiozoo.layers import Conv1d, Dropout, LayerNorm, Linear, activation, promote
+from audiozoo.layers.basic import at_least_float32
 from audiozoo.layers.batch_norm import BatchNorm
 from audiozoo.layers.losses import cross_entropy
 from audiozoo.models.roberta import RobertaConfig, RobertaModel
@@ -717,7 +718,7 @@ def _gathered(x: jax.Array, axis_name: str | None) -> jax.Array:
 def _matching(logits: jax.Array, axis_name: str | None) -> jax.Array:
     r"""Mean of $-\log\operatorname{softmax}$ at each row's own partner, over all devices."""
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * logits.shape[0]
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = at_least_float32(logits)
     own = jnp.take_along_axis(logits, (first + jnp.arange(logits.shape[0]))[:, None], axis=1)[:, 0]
     loss = (jax.nn.logsumexp(logits, axis=1) - own).mean()
     return loss if axis_name is None else jax.lax.pmean(loss, axis_name)

@@ -66,9 +66,8 @@ from audiozoo.audio.features import hann_window, mel_filterbank, stft
 from audiozoo.errors import AudioError, UsageError
 from audiozoo.layers import Conv1d, LayerNorm, Linear
 from audiozoo.layers.activations import gelu
-from audiozoo.layers.basic import GroupNorm, promote
+from audiozoo.layers.basic import GroupNorm, at_least_float32, promote
 from audiozoo.layers.convolution import ConvTranspose1d
-from audiozoo.layers.losses import widened
 from audiozoo.layers.positions import cosines_and_sines
 from audiozoo.layers.weight_norm import (
     WeightNormConv1d,
@@ -1256,7 +1255,7 @@ def frequency_loss(
 
 def generator_loss(scores: Sequence[jax.Array], *, hinge: bool = True) -> Float[Array, ""]:
     r"""$\ell_g = \frac1K \sum_k \max(0, 1 - D_k(\hat x))$ (§3.4); without `hinge`, $-D_k(\hat x)$."""
-    terms = [jnp.mean(jax.nn.relu(1.0 - s) if hinge else -s) for s in widened(scores)]
+    terms = [jnp.mean(jax.nn.relu(1.0 - s) if hinge else -s) for s in map(at_least_float32, scores)]
     return sum(terms, jnp.zeros((), terms[0].dtype)) / len(terms)
 
 
@@ -1267,14 +1266,14 @@ def feature_loss(real: Sequence[Features], fake: Sequence[Features]) -> Float[Ar
     terms = [
         jnp.mean(jnp.abs(a - b)) / jnp.mean(jnp.abs(a))
         for layers_real, layers_fake in zip(real, fake, strict=True)
-        for a, b in zip(widened(layers_real), widened(layers_fake), strict=True)
+        for a, b in zip(map(at_least_float32, layers_real), map(at_least_float32, layers_fake), strict=True)
     ]
     return sum(terms, jnp.zeros((), terms[0].dtype)) / len(terms)
 
 
 def discriminator_loss(real: Sequence[jax.Array], fake: Sequence[jax.Array]) -> Float[Array, ""]:
     r"""$L_d = \frac1K \sum_k \max(0, 1 - D_k(x)) + \max(0, 1 + D_k(\hat x))$ (§3.4)."""
-    pairs = zip(widened(real), widened(fake), strict=True)
+    pairs = zip(map(at_least_float32, real), map(at_least_float32, fake), strict=True)
     terms = [jnp.mean(jax.nn.relu(1.0 - a)) + jnp.mean(jax.nn.relu(1.0 + b)) for a, b in pairs]
     return sum(terms, jnp.zeros((), terms[0].dtype)) / len(terms)
 

@@ -55,8 +55,7 @@ from jaxtyping import Array, Float, Int
 from audiozoo.audio.features import mel_filterbank, stft
 from audiozoo.errors import UsageError
 from audiozoo.layers import Conv1d
-from audiozoo.layers.basic import unit_vectors
-from audiozoo.layers.losses import widened
+from audiozoo.layers.basic import at_least_float32, unit_vectors
 from audiozoo.layers.weight_norm import WeightNormConv1d, WeightNormConvTranspose1d
 from audiozoo.outputs import ABSENT, ModelOutput
 
@@ -580,7 +579,7 @@ def power_iteration(model: nnx.Module) -> None:
 
 def discriminator_loss(real: list[jax.Array], generated: list[jax.Array]) -> Float[Array, ""]:
     r"""$\sum_k \mathbb E[(D_k(x) - 1)^2 + D_k(G(s))^2]$ (Eq. 1)."""
-    pairs = zip(widened(real), widened(generated), strict=True)
+    pairs = zip(map(at_least_float32, real), map(at_least_float32, generated), strict=True)
     return sum(
         (jnp.mean(jnp.square(1.0 - r)) + jnp.mean(jnp.square(g)) for r, g in pairs),
         start=jnp.zeros(()),
@@ -589,7 +588,7 @@ def discriminator_loss(real: list[jax.Array], generated: list[jax.Array]) -> Flo
 
 def generator_loss(generated: list[jax.Array]) -> Float[Array, ""]:
     r"""$\sum_k \mathbb E[(D_k(G(s)) - 1)^2]$ (Eq. 2)."""
-    return sum((jnp.mean(jnp.square(1.0 - g)) for g in widened(generated)), start=jnp.zeros(()))
+    return sum((jnp.mean(jnp.square(1.0 - g)) for g in map(at_least_float32, generated)), start=jnp.zeros(()))
 
 
 def feature_loss(real: list[Features], generated: list[Features]) -> Float[Array, ""]:
@@ -598,9 +597,9 @@ def feature_loss(real: list[Features], generated: list[Features]) -> Float[Array
     The real features are targets: no gradient goes through them.
     """
     distances = (
-        jnp.mean(jnp.abs(jax.lax.stop_gradient(r) - g))
+        jnp.mean(jnp.abs(at_least_float32(jax.lax.stop_gradient(r)) - at_least_float32(g)))
         for of_real, of_generated in zip(real, generated, strict=True)
-        for r, g in zip(widened(of_real), widened(of_generated), strict=True)
+        for r, g in zip(of_real, of_generated, strict=True)
     )
     return 2.0 * sum(distances, start=jnp.zeros(()))
 

@@ -55,6 +55,7 @@ from audiozoo.decoding.synthesis import bucket
 from audiozoo.errors import UsageError
 from audiozoo.layers import Conv1d, Dropout, Embed, LayerNorm, Linear
 from audiozoo.layers.alignment import repeat_by_duration
+from audiozoo.layers.basic import at_least_float32
 from audiozoo.layers.weight_norm import fold_weight_norm
 from audiozoo.models import hifigan
 from audiozoo.models.hifigan import HifiGanBatch, HifiGanConfig, HifiGanDiscriminator, HifiGanGenerator, HifiGanOutput
@@ -322,7 +323,7 @@ class CodeHifiGan(nnx.Module):
             durations = (jnp.arange(padded.shape[1]) < jnp.asarray(lengths)[:, None]).astype(jnp.int32)
         longest = max(int(durations.sum(axis=1).max(initial=0)), 1)
         waveform, samples = _decode(graphdef, state, padded, speakers, languages, durations, bucket(longest))
-        waveform = waveform.astype(jnp.promote_types(waveform.dtype, jnp.float32))  # half precision is no sound file's
+        waveform = at_least_float32(waveform)  # half precision is no sound file's
         return np.asarray(waveform)[:, : longest * self.hifi_gan.config.samples_per_frame], np.asarray(samples)
 
 

@@ -42,7 +42,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from audiozoo.errors import UsageError
 from audiozoo.layers import Dropout, Embed, KeyValues, Linear, activation, attend, causal_mask, merge_heads, split_heads
-from audiozoo.layers.basic import promote
+from audiozoo.layers.basic import at_least_float32, promote
 from audiozoo.outputs import BaseModelOutput, DecoderOutput
 
 
@@ -122,7 +122,7 @@ class T5LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch time width"]) -> Float[Array, "batch time width"]:
         """Rescale every position; the mean square is taken in float32 or wider."""
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = at_least_float32(x)
         wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + self.epsilon)
         y, scale = promote(wide.astype(x.dtype), self.scale[...], dtype=self.dtype)
         return y * scale

@@ -64,7 +64,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from audiozoo.errors import CheckpointError, UsageError
 from audiozoo.layers import Conv1d, Dropout, LayerNorm, Linear, MultiHeadAttention, activation, layer_drop, promote
-from audiozoo.layers.basic import unit_vectors
+from audiozoo.layers.basic import at_least_float32, unit_vectors
 from audiozoo.layers.losses import cross_entropy, ctc_loss
 from audiozoo.layers.masking import span_mask
 from audiozoo.layers.weight_norm import WeightNormConv1d
@@ -280,7 +280,7 @@ class TimeGroupNorm(nnx.Module):
     ) -> Float[Array, "batch frames channels"]:
         """Normalise over time; with `lengths`, by the mean and variance of that many frames of each item."""
         x, scale, bias = promote(x, self.scale[...], self.bias[...], dtype=self.dtype)
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = at_least_float32(x)
         if lengths is None:
             mean = wide.mean(axis=1, keepdims=True)
             variance = jnp.square(wide - mean).mean(axis=1, keepdims=True)
@@ -877,7 +877,7 @@ class Wav2Vec2GumbelVectorQuantizer(nnx.Module):
         """
         batch, frames, _ = features.shape
         logits = self.weight_proj(features).reshape(batch * frames, self.groups, self.entries)
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        logits = at_least_float32(logits)
         if gumbel_noise is None and key is not None:
             gumbel_noise = jax.random.gumbel(key, logits.shape, logits.dtype)
         if gumbel_noise is None:
@@ -967,7 +967,7 @@ def diversity_loss(in_use: Float[Array, ""], config: Any) -> Float[Array, ""]:
 
 def features_penalty(features: Float[Array, "batch frames channels"]) -> Float[Array, ""]:
     """§4.2: the mean square of what the convolutions give, in at least float32."""
-    return jnp.square(features.astype(jnp.promote_types(features.dtype, jnp.float32))).mean()
+    return jnp.square(at_least_float32(features)).mean()
 
 
 def check_labels(labels: Int[Array, "*shape"], count: int, what: str) -> None:

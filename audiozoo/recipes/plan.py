@@ -299,10 +299,6 @@ def forward(
 class Returned(Objective):
     """The loss that a model itself returns for its labels, of papers that have no recipe."""
 
-    def task(self, model: Any, processor: Any, settings: Settings, trainable: Trainable, dtype: Any = None) -> Task:
-        """See `Objective`."""
-        return super().task(model, processor, settings, trainable, dtype)
-
     def loss(self, processor: Any) -> Callable[[dict[str, Any], Any, Turn], Loss]:
         """See `Objective`."""
 
