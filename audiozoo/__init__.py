@@ -195,7 +195,8 @@ def jit(model: nnx.Module, method: str = "__call__") -> Callable[..., Any]:
 
     The model is split into structure and arrays once, here, and weight-normalised kernels are folded; later changes to
     its parameters do not show. Arrays and numbers among the arguments are traced; text, booleans and None are static,
-    and so are the keywords that the model's class lists in `static_arguments`.
+    and so are the keywords that the model's class lists in `static_arguments`. A token id that the model
+    lacks, which the call itself refuses, is not seen in an array that is traced.
 
     Args:
         model: any model of the zoo.

@@ -41,7 +41,7 @@ from audiozoo.decoding.timestamps import (
     word_timings,
 )
 from audiozoo.errors import UsageError
-from audiozoo.layers import KeyValues
+from audiozoo.layers import KeyValues, check_ids
 from audiozoo.layers.basic import at_least_float32
 from audiozoo.text.whisper_tokenizer import language_code
 
@@ -534,6 +534,7 @@ class WindowDecoder:
         prompt = np.full((rows, length), tokens.eot, np.int32)
         for line, window in zip(prompt, windows, strict=True):
             line[length - len(window.prompt) :] = window.prompt
+        check_ids(prompt, self.config.vocab_size)
         padding = np.array([length - len(window.prompt) for window in windows], np.int32)
         start = padding + np.array([window.start for window in windows], np.int32)
         seeds = np.array([(options.seed, window.seek, attempt) for window in windows], np.int32)

@@ -64,7 +64,7 @@ from jaxtyping import Array, Float, Int
 
 from audiozoo.audio.features import hann_window, mel_filterbank, stft
 from audiozoo.errors import AudioError, UsageError
-from audiozoo.layers import Conv1d, LayerNorm, Linear
+from audiozoo.layers import Conv1d, LayerNorm, Linear, check_ids
 from audiozoo.layers.activations import gelu
 from audiozoo.layers.basic import GroupNorm, at_least_float32, promote
 from audiozoo.layers.convolution import ConvTranspose1d
@@ -631,6 +631,7 @@ class EncodecResidualVectorQuantizer(nnx.Module):
     def decode(self, codes: Int[Array, "batch quantizers frames"]) -> Float[Array, "batch frames channels"]:
         r"""$\sum_k e^{(k)}_{c_k}$."""
         size = self.embed.shape[1]
+        check_ids(codes, size)  # a larger one would be the next codebook's
         flat = self.embed[...].reshape(-1, self.embed.shape[2])
         offsets = size * jnp.arange(codes.shape[1], dtype=codes.dtype)
         return flat[codes + offsets[:, None]].sum(axis=1)

@@ -413,6 +413,7 @@ class MusicgenDecoder(nnx.Module):
 
     def embed(self, codes: Int[Array, "batch codebooks time"]) -> Float[Array, "batch time width"]:
         r"""$\sum_k E_k[c_k]$."""
+        check_ids(codes, self.config.vocab_size + 1)  # a larger one would be the next codebook's
         first = (self.config.vocab_size + 1) * jnp.arange(codes.shape[1], dtype=codes.dtype)
         return self.embed_tokens(codes + first[:, None]).sum(axis=1)
 

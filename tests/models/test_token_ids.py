@@ -10,7 +10,7 @@ from flax import nnx
 
 from audiozoo.errors import UsageError
 from audiozoo.layers import Embed, abstract, check_ids
-from audiozoo.models import bark, musicgen, seamless_m4t, speech_to_text, speecht5, whisper
+from audiozoo.models import bark, encodec, musicgen, seamless_m4t, speech_to_text, speecht5, whisper, xls_r
 
 REFUSED = "is none of this model's: they are 0 to"
 
@@ -29,6 +29,25 @@ def test_inside_a_program_nothing_is_known():
     assert np.isnan(jax.jit(lambda ids: table(ids))(jnp.array([5]))).all()
 
 
+@pytest.mark.parametrize("wrong", [-1, 8])
+def test_a_codebook_is_not_left_for_the_next(wrong):
+    """Tables of several codebooks lie one behind the other."""
+    codes = jnp.array([[[0, 7], [wrong, 7]]])
+    config = encodec.EncodecConfig(codebook_size=8, hidden_size=4)
+    quantizer = encodec.EncodecResidualVectorQuantizer(config, dtype=None, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    assert np.isfinite(quantizer.decode(codes % 8)).all()
+    with pytest.raises(UsageError, match=f"The id {wrong} {REFUSED} 7"):
+        quantizer.decode(codes)
+
+    music = musicgen.MusicgenConfig(
+        vocab_size=7, num_codebooks=2, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, ffn_dim=8
+    )
+    decoder = musicgen.MusicgenForCausalLM(music, rngs=nnx.Rngs(0)).model
+    assert np.isfinite(decoder.embed(codes % 8)).all()  # 7 is the special token
+    with pytest.raises(UsageError, match=f"The id {wrong} {REFUSED} 7"):
+        decoder.embed(codes)
+
+
 FEATURES = np.zeros((1, 80, 3000), np.float32)
 CALLS = {
     "whisper": (
@@ -42,6 +61,12 @@ CALLS = {
         speech_to_text.Speech2TextConfig,
         lambda model, n: model.generate(FEATURES.transpose(0, 2, 1)[:, :40], decoder_input_ids=np.array([[n]])),
         lambda config: config.vocab_size,
+    ),
+    "xls_r": (
+        xls_r.SpeechEncoderDecoderModel,
+        xls_r.SpeechEncoderDecoderConfig.xls_r_300m,
+        lambda model, n: model.generate(np.zeros((1, 16000), np.float32), decoder_input_ids=np.array([[n]])),
+        lambda config: config.decoder.vocab_size,
     ),
     "speecht5": (
         speecht5.SpeechT5ForSpeechToText,

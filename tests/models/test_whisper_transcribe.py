@@ -48,6 +48,11 @@ def test_known_speech(tiny_en: tuple, recordings: Path):
     assert seconds[-1] == (11.0, 11.0)
 
 
+def test_a_prefix_of_unknown_tokens_is_refused(tiny_en: tuple):
+    with pytest.raises(UsageError, match="The id 51864 is none of this model's: they are 0 to 51863"):
+        transcribe(*tiny_en, np.zeros(16_000, np.float32), prefix=[51864])
+
+
 def test_padding_with_zeros(tiny_en: tuple, recordings: Path):
     """What faster-whisper and today's openai-whisper get, which fill the last window with zeros."""
     result = transcribe(*tiny_en, recordings / "jfk.flac", padding="zeros")

@@ -150,6 +150,11 @@ def port(module: torch.nn.Module, model: nnx.Module, table: Table, dtype: Any = 
     return model
 
 
+def blank(factory: Callable[[], nnx.Module]) -> Any:
+    """Our model in zeros: its weights come from elsewhere, so none is drawn, and no program compiled that draws it."""
+    return jax.tree.map(lambda a: jnp.asarray(np.zeros(a.shape, a.dtype)), abstract(factory))
+
+
 def ported(module: torch.nn.Module, factory: Callable[[], nnx.Module], table: Table, dtype: Any = None) -> Any:
     """Our model with the original's weights; `factory` only says its shapes, no random value is drawn or compiled.
 

@@ -52,11 +52,6 @@ FRAMES = 34  # of 700 samples
 LENGTHS = (700, 480)
 
 
-def blank(create: Any) -> Any:
-    """A model of zeros: its weights come from elsewhere."""
-    return jax.tree.map(lambda a: jnp.asarray(np.zeros(a.shape, a.dtype)), harness.abstract(create))
-
-
 @dataclass(frozen=True)
 class Family:
     """One paper: its originals' names, our module and its conversion."""
@@ -82,7 +77,7 @@ class Family:
         """Ours with an original's weights."""
         config = self.conversion.config_from_hugging_face(reference.config.to_dict())
         dtype = str(next(reference.parameters()).dtype).removeprefix("torch.")
-        model = blank(lambda: getattr(self.models, name)(config, param_dtype=dtype, rngs=nnx.Rngs(0)))
+        model = harness.blank(lambda: getattr(self.models, name)(config, param_dtype=dtype, rngs=nnx.Rngs(0)))
         table = self.conversion.hugging_face_table(config, name)
         return reference, harness.port(reference, model, table), table
 

@@ -57,9 +57,9 @@ def pair(name: str = CLASSIFIER, seed: int = 0, attention: str = "eager", **chan
     theirs_config = transformers.ASTConfig(**(TINY | {"num_labels": 5} | changes), attn_implementation=attention)
     reference = harness.randomise(getattr(transformers, name)(theirs_config), seed)
     config = config_from_hugging_face(theirs_config.to_dict())
-    model = getattr(ast, name)(config, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
     table = hugging_face_table(config, name)
-    return reference, harness.port(reference, model, table), table
+    create = lambda: getattr(ast, name)(config, param_dtype=jnp.float64, rngs=nnx.Rngs(0))  # noqa: E731
+    return reference, harness.ported(reference, create, table), table
 
 
 def features(batch: int = 2, seed: int = 0, time: int = 13, mels: int = 11) -> np.ndarray:
@@ -454,9 +454,8 @@ def test_a_resized_model_is_the_released_one_with_other_positions():
     reference = harness.randomise(reference, 1)
     state = dict(reference.state_dict())
     config = config_from_original(harness.StateDict(state), Path("mine_10_10_.pth"))
-    model = ast.ASTForAudioClassification(config, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
-    steps = ORIGINAL_TABLE.plan(harness.StateDict(state), harness.parameters(model))
-    harness.assign(model, dict(ORIGINAL_TABLE.read(harness.StateDict(state), steps)))
+    create = lambda: ast.ASTForAudioClassification(config, param_dtype=jnp.float64, rngs=nnx.Rngs(0))  # noqa: E731
+    model = harness.ported(reference, create, ORIGINAL_TABLE)
     ours = ast.resized(model, max_length=190, num_mel_bins=140, time_stride=9, frequency_stride=9)
     assert ours.config.grid == (14, 20)
     grid = state["v.pos_embed"][:, 2:].transpose(1, 2).reshape(1, 64, 12, 12)
@@ -502,8 +501,8 @@ def test_full_size_in_float32():
     with harness.precision("float32"):
         reference = transformers.ASTForAudioClassification(transformers.ASTConfig(num_labels=527))
         reference = harness.randomise(reference, 0, torch.float32)
-        model = ast.ASTForAudioClassification(config, rngs=nnx.Rngs(0))
-        harness.port(reference, model, hugging_face_table(config, CLASSIFIER))
+        create = lambda: ast.ASTForAudioClassification(config, rngs=nnx.Rngs(0))  # noqa: E731
+        model = harness.ported(reference, create, hugging_face_table(config, CLASSIFIER))
         x = features(1, time=1024, mels=128).astype(np.float32)
         with torch.no_grad():
             theirs = reference(torch.tensor(x))
@@ -513,7 +512,8 @@ def test_full_size_in_float32():
 def test_bfloat16_stays_close():
     _, model, _ = pair()
     x = jnp.asarray(features())
-    half = ast.ASTForAudioClassification(model.config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    kwargs = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+    half = harness.blank(lambda: ast.ASTForAudioClassification(model.config, **kwargs, rngs=nnx.Rngs(0)))
     harness.assign(half, harness.parameters(model))
     ours = audiozoo.jit(half)(x).logits
     assert ours.dtype == jnp.bfloat16

@@ -70,10 +70,8 @@ def original(fusion: bool = False, **changes) -> transformers.ClapModel:
 
 
 def blank(name: str, config: clap.ClapConfig, param_dtype=jnp.float64, dtype=None):
-    """Ours with zeros: drawing weights that are overwritten would compile a program for each shape."""
-    model = abstract(lambda rngs: getattr(clap, name)(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs))
-    flat = [(p, v.replace(jnp.zeros(v.shape, v.dtype))) for p, v in nnx.to_flat_state(nnx.state(model))]
-    return nnx.merge(nnx.graphdef(model), nnx.from_flat_state(flat))
+    kwargs = {"dtype": dtype, "param_dtype": param_dtype}
+    return harness.blank(lambda: getattr(clap, name)(config, **kwargs, rngs=nnx.Rngs(0)))
 
 
 def pair(fusion: bool = False, seed: int = 0, **changes):

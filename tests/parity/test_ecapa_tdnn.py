@@ -18,7 +18,8 @@ from audiozoo.layers.batch_norm import writable
 from audiozoo.models import ecapa_tdnn, hubert, unispeech_sat, wav2vec2, wavlm
 from audiozoo.models.ecapa_tdnn import EcapaTdnnConfig
 from tests.parity import harness
-from tests.parity.speech_family import LAYER, TINY, blank
+from tests.parity.harness import blank
+from tests.parity.speech_family import LAYER, TINY
 from tests.parity.test_wav2vec2 import fairseq_names
 from weights_conversion import ecapa_tdnn_names as names
 from weights_conversion import hubert as hubert_conversion

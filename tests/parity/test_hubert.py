@@ -20,7 +20,8 @@ from audiozoo.layers import activations
 from audiozoo.layers.batch_norm import writable
 from audiozoo.models import hubert
 from tests.parity import harness, speech_family
-from tests.parity.speech_family import EVERYTHING, FRAMES, LAYER, NO_DROPOUT, TINY, blank, jitted, padded, waves
+from tests.parity.harness import blank
+from tests.parity.speech_family import EVERYTHING, FRAMES, LAYER, NO_DROPOUT, TINY, jitted, padded, waves
 from weights_conversion import hubert as conversion
 
 FAMILY = speech_family.Family("Hubert", "HubertConfig", hubert, conversion, TINY)

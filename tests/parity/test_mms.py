@@ -24,7 +24,8 @@ from audiozoo.models import mms, wav2vec2
 from audiozoo.models.mms import MMSConfig, MMSForCTC
 from audiozoo.processors.mms import romanised
 from tests.parity import harness
-from tests.parity.speech_family import LAYER, NO_DROPOUT, TINY, blank, padded
+from tests.parity.harness import blank
+from tests.parity.speech_family import LAYER, NO_DROPOUT, TINY, padded
 from tests.parity.test_wav2vec2 import fairseq_names
 from weights_conversion import mms as conversion
 from weights_conversion import wav2vec2 as alone

@@ -61,11 +61,8 @@ def _norm_in_its_own_dtype():
 
 
 def blank(config, param_dtype=jnp.float64, dtype=None):
-    """Ours with zeros: drawing weights that are overwritten would compile a program for each shape."""
-    cls = pop2piano.Pop2PianoForConditionalGeneration
-    model = abstract(lambda rngs: cls(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs))
-    flat = [(p, v.replace(jnp.zeros(v.shape, v.dtype))) for p, v in nnx.to_flat_state(nnx.state(model))]
-    return nnx.merge(nnx.graphdef(model), nnx.from_flat_state(flat))
+    kwargs = {"dtype": dtype, "param_dtype": param_dtype}
+    return harness.blank(lambda: pop2piano.Pop2PianoForConditionalGeneration(config, **kwargs, rngs=nnx.Rngs(0)))
 
 
 def with_small_queries(reference):

@@ -19,7 +19,8 @@ from audiozoo.layers import activations
 from audiozoo.models import sew
 from audiozoo.models.wav2vec2 import sample_negative_indices
 from tests.parity import harness, speech_family
-from tests.parity.speech_family import EVERYTHING, FRAMES, LENGTHS, NO_DROPOUT, TINY, blank, jitted, padded, waves
+from tests.parity.harness import blank
+from tests.parity.speech_family import EVERYTHING, FRAMES, LENGTHS, NO_DROPOUT, TINY, jitted, padded, waves
 from weights_conversion import sew as conversion
 
 PLAIN = {k: v for k, v in TINY.items() if not k.startswith(("tdnn", "xvector", "num_codevectors"))}

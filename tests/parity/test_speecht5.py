@@ -24,7 +24,8 @@ from audiozoo.processors.speecht5 import SpeechT5Processor
 from audiozoo.text.numbers import spell_numbers
 from tests.models.tiny_speecht5 import train_characters
 from tests.parity import generation, harness
-from tests.parity.speech_family import NO_DROPOUT, TINY, Family, blank, padded, reference_in_double
+from tests.parity.harness import blank
+from tests.parity.speech_family import NO_DROPOUT, TINY, Family, padded, reference_in_double
 from weights_conversion import hifigan as vocoders
 from weights_conversion import hubert as hubert_files
 from weights_conversion import speecht5 as conversion

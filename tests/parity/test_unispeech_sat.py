@@ -15,7 +15,8 @@ from flax import nnx
 from audiozoo.layers import activations
 from audiozoo.models import unispeech_sat
 from tests.parity import harness, speech_family
-from tests.parity.speech_family import EVERYTHING, FRAMES, LAYER, NO_DROPOUT, TINY, blank, jitted, padded, waves
+from tests.parity.harness import blank
+from tests.parity.speech_family import EVERYTHING, FRAMES, LAYER, NO_DROPOUT, TINY, jitted, padded, waves
 from weights_conversion import unispeech_sat as conversion
 
 SMALL = TINY | {"codevector_dim": 6, "num_clusters": 9}

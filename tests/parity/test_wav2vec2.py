@@ -22,7 +22,8 @@ from audiozoo.layers import activations
 from audiozoo.layers.losses import ctc_loss
 from audiozoo.models import wav2vec2
 from tests.parity import harness
-from tests.parity.speech_family import EVERYTHING, LAYER, NO_DROPOUT, TINY, blank
+from tests.parity.harness import blank
+from tests.parity.speech_family import EVERYTHING, LAYER, NO_DROPOUT, TINY
 from weights_conversion.wav2vec2 import (
     config_from_hugging_face,
     config_to_hugging_face,

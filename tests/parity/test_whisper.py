@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,9 +45,9 @@ def pair(name: str, seed: int = 0, **changes):
     theirs_config = transformers.WhisperConfig(**(TINY | changes), attn_implementation="eager")
     reference = harness.randomise(getattr(transformers, name)(theirs_config), seed)
     config = config_from_hugging_face(theirs_config.to_dict())
-    model = getattr(whisper, name)(config, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
     table = hugging_face_table(config, name)
-    return reference, harness.port(reference, model, table), table
+    create = lambda: getattr(whisper, name)(config, param_dtype=jnp.float64, rngs=nnx.Rngs(0))  # noqa: E731
+    return reference, harness.ported(reference, create, table), table
 
 
 def features(batch: int = 2, seed: int = 0) -> np.ndarray:
@@ -355,8 +353,9 @@ def test_full_size_in_float32(name):
     with harness.precision("float32"):
         reference = harness.randomise(transformers.WhisperForConditionalGeneration(published(name)), 0, torch.float32)
         config = getattr(whisper.WhisperConfig, name)()
-        model = whisper.WhisperForConditionalGeneration(config, rngs=nnx.Rngs(0))
-        harness.port(reference, model, hugging_face_table(config, "WhisperForConditionalGeneration"))
+        table = hugging_face_table(config, "WhisperForConditionalGeneration")
+        create = lambda: whisper.WhisperForConditionalGeneration(config, rngs=nnx.Rngs(0))  # noqa: E731
+        model = harness.ported(reference, create, table)
         x = np.random.default_rng(0).standard_normal((1, 80, 3000)).astype(np.float32)
         ids = np.random.default_rng(1).integers(0, 50_000, (1, 12))
         with torch.no_grad():
@@ -386,8 +385,9 @@ def test_openai_model_through_its_own_names():
     with harness.precision("float32"):
         reference = openai.model.Whisper(openai.model.ModelDimensions(**dims))
         reference = harness.randomise(reference, 3, torch.float32)
-        model = whisper.WhisperForConditionalGeneration(config_from_openai(dims), rngs=nnx.Rngs(0))
-        harness.port(reference, model, OPENAI_TABLE)
+        config = config_from_openai(dims)
+        create = lambda: whisper.WhisperForConditionalGeneration(config, rngs=nnx.Rngs(0))  # noqa: E731
+        model = harness.ported(reference, create, OPENAI_TABLE)
         x, ids = features().astype(np.float32), tokens()
         with torch.no_grad():
             theirs = reference(torch.tensor(x), torch.tensor(ids))
@@ -400,9 +400,8 @@ def test_bfloat16_stays_close():
     _, model, _ = pair("WhisperForConditionalGeneration")
     x, ids = jnp.asarray(features()), jnp.asarray(tokens())
     whole = model(x, decoder_input_ids=ids).logits
-    half = whisper.WhisperForConditionalGeneration(
-        dataclasses.replace(model.config), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
-    )
+    kwargs = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+    half = harness.blank(lambda: whisper.WhisperForConditionalGeneration(model.config, **kwargs, rngs=nnx.Rngs(0)))
     harness.assign(half, harness.parameters(model))
     ours = half(x, decoder_input_ids=ids).logits
     assert ours.dtype == jnp.bfloat16

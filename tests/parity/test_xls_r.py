@@ -18,7 +18,8 @@ from audiozoo.models import wav2vec2, xls_r
 from audiozoo.models.xls_r import SpeechEncoderDecoderConfig, SpeechEncoderDecoderModel, XLSRConfig
 from audiozoo.processors.xls_r import LANGUAGES, MBart50Tokenizer, XLSRProcessor
 from tests.parity import harness
-from tests.parity.speech_family import LAYER, NO_DROPOUT, TINY, blank, padded, reference_in_double
+from tests.parity.harness import blank
+from tests.parity.speech_family import LAYER, NO_DROPOUT, TINY, padded, reference_in_double
 from tests.parity.test_wav2vec2 import fairseq_names
 from weights_conversion import wav2vec2 as encoders
 from weights_conversion import xls_r as conversion
