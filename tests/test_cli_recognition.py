@@ -106,6 +106,8 @@ def test_transcribe(run, checkpoints, tmp_path):
     assert set(spelled.out.split()) <= {"ah", "bee"}, spelled.err
     assert spelled.out.strip()
     assert_refused(run("transcribe", sound, "--model", source, "--hotword", "XYZ"), "'XYZ' cannot be heard")
+    for weight in ("--lm-weight", "--word-bonus"):
+        assert_refused(run("transcribe", sound, "--model", source, weight, "1"), "--language-model")
 
 
 def test_pieces_for_subtitles():

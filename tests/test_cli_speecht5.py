@@ -161,6 +161,7 @@ def test_transcribe_with_a_language_model(run, zoo, tmp_path):
     assert run(*command, *joint, "0").out != done.out
     assert_refused(run(*command, "--ctc-weight", "2"), "between 0 and 1")
     assert_refused(run(*command, "--hotword", "fox"), "are for CTC models")
+    assert_refused(run(*command, "--word-bonus", "1"), "is for CTC models")
     assert_refused(run(*command, "--language-model", zoo / "vocoder"), "holds a SpeechT5HifiGan; beside SpeechT5 goes")
 
 

@@ -43,8 +43,8 @@ class Fusion:
     language_model: str | None = None  # of words, an ARPA file; for SpeechT5 a checkpoint that writes its tokens
     hotwords: tuple[str, ...] = ()
     lexicon: Path | None = None
-    lm_weight: float = 0.5
-    word_bonus: float = 1.5
+    lm_weight: float | None = None
+    word_bonus: float | None = None
     ctc_weight: float = 0.0  # share of the CTC head of SpeechT5
 
     def refuse(self, name: str, source: str) -> None:
@@ -60,6 +60,15 @@ class Fusion:
             raise UsageError(f"--hotword and --lexicon are for CTC models; {source} holds a {name}.")
         if self.ctc_weight and not joint:
             raise UsageError(f"--ctc-weight is for SpeechT5; {source} holds a {name}.")
+        if self.lm_weight is not None and self.language_model is None:
+            raise UsageError("--lm-weight is of a --language-model, and none is given.")
+        if self.word_bonus is not None and not (ctc and (self.language_model or self.lexicon)):
+            raise UsageError("--word-bonus is for CTC models with a --language-model or a --lexicon.")
+
+    def weights(self, **names: str) -> dict[str, float]:
+        """Those that were given, under the names of what they are for."""
+        given = {name: getattr(self, own) for own, name in names.items()}
+        return {name: weight for name, weight in given.items() if weight is not None}
 
 
 def ctc_transcriber(
@@ -93,11 +102,10 @@ def ctc_transcriber(
             batch_size=options["batch_size"],
             beam_width=options["beam_size"],
             language_model=ngrams,
-            alpha=fusion.lm_weight,
-            beta=fusion.word_bonus,
             hotwords=fusion.hotwords,
             lexicon=lexicon,
             progress=progress,
+            **fusion.weights(lm_weight="alpha", word_bonus="beta"),
         )
         segments = heard.segments()
         for segment in segments:
@@ -161,7 +169,7 @@ def _language_model(fusion: Fusion) -> Any:
         raise UsageError(
             f"{fusion.language_model} holds a {type(model).__name__}; beside SpeechT5 goes a Speech2Text2ForCausalLM."
         )
-    return LanguageModelFusion(model, fusion.lm_weight)
+    return LanguageModelFusion(model, **fusion.weights(lm_weight="weight"))
 
 
 def speak_language(model: Any, processor: Any, source: str, language: str | None) -> Any:

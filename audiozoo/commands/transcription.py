@@ -90,8 +90,12 @@ def transcribe(
     lexicon: Annotated[
         Path | None, typer.Option(help="the only words there are: one and its letters a line; for CTC models")
     ] = None,
-    lm_weight: Annotated[float, typer.Option(help="of the language model")] = 0.5,
-    word_bonus: Annotated[float, typer.Option(help="with a language model or a lexicon; for CTC models")] = 1.5,
+    lm_weight: Annotated[
+        float | None, typer.Option(help="of the language model; if not given 0.5, or 0.3 for SpeechT5")
+    ] = None,
+    word_bonus: Annotated[
+        float | None, typer.Option(help="with a language model or a lexicon, 1.5 if not given; for CTC models")
+    ] = None,
     ctc_weight: Annotated[float, typer.Option(help="share of its CTC head, 0 to 1; for SpeechT5")] = 0.0,
     dtype: Annotated[str, typer.Option(help=COMPUTED_IN)] = "float32",
 ) -> None:
