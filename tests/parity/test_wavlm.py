@@ -21,6 +21,7 @@ from audiozoo.layers import activations
 from audiozoo.models import wavlm
 from audiozoo.models.wav2vec2 import frame_mask
 from tests.parity import harness, speech_family
+from tests.parity.harness import blank
 from tests.parity.speech_family import (
     EVERYTHING,
     FRAMES,
@@ -28,7 +29,6 @@ from tests.parity.speech_family import (
     LENGTHS,
     NO_DROPOUT,
     TINY,
-    blank,
     jitted,
     padded,
     waves,
