@@ -321,7 +321,7 @@ class ImageWeights:
 def config_from_deit(tensors: Tensors, **changes: Any) -> ASTConfig:
     """The configuration of an AST that starts from these DeiT weights; by default for AudioSet at stride 10."""
     default = ASTConfig.audioset_10_10()
-    return dataclasses.replace(default, **_sizes(tensors, ""), **(ORIGINAL_EPS | changes))
+    return dataclasses.replace(default, **(_sizes(tensors, "") | ORIGINAL_EPS | changes))
 
 
 def from_deit(
@@ -357,6 +357,11 @@ def from_deit(
     return model
 
 
+def is_deit(path: Path) -> bool:
+    """Is this a file of a distilled DeiT?"""
+    return path.is_file() and _is_deit(open_tensors(path).names())
+
+
 def _is_deit(names: list[str]) -> bool:
     return {"dist_token", "pos_embed", "blocks.0.attn.qkv.weight"} <= set(names)
 
@@ -387,8 +392,8 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
     tensors = open_tensors(path)
     if _is_deit(tensors.names()):
         raise CheckpointError(
-            f"{path} is a DeiT for images; make an AST of it with from_deit of "
-            "weights_conversion.audio_spectrogram_transformer."
+            f"{path} is a DeiT for images: `audiozoo train ast --init` starts from it, and from_deit of "
+            "weights_conversion.audio_spectrogram_transformer makes an AST of it."
         )
     if not recognise(path):
         raise CheckpointError(f"{path} is none of AST's own files; give the directory that also holds its config.json.")

@@ -16,6 +16,8 @@ from typing import Any
 
 from audiozoo.errors import CheckpointError, UsageError
 from audiozoo.models.encodec import EncodecConfig
+from audiozoo.processors import extractor_settings
+from audiozoo.processors.encodec import EncodecFeatureExtractor
 from weights_conversion import ForeignCheckpoint, HuggingFaceForm, read_json, take
 from weights_conversion.hifigan import WEIGHT_NORM_RENAMES, kernel_rules
 from weights_conversion.readers import TensorSource, open_tensors
@@ -317,6 +319,19 @@ def _kind(names: list[str]) -> str | None:
     if {"transformer.norm_in.weight", "emb.0.weight", "linears.0.weight"} <= set(names):
         return LANGUAGE_MODEL
     return None
+
+
+def processor_of_file(path: Path) -> EncodecFeatureExtractor:
+    """Waveforms as the model in a file reads them; settings that lie beside the file come first."""
+    if extractor_settings(path.parent) is not None:
+        return EncodecFeatureExtractor.from_directory(path.parent)
+    config = open_checkpoint(path).config
+    return EncodecFeatureExtractor(
+        feature_size=config.audio_channels,
+        sampling_rate=config.sampling_rate,
+        chunk_length_s=config.chunk_length_s,
+        overlap=config.overlap,
+    )
 
 
 def recognise(path: Path) -> bool:

@@ -44,7 +44,7 @@ class Recipe:
         objective: what is learnt.
         settings: how.
         size: the configuration to start from where there is no checkpoint.
-        new: a regular expression of the parameters that a checkpoint of another task lacks.
+        new: a regular expression that finds the parameters that a checkpoint of another task lacks.
         config: what the recipe changes in the model's configuration.
     """
 
@@ -121,6 +121,7 @@ _FINETUNING = {
 }
 _HEAD = r"^lm_head\.|masked_spec_embed"
 _CLASSIFIER = r"^(projector|classifier)\.|masked_spec_embed"
+_AST_HEAD = r"^classifier\."
 _FAMILY = {  # module: prefix of its classes, the size to start from
     "wav2vec2": ("Wav2Vec2", "base"),
     "hubert": ("Hubert", "base"),
@@ -400,7 +401,15 @@ ROWS = [
         new=r"^ctc_proj\.|masked_spec_embed",
     ),
     # --- sounds ---
-    Recipe("ast", "audio_spectrogram_transformer", "ASTForAudioClassification", Spectrogram(), _AST, "esc50"),
+    Recipe(
+        "ast",
+        "audio_spectrogram_transformer",
+        "ASTForAudioClassification",
+        Spectrogram(),
+        _AST,
+        "esc50",
+        new=_AST_HEAD,
+    ),
     Recipe(
         "ast_tagging",
         "audio_spectrogram_transformer",
@@ -417,6 +426,7 @@ ROWS = [
             decay_steps=166_000,
         ),
         "audioset_10_10",
+        new=_AST_HEAD,
     ),
     Recipe(
         "clap",

@@ -167,6 +167,11 @@ class Seq2Seq(Objective):
         """See `Objective`."""
         tokenizer = in_language(processor.tokenizer, fields)
         labels = np.asarray(tokenizer(text_of(fields))["input_ids"], np.int32).reshape(-1)
+        known = getattr(config, "decoder", config).vocab_size
+        if labels.max(initial=0) >= known:
+            raise UsageError(
+                f"The tokenizer writes token {labels.max()}, and the model knows {known}: they do not fit."
+            )
         if self.features == "log_mel":
             # The tokenizer begins with <|startoftranscript|>, which is the decoder's first input and no target.
             labels = labels[1:] if labels[0] == config.decoder_start_token_id else labels

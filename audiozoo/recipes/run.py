@@ -35,6 +35,7 @@ from audiozoo.training.data import Batches, Item, find_items
 from audiozoo.training.loop import Options, State, Trainer
 from audiozoo.training.parameters import Lora, Trainable
 from audiozoo.training.reporting import Reporter
+from weights_conversion import audio_spectrogram_transformer as ast_files
 
 
 @dataclass
@@ -152,7 +153,7 @@ def build(
     Args:
         recipe: a row of `RECIPES`.
         items: the recordings, from which letters, labels and clusters are learnt where a checkpoint brings none.
-        init: a checkpoint to go on from, of the same model or of one below another head.
+        init: a checkpoint to go on from, of the same model or of one below another head; for AST a DeiT, too.
         size: a named configuration, to begin with nothing.
         processor: instead of the checkpoint's.
         model: instead of `init` and `size`.
@@ -170,13 +171,8 @@ def build(
     _check_mesh(mesh, numbers.batch_size)
     changes: dict[str, Any] = {**recipe.config, **(config or {})}
     if model is None and init is not None:
-        path = hub.resolve(str(init))
-        rules = None if mesh is None else sharding.TRAINING_RULES  # straight into the shards that it is trained in
-        model = loading.load(
-            path, model_class=recipe.model_class, initialize=recipe.new, dtype=dtype, mesh=mesh, rules=rules
-        )
-        if processor is None:
-            processor = loading.processor_of(path, registry.paper(recipe.paper))
+        model, found = _begun(recipe, hub.resolve(str(init)), changes, (options or Options()).seed, dtype, mesh)
+        processor = found if processor is None else processor
     base = _named(recipe, size) if model is None else model.config
     base = _changed(base, changes, f"field of {type(base).__name__}")
     processor = _of_size(processor, base) if processor else _new_processor(recipe, base)
@@ -195,6 +191,27 @@ def build(
         trainable = Trainable(pattern=recipe.new, frozen=frozen, lora=lora)
     task = recipe.objective.task(model, processor, numbers, trainable, dtype)
     return Run(recipe, numbers, model, processor, Trainer(task, with_average(options, numbers), mesh=mesh))
+
+
+def _begun(
+    recipe: Recipe, path: Path, changes: Mapping[str, Any], seed: int, dtype: Any, mesh: Mesh | None
+) -> tuple[Any, Any]:
+    """A checkpoint's model, with new parameters where `recipe.new` allows them, and its processor."""
+    paper = registry.paper(recipe.paper)
+    if paper.config_class is ast.ASTConfig and ast_files.is_deit(path):  # §2.2 of AST: from weights for images
+        wanted = _changed(paper.config_class(), changes, "field of ASTConfig")
+        sizes = {name: getattr(wanted, name) for name in changes}
+        model = drawn(lambda rngs: ast_files.from_deit(path, rngs=rngs, dtype=dtype, **sizes), seed, mesh)
+        return model, ast_files.features_of(model.config)
+    model = loading.load(
+        path,
+        model_class=recipe.model_class,
+        initialize=recipe.new and f".*(?:{recipe.new}).*",  # which finds a part of a name
+        dtype=dtype,
+        mesh=mesh,
+        rules=None if mesh is None else sharding.TRAINING_RULES,  # straight into the shards that it is trained in
+    )
+    return model, loading.processor_of(path, paper)
 
 
 def with_average(options: Options | None, settings: Settings) -> Options:

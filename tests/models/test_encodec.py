@@ -31,11 +31,14 @@ from audiozoo.audio import to_pcm, wav_header
 from audiozoo.codec import ecdc
 from audiozoo.commands import codec as commands
 from audiozoo.errors import AudioError, AudiozooError, CheckpointError, UsageError
+from audiozoo.loading import variables
 from audiozoo.models import encodec
 from audiozoo.models.encodec import Balancer, EncodecConfig, EncodecLanguageModel, EncodecModel
 from audiozoo.processors.encodec import EncodecFeatureExtractor
 from tests.models.random_model import random_model
 from tests.shapes import enforce
+from tests.weights_conversion.test_readers import write_pt
+from weights_conversion.encodec import original_table
 
 TINY = EncodecConfig(
     target_bandwidths=(1.2, 2.4),
@@ -570,6 +573,25 @@ def test_input_that_gets_a_sentence(audio, options, message):
 def test_mono_for_a_stereo_model():
     with pytest.raises(AudioError, match=r"\(2, samples\) is expected"):
         EncodecFeatureExtractor(feature_size=2)(sound(9), 24_000)
+
+
+def test_the_processor_of_an_authors_file(tmp_path):
+    """A `.th` file says nothing of it: sampling rate, channels and chunks are those of the model that it holds."""
+    config = dataclasses.replace(EncodecConfig.encodec_48khz(), num_filters=2, hidden_size=4, codebook_size=8)
+    model = random_model(lambda rngs: EncodecModel(config, rngs=rngs))
+    values = {name: leaf[...] for name, leaf in variables(model).items()}
+    path = write_pt(tmp_path / "encodec_48khz.th", dict(original_table(config).write(values)))
+    assert audiozoo.load(path).config == config
+    found = audiozoo.load_processor(path)
+    assert (found.sampling_rate, found.feature_size, found.chunk_length, found.chunk_stride) == (
+        48_000,
+        2,
+        48_000,
+        47_520,
+    )
+    found.sampling_rate = 800
+    found.save(tmp_path)
+    assert audiozoo.load_processor(path).sampling_rate == 800
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,9 +22,10 @@ from typer.testing import CliRunner
 
 import audiozoo
 from audiozoo.cli import app
-from audiozoo.errors import AudioError, CheckpointError, UsageError
+from audiozoo.errors import AudioError, AudiozooError, CheckpointError, UsageError
+from audiozoo.loading import variables
 from audiozoo.models import audio_spectrogram_transformer as ast
-from audiozoo.models import encodec, hifigan
+from audiozoo.models import encodec, hifigan, whisper
 from audiozoo.models.audio_spectrogram_transformer import ASTRecipe
 from audiozoo.processors.seamless_m4t import SeamlessM4TFeatureExtractor
 from audiozoo.processors.speech_to_text import Speech2TextFeatureExtractor
@@ -36,6 +38,11 @@ from audiozoo.training.loop import Trainer
 from audiozoo.training.parameters import Lora, partition
 from tests.text.vocabularies import SMALL_SPECIALS, small_backend
 from tests.training import tiny
+from tests.weights_conversion import make_whisper_pt
+from tests.weights_conversion.test_readers import write_pt
+from weights_conversion import audio_spectrogram_transformer as ast_files
+from weights_conversion import wav2vec2 as wav2vec2_files
+from weights_conversion import whisper as whisper_files
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ["a low hum", "high hiss", "a bell", "owl", "low bell", "a high hall"]
@@ -236,7 +243,8 @@ def test_texts_are_written_in_their_language(corpus, tmp_path):
     backend.save(str(tmp_path / "tokenizer.json"))
     tokenizer = WhisperTokenizer.from_tokenizer_file(tmp_path / "tokenizer.json")
     row, model, _ = tiny.small(recipe("whisper"))
-    config = dataclasses.replace(model.config, decoder_start_token_id=tokenizer.sot)
+    vocabulary = {"vocab_size": backend.get_vocab_size(), "decoder_start_token_id": tokenizer.sot}
+    config = dataclasses.replace(model.config, **vocabulary)
     processor = SimpleNamespace(tokenizer=tokenizer)
 
     def labels(**fields):
@@ -557,6 +565,115 @@ def test_the_command_takes_every_kind_of_recipe(name, corpus, tmp_path, still, m
     planned = plan.example(row, choice, plan._processor(choice, amount), amount)
     forms = [{n: (a.dtype, a.ndim, a.shape[0]) for n, a in batch.items()} for batch in (planned, still[0])]
     assert forms[0] == forms[1]
+
+
+def values_of(model):
+    """Arrays by name."""
+    return {name: np.asarray(leaf[...]) for name, leaf in variables(model).items()}
+
+
+def fairseq_file(folder, leave_out=()):
+    """A small wav2vec 2.0 as fairseq writes it after pre-training."""
+    model = tiny.family("wav2vec2", "Wav2Vec2ForPreTraining")
+    table = wav2vec2_files.fairseq_table(model.config, "Wav2Vec2ForPreTraining")
+    tensors = {name: array for name, array in table.write(values_of(model)) if name not in leave_out}
+    settings = {"conv_feature_layers": "[(8, 10, 10), (8, 3, 8), (8, 2, 4)]", "encoder_attention_heads": 2}
+    return write_pt(folder / "wav2vec_small.pt", tensors, root="model", cfg={"model": settings}), values_of(model)
+
+
+def ast_file(folder):
+    """A small AST of three classes as its authors have it."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
+    grid = {"max_length": 128, "time_stride": 16, "frequency_stride": 16}
+    config = ast.ASTConfig(**sizes, **grid, **ast_files.ORIGINAL_EPS, id2label=("a", "b", "c"))
+    model = tiny.random_model(lambda rngs: ast.ASTForAudioClassification(config, rngs=rngs))
+    tensors = dict(ast_files.ORIGINAL_TABLE.write(values_of(model)))
+    return write_pt(folder / "audioset_16_16_0.4.pth", tensors), values_of(model)
+
+
+def deit_file(folder):
+    """A DeiT of 3 × 3 patches, and the AST of 8 × 8 that begins with it."""
+    path, _ = ast_file(folder)
+    with ast_files.open_tensors(path) as source:
+        tensors = {n.removeprefix("v."): source.read(n) for n in source.names() if n.startswith("v.")}
+    tensors["patch_embed.proj.weight"] = np.repeat(tensors["patch_embed.proj.weight"], 3, axis=1)
+    tensors["pos_embed"] = tensors["pos_embed"][:, : 2 + 9]
+    path = write_pt(folder / "deit_tiny_distilled_patch16_48.pth", tensors)
+    sizes = {"max_length": 128, "time_stride": 16, "frequency_stride": 16}
+    return path, values_of(ast_files.from_deit(path, rngs=nnx.Rngs(0), **sizes))
+
+
+def whisper_file(folder):
+    """A small Whisper of OpenAI's; a tokenizer beside it."""
+    backend = small_backend()
+    backend.add_special_tokens(SMALL_SPECIALS)
+    backend.save(str(folder / "tokenizer.json"))
+    dims = make_whisper_pt.DIMS | {"n_vocab": backend.get_vocab_size()}
+    config = whisper_files.config_from_openai(dims)
+    model = tiny.random_model(lambda rngs: whisper.WhisperForConditionalGeneration(config, rngs=rngs))
+    tensors = dict(whisper_files.OPENAI_TABLE.write(values_of(model)))
+    return write_pt(folder / "tiny.pt", tensors, root="model_state_dict", dims=dims), values_of(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "new", "more"),
+    [
+        ("wav2vec2_ctc", fairseq_file, {"lm_head.kernel": (16, 17), "lm_head.bias": (17,)}, []),
+        ("ast", ast_file, {"classifier.dense.kernel": (64, 2), "classifier.dense.bias": (2,)}, []),
+        (
+            "ast_tagging",
+            deit_file,
+            {"classifier.dense.kernel": (64, 2), "classifier.dense.bias": (2,)},
+            ["--config=max_length=128", "--config=time_stride=16", "--config=frequency_stride=16"],
+        ),
+        ("whisper", whisper_file, {}, []),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_training_begins_with_an_authors_file(name, make, new, more, corpus, tmp_path, still):
+    """Before the first step every parameter is the file's; only a head for other letters or classes is drawn."""
+    path, given = make(tmp_path)
+    rows = [json.loads(line) for line in corpus.read_text().splitlines()]
+    changed = [row | {"audio": str(corpus.parent / row["audio"]), "language": "en"} for row in rows]
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, changed)))
+    arguments = ["train", name, "--data", str(tmp_path / "set.jsonl"), "--out", str(tmp_path / "run")]
+    arguments += ["--init", str(path), "--set=batch_size=2", "--set=steps=1", *more]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.exception
+    trained = values_of(audiozoo.load(tmp_path / "run" / "model"))
+    for key, value in trained.items():
+        if key in new:
+            assert value.shape == new[key]
+            assert np.any(value) or key.endswith("bias")
+        else:
+            np.testing.assert_array_equal(value, given[key], err_msg=key)
+    assert len(still) == 1
+
+
+def test_an_authors_file_that_does_not_fit(corpus, tmp_path):
+    items = find_items(corpus)
+    path, _ = fairseq_file(tmp_path, leave_out=["encoder.layers.0.fc1.bias"])
+    with pytest.raises(CheckpointError, match=r"does not fit Wav2Vec2ForCTC: 0 unexpected .*, 1 missing") as caught:
+        run.build(recipe("wav2vec2_ctc"), items, init=path)
+    assert "encoder.layers.0.feed_forward.intermediate_dense.bias" in str(caught.value)
+    for name, file, match in (
+        ("hubert_ctc", path, "is no HuBERT of fairseq's"),
+        ("encodec", path, "is no file of EnCodec's authors"),
+        ("wav2vec2_ctc", deit_file(tmp_path)[0], "is no wav2vec 2.0 of fairseq or torchaudio"),
+        ("whisper", make_whisper_pt.PATH, "holds no Whisper tokenizer"),
+    ):
+        with pytest.raises(AudiozooError, match=match) as caught:
+            run.build(recipe(name), items, init=file)
+        assert "\n" not in str(caught.value)
+    path, _ = whisper_file(tmp_path)
+    shutil.copy(make_whisper_pt.PATH, path)  # whose vocabulary is smaller than the tokenizer beside it
+    row, texts = (
+        recipe("whisper"),
+        [dataclasses.replace(item, fields={"text": "a", "language": "en"}) for item in items],
+    )
+    ready = run.build(row, texts, init=path, settings={"batch_size": 2})
+    with pytest.raises(AudioError, match=r"The tokenizer writes token \d+, and the model knows 19"):
+        ready.batches(texts).batch(0)
 
 
 def test_the_command_trains(corpus, tmp_path, still):

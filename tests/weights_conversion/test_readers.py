@@ -420,9 +420,24 @@ def rebuilt(storage=None, offset=0, shape=(2, 2), strides=(2, 1)):
     return Call("torch._utils", "_rebuild_tensor_v2", storage or Persistent(), offset, shape, strides, False, None)
 
 
+def write_pt(path, tensors, root="", **beside):
+    """A file of float32 arrays as `torch.save` writes it, without PyTorch; below `root`, with more `beside` it."""
+    storages, dictionary = {}, {}
+    for name, array in tensors.items():
+        storage = Persistent(str(len(storages)), array.size)
+        strides = tuple(stride // 4 for stride in np.empty(array.shape, np.float32).strides)
+        dictionary[name] = rebuilt(storage, 0, array.shape, strides)
+        storages[storage.key] = array.astype(np.float32).tobytes()
+    return archive(path, assemble({root: dictionary, **beside} if root else dictionary), storages)
+
+
 def test_hand_made_archive(tmp_path):
     path = archive(tmp_path / "x.pt", assemble({"w": rebuilt()}), {"0": ramp(4).tobytes()})
     same(open_tensors(path).read("w"), ramp(2, 2))
+    source = open_tensors(write_pt(tmp_path / "y.pt", {"w": ramp(3, 2).T, "v": ramp(1)}, root="model", cfg={"a": 1}))
+    same(source.read("w"), ramp(3, 2).T)
+    same(source.read("v"), ramp(1))
+    assert source.metadata["cfg"] == {"a": 1}
 
 
 class Evil:
