@@ -676,6 +676,43 @@ def test_an_authors_file_that_does_not_fit(corpus, tmp_path):
         ready.batches(texts).batch(0)
 
 
+def test_a_stack_recomputed_and_adapted_by_low_rank_goes_on(corpus, tmp_path):
+    """`--stack --remat --lora --mesh`, stopped and gone on with, is as in one go; what is saved is a plain model."""
+    row, model, _ = tiny.small(recipe("ast"))
+    config = dataclasses.replace(model.config, num_hidden_layers=2, id2label=("a", "b", "c"))
+    model = tiny.random_model(lambda rngs: ast.ASTForAudioClassification(config, rngs=rngs))
+    audiozoo.save(model, tmp_path / "init")
+    options = ["--stack", "--remat=layers", "--lora=2", "--mesh=data=1", "--log-every=1"]
+    numbers = ["--set=batch_size=2", "--set=schedule=constant", "--set=learning_rate=0.01"]
+
+    def train(out, steps, options=options):
+        arguments = ["train", row.name, "--data", str(corpus), "--init", str(tmp_path / "init")]
+        arguments += ["--out", str(tmp_path / out), f"--set=steps={steps}"]
+        return CliRunner().invoke(app, [*arguments, *numbers, *options])
+
+    for out, steps in (("whole", 2), ("parts", 1), ("parts", 2)):
+        done = train(out, steps)
+        assert done.exit_code == 0, done.exception
+    lines = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    whole, parts = (values_of(audiozoo.load(tmp_path / out / "model")) for out in ("whole", "parts"))
+    before = values_of(model)
+    assert set(whole) == set(parts) == set(before)
+    for name, value in parts.items():
+        np.testing.assert_array_equal(value, whole[name], err_msg=name)
+        if name.startswith("classifier."):  # which is new, of two classes, and learns
+            assert value.shape[-1] in (2, 16)
+            assert value.shape != before[name].shape or np.any(value != before[name])
+        elif name.endswith(("q_proj.kernel", "v_proj.kernel")):
+            assert np.linalg.matrix_rank(value - before[name], tol=1e-5) == 2, name
+        else:
+            np.testing.assert_array_equal(value, before[name], err_msg=name)
+    for other in (options[1:], [*options, "--lora=3"]):
+        wrong = train("parts", 3, other)
+        assert isinstance(wrong.exception, CheckpointError), wrong.exception
+        assert "\n" not in str(wrong.exception)
+
+
 def test_the_command_trains(corpus, tmp_path, still):
     fields = {**tiny.SPEECH, "feat_extract_norm": "layer"}
     changes = [f"--config={n}={json.dumps(v)}" for n, v in fields.items() if n not in ("vocab_size", "id2label")]
