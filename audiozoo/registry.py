@@ -434,6 +434,7 @@ PAPERS: tuple[Paper, ...] = (
             "SpeechT5ForSpeechEnhancement",
             "SpeechT5ForSequenceClassification",
             "SpeechT5ForPreTraining",
+            "SpeechT5LanguageModel",
             "SpeechT5Model",
         ),
         config="SpeechT5Config",

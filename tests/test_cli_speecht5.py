@@ -15,11 +15,14 @@ import audiozoo
 from audiozoo import cli
 from audiozoo.commands import recognition, speech, terminal
 from audiozoo.decoding.synthesis import durations_of, speak_spectrograms
+from audiozoo.loading import variables
 from audiozoo.models.speech_to_text_2 import LanguageModelFusion, Speech2Text2Config, Speech2Text2ForCausalLM
+from audiozoo.models.speecht5 import SpeechT5LanguageModel, SpeechT5LanguageModelConfig
 from audiozoo.processors.speecht5 import SpeechT5FeatureExtractor, SpeechT5Processor, SpeechT5Tokenizer
 from tests.models.random_model import random_model
 from tests.models.tiny_speecht5 import build, train_characters, vocoder, wave
 from tests.test_cli import Run, assert_refused
+from weights_conversion.speecht5 import language_model_table
 
 TEXT = "The fox jumps. 2 dogs sleep!"
 
@@ -163,6 +166,34 @@ def test_transcribe_with_a_language_model(run, zoo, tmp_path):
     assert_refused(run(*command, "--hotword", "fox"), "are for CTC models")
     assert_refused(run(*command, "--word-bonus", "1"), "is for CTC models")
     assert_refused(run(*command, "--language-model", zoo / "vocoder"), "holds a SpeechT5HifiGan; beside SpeechT5 goes")
+
+
+def test_transcribe_with_the_authors_language_model(run, zoo, tmp_path):
+    """A `.pt` file, in a directory with the dictionary that names its tokens."""
+    torch = pytest.importorskip("torch", reason="writes the file")
+    config = SpeechT5LanguageModelConfig(d_model=12, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16)
+    author = random_model(lambda rngs: SpeechT5LanguageModel(config, rngs=rngs))
+    weights = language_model_table(config).write({name: v[...] for name, v in variables(author).items()})
+    settings = {"decoder_attention_heads": 2, "activation_fn": "gelu", "share_decoder_input_output_embed": True}
+    state = {name: torch.tensor(np.asarray(array)) for name, array in weights}
+    torch.save({"cfg": {"model": settings}, "model": state}, tmp_path / "lm.pt")
+    processor = audiozoo.load_processor(zoo / "recogniser")
+    tokens = processor.tokenizer.tokens
+    unused = (f"madeupword{i:04}" for i in range(79 - len(tokens)))
+    dictionary = [f"{token} 9\n" for token in (*tokens[4:], *unused)]
+    (tmp_path / "dict.txt").write_text("".join(dictionary), encoding="utf-8")
+    audiozoo.save(audiozoo.load(tmp_path), tmp_path / "native")
+    assert audiozoo.load(tmp_path / "native").config.tokens[4:] == tuple(line[:-3] for line in dictionary)
+    command = ("transcribe", zoo / "noise.wav", "--model", zoo / "recogniser", "--language-model")
+    done = run(*command, tmp_path, "--lm-weight", "3")
+    assert done.code == 0, done.err
+    inputs = processor(audiozoo.audio.read(zoo / "noise.wav", 16_000), sampling_rate=16_000, pad_to_multiple_of=64_000)
+    fusion = LanguageModelFusion(author, 3.0)
+    written = audiozoo.load(zoo / "recogniser").generate(**inputs, masked_group_norm=True, fusion=fusion)
+    assert done.out.strip() == processor.batch_decode(written, True)[0].strip()
+    assert run(*command, tmp_path / "lm.pt", "--lm-weight", "0").out != done.out
+    (tmp_path / "dict.txt").write_text("".join(dictionary[1::-1] + dictionary[2:]), encoding="utf-8")
+    assert_refused(run(*command, tmp_path), f"number 4 is {tokens[5]!r} there, and {tokens[4]!r} in the recogniser's")
 
 
 def test_durations_by_attention():

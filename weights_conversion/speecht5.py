@@ -1,4 +1,8 @@
-"""SpeechT5's foreign forms: Hugging Face directories, and the authors' `.pt` files, written by fairseq."""
+"""SpeechT5's foreign forms: Hugging Face directories, and the authors' `.pt` files, written by fairseq.
+
+One of those is their language model, fairseq's `transformer_lm`. Its `dict.txt` has a token and its count a line, in
+the order of the ids, behind the four special tokens that are in every dictionary of fairseq's.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from audiozoo.errors import CheckpointError, SourceError
-from audiozoo.models.speecht5 import SpeechT5Config
-from weights_conversion import ForeignCheckpoint, HuggingFaceForm, labels_from_hugging_face, take
+from audiozoo.models.speecht5 import SpeechT5Config, SpeechT5LanguageModelConfig
+from audiozoo.processors.wav2vec2 import fairseq_symbols
+from weights_conversion import ForeignCheckpoint, HuggingFaceForm, labels_from_hugging_face, speech_to_text, take
 from weights_conversion.readers import TensorSource, open_tensors
-from weights_conversion.rules import Ignore, Rule, Table, conv1d, transpose
+from weights_conversion.rules import Ignore, Rule, Table, Tied, conv1d, transpose
 from weights_conversion.wav2vec2 import (
     FEATURE_PROJECTION,
     OLD_WEIGHT_NORM,
@@ -179,7 +184,8 @@ def hugging_face(model: Any) -> HuggingFaceForm:
     """A SpeechT5 as the directory that `save_pretrained` would write.
 
     Raises:
-        CheckpointError: for what `transformers` does not have: LARGE, a CTC head, identification, pre-training.
+        CheckpointError: for what `transformers` does not have: LARGE, a CTC head, identification, pre-training, the
+            language model.
     """
     config, name = model.config, type(model).__name__
     table = hugging_face_table(config, name)
@@ -458,9 +464,88 @@ def _class_of(tensors: TensorSource) -> str:
     raise SourceError(f"The file does not say for which task it is; give model_class, one of {', '.join(_NETS)}.")
 
 
+# --- the authors' language model -------------------------------------------------------------------------------------
+
+LANGUAGE_MODEL = "SpeechT5LanguageModel"
+_WORDS, _LOGITS = "decoder.embed_tokens.weight", "decoder.output_projection.weight"
+_MARKS = {_WORDS, "decoder.layers.0.self_attn.q_proj.weight", "decoder.layers.0.fc1.weight"}
+_LANGUAGE_MODEL_FIELDS = {
+    "decoder_attention_heads": "decoder_attention_heads",
+    "activation_fn": "activation_function",
+    "dropout": "dropout",
+    "attention_dropout": "attention_dropout",
+    "activation_dropout": "activation_dropout",
+    "decoder_layerdrop": "decoder_layerdrop",
+    "max_target_positions": "max_position_embeddings",
+}
+
+
+def language_model_table(config: SpeechT5LanguageModelConfig) -> Table:
+    """The correspondence with the names of fairseq's `transformer_lm`."""
+    rules = [rule.prefixed("", "model.") for rule in (*speech_to_text.DECODER, *norm("decoder.layer_norm"))]
+    marks = Ignore(r"decoder\.(version|embed_positions\._float_tensor)", "fairseq's own marks")
+    ignored = (marks, speech_to_text.POSITIONS)
+    if config.tie_word_embeddings:
+        return Table(rules, ignored=ignored, tied=(Tied(_LOGITS, _WORDS),))
+    return Table([*rules, Rule(_LOGITS, "lm_head.kernel", transpose)], ignored=ignored)
+
+
+def config_from_language_model(tensors: TensorSource) -> SpeechT5LanguageModelConfig:
+    """Our configuration from the settings and shapes of a `transformer_lm`, and the `dict.txt` beside it.
+
+    Raises:
+        CheckpointError: without settings, for what `transformer_lm` can be told to be and the authors' is not, or for a
+            dictionary of another size.
+    """
+    path, settings, names = tensors.path, fairseq_settings(tensors.metadata), tensors.names()
+    if "decoder_attention_heads" not in settings:
+        raise CheckpointError(f"{path} does not say with how many heads it was trained: it has neither cfg nor args.")
+    for option, built in {"activation_fn": ("gelu", "relu"), "no_token_positional_embeddings": (False, None)}.items():
+        if settings.get(option, built[-1]) not in built:
+            raise CheckpointError(f"{path} was trained with {option}={settings[option]}, which is not built.")
+    vocabulary, width = tensors.shape(_WORDS)
+    tokens: tuple[str, ...] = ()
+    if (dictionary := path.parent / "dict.txt").is_file():
+        tokens = ("<s>", "<pad>", "</s>", "<unk>", *fairseq_symbols(dictionary))
+        if len(tokens) != vocabulary:
+            raise CheckpointError(
+                f"{dictionary} names {len(tokens)} tokens, four special ones included; {path.name} has {vocabulary}."
+            )
+    return SpeechT5LanguageModelConfig(
+        vocab_size=vocabulary,
+        d_model=width,
+        decoder_layers=len({name.split(".")[2] for name in names if name.startswith("decoder.layers.")}),
+        decoder_ffn_dim=tensors.shape("decoder.layers.0.fc1.weight")[0],
+        scale_embedding=not settings.get("no_scale_embedding"),
+        tie_word_embeddings=_LOGITS not in names or bool(settings.get("share_decoder_input_output_embed")),
+        tokens=tokens,
+        **{"activation_function": "relu"}
+        | {m: settings[t] for t, m in _LANGUAGE_MODEL_FIELDS.items() if settings.get(t) is not None},
+    )
+
+
+def _is_language_model(tensors: TensorSource) -> bool:
+    names = set(tensors.names())
+    return names >= _MARKS and all(n.startswith("decoder.") and ".encoder_attn." not in n for n in names)
+
+
+# --- the ways in -----------------------------------------------------------------------------------------------------
+
+
+def _file_of(path: Path) -> Path | None:
+    """An author's file: the path itself, or the one `.pt` file of a directory."""
+    if path.is_dir():
+        found = sorted(path.glob("*.pt"))
+        return found[0] if len(found) == 1 else None
+    return path if path.suffix in {".pt", ".pth", ".bin"} else None
+
+
 def recognise(path: Path) -> bool:
-    """Is this one of the authors' `.pt` files?"""
-    return path.is_file() and path.suffix in {".pt", ".pth", ".bin"} and _is_the_authors(open_tensors(path))
+    """Is this one of the authors' `.pt` files, or a directory with one?"""
+    if (file := _file_of(path)) is None:
+        return False
+    tensors = open_tensors(file)
+    return _is_the_authors(tensors) or _is_language_model(tensors)
 
 
 def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckpoint:
@@ -472,7 +557,12 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
     """
     if path.is_dir() and (path / "config.json").is_file():
         return open_hugging_face(path, model_class, config_from_hugging_face, hugging_face_table)
-    tensors = open_tensors(path)
+    tensors = open_tensors(_file_of(path) or path)
+    if _is_language_model(tensors):
+        if model_class not in (None, LANGUAGE_MODEL):
+            raise CheckpointError(f"{path} holds a {LANGUAGE_MODEL}, not a {model_class}.")
+        language = config_from_language_model(tensors)
+        return ForeignCheckpoint(LANGUAGE_MODEL, language, tensors, language_model_table(language), path)
     if not _is_the_authors(tensors):
         raise SourceError(f"{path} is no SpeechT5 of its authors', and has no config.json beside it.")
     model_class = model_class or _class_of(tensors)

@@ -141,7 +141,8 @@ def writer(
     chosen = {"num_beams": options["beam_size"], "length_penalty": options["length_penalty"]}
     chosen["forced_bos_token_id"] = language_token(processor, "This checkpoint", language, "--language")
     if hasattr(model, "speecht5"):
-        chosen |= {"masked_group_norm": True, "ctc_weight": fusion.ctc_weight, "fusion": _language_model(fusion)}
+        chosen |= {"masked_group_norm": True, "ctc_weight": fusion.ctc_weight}
+        chosen["fusion"] = _language_model(fusion, processor)
     else:
         chosen["batch_invariant"] = True
         if model.generation_config.max_length is None:
@@ -157,18 +158,28 @@ def writer(
     return hear
 
 
-def _language_model(fusion: Fusion) -> Any:
-    """The language model of a `Fusion` beside SpeechT5."""
+def _language_model(fusion: Fusion, processor: Any) -> Any:
+    """The language model of a `Fusion` beside SpeechT5, whose tokens have to be the processor's."""
     if fusion.language_model is None:
         return None
     import audiozoo
     from audiozoo.models.speech_to_text_2 import LanguageModelFusion, Speech2Text2ForCausalLM
+    from audiozoo.models.speecht5 import SpeechT5LanguageModel
 
     model = audiozoo.load(fusion.language_model)
-    if not isinstance(model, Speech2Text2ForCausalLM):
+    if not isinstance(model, SpeechT5LanguageModel | Speech2Text2ForCausalLM):
         raise UsageError(
-            f"{fusion.language_model} holds a {type(model).__name__}; beside SpeechT5 goes a Speech2Text2ForCausalLM."
+            f"{fusion.language_model} holds a {type(model).__name__}; beside SpeechT5 goes a SpeechT5LanguageModel or "
+            "a Speech2Text2ForCausalLM."
         )
+    if isinstance(model, SpeechT5LanguageModel):
+        pairs = zip(model.config.tokens, processor.tokenizer.tokens, strict=False)
+        for index, (theirs, ours) in enumerate(pairs):
+            if theirs != ours:
+                raise UsageError(
+                    f"{fusion.language_model} is over other tokens than the recogniser: number {index} is {theirs!r} "
+                    f"there, and {ours!r} in the recogniser's vocabulary."
+                )
     return LanguageModelFusion(model, **fusion.weights(lm_weight="weight"))
 
 

@@ -82,7 +82,7 @@ def transcribe(
     seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
     language_model: Annotated[
         str | None,
-        typer.Option(help="of words, an ARPA file, for CTC models; of tokens, a hub id or directory, for SpeechT5"),
+        typer.Option(help="of words, an ARPA file, for CTC models; of tokens, a checkpoint, for SpeechT5"),
     ] = None,
     hotwords: Annotated[
         list[str] | None, typer.Option("--hotword", help="a word that is likely to be said; for CTC models")

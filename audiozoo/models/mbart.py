@@ -104,14 +104,16 @@ class MBartDecoderLayer(nnx.Module):
     """§2.2, a block: causal self-attention, attention to the encoder, MLP; each after a LayerNorm, each residual."""
 
     norm_first: bool = True  # in follow-ups also false: $\mathrm{LN}(x + f(x))$, not $x + f(\mathrm{LN}(x))$
+    attends: bool = True  # to an encoder; a language model has none
 
     def __init__(self, config: MBartConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         width, heads = config.d_model, config.decoder_attention_heads
         self.self_attn = MultiHeadAttention(width, heads, dropout=config.attention_dropout, **kwargs)
         self.self_attn_layer_norm = LayerNorm(width, **kwargs)
-        self.encoder_attn = MultiHeadAttention(width, heads, dropout=config.attention_dropout, **kwargs)
-        self.encoder_attn_layer_norm = LayerNorm(width, **kwargs)
+        if self.attends:
+            self.encoder_attn = MultiHeadAttention(width, heads, dropout=config.attention_dropout, **kwargs)
+            self.encoder_attn_layer_norm = LayerNorm(width, **kwargs)
         self.fc1 = Linear(width, config.decoder_ffn_dim, **kwargs)
         self.fc2 = Linear(config.decoder_ffn_dim, width, **kwargs)
         self.final_layer_norm = LayerNorm(width, **kwargs)

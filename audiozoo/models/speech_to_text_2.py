@@ -51,7 +51,7 @@ from jaxtyping import Array, Float, Int
 
 from audiozoo.decoding import GenerateOutput, GenerationConfig
 from audiozoo.errors import UsageError
-from audiozoo.layers import Linear
+from audiozoo.layers import KeyValues, Linear
 from audiozoo.models.mbart import (
     DecoderStep,
     MBartCache,
@@ -242,7 +242,8 @@ def with_language_model(
     """§2, shallow fusion: the same step and cache with a language model beside the decoder.
 
     Its scores are log-probabilities of every token and, so that a softmax leaves them as they are, of one more, which
-    takes what is missing to 1 and which no text may hold: the search has to suppress it.
+    takes what is missing to 1 and which no text may hold: the search has to suppress it, and with it the last tokens of
+    a decoder that has more of them than the language model.
 
     Args:
         decode: one step of a decoder.
@@ -251,16 +252,18 @@ def with_language_model(
         weight: λ.
     """
     own, author = cache.self_attention, language.model.decoder
-    blocks, empty = len(own), own[0].key
-    nothing = jnp.zeros((len(empty), 1, author.config.d_model), empty.dtype)
-    read = author.start(nothing, cache.length).self_attention
+    blocks, batch, heads = len(own), len(own[0].key), author.config.decoder_attention_heads
+    dtype = author.embed_tokens(jnp.zeros((1, 1), jnp.int32)).dtype
+    read = (KeyValues.empty(batch, heads, cache.length, author.config.d_model // heads, dtype),) * len(author.layers)
 
     def both(tokens: Any, rows: Any, past: MBartCache, position: Any) -> tuple[jax.Array, MBartCache]:
         heard = MBartCache(past.self_attention[:blocks], past.cross_attention)
         written = MBartCache(past.self_attention[blocks:], (None,) * len(read))  # type: ignore[arg-type]
         said, heard = decode(tokens, rows, heard, position)
         liked = language(tokens, past_key_values=written, cache_position=position)
-        scores = jax.nn.log_softmax(said) + weight * jax.nn.log_softmax(liked.logits[:, -said.shape[1] :])
+        opinion = jax.nn.log_softmax(liked.logits[:, -said.shape[1] :])
+        opinion = jnp.pad(opinion, ((0, 0), (0, 0), (0, said.shape[2] - opinion.shape[2])))
+        scores = jax.nn.log_softmax(said) + weight * opinion
         missing = 1 - jnp.exp(scores).sum(axis=-1, keepdims=True)
         scores = jnp.concatenate([scores, jnp.log(jnp.maximum(missing, 1e-30))], axis=-1)
         states = (*heard.self_attention, *liked.past_key_values.self_attention)

@@ -34,6 +34,8 @@ them into one space.
 | §2.2, joint pre-training, Eq. 4 and 5 | `SpeechT5ForPreTraining.mix`, `Wav2Vec2GumbelVectorQuantizer` |
 | §3.2, automatic speech recognition; §3.4, speech translation | `SpeechT5ForSpeechToText` |
 | §3.2, joint decoding with CTC and a language model | `SpeechT5ForSpeechToText.generate(ctc_weight=…, fusion=…)` |
+| §3.2, the language model | `SpeechT5LanguageModel`, `SpeechT5LanguageModelDecoder`, `SpeechT5LanguageModelLayer` |
+| not in the paper; in the released checkpoint of it | `SpeechT5LanguageModelWrapper` |
 | §3.3, text to speech | `SpeechT5ForTextToSpeech`, on `SpeechT5Speaking`; `guided_attention_loss` |
 | §3.5, voice conversion | `SpeechT5ForSpeechToSpeech` |
 | §3.6, speech enhancement | `SpeechT5ForSpeechToSpeech.generate_speech(frames=…)`, `SpeechT5ForSpeechEnhancement` |
@@ -47,7 +49,8 @@ belong to their items (there, items and layers are mixed up); a shorter item of 
 it; text may be longer than the table of positions; a spectrogram with an odd frame at its end can be a target.
 
 Checkpoints: `microsoft/speecht5_asr`, `_tts`, `_vc`, with `microsoft/speecht5_hifigan` to make sound, and the authors'
-`speecht5_base.pt`, `speecht5_large.pt`, `speecht5_base_asr.pt`, `speecht5_tts.pt`, `speecht5_vc.pt`, `speecht5_sid.pt`.
+`speecht5_base.pt`, `speecht5_large.pt`, `speecht5_base_asr.pt`, `speecht5_tts.pt`, `speecht5_vc.pt`, `speecht5_sid.pt`;
+and the authors' language model, fairseq's `transformer_lm`, with the `dict.txt` that names its tokens.
 
     import audiozoo
     model = audiozoo.load("microsoft/speecht5_tts")
@@ -95,7 +98,16 @@ from audiozoo.layers.batch_norm import BatchNorm
 from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy, ctc_loss, shift_tokens_right
 from audiozoo.layers.positions import interleaved_sinusoids
 from audiozoo.models import hubert, wav2vec2
-from audiozoo.models.mbart import MBartCache, MBartDecoderLayer, continue_text, decode_blocks, empty_cache
+from audiozoo.models.mbart import (
+    MBartCache,
+    MBartConfig,
+    MBartDecoderLayer,
+    MBartForCausalLM,
+    continue_text,
+    decode_blocks,
+    empty_cache,
+)
+from audiozoo.models.speech_to_text import Speech2TextDecoder
 from audiozoo.models.speech_to_text_2 import LanguageModelFusion, with_language_model
 from audiozoo.outputs import (
     BaseModelOutput,
@@ -920,7 +932,8 @@ class SpeechT5ForSpeechToText(nnx.Module):
             decoder_input_ids: the text's beginning; by default `decoder_start_token_id`.
             ctc_weight: §3.2, $w$, share of CTC's opinion of each prefix in the choice of its next token; usually
                 together with `num_beams`.
-            fusion: §3.2, a language model over the same tokens (`Speech2Text2ForCausalLM`, …) and its weight $\lambda$.
+            fusion: §3.2, a language model over the same tokens and its weight $\lambda$. It may lack the last two,
+                `<mask>` and `<ctc_blank>`, as the authors' does; then they are never written.
             masked_group_norm: leave the padding of shorter items out of the first convolution's norm.
             key: randomness for `do_sample=True`.
             streamer: called on the host with every token.
@@ -943,13 +956,16 @@ class SpeechT5ForSpeechToText(nnx.Module):
         config = GenerationConfig(**(defaults | {"max_length": ours.max_text_positions} | options))
         language: Any = None
         if fusion is not None:
-            if fusion.weight < 0 or fusion.model.config.vocab_size != ours.vocab_size or ctc_weight == 1:
+            known = fusion.model.config.vocab_size
+            if fusion.weight < 0 or known not in (ours.vocab_size, ours.vocab_size - 2) or ctc_weight == 1:
                 raise UsageError(
-                    f"A language model needs {ours.vocab_size} tokens, a weight of at least 0, and ctc_weight below 1; "
-                    f"these are {fusion.model.config.vocab_size}, {fusion.weight} and {ctc_weight}."
+                    f"A language model needs {ours.vocab_size} tokens, or {ours.vocab_size - 2} without <mask> and "
+                    f"<ctc_blank>, a weight of at least 0, and ctc_weight below 1; these are {known}, {fusion.weight} "
+                    f"and {ctc_weight}."
                 )
             language = (*nnx.split(fusion.model), jnp.float32(fusion.weight))
-            config = config.replace(suppress_tokens=(*(config.suppress_tokens or ()), ours.vocab_size))
+            unknown = range(known, ours.vocab_size + 1)
+            config = config.replace(suppress_tokens=(*(config.suppress_tokens or ()), *unknown))
         if decoder_input_ids is None:
             decoder_input_ids = np.full((len(input_values), 1), ours.decoder_start_token_id)
         check_ids(decoder_input_ids, ours.vocab_size)
@@ -1010,6 +1026,58 @@ def _generate(
         language = nnx.merge(language_graphdef, language_state)
         step, cache = with_language_model(decode, cache, language, language_weight / (1 - ctc_weight))
     return continue_text(step, cache, mask, prompt, config, key=key, logits_processors=processors, streamer=streamer)
+
+
+@dataclass(frozen=True)
+class SpeechT5LanguageModelConfig(MBartConfig):
+    """Not in the paper; in the released checkpoint: sizes of the language model, by default `transformer_lm_t5`'s."""
+
+    vocab_size: int = 79  # characters and special tokens, without <mask> and <ctc_blank>
+    d_model: int = 1280  # width
+    decoder_layers: int = 20  # blocks
+    decoder_ffn_dim: int = 6144  # width inside the MLP
+    attention_dropout: float = 0.1  # on attention weights
+    tokens: tuple[str, ...] = ()  # the vocabulary in order; none where `dict.txt` was not beside the file
+
+
+class SpeechT5LanguageModelLayer(MBartDecoderLayer):
+    """§3.2, a block of the language model: causal self-attention and MLP, each after a LayerNorm, each residual."""
+
+    attends = False
+
+
+class SpeechT5LanguageModelDecoder(Speech2TextDecoder):
+    """§3.2: scaled embeddings of the characters so far, sinusoids, blocks and a last LayerNorm."""
+
+    layer_class = SpeechT5LanguageModelLayer
+
+
+class SpeechT5LanguageModelWrapper(nnx.Module):
+    """Not in the paper; in the released checkpoint: a level of names around the blocks."""
+
+    def __init__(self, config: SpeechT5LanguageModelConfig, **kwargs: Any):
+        self.decoder = SpeechT5LanguageModelDecoder(config, **kwargs)
+
+
+class SpeechT5LanguageModel(MBartForCausalLM):
+    """§3.2, the language model of the joint decoding, for `LanguageModelFusion`; called as `MBartForCausalLM` is."""
+
+    config_class = SpeechT5LanguageModelConfig
+    config: SpeechT5LanguageModelConfig
+
+    def __init__(
+        self,
+        config: SpeechT5LanguageModelConfig,
+        *,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.model = SpeechT5LanguageModelWrapper(config, **kwargs)  # type: ignore[assignment]
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.d_model, config.vocab_size, use_bias=False, **kwargs)
+        self.config = config
 
 
 # --- §2.2, Eq. 2, and §3.3: the losses of speaking --------------------------------------------------------------------

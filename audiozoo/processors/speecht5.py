@@ -134,6 +134,11 @@ class SpeechT5Tokenizer:
         return max(self.pieces.get_piece_size(), 1 + max(self.added.values(), default=-1))
 
     @property
+    def tokens(self) -> tuple[str, ...]:
+        """Every token, in the order of the ids."""
+        return tuple(map(self._name, range(len(self))))
+
+    @property
     def pad_token_id(self) -> int:
         """What pads a batch."""
         return self.special["<pad>"]

@@ -16,10 +16,12 @@ from flax import nnx
 from transformers.models.speecht5 import modeling_speecht5
 
 from audiozoo.errors import CheckpointError
+from audiozoo.layers import fairseq_sinusoids
 from audiozoo.layers.positions import interleaved_sinusoids
-from audiozoo.models import speecht5
+from audiozoo.loading import convert, load, variables
+from audiozoo.models import speech_to_text, speecht5
 from audiozoo.models.hifigan import SpeechT5HifiGan
-from audiozoo.models.speecht5 import SpeechT5Config
+from audiozoo.models.speecht5 import SpeechT5Config, SpeechT5LanguageModel, SpeechT5LanguageModelConfig
 from audiozoo.processors.speecht5 import SpeechT5Processor
 from audiozoo.text.numbers import spell_numbers
 from tests.models.tiny_speecht5 import train_characters
@@ -643,7 +645,7 @@ LEFT_OVER = {
 )
 def test_the_authors_files(task, head, tmp_path):
     """A file with the authors' names, of our own weights, loads by its task to the same bits."""
-    from audiozoo.loading import convert, paper_of, variables
+    from audiozoo.loading import paper_of
 
     name, large = f"SpeechT5{head.removesuffix(' of LARGE')}", head.endswith("LARGE")
     with harness.precision("float32"):
@@ -689,6 +691,109 @@ def registered():
     return any(entry.name == "speecht5" for entry in registry.PAPERS)
 
 
+# --- the language model ----------------------------------------------------------------------------------------------
+
+AUTHOR = {"vocab_size": 11, "d_model": 12, "attention_heads": 3, "ffn_dim": 20, "num_layers": 2}
+AUTHOR |= {"activation_function": "gelu", "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
+WORDS = np.array([[2, 7, 5, 9, 6], [2, 8, 4, 3, 10]])
+NEXT = np.array([[7, 5, 9, 6, 2], [8, 4, 3, -100, -100]])
+
+
+def authors_file(path, reference, **changes):
+    """What fairseq writes of a `transformer_lm`: the weights under its names, its marks and its settings."""
+    state = {
+        n.replace("lm_head", "decoder.output_projection").replace("model.", "decoder.", 1): t
+        for n, t in reference.state_dict().items()
+    }
+    state |= {"decoder.version": torch.tensor([3.0]), "decoder.embed_positions._float_tensor": torch.zeros(1)}
+    settings = {
+        "arch": "transformer_lm_t5", "decoder_attention_heads": 3, "activation_fn": "gelu", "dropout": 0.0,
+        "attention_dropout": 0.0, "activation_dropout": 0.0, "decoder_layerdrop": 0, "decoder_learned_pos": False,
+        "share_decoder_input_output_embed": reference.config.tie_word_embeddings, "tokens_per_sample": 512,
+    }  # fmt: skip
+    torch.save({"args": argparse.Namespace(**(settings | changes)), "model": state}, path)
+    return state
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_language_model(tied, tmp_path):
+    """A file with fairseq's names against `transformers`' XGLM, which is fairseq's `transformer_lm`."""
+    theirs = transformers.XGLMConfig(**AUTHOR, tie_word_embeddings=tied, attn_implementation="eager")
+    reference = harness.randomise(transformers.XGLMForCausalLM(theirs))
+    positions = reference.model.embed_positions.weights
+    exact = torch.tensor(fairseq_sinusoids(*positions.shape))
+    assert (positions - exact)[:20].abs().max() < 1e-6
+    positions.copy_(exact)  # its own are rounded
+    state = authors_file(tmp_path / "lm.pt", reference)
+    (tmp_path / "dict.txt").write_text("".join(f"{letter} 9\n" for letter in "▁ETAOIN"), encoding="utf-8")
+    model = load(tmp_path, param_dtype="float64")
+    assert isinstance(model, SpeechT5LanguageModel)
+    assert model.config.tie_word_embeddings == tied
+    assert model.config.tokens == ("<s>", "<pad>", "</s>", "<unk>", *"▁ETAOIN")
+    # Back to the same names and bits, but for marks and what is tied.
+    own = conversion.language_model_table(model.config)
+    back = dict(own.write({n: np.asarray(v[...]) for n, v in variables(model).items()}))
+    left_out = {"decoder.version", "decoder.embed_positions._float_tensor"}
+    assert set(back) == set(state) - left_out - ({"decoder.output_projection.weight"} if tied else set())
+    for name, array in back.items():
+        np.testing.assert_array_equal(array, state[name], err_msg=name)
+
+    names = ((r"^model\.", "decoder."), (r"^lm_head", "decoder.output_projection"))
+    table = dataclasses.replace(own, renames=names)
+    words, asked = jnp.asarray(WORDS), {"output_hidden_states": True, "output_attentions": True}
+    taps = harness.compare_taps(
+        reference, lambda: reference(torch.tensor(WORDS), **asked), model, lambda: model(words, **asked), table,
+        minimum=20, compiled=True, skip={r".*embed_tokens|lm_head": "scaled there; the logits are compared"},
+    )  # fmt: skip
+    harness.compare_outputs(taps.ours, taps.reference, skip={"cross_attentions": "there is no encoder"})
+    harness.compare_gradients(
+        reference,
+        lambda: torch.nn.functional.cross_entropy(
+            reference(torch.tensor(WORDS)).logits.flatten(0, 1), torch.tensor(NEXT).flatten()
+        ),
+        model,
+        lambda m: m(words, labels=jnp.asarray(NEXT)).loss,
+        table,
+    )
+    if tied:
+
+        def check():
+            harness.assert_close(jax.jit(lambda m: m(words).logits)(model), taps.reference.logits)
+
+        changes = [
+            harness.Replaced(speecht5.SpeechT5LanguageModelLayer, "norm_first", False),
+            harness.Replaced(speech_to_text, "fairseq_sinusoids", lambda n, d: fairseq_sinusoids(n + 1, d)[1:]),
+        ]
+        harness.assert_detects(check, [*harness.perturbations(model, 3, exclude=r".*k_proj\.bias"), *changes])
+
+
+def test_language_models_that_are_refused(tmp_path):
+    path = tmp_path / "lm.pt"
+    reference = transformers.XGLMForCausalLM(transformers.XGLMConfig(**AUTHOR))
+    authors_file(path, reference, no_token_positional_embeddings=True)
+    with pytest.raises(CheckpointError, match="no_token_positional_embeddings=True, which is not built"):
+        load(path)
+    authors_file(path, reference, activation_fn="gelu_fast")
+    with pytest.raises(CheckpointError, match="activation_fn=gelu_fast, which is not built"):
+        load(path)
+    state = authors_file(path, reference)
+    with pytest.raises(CheckpointError, match="holds a SpeechT5LanguageModel, not a SpeechT5Model"):
+        load(path, model_class="SpeechT5Model")
+    with pytest.raises(CheckpointError, match="transformers has no class SpeechT5LanguageModel"):
+        conversion.hugging_face(load(path))
+    (tmp_path / "dict.txt").write_text("A 1\nB 1\n", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"names 6 tokens, four special ones included; lm\.pt has 11"):
+        load(path)
+    (tmp_path / "dict.txt").unlink()
+    torch.save({"model": state | {"decoder.embed_positions.weight": torch.zeros(9, 12)}, "args": None}, path)
+    with pytest.raises(CheckpointError, match="does not say with how many heads"):
+        load(path)
+    settings = {"model": {"decoder_attention_heads": 3, "share_decoder_input_output_embed": True}}
+    torch.save({"model": state | {"decoder.embed_positions.weight": torch.zeros(9, 12)}, "cfg": settings}, path)
+    with pytest.raises(CheckpointError, match=r"decoder\.embed_positions\.weight"):  # learned
+        load(path)
+
+
 # --- published sizes -------------------------------------------------------------------------------------------------
 
 PUBLISHED = {
@@ -711,6 +816,21 @@ def test_published_sizes(name):
             conversion.hugging_face_table(config, f"SpeechT5{head}"),
         )
     assert counted == count
+
+
+def test_published_size_of_the_language_model():
+    """`transformer_lm_t5`: 20 blocks of width 1280, 6144 inside the MLP, 16 heads."""
+    sizes = {"d_model": 1280, "num_layers": 20, "ffn_dim": 6144, "attention_heads": 16, "vocab_size": 79}
+    config = SpeechT5LanguageModelConfig()
+    assert config.decoder_attention_heads == 16
+    names = ((r"^model\.", "decoder."), (r"^lm_head", "decoder.output_projection"))
+    with harness.precision("float32"):
+        counted = harness.assert_same_shapes(
+            lambda: transformers.XGLMForCausalLM(transformers.XGLMConfig(**sizes)),
+            lambda: SpeechT5LanguageModel(config, rngs=nnx.Rngs(0)),
+            dataclasses.replace(conversion.language_model_table(config), renames=names),
+        )
+    assert counted == 446_101_760
 
 
 def test_published_voice_in_float32():
