@@ -22,6 +22,7 @@ from audiozoo.processors.speecht5 import SpeechT5FeatureExtractor, SpeechT5Proce
 from tests.models.random_model import random_model
 from tests.models.tiny_speecht5 import build, train_characters, vocoder, wave
 from tests.test_cli import Run, assert_refused
+from tests.weights_conversion.test_readers import write_pt
 from weights_conversion.speecht5 import language_model_table
 
 TEXT = "The fox jumps. 2 dogs sleep!"
@@ -170,13 +171,11 @@ def test_transcribe_with_a_language_model(run, zoo, tmp_path):
 
 def test_transcribe_with_the_authors_language_model(run, zoo, tmp_path):
     """A `.pt` file, in a directory with the dictionary that names its tokens."""
-    torch = pytest.importorskip("torch", reason="writes the file")
     config = SpeechT5LanguageModelConfig(d_model=12, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16)
     author = random_model(lambda rngs: SpeechT5LanguageModel(config, rngs=rngs))
     weights = language_model_table(config).write({name: v[...] for name, v in variables(author).items()})
     settings = {"decoder_attention_heads": 2, "activation_fn": "gelu", "share_decoder_input_output_embed": True}
-    state = {name: torch.tensor(np.asarray(array)) for name, array in weights}
-    torch.save({"cfg": {"model": settings}, "model": state}, tmp_path / "lm.pt")
+    write_pt(tmp_path / "lm.pt", dict(weights), root="model", cfg={"model": settings})
     processor = audiozoo.load_processor(zoo / "recogniser")
     tokens = processor.tokenizer.tokens
     unused = (f"madeupword{i:04}" for i in range(79 - len(tokens)))
