@@ -221,6 +221,8 @@ def test_words_and_other_options(transcribe, speech):
 def test_overlapping_chunks(transcribe, speech):
     run = transcribe(speech, "--chunk-length-s", "6", "--stride-length-s", "1.5", "--batch-size", "4")
     assert run.out.lower().count("ever tried") == 1
+    run = transcribe(speech, "--chunk-length-s", "6", "--word-timestamps", "--format", "srt", "--highlight-words")
+    assert "\n<u>Ever</u> tried" in run.out
     assert_refused(transcribe(speech, "--stride-length-s", "1"), "stride_length_s needs a chunk_length_s")
 
 

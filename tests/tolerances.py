@@ -65,6 +65,14 @@ TABLE: dict[tuple[str, str, str], Tolerance] = {
     ),
     # Scores of a search over logits that are equal to the bit: sums of a few tens of float32 log-probabilities.
     ("scores", "float32", ANY): Tolerance(1e-5, 1e-5),
+    # Whisper's word times, in seconds, against those of the pipeline of `transformers`.
+    ("word times", "float64", ANY): Tolerance(
+        0.0,
+        0.31,
+        "two readings of the same attention: the pipeline's is that of the decoding, with the time tokens between the "
+        "words; ours that of the text alone after <|notimestamps|>, as in openai-whisper. Half of 182 times are equal, "
+        "nine in ten are at most 0.04 s apart, and the farthest 0.30 s: where one word ends in a pause",
+    ),
     # One device against several, and one layout of the same sum against another.
     ("sharded", "float64", ANY): Tolerance(1e-9, 1e-12),
     ("sharded", "float32", ANY): Tolerance(1e-5, 1e-6),

@@ -70,7 +70,7 @@ def transcribe(
     ] = False,
     batch_size: Annotated[int, typer.Option(help="windows decoded together")] = 1,
     chunk_length_s: Annotated[
-        float | None, typer.Option(help="seconds; cut into chunks that overlap, and join their texts")
+        float | None, typer.Option(help="seconds; cut into chunks that overlap, and join their texts and words")
     ] = None,
     stride_length_s: Annotated[
         float | None, typer.Option(help="seconds that a chunk shares with each neighbour; a sixth of it if not given")

@@ -44,6 +44,7 @@ from audiozoo.decoding.timestamps import (
     WordTiming,
     add_words,
     merge_punctuation,
+    word_timings,
 )
 from audiozoo.decoding.windows import (
     FRAMES_PER_SECOND,
@@ -425,8 +426,9 @@ def transcribe(
         A dictionary, or a list of them for a list of recordings, as `openai-whisper` writes it: `text`, `language`, and
         `segments`, each with `id`, `seek` (frames of 10 ms), `start` and `end` (seconds), `text`, `tokens`,
         `temperature`, `avg_logprob`, `compression_ratio`, `no_speech_prob` and, with `word_timestamps`, `words`, each
-        with `word`, `start`, `end` and `probability`. With `chunk_length_s`, `tokens` are those of the text alone, and
-        `seek` and the numbers are those of the chunk in which a segment ends.
+        with `word`, `start`, `end` and `probability`. With `chunk_length_s`, `tokens` are those of the text alone,
+        `seek` and the numbers are those of the chunk in which a segment ends, and words and segments do not correct
+        each other's times.
 
     Raises:
         UsageError: for an option, language or task that does not exist.
@@ -534,13 +536,14 @@ def _transcribe_chunks(
     ]
     total = sum(recording.seconds for recording in recordings)
 
-    def decoded() -> Iterator[Decoded]:
+    def decoded() -> Iterator[tuple[Decoded, list[overlaps.Token]]]:
         batch = max(chosen.batch_size, len(recordings))
         for first in range(0, len(windows), batch):
             part = windows[first : first + batch]
-            yield from decoder.decode(
+            found = decoder.decode(
                 [stream.window(chunk.start, chunk.size, stream.initial_prompt()) for stream, chunk in part]
             )
+            yield from zip(found, _heard(part, found, decoder), strict=True)
             if progress is not None:
                 progress(total * (first + len(part)) / len(windows), total)
 
@@ -560,14 +563,47 @@ def _transcribe_chunks(
     return results
 
 
-def _joined(stream: _Stream, chunks: Sequence[overlaps.Chunk], answers: Iterator[Decoded]) -> Iterator[dict[str, Any]]:
-    """The segments of chunks, as soon as enough answers are there."""
-    results: list[Decoded] = []
+def _heard(
+    part: Sequence[tuple[_Stream, overlaps.Chunk]], found: Sequence[Decoded], decoder: WindowDecoder
+) -> list[list[overlaps.Token]]:
+    """The tokens of chunks, with their times where words are to be timed."""
+    eot = decoder.tokenizer.eot
+    tokens = [
+        [] if stream.is_silence(result) else result.tokens for (stream, _), result in zip(part, found, strict=True)
+    ]
+    if not decoder.options.word_timestamps:
+        return [[overlaps.Token(id) for id in ids] for ids in tokens]
+    requests = [
+        Alignment(
+            result.audio,
+            tuple(id for id in ids if id < eot),
+            stream.recording.sot_sequence,
+            chunk.size,
+            stream.recording.language,
+        )
+        for (stream, chunk), result, ids in zip(part, found, tokens, strict=True)
+    ]
+    timed = []
+    for (_, chunk), ids, (times, probabilities) in zip(part, tokens, decoder.align_tokens(requests), strict=True):
+        frames = [chunk.start + round(time * FRAMES_PER_SECOND) for time in times.tolist()]
+        spans = zip(frames, frames[1:], probabilities.tolist(), strict=False)
+        timed.append([overlaps.Token(id, *next(spans)) if id < eot else overlaps.Token(id) for id in ids])
+    return timed
 
-    def heard() -> Iterator[tuple[overlaps.Chunk, list[int]]]:
+
+def _joined(
+    stream: _Stream,
+    chunks: Sequence[overlaps.Chunk],
+    answers: Iterator[tuple[Decoded, list[overlaps.Token]]],
+) -> Iterator[dict[str, Any]]:
+    """The segments of chunks, as soon as enough answers are there."""
+    result: Decoded  # of the chunk heard last; that is where a piece ends
+
+    def heard() -> Iterator[tuple[overlaps.Chunk, list[overlaps.Token]]]:
+        nonlocal result
         for chunk in chunks:
-            results.append(next(answers))
-            yield chunk, [] if stream.is_silence(results[-1]) else results[-1].tokens
+            result, tokens = next(answers)
+            yield chunk, tokens
 
     before = chunks[0].start if chunks else 0
     for piece in overlaps.join(heard(), stream.tokenizer.timestamp_begin):
@@ -575,7 +611,23 @@ def _joined(stream: _Stream, chunks: Sequence[overlaps.Chunk], answers: Iterator
         start = before if piece.start is None else piece.start
         before = chunk.start + chunk.size if piece.end is None else piece.end
         times = start / FRAMES_PER_SECOND, before / FRAMES_PER_SECOND
-        yield stream.segment(chunk.start, *times, piece.tokens, results[piece.chunk])
+        segment = stream.segment(chunk.start, *times, [token.id for token in piece.tokens], result)
+        if stream.options.word_timestamps:
+            segment["words"] = _words(stream, piece.tokens)
+        yield segment
+
+
+def _words(stream: _Stream, tokens: Sequence[overlaps.Token]) -> list[dict[str, Any]]:
+    """The words of a joined text, at the times of their tokens."""
+    tokenizer, options = stream.tokenizer, stream.options
+    text = [token for token in tokens if token.id < tokenizer.eot]
+    words, parts = tokenizer.split_to_word_tokens(
+        [*(token.id for token in text), tokenizer.eot], stream.recording.language
+    )
+    starts, ends = (np.array([token[i] for token in text]) / FRAMES_PER_SECOND for i in (1, 2))
+    timings = word_timings(words, parts, starts, ends, np.array([token.probability for token in text]))
+    merge_punctuation(timings, options.prepend_punctuations, options.append_punctuations)
+    return [timing.written(0.0) for timing in timings if timing.word]
 
 
 def _seconds_done(streams: Sequence[_Stream], owners: Sequence[int], recordings: Sequence[Recording]) -> float:
@@ -685,16 +737,7 @@ def align(model: Any, processor: Any, audio: Audio, text: str, **options: Any) -
         for (start, _, _), timings in zip(part, decoder.align(requests), strict=True):
             merge_punctuation(timings, chosen.prepend_punctuations, chosen.append_punctuations)
             offset = start / FRAMES_PER_SECOND
-            found += [
-                {
-                    "word": timing.word,
-                    "start": round(offset + timing.start, 2),
-                    "end": round(offset + timing.end, 2),
-                    "probability": timing.probability,
-                }
-                for timing in timings
-                if timing.word
-            ]
+            found += [timing.written(offset) for timing in timings if timing.word]
     return found
 
 

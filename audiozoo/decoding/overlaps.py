@@ -13,6 +13,11 @@ in batches. Neighbours overlap, so that what is cut at the edge of one is heard 
 their equals, which scores $m/i + i/10^4$; fewer than two are no match. At the best step the left sequence is kept up
 to the middle of the overlap, the right one from there on.
 
+**Word times.** Where words are timed, each token keeps the time at which its own chunk hears it, and two equal tokens
+meet only if the left one is not later: the pipeline's rule. The times of two chunks differ by some 20 ms either way, so
+that true matches are lost too. Let chunks share several seconds; where few words are shared, a phrase that is said
+twice can be joined to its repetition, and what is said between them is lost.
+
 **Times.** A segment ends at a time token in the middle of a chunk. Time tokens in a stride are passed over: the text on
 both sides of the edge is joined first, and its segment ends at the next time that only one chunk hears.
 """
@@ -22,6 +27,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,13 +44,22 @@ class Chunk:
     right: int  # stride: how much of its end belongs to the chunk after
 
 
+class Token(NamedTuple):
+    """What is heard and, of text whose words are timed, when: in frames of 10 ms of the recording."""
+
+    id: int
+    start: int = 0
+    end: int = 0
+    probability: float = 0.0
+
+
 @dataclasses.dataclass(frozen=True)
 class Piece:
     """A segment of the joined text; a time is None where the model gave none."""
 
     start: int | None  # frames of 10 ms
     end: int | None
-    tokens: list[int]  # text only
+    tokens: list[Token]  # text only
     chunk: int  # index of the chunk in which it ends
 
 
@@ -59,14 +74,16 @@ def cut(start: int, end: int, size: int, left: int, right: int) -> list[Chunk]:
     return chunks
 
 
-def merge(sequences: Sequence[Sequence[int]]) -> list[int]:
+def merge(sequences: Sequence[Sequence[Token]]) -> list[Token]:
     """Join the tokens of neighbouring chunks where they match best; simply one after the other if they do not."""
-    merged: list[int] = []
+    merged: list[Token] = []
     left = list(sequences[0])
     for right in sequences[1:]:
         # Tokens l and r are over each other at the shift i = len(left) - l + r.
-        l, r = np.nonzero(np.equal.outer(left, right))  # noqa: E741
-        matches = np.bincount(len(left) - l + r, minlength=len(left) + len(right))
+        matches = np.zeros(len(left) + len(right))
+        for l, a in enumerate(left):  # noqa: E741
+            for r, b in enumerate(right):
+                matches[len(left) - l + r] += a.id == b.id and (a.start, a.end) <= (b.start, b.end)
         shifts = np.arange(len(matches))
         scores = np.where(matches > 1, matches / np.maximum(shifts, 1) + shifts / 10_000, 0)
         left_end, right_begin = len(left), 0
@@ -79,28 +96,28 @@ def merge(sequences: Sequence[Sequence[int]]) -> list[int]:
     return merged + left
 
 
-def join(heard: Iterable[tuple[Chunk, Sequence[int]]], timestamp_begin: int) -> Iterator[Piece]:
+def join(heard: Iterable[tuple[Chunk, Sequence[Token]]], timestamp_begin: int) -> Iterator[Piece]:
     """The segments of a recording, each as soon as it is certain.
 
     Args:
         heard: the chunks in order, each with its tokens: text, and times from the start of the chunk.
         timestamp_begin: the time token of 0 s; smaller ids are text.
     """
-    pending: list[list[int]] = []  # the text of earlier chunks that no time has ended yet
+    pending: list[list[Token]] = []  # the text of earlier chunks that no time has ended yet
     start: int | None = None  # of the segment under way
     skip = False  # the next time token, the second of a pair whose first was passed over
     index = 0
     for index, (chunk, tokens) in enumerate(heard):
-        times = [FRAMES_PER_TIMESTAMP * (token - timestamp_begin) for token in tokens if token >= timestamp_begin]
+        times = [FRAMES_PER_TIMESTAMP * (id - timestamp_begin) for id, *_ in tokens if id >= timestamp_begin]
         passed = math.inf  # times from here on are passed over: those in the right stride, and always the last one
         if chunk.right and times:
             passed = min([time for time in times if time >= chunk.size - chunk.right], default=times[-1])
-        current: list[int] = []
+        current: list[Token] = []
         for token in tokens:
-            if token < timestamp_begin:
+            if token.id < timestamp_begin:
                 current.append(token)
                 continue
-            time = FRAMES_PER_TIMESTAMP * (token - timestamp_begin)
+            time = FRAMES_PER_TIMESTAMP * (token.id - timestamp_begin)
             if time >= passed:
                 skip = True
             elif skip or (pending and time < chunk.left):

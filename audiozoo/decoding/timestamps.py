@@ -222,26 +222,39 @@ class WordTiming:
     end: float
     probability: float
 
+    def written(self, offset: float) -> dict[str, Any]:
+        """As `openai-whisper` writes it, for a window that begins `offset` seconds into the recording."""
+        return {
+            "word": self.word,
+            "start": round(offset + self.start, 2),
+            "end": round(offset + self.end, 2),
+            "probability": self.probability,
+        }
+
 
 def word_timings(
     words: Sequence[str],
     word_tokens: Sequence[list[int]],
-    times: Float[np.ndarray, " tokens"],
+    starts: Float[np.ndarray, " tokens"],
+    ends: Float[np.ndarray, " tokens"],
     probabilities: Float[np.ndarray, " tokens"],
 ) -> list[WordTiming]:
-    """Words with the times of their first tokens.
+    """Words, each from the start of its first token to the end of its last, or none of the time if that is earlier.
 
     Args:
         words: the words, and one entry more for the end of the text.
         word_tokens: their tokens.
-        times: when each token begins, the end of the text included.
-        probabilities: of each token, the end excluded.
+        starts: when each token begins, seconds; the end of the text is left out, here and below.
+        ends: when each token ends.
+        probabilities: of each token.
     """
     if len(word_tokens) <= 1:
         return []
     boundaries = np.cumsum([0, *(len(tokens) for tokens in word_tokens[:-1])])
     return [
-        WordTiming(word, list(tokens), float(times[i]), float(times[j]), float(np.mean(probabilities[i:j])))
+        WordTiming(
+            word, list(tokens), float(starts[i]), float(max(starts[i], ends[j - 1])), float(np.mean(probabilities[i:j]))
+        )
         for word, tokens, i, j in zip(words, word_tokens, boundaries[:-1], boundaries[1:], strict=False)
     ]
 
@@ -335,14 +348,7 @@ def add_words(
         while position < len(alignment) and taken < wanted:
             timing = alignment[position]
             if timing.word:
-                words.append(
-                    {
-                        "word": timing.word,
-                        "start": round(time_offset + timing.start, 2),
-                        "end": round(time_offset + timing.end, 2),
-                        "probability": timing.probability,
-                    }
-                )
+                words.append(timing.written(time_offset))
             taken += len(timing.tokens)
             position += 1
         if words:

@@ -96,7 +96,7 @@ class TranscriptionOptions:
     # Instead of seeking, cut the recording into chunks that overlap (`audiozoo.decoding.overlaps`), as the pipeline of
     # `transformers` does under these names. With temperature=0 and no_speech_threshold=None the texts are those of the
     # pipeline with num_beams=1 and force_unique_generate_call=True, had it the same spectrogram: its own is one of each
-    # chunk, ours one of the whole recording.
+    # chunk, ours one of the whole recording. With word_timestamps the texts are those of return_timestamps="word".
     chunk_length_s: float | None = None  # s, at most 30
     stride_length_s: float | tuple[float, float] | None = None  # s shared with the chunk before and after; a sixth each
     seed: int = 0  # of the sampling at temperatures above 0
@@ -140,7 +140,10 @@ class TranscriptionOptions:
         chunk = self.chunk_length_s
         require(chunk is not None or self.stride_length_s is None, "stride_length_s needs a chunk_length_s.")
         if chunk is not None:
-            require(not self.word_timestamps, "Words are not timed in overlapping chunks; leave chunk_length_s out.")
+            require(
+                self.hallucination_silence_threshold is None,
+                "hallucination_silence_threshold hears windows again, chunks are heard once; leave chunk_length_s out.",
+            )
             fits = False
             with suppress(TypeError, ValueError):
                 left, right = self.strides
@@ -621,9 +624,20 @@ class WindowDecoder:
 
     def align(self, requests: Sequence[Alignment]) -> list[list[WordTiming]]:
         """The words of texts that are said in encoded windows, with times from the start of the window."""
+        eot = self.tokenizer.eot
+        answers = []
+        for request, (times, probabilities) in zip(requests, self.align_tokens(requests), strict=True):
+            words, parts = self.tokenizer.split_to_word_tokens([*request.text_tokens, eot], request.language)
+            answers.append(word_timings(words, parts, times[:-1], times[1:], probabilities))
+        return answers
+
+    def align_tokens(self, requests: Sequence[Alignment]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """When each token begins, in seconds from the start of the window, and after them all when the last one ends;
+        and each token's probability.
+        """
         tokens = self.tokenizer
-        answers: list[list[WordTiming]] = [[] for _ in requests]
-        wanted = [i for i, r in enumerate(requests) if r.text_tokens and r.frames >= FRAMES_PER_TIMESTAMP]
+        answers = [(np.zeros(1), np.zeros(0)) for _ in requests]
+        wanted = [i for i, r in enumerate(requests) if r.text_tokens]
         by_length: dict[int, list[int]] = {}
         for i in wanted:
             by_length.setdefault(requests[i].audio.cache.cross_attention[0].key.shape[2], []).append(i)
@@ -646,18 +660,16 @@ class WindowDecoder:
             count, frames = np.full(rows, 2, np.int32), np.full(rows, 1, np.int32)
             for row, i in enumerate(group):
                 batch[row, : len(sequences[row])] = sequences[row]
-                count[row], frames[row] = len(sequences[row]), requests[i].frames // FRAMES_PER_TIMESTAMP
+                count[row], frames[row] = len(sequences[row]), max(1, requests[i].frames // FRAMES_PER_TIMESTAMP)
             matrices, probabilities = jax.device_get(
                 self.programs.align(
                     self.state, cache, batch, count, frames, heads=self.ids.alignment_heads, text_end=tokens.eot
                 )
             )
             for row, i in enumerate(group):
-                request = requests[i]
-                begin, end = len(request.sot_sequence), len(sequences[row]) - 1
-                words, parts = tokens.split_to_word_tokens([*request.text_tokens, tokens.eot], request.language)
+                begin, end = len(requests[i].sot_sequence), len(sequences[row]) - 1
                 times = token_times(matrices[row, begin:end, : frames[row]])
-                answers[i] = word_timings(words, parts, times, probabilities[row, begin : end - 1])
+                answers[i] = times, probabilities[row, begin : end - 1]
         return answers
 
 

@@ -145,9 +145,17 @@ def words(*entries: tuple[str, float, float]) -> list[WordTiming]:
 
 
 def test_word_timings():
-    found = word_timings([" a", " bc", "<end>"], [[5], [6, 7], [9]], np.array([0.0, 0.2, 0.3, 0.6]), np.ones(3) / 2)
+    starts, ends = np.array([0.0, 0.2, 0.3]), np.array([0.2, 0.3, 0.6])
+    found = word_timings([" a", " bc", "<end>"], [[5], [6, 7], [9]], starts, ends, np.ones(3) / 2)
     assert found == [WordTiming(" a", [5], 0.0, 0.2, 0.5), WordTiming(" bc", [6, 7], 0.2, 0.6, 0.5)]
-    assert word_timings(["<end>"], [[9]], np.zeros(1), np.zeros(0)) == []
+    assert word_timings(["<end>"], [[9]], np.zeros(0), np.zeros(0), np.zeros(0)) == []
+
+
+def test_no_word_ends_before_it_begins():
+    """Where its tokens are of two chunks, which do not agree on the time."""
+    starts, ends = np.array([0.5, 0.2]), np.array([0.7, 0.4])
+    found = word_timings([" bc", "<end>"], [[6, 7], [9]], starts, ends, np.ones(2))
+    assert found == [WordTiming(" bc", [6, 7], 0.5, 0.5, 1.0)]
 
 
 def test_merge_punctuation():

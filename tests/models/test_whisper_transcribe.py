@@ -151,6 +151,27 @@ def test_overlapping_chunks(tiny_en: tuple, recordings: Path):
     assert [(segment["start"], segment["end"]) for segment in clip["segments"]] == [(8.0, 11.0)]
 
 
+def test_words_of_overlapping_chunks(tiny_en: tuple, recordings: Path):
+    """Words across the edges of three chunks are said when they are said in one window; all words are in the text."""
+    path = recordings / "jfk.flac"
+    options = {"word_timestamps": True, "temperature": 0.0}
+    result = transcribe(*tiny_en, path, **options, chunk_length_s=7.0, stride_length_s=2.0, batch_size=4)
+    for segment in result["segments"]:
+        assert "".join(word["word"] for word in segment["words"]) == segment["text"]
+    words, whole = (
+        [word for segment in heard["segments"] for word in segment["words"]]
+        for heard in (result, transcribe(*tiny_en, path, **options))
+    )
+    assert words[0].keys() == whole[0].keys()
+    assert all(type(word[name]) is float for word in words for name in ("start", "end", "probability"))
+    assert all(0 < word["probability"] <= 1 for word in words)
+    heard, wanted = ([word["word"].strip(" .").lower() for word in found] for found in (words, whole))
+    assert heard == wanted
+    times, known = ([(word["start"], word["end"]) for word in found] for found in (words, whole))
+    assert np.ravel(times).tolist() == sorted(np.ravel(times))
+    np.testing.assert_allclose(times, known, rtol=0, atol=0.3)
+
+
 def test_the_search_of_the_file_is_for_generate(tiny_en: tuple, monkeypatch: pytest.MonkeyPatch):
     model, processor = tiny_en
     options = TranscriptionOptions(beam_size=2)
@@ -212,7 +233,10 @@ def test_prompt_lengths_share_programs(tiny_en: tuple, recordings: Path):
         ({"chunk_length_s": 10.0, "stride_length_s": (1.0, 2.0, 3.0)}, "longer than its two strides"),
         ({"chunk_length_s": 10.0, "stride_length_s": (-1.0, 2.0)}, "longer than its two strides"),
         ({"stride_length_s": 2.0}, "needs a chunk_length_s"),
-        ({"chunk_length_s": 20.0, "word_timestamps": True}, "Words are not timed"),
+        (
+            {"chunk_length_s": 20.0, "word_timestamps": True, "hallucination_silence_threshold": 1.0},
+            "chunks are heard once",
+        ),
     ],
 )
 def test_bad_options(options: dict, sentence: str, tiny_en: tuple):
