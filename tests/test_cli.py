@@ -218,6 +218,7 @@ def test_words_and_other_options(transcribe, speech):
     assert "\nEver <u>tried" in cues
 
 
+@pytest.mark.slow
 def test_overlapping_chunks(transcribe, speech):
     run = transcribe(speech, "--chunk-length-s", "6", "--stride-length-s", "1.5", "--batch-size", "4")
     assert run.out.lower().count("ever tried") == 1

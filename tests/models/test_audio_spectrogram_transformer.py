@@ -446,5 +446,6 @@ print(float(np.abs(np.asarray(alone) - np.asarray(together)).max()))
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_numbers_of_one():
     assert float(processes.output("-c", SHARDED)) < 1e-5

@@ -490,6 +490,7 @@ def test_processor_mistakes_and_files(tokenizer, tmp_path):
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_music(monkeypatch, capsys, tmp_path, model, tokenizer):
     monkeypatch.setattr(terminal, "keep_compiled_programs", lambda: None)
     audiozoo.export(model, tmp_path / "model")

@@ -151,6 +151,7 @@ def test_overlapping_chunks(tiny_en: tuple, recordings: Path):
     assert [(segment["start"], segment["end"]) for segment in clip["segments"]] == [(8.0, 11.0)]
 
 
+@pytest.mark.slow
 def test_words_of_overlapping_chunks(tiny_en: tuple, recordings: Path):
     """Words across the edges of three chunks are said when they are said in one window; all words are in the text."""
     path = recordings / "jfk.flac"

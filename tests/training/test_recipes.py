@@ -676,6 +676,7 @@ def test_an_authors_file_that_does_not_fit(corpus, tmp_path):
         ready.batches(texts).batch(0)
 
 
+@pytest.mark.slow
 def test_a_stack_recomputed_and_adapted_by_low_rank_goes_on(corpus, tmp_path):
     """`--stack --remat --lora --mesh`, stopped and gone on with, is as in one go; what is saved is a plain model."""
     row, model, _ = tiny.small(recipe("ast"))
