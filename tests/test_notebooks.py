@@ -43,7 +43,7 @@ def test_runs(path, tmp_path, recordings, monkeypatch):
 
     monkeypatch.setenv("AUDIOZOO_RECORDINGS", str(recordings))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    # A reader's programs are optimised. At LLVM's first level they are as fast, and compiled in half the time.
+    # A reader's programs are optimised. At LLVM's first level they are as fast, and compiled a tenth to a third sooner.
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=1")
     notebook = nbformat.read(path, as_version=4)
     start = time.monotonic()

@@ -122,14 +122,16 @@ def fairseq_table(config: Speech2TextConfig, model_class: str) -> Table:
     return Table(rules, ignored=tuple(ignored), tied=tied)
 
 
-_FAIRSEQ_FIELDS = {
-    "encoder_attention_heads": "encoder_attention_heads",
+FAIRSEQ_DECODER_FIELDS = {
     "decoder_attention_heads": "decoder_attention_heads",
     "activation_fn": "activation_function",
     "dropout": "dropout",
     "attention_dropout": "attention_dropout",
     "activation_dropout": "activation_dropout",
     "decoder_layerdrop": "decoder_layerdrop",
+}
+_FAIRSEQ_FIELDS = FAIRSEQ_DECODER_FIELDS | {
+    "encoder_attention_heads": "encoder_attention_heads",
     "max_source_positions": "max_source_positions",
     "max_target_positions": "max_target_positions",
     "input_channels": "input_channels",

@@ -469,15 +469,7 @@ def _class_of(tensors: TensorSource) -> str:
 LANGUAGE_MODEL = "SpeechT5LanguageModel"
 _WORDS, _LOGITS = "decoder.embed_tokens.weight", "decoder.output_projection.weight"
 _MARKS = {_WORDS, "decoder.layers.0.self_attn.q_proj.weight", "decoder.layers.0.fc1.weight"}
-_LANGUAGE_MODEL_FIELDS = {
-    "decoder_attention_heads": "decoder_attention_heads",
-    "activation_fn": "activation_function",
-    "dropout": "dropout",
-    "attention_dropout": "attention_dropout",
-    "activation_dropout": "activation_dropout",
-    "decoder_layerdrop": "decoder_layerdrop",
-    "max_target_positions": "max_position_embeddings",
-}
+_LANGUAGE_MODEL_FIELDS = speech_to_text.FAIRSEQ_DECODER_FIELDS | {"max_target_positions": "max_position_embeddings"}
 
 
 def language_model_table(config: SpeechT5LanguageModelConfig) -> Table:

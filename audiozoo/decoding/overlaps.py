@@ -79,11 +79,10 @@ def merge(sequences: Sequence[Sequence[Token]]) -> list[Token]:
     merged: list[Token] = []
     left = list(sequences[0])
     for right in sequences[1:]:
-        # Tokens l and r are over each other at the shift i = len(left) - l + r.
-        matches = np.zeros(len(left) + len(right))
-        for l, a in enumerate(left):  # noqa: E741
-            for r, b in enumerate(right):
-                matches[len(left) - l + r] += a.id == b.id and (a.start, a.end) <= (b.start, b.end)
+        # Tokens a and b are over each other at the shift i = len(left) - a + b.
+        equal = np.equal.outer(*([token.id for token in side] for side in (left, right)))
+        met = [len(left) - a + b for a, b in np.argwhere(equal) if left[a][1:3] <= right[b][1:3]]
+        matches = np.bincount(np.array(met, int), minlength=len(left) + len(right))
         shifts = np.arange(len(matches))
         scores = np.where(matches > 1, matches / np.maximum(shifts, 1) + shifts / 10_000, 0)
         left_end, right_begin = len(left), 0

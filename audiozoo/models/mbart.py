@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,7 @@ class MBartCache:
     """§2.2, the keys and values of every block, of the tokens so far and of the encoder, as a value."""
 
     self_attention: tuple[KeyValues, ...]
-    cross_attention: tuple[KeyValues, ...]
+    cross_attention: tuple[KeyValues | None, ...]  # None where there is no encoder to attend to
 
     @property
     def length(self) -> int:
@@ -163,10 +163,14 @@ class MBartDecoderLayer(nnx.Module):
 def empty_cache(
     layers: Sequence[Any], encoder_hidden_states: Float[Array, "batch frames d_model"], heads: int, length: int
 ) -> MBartCache:
-    """§2.2: room for the keys and values of `length` tokens in every block, and those of the encoder's states."""
+    """§2.2: room for the keys and values of `length` tokens in every block, and those of the encoder's states.
+
+    Of blocks that attend to no encoder the states have the decoder's width and dtype, and are not read.
+    """
     batch, _, width = encoder_hidden_states.shape
-    cross = tuple(layer.encoder_attn.key_values(encoder_hidden_states) for layer in layers)
-    empty = KeyValues.empty(batch, heads, length, width // heads, cross[0].key.dtype)
+    cross = tuple(layer.encoder_attn.key_values(encoder_hidden_states) if layer.attends else None for layer in layers)
+    dtype = encoder_hidden_states.dtype if cross[0] is None else cross[0].key.dtype
+    empty = KeyValues.empty(batch, heads, length, width // heads, dtype)
     return MBartCache(tuple(empty for _ in layers), cross)
 
 
@@ -320,16 +324,20 @@ class MBartDecoder(nnx.Module):
 class MBartDecoderWrapper(nnx.Module):
     """Not in the paper; in the released checkpoints: a level of names around the decoder."""
 
+    decoder_class: ClassVar[Any] = MBartDecoder
+
     def __init__(self, config: MBartConfig, **kwargs: Any):
-        self.decoder = MBartDecoder(config, **kwargs)
+        self.decoder = self.decoder_class(config, **kwargs)
 
 
 class MBartForCausalLM(nnx.Module):
     """§2.2: the decoder with its head."""
 
-    def __init__(self, config: MBartConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    wrapper_class: ClassVar[Any] = MBartDecoderWrapper
+
+    def __init__(self, config: Any, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.model = MBartDecoderWrapper(config, **kwargs)
+        self.model = self.wrapper_class(config, **kwargs)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.d_model, config.vocab_size, use_bias=False, **kwargs)
         self.config = config

@@ -51,7 +51,6 @@ from jaxtyping import Array, Float, Int
 
 from audiozoo.decoding import GenerateOutput, GenerationConfig
 from audiozoo.errors import UsageError
-from audiozoo.layers import KeyValues, Linear
 from audiozoo.models.mbart import (
     DecoderStep,
     MBartCache,
@@ -135,14 +134,7 @@ class Speech2Text2DecoderWrapper(nnx.Module):
 class Speech2Text2ForCausalLM(MBartForCausalLM):
     """§2: the decoder with its head, called as `MBartForCausalLM` is; by itself it is a language model."""
 
-    def __init__(
-        self, config: Speech2Text2Config, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
-    ):
-        kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.model = Speech2Text2DecoderWrapper(config, **kwargs)  # type: ignore[assignment]
-        if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.d_model, config.vocab_size, use_bias=False, **kwargs)
-        self.config = config  # type: ignore[assignment]
+    wrapper_class: ClassVar[Any] = Speech2Text2DecoderWrapper
 
 
 # --- §2, decoding with a language model -------------------------------------------------------------------------------
@@ -252,13 +244,13 @@ def with_language_model(
         weight: λ.
     """
     own, author = cache.self_attention, language.model.decoder
-    blocks, batch, heads = len(own), len(own[0].key), author.config.decoder_attention_heads
-    dtype = author.embed_tokens(jnp.zeros((1, 1), jnp.int32)).dtype
-    read = (KeyValues.empty(batch, heads, cache.length, author.config.d_model // heads, dtype),) * len(author.layers)
+    blocks = len(own)
+    nothing = author.embed_tokens(jnp.zeros((len(own[0].key), 1), jnp.int32))
+    read = author.start(nothing, cache.length).self_attention
 
     def both(tokens: Any, rows: Any, past: MBartCache, position: Any) -> tuple[jax.Array, MBartCache]:
         heard = MBartCache(past.self_attention[:blocks], past.cross_attention)
-        written = MBartCache(past.self_attention[blocks:], (None,) * len(read))  # type: ignore[arg-type]
+        written = MBartCache(past.self_attention[blocks:], (None,) * len(read))
         said, heard = decode(tokens, rows, heard, position)
         liked = language(tokens, past_key_values=written, cache_position=position)
         opinion = jax.nn.log_softmax(liked.logits[:, -said.shape[1] :])

@@ -102,6 +102,7 @@ from audiozoo.models.mbart import (
     MBartCache,
     MBartConfig,
     MBartDecoderLayer,
+    MBartDecoderWrapper,
     MBartForCausalLM,
     continue_text,
     decode_blocks,
@@ -1052,32 +1053,17 @@ class SpeechT5LanguageModelDecoder(Speech2TextDecoder):
     layer_class = SpeechT5LanguageModelLayer
 
 
-class SpeechT5LanguageModelWrapper(nnx.Module):
+class SpeechT5LanguageModelWrapper(MBartDecoderWrapper):
     """Not in the paper; in the released checkpoint: a level of names around the blocks."""
 
-    def __init__(self, config: SpeechT5LanguageModelConfig, **kwargs: Any):
-        self.decoder = SpeechT5LanguageModelDecoder(config, **kwargs)
+    decoder_class = SpeechT5LanguageModelDecoder
 
 
 class SpeechT5LanguageModel(MBartForCausalLM):
     """§3.2, the language model of the joint decoding, for `LanguageModelFusion`; called as `MBartForCausalLM` is."""
 
     config_class = SpeechT5LanguageModelConfig
-    config: SpeechT5LanguageModelConfig
-
-    def __init__(
-        self,
-        config: SpeechT5LanguageModelConfig,
-        *,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.model = SpeechT5LanguageModelWrapper(config, **kwargs)  # type: ignore[assignment]
-        if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.d_model, config.vocab_size, use_bias=False, **kwargs)
-        self.config = config
+    wrapper_class = SpeechT5LanguageModelWrapper
 
 
 # --- §2.2, Eq. 2, and §3.3: the losses of speaking --------------------------------------------------------------------

@@ -145,6 +145,7 @@ def tiny_en(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
 
 CHUNKS: dict[str, Any] = {"chunk_length_s": 20.0, "stride_length_s": (4.0, 3.0)}
 GREEDY = {"num_beams": 1, "force_unique_generate_call": True}
+ONCE: dict[str, Any] = {"temperature": 0.0, "no_speech_threshold": None}
 
 
 def half_a_minute(pipeline: Any, recordings: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
@@ -181,15 +182,7 @@ def test_real_speech(times: bool, tiny_en: tuple, recordings: Path, monkeypatch:
     options = CHUNKS | {"batch_size": 4}
     with precision("float32"), torch.no_grad():
         theirs = pipeline(audio.copy(), return_timestamps=times, generate_kwargs=GREEDY, **options)
-        ours = transcribe(
-            model,
-            processor,
-            audio,
-            **options,
-            temperature=0.0,
-            no_speech_threshold=None,
-            without_timestamps=not times,
-        )
+        ours = transcribe(model, processor, audio, **options, **ONCE, without_timestamps=not times)
     assert ours["text"] == theirs["text"]
     if times:
         found = [((s["start"], s["end"]), s["text"]) for s in ours["segments"]]
@@ -234,17 +227,8 @@ def test_words_of_real_speech(tiny_en: tuple, recordings: Path, monkeypatch: pyt
     monkeypatch.setattr(WindowDecoder, "align_tokens", aligned)
     with precision("float32"), torch.no_grad():
         theirs = pipeline(audio.copy(), return_timestamps="word", generate_kwargs=GREEDY, batch_size=1, **CHUNKS)
-        ours = transcribe(
-            model,
-            processor,
-            audio,
-            **CHUNKS,
-            temperature=0.0,
-            no_speech_threshold=None,
-            word_timestamps=True,
-            prepend_punctuations="",
-            append_punctuations="",
-        )
+        marks = {"prepend_punctuations": "", "append_punctuations": ""}
+        ours = transcribe(model, processor, audio, **CHUNKS, **ONCE, word_timestamps=True, **marks)
     assert ours["text"] == theirs["text"]
     words = [word for segment in ours["segments"] for word in segment["words"]]
     assert [word["word"] for word in words] == [word["text"] for word in theirs["chunks"]]
