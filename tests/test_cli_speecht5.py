@@ -22,7 +22,7 @@ from audiozoo.processors.speecht5 import SpeechT5FeatureExtractor, SpeechT5Proce
 from tests.models.random_model import random_model
 from tests.models.tiny_speecht5 import build, train_characters, vocoder, wave
 from tests.test_cli import Run, assert_refused
-from tests.weights_conversion.test_readers import write_pt
+from tests.weights_conversion.pytorch_files import write_pt
 from weights_conversion.speecht5 import language_model_table
 
 TEXT = "The fox jumps. 2 dogs sleep!"

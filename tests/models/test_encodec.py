@@ -37,7 +37,7 @@ from audiozoo.models.encodec import Balancer, EncodecConfig, EncodecLanguageMode
 from audiozoo.processors.encodec import EncodecFeatureExtractor
 from tests.models.random_model import random_model
 from tests.shapes import enforce
-from tests.weights_conversion.test_readers import write_pt
+from tests.weights_conversion.pytorch_files import write_pt
 from weights_conversion.encodec import original_table
 
 TINY = EncodecConfig(

@@ -39,7 +39,7 @@ from audiozoo.training.parameters import Lora, partition
 from tests.text.vocabularies import SMALL_SPECIALS, small_backend
 from tests.training import tiny
 from tests.weights_conversion import make_whisper_pt
-from tests.weights_conversion.test_readers import write_pt
+from tests.weights_conversion.pytorch_files import write_pt
 from weights_conversion import audio_spectrogram_transformer as ast_files
 from weights_conversion import wav2vec2 as wav2vec2_files
 from weights_conversion import whisper as whisper_files
