@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import os
 import re
+import threading
 import unicodedata
 from functools import lru_cache
 from typing import Any
@@ -32,9 +33,16 @@ _SYNTH_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short),
 _LANGUAGE_SWITCH = re.compile(r"\([^)]+\)")  # "(en)" around words of another language
 _PUNCTUATION = re.compile(r"""[;:,.!?¡¿—…"«»“”(){}\[\]]+""")
 _BLANK_LINE = re.compile(r"\n\s*\n\s*$")  # behind a heading or a paragraph, which it ends
+# What stands among the phonemes for a mark that ends a clause: nothing for the full-width ones, danda and the Armenian
+# full stop, whether they end a sentence or not.
+_MARKS = {mark: mark for mark in ".!?,;:"} | {"…": "", "—": ";", "–": ";"}
+_MARKS |= {"\u037e": "?", "\u0387": ";", "՝": ","}  # Greek, Armenian
+_MARKS |= {"،": ",", "؛": ";", "؟": "?", "۔": "."}  # Arabic, Urdu
+_MARKS |= {"።": ".", "፣": ",", "፤": ";", "፧": "?"}  # Ethiopic
+_MARKS |= dict.fromkeys("、，：；。．！？।॥։", "")
+_UNHEARD_ENDS = "。．！？।॥։"
 # The run of marks that ended a clause, maybe before a closing quotation mark.
-_CLAUSE_END = re.compile(r"""([.!?,;:…—–。！？，；：]+)["'”’»)\]]*\s*$""")
-_MARKS = {"…": "", "—": ";", "–": ";", "。": ".", "！": "!", "？": "?", "，": ",", "；": ";", "：": ":"}
+_CLAUSE_END = re.compile(rf"""([{"".join(_MARKS)}]+)["'”’»)\]]*\s*$""")
 
 
 class PhonemizerMissingError(AudiozooError, ImportError):
@@ -42,11 +50,13 @@ class PhonemizerMissingError(AudiozooError, ImportError):
 
 
 class Espeak:
-    """The espeak-ng library.
+    """The espeak-ng library, which has one state: threads take turns.
 
     Raises:
         PhonemizerMissingError: if it is not installed.
     """
+
+    _turn = threading.Lock()
 
     def __init__(self) -> None:
         library, data = _find()
@@ -57,7 +67,8 @@ class Espeak:
         initialize = self._library.espeak_Initialize
         initialize.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int]
         path = None if data is None else os.fsencode(data)
-        self.sampling_rate = initialize(_AUDIO_OUTPUT_SYNCHRONOUS, 0, path, _INITIALIZE_DONT_EXIT)
+        with self._turn:
+            self.sampling_rate = initialize(_AUDIO_OUTPUT_SYNCHRONOUS, 0, path, _INITIALIZE_DONT_EXIT)
         if self.sampling_rate < 0:
             raise PhonemizerMissingError(f"The espeak-ng library '{library}' does not find its data in '{data}'.")
         if hasattr(self._library, "espeak_ng_SetRandSeed"):  # else by the clock
@@ -99,14 +110,15 @@ class Espeak:
         Raises:
             UsageError: for an unknown voice.
         """
-        self._speak_as(voice)
-        self._library.espeak_SetParameter(_RATE, words_a_minute, 0)
-        self._library.espeak_SetParameter(_PITCH, pitch, 0)
-        self._said.clear()
         encoded = text.encode() + b"\0"
-        self._synthesize(encoded, len(encoded), 0, _POSITION_CHARACTER, 0, _CHARS_UTF8, None, None)
-        said = np.concatenate(self._said) if self._said else np.zeros(0, np.int16)
-        self._said.clear()
+        with self._turn:
+            self._speak_as(voice)
+            self._library.espeak_SetParameter(_RATE, words_a_minute, 0)
+            self._library.espeak_SetParameter(_PITCH, pitch, 0)
+            self._said.clear()
+            self._synthesize(encoded, len(encoded), 0, _POSITION_CHARACTER, 0, _CHARS_UTF8, None, None)
+            said = np.concatenate(self._said) if self._said else np.zeros(0, np.int16)
+            self._said.clear()
         return said.astype(np.float32) / 32768
 
     def clauses(self, text: str, voice: str, separator: str = "") -> list[tuple[str, str]]:
@@ -120,19 +132,20 @@ class Espeak:
         Raises:
             UsageError: for an unknown voice.
         """
-        self._speak_as(voice)
         encoded = text.encode() + b"\0"
         buffer = ctypes.create_string_buffer(encoded)
         start = ctypes.addressof(buffer)
         pointer, position, found = ctypes.c_void_p(start), 0, []
         mode = _PHONEMES_IPA | (ord(separator) << 8 if separator else 0)
-        while pointer.value:
-            phonemes = self._convert(ctypes.byref(pointer), _CHARS_UTF8, mode)
-            end = pointer.value - start if pointer.value else len(encoded) - 1
-            source = encoded[position:end].decode(errors="ignore")
-            # It has read one character too many: the first one of the next clause.
-            found.append(((phonemes or b"").decode(), source[:-1] if pointer.value else source))
-            position = end
+        with self._turn:
+            self._speak_as(voice)
+            while pointer.value:
+                phonemes = self._convert(ctypes.byref(pointer), _CHARS_UTF8, mode)
+                end = pointer.value - start if pointer.value else len(encoded) - 1
+                source = encoded[position:end].decode(errors="ignore")
+                # It has read one character too many: the first one of the next clause.
+                found.append(((phonemes or b"").decode(), source[:-1] if pointer.value else source))
+                position = end
         return found
 
 
@@ -184,11 +197,11 @@ def sentences(text: str, voice: str = "en-us") -> list[str]:
     """
     found, current = [], ""
     for phonemes, source in espeak().clauses(text, voice):
-        mark = _terminator(source)
+        mark, ends = _terminator(source)
         current += _LANGUAGE_SWITCH.sub("", phonemes) + mark
         if mark in (",", ":", ";"):
             current += " "
-        if mark in (".", "!", "?") or _BLANK_LINE.search(source):
+        if ends or _BLANK_LINE.search(source):
             found.append(current.rstrip())
             current = ""
     found.append(current)
@@ -212,12 +225,13 @@ def phonemes_of_words(text: str, voice: str = "en-us") -> list[list[str]]:
     return [found for word in words if (found := [phoneme for phoneme in word if phoneme])]
 
 
-def _terminator(source: str) -> str:
-    """The mark that ended a clause, as espeak-ng sees it: the first of several, none for an ellipsis."""
+def _terminator(source: str) -> tuple[str, bool]:
+    """The mark that ended a clause, the first of several, none for an ellipsis; and whether a sentence ended there."""
     match = _CLAUSE_END.search(source)
     if not match or match[1].startswith(".."):
-        return ""
-    return _MARKS.get(match[1][0], match[1][0])
+        return "", False
+    first = match[1][0]
+    return _MARKS[first], _MARKS[first] in (".", "!", "?") or first in _UNHEARD_ENDS
 
 
 def phonemize(text: str, voice: str = "en-us") -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])\s*")
-_SPOKEN_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])\s*|\s*\n\s*\n\s*")
+# Behind the marks of Arabic, Urdu, Hindi, Amharic, Armenian, Greek, Burmese and Khmer too.
+_SPOKEN_END = re.compile(r"(?<=[.!?؟۔।॥።፧։\u037e။។])\s+|(?<=[。！？])\s*|\s*\n\s*\n\s*")
 
 
 def sentences(text: str) -> list[str]:

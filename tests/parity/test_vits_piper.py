@@ -115,6 +115,9 @@ def test_text_becomes_the_phonemes_of_piper(voice_file):
         "no end",
     ):
         assert phonemes.sentences(written) == ["".join(s) for s in theirs.phonemize("en-us", written)]
+    for mark in ".!?,;:…—–\u037e\u0387՝،؛؟۔።፣፤፧、，：；。．！？।॥։":
+        written = f"one{mark} two"
+        assert phonemes.sentences(written) == ["".join(s) for s in theirs.phonemize("en-us", written)], mark
 
 
 def test_is_understood(tmp_path, monkeypatch, capsys):

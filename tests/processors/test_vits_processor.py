@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def test_where_a_sentence_ends(tmp_path):
     """A heading has no mark but a blank line; a text without any mark is cut before it is too long."""
     letters = VitsProcessor.from_directory(mms(tmp_path, "_ abc"))
     assert [text for text, _ in letters.sentences("a b\n\nb\nc. c")] == ["a b", "b\nc.", "c"]
-    assert [text for text, _ in letters.sentences("a。b！c")] == ["a。", "b！", "c"]
+    assert [text for text, _ in letters.sentences("a。b！c؟ a। b۔ c")] == ["a。", "b！", "c؟", "a।", "b۔", "c"]
     endless = " ".join(["abc"] * 400)
     parts = [text for text, _ in letters.sentences(endless)]
     assert " ".join(parts) == endless
@@ -87,6 +88,8 @@ def test_where_a_sentence_ends(tmp_path):
     piper = VitsProcessor.from_directory(voice_file(tmp_path / "piper"))
     assert [text for text, _ in piper.sentences(f"a b\n\n{endless}")] == ["a b", *parts]
     if phonemes.available():
+        # Whose marks are heard is as in Piper's texts.
+        assert phonemes.sentences("One، two؟ one।two。one") == ["wˌʌn, tˈuː?", "wˌʌn", "tˈuː", "wˌʌn"]
         assert phonemes.sentences("One\n\nIt was late, \n\nso\nwe left") == ["wˌʌn", "ɪt wʌz lˈeɪt,", "sˌoʊ wiː lˈɛft"]
 
 
@@ -134,3 +137,11 @@ def test_without_espeak_the_sentence_says_what_to_install(monkeypatch):
     with pytest.raises(phonemes.PhonemizerMissingError, match="pip install espeakng-loader"):
         processor.sentences("text")
     assert processor.sentences("a", is_phonemes=True) == [("a", [1, 0, 3, 0, 2])]
+
+
+@pytest.mark.skipif(not phonemes.available(), reason="espeak-ng is not installed: pip install espeakng-loader")
+def test_threads_take_turns_with_espeak():
+    """Recordings are prepared for training by several."""
+    texts = [f"This is sentence number {number}, and so on. Next, please!" for number in range(200)]
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(phonemes.sentences, texts)) == list(map(phonemes.sentences, texts))
