@@ -32,7 +32,7 @@ from audiozoo.commands import (
     translation,
 )
 from audiozoo.commands.terminal import keep_compiled_programs, megabytes, progress_bar, say
-from audiozoo.errors import AudiozooError, SourceError, UsageError
+from audiozoo.errors import AudiozooError, CheckpointError, SourceError, UsageError
 
 app = typer.Typer(
     add_completion=False,
@@ -173,7 +173,7 @@ def _convert(
     with tempfile.TemporaryDirectory() as made:
         try:
             processor = loading.processor_of_file(path, loading.paper_of_class(type(model).__name__))
-        except SourceError as problem:
+        except (SourceError, CheckpointError) as problem:
             processor = None
             say(f"{out} will have no tokenizer, and reads no texts until one is put there: {problem}", style="yellow")
         if processor is not None:

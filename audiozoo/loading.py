@@ -87,7 +87,9 @@ def processor_of(path: Path, paper: Paper | None = None) -> Any:
 def processor_of_file(path: Path, paper: Paper) -> Any:
     """The processor that an author's file tells of; None where the files of a directory say all of it."""
     make = getattr(paper.conversion, "processor_of_file", None)
-    return None if make is None or (path / "config.json").is_file() else make(path)
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    whole = {"architectures", "audiozoo", "model_type"} & set(config)  # a directory of Hugging Face's, or of `save`
+    return None if make is None or whole else make(path)
 
 
 def load(

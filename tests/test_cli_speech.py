@@ -21,11 +21,15 @@ import audiozoo
 from audiozoo import cli
 from audiozoo.commands import speech
 from audiozoo.decoding.synthesis import Synthesizer, speak
+from audiozoo.loading import variables
 from audiozoo.models.vits import spectrogram_of
-from audiozoo.processors.vits import VitsTokenizer
+from audiozoo.processors.vits import PiperTokenizer, VitsProcessor, VitsTokenizer
+from audiozoo.recipes import run as recipes
 from tests import processes
 from tests.models.tiny_vits import PLAIN, build
 from tests.test_cli import Run, assert_refused
+from tests.weights_conversion.test_readers import write_pt
+from weights_conversion.vits import original_table, processor_of_file
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "Hello there. How are you?"
@@ -207,3 +211,61 @@ def test_voices_that_cannot_be_converted(run, voice, recording, tmp_path):
         done = run("convert-voice", source, "--from", start, "--to", end, "--model", voice, "-o", out, *more)
         assert_refused(done, sentence)
     assert not out.exists()
+
+
+PIPER = {
+    "phoneme_id_map": {"_": [0], "^": [1], "$": [2], "a": [3], "b": [4, 5], " ": [6]},
+    "phoneme_type": "text",
+    "phoneme_map": {"c": ["a", "b"]},
+    "espeak": {"voice": "de"},
+    "speaker_id_map": {"Ann": 0, "Bob": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def projects(tmp_path_factory) -> Path:
+    """A voice of MMS' that reads romanised text, one of the authors' that reads phonemes, one of two of Piper's."""
+    root = tmp_path_factory.mktemp("projects")
+    for name in ("ron", "authors", "piper"):
+        (root / name).mkdir()
+    model = build(dataclasses.replace(PLAIN, decoder_weight_norm=True))
+    values = {name: leaf[...] for name, leaf in variables(model).items()}
+    sizes = {"upsample_rates": [4, 2], "resblock_dilation_sizes": [[1, 2]], "n_heads": 2}
+    for name, file, data in (
+        ("ron", "G_100000.pth", {"training_files": "train.uroman", "add_blank": False}),
+        ("authors", "pretrained_vctk.pth", {"text_cleaners": ["english_cleaners2"]}),
+    ):
+        write_pt(root / name / file, dict(original_table(model.config).write(values)), root="model")
+        (root / name / "config.json").write_text(json.dumps({"model": sizes, "data": data}))
+    (root / "ron" / "vocab.txt").write_text("\n".join("k abcdefghilmnoprstuvzâăîşţ") + "\n", encoding="utf-8")
+    weights = dict(original_table(model.config, prefix="model_g.").write(values))
+    write_pt(root / "piper" / "ann.ckpt", weights, root="state_dict", hyper_parameters=sizes)
+    for name in ("ann", "bob"):
+        (root / "piper" / f"{name}.json").write_text(json.dumps(PIPER | {"espeak": {"voice": name}}))
+    return root
+
+
+@pytest.mark.parametrize("source", ["ron", "authors/pretrained_vctk.pth", "piper/ann.ckpt"])
+def test_a_voice_reads_as_before_when_it_is_converted(run, projects, tmp_path, source):
+    """What lies beside the weights says how texts are read."""
+    done = run("convert", projects / source, tmp_path / "out")
+    assert (done.code, done.out) == (0, "")
+    before, after = (audiozoo.load_processor(path) for path in (projects / source, tmp_path / "out"))
+    assert vars(after.tokenizer) == vars(before.tokenizer)
+    assert after.speakers == before.speakers
+    if source == "ron":
+        assert (before.tokenizer.is_uroman, before.tokenizer.language) == (True, "ron")
+
+
+def test_a_trained_voice_reads(tmp_path):
+    """The processor is kept with the model, whichever kind it is; and of several voices in a directory its own."""
+    letters = VitsProcessor(VitsTokenizer({"_": 0, "a": 1}, phonemize=False, pad_token="_", unk_token=None))
+    piper = VitsProcessor(PiperTokenizer(PIPER["phoneme_id_map"], "de", "text"), {"Ann": 0})
+    for name, processor in (("letters", letters), ("piper", piper)):
+        recipes._save(build(PLAIN), processor, tmp_path / name)
+        again = audiozoo.load_processor(tmp_path / name)
+        assert vars(again.tokenizer) == vars(processor.tokenizer)
+        assert again.speakers == processor.speakers
+    for name in ("de", "fr"):
+        (tmp_path / f"{name}.onnx.json").write_text(json.dumps(PIPER | {"espeak": {"voice": name}}))
+    assert processor_of_file(tmp_path / "fr.onnx").tokenizer.voice == "fr"

@@ -16,6 +16,7 @@ import numpy as np
 
 from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.models.hifigan import HifiGanConfig
+from audiozoo.processors.hifigan import HifiGanProcessor
 from weights_conversion import ForeignCheckpoint, HuggingFaceForm, read_json, take
 from weights_conversion.readers import open_tensors
 from weights_conversion.rules import (
@@ -204,6 +205,11 @@ def recognise(path: Path) -> bool:
     return any(name.endswith("ups.0.weight_g") for name in names) and not any("enc_p" in name for name in names)
 
 
+def processor_of_file(path: Path) -> HifiGanProcessor:
+    """The spectrograms of one of the authors' generators, from the configuration that lies beside it."""
+    return HifiGanProcessor.from_directory(path if path.is_dir() else path.parent)
+
+
 def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckpoint:
     """Open one of the authors' generators, or a directory of a Hugging Face one.
 
@@ -250,6 +256,7 @@ __all__ = [
     "open_checkpoint",
     "original_table",
     "period_rules",
+    "processor_of_file",
     "recognise",
     "scale_rules",
 ]

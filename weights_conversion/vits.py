@@ -19,6 +19,7 @@ import numpy as np
 
 from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.models.vits import VitsConfig
+from audiozoo.processors.vits import VitsProcessor
 from weights_conversion import ForeignCheckpoint, HuggingFaceForm, read_json, take
 from weights_conversion.hifigan import WEIGHT_NORM_RENAMES, folding, generator_rules, kernel_rules, taken_apart
 from weights_conversion.readers import TensorSource, open_tensors
@@ -308,12 +309,31 @@ def _known_from_original(config: Mapping[str, Any]) -> dict[str, Any]:
 # --- Piper -----------------------------------------------------------------------------------------------------------
 
 
+def _beside(path: Path) -> Path | None:
+    """The settings of a voice of Piper's: `voice.onnx.json`, `voice.json`, or the `config.json` of its training."""
+    places = (Path(f"{path}.json"), path.with_suffix(".json"), path.parent / "config.json")
+    return next((place for place in places if place.is_file()), None)
+
+
+def processor_of_file(path: Path) -> VitsProcessor:
+    """The processor of a voice of the authors', MMS' or Piper's, from what lies beside it.
+
+    Raises:
+        SourceError: if nothing there says how it reads.
+        CheckpointError: for phonemes that are not made here.
+    """
+    if path.is_dir():
+        return VitsProcessor.from_directory(path)
+    side = _beside(path)  # of this voice, where a directory holds several
+    if side is not None and "phoneme_id_map" in read_json(side):
+        return VitsProcessor.from_piper(side)
+    return VitsProcessor.from_directory(path.parent)
+
+
 def _known_from_piper(path: Path) -> dict[str, Any]:
     """What the `.onnx.json` beside a voice says: rate and scales."""
-    side = Path(f"{path}.json")
-    if not side.is_file():
-        side = path.with_suffix(".json") if path.with_suffix(".json").is_file() else path.parent / "config.json"
-    if not side.is_file():
+    side = _beside(path)
+    if side is None:
         return {}
     raw = read_json(side)
     known: dict[str, Any] = {}

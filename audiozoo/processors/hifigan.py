@@ -11,7 +11,9 @@ import numpy as np
 
 from audiozoo.audio.features import double_precision_on_cpu, mel_filterbank, stft
 from audiozoo.errors import CheckpointError, SourceError
-from audiozoo.processors import check_return_tensors, read_json, waveform_batch
+from audiozoo.processors import check_return_tensors, read_json, waveform_batch, write_json
+
+_SETTINGS = ("sampling_rate", "num_mels", "n_fft", "hop_size", "fmin", "fmax", "centered")
 
 
 class HifiGanProcessor:
@@ -54,24 +56,31 @@ class HifiGanProcessor:
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike[str]) -> HifiGanProcessor:
-        """From the `config.json` beside the weights: the authors', Hugging Face's or a native one.
+        """From what `save` wrote, else from the `config.json` beside the weights: the authors', Hugging Face's or ours.
 
         Raises:
             SourceError: if there is none.
         """
-        path = Path(directory) / "config.json"
+        path, saved = Path(directory) / "config.json", Path(directory) / "preprocessor_config.json"
         if not path.is_file():
             raise SourceError(f"'{directory}' has no config.json, so its spectrograms are not known.")
         config = read_json(path)
+        if saved.is_file() and "num_mels" in (found := read_json(saved)):
+            config = found
         if "num_mels" in config:
-            names = ("sampling_rate", "num_mels", "n_fft", "hop_size", "fmin", "fmax")
-            return cls(**{name: config[name] for name in names if name in config})
+            return cls(**{name: config[name] for name in _SETTINGS if name in config})
         config = config.get("config", config)  # a native directory keeps the sizes one level down
         rate, bands = config.get("sampling_rate", 16_000), config.get("model_in_dim", 80)
         if config.get("normalize_before", True):
             return cls.speecht5(rate, bands)
         hop = int(np.prod(config.get("upsample_rates", (8, 8, 2, 2))))
         return cls(rate, bands, 4 * hop, hop)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write `preprocessor_config.json`, with the authors' names."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "preprocessor_config.json", {name: getattr(self, name) for name in _SETTINGS})
 
     def __call__(
         self, raw_speech: Any, sampling_rate: int | None = None, return_tensors: str | None = None

@@ -24,6 +24,8 @@ AUTHORS_SYMBOLS = (
     "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
     "ɑɐɒæɓʙβɔɕçɗɖðʤəɘɚɛɜɝɞɟʄɡɠɢʛɦɧħɥʜɨɪʝɭɬɫɮʟɱɯɰŋɳɲɴøɵɸθœɶʘɹɺɾɻʀʁɽʂʃʈʧʉʊʋⱱʌɣɤʍχʎʏʑʐʒʔʡʕʢǀǁǂǃˈˌːˑʼʴʰʱʲʷˠˤ˞↓↑→↗↘'̩'ᵻ"
 )
+# Arguments of `VitsTokenizer`, in `tokenizer_config.json`.
+_SETTINGS = ("language", "add_blank", "normalize", "phonemize", "is_uroman", "pad_token", "unk_token")
 LONGEST = 600  # characters of a sentence that is said at once; what attention needs grows with the square
 
 
@@ -84,8 +86,7 @@ class VitsTokenizer:
         folder = Path(directory)
         if (folder / "vocab.json").is_file():
             config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-            names = ("language", "add_blank", "normalize", "phonemize", "is_uroman", "pad_token", "unk_token")
-            options = {name: config[name] for name in names if name in config}
+            options = {name: config[name] for name in (*_SETTINGS, "cuts_special") if name in config}
             for name in ("pad_token", "unk_token"):
                 if isinstance(options.get(name), dict):
                     options[name] = options[name].get("content")
@@ -100,6 +101,7 @@ class VitsTokenizer:
             vocabulary = {symbol: index for index, symbol in enumerate(symbols)}
             return cls(
                 vocabulary,
+                language="ron" if folder.resolve().name == "ron" else None,  # MMS' directories are named so
                 add_blank=blank,
                 phonemize=False,
                 is_uroman=uroman,
@@ -117,8 +119,9 @@ class VitsTokenizer:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "vocab.json", dict(sorted(self.vocabulary.items())))
-        names = ("language", "add_blank", "normalize", "phonemize", "is_uroman", "pad_token", "unk_token")
-        settings = {name: getattr(self, name) for name in names} | {"tokenizer_class": "VitsTokenizer"}
+        settings = {name: getattr(self, name) for name in _SETTINGS} | {"tokenizer_class": "VitsTokenizer"}
+        if not self.cuts_special:
+            settings["cuts_special"] = False  # read here alone
         write_json(folder / "tokenizer_config.json", settings)
 
     def _lowered(self, text: str) -> str:
@@ -247,6 +250,14 @@ class PiperTokenizer:
         kind = config.get("phoneme_type", "espeak")
         return cls(config["phoneme_id_map"], voice, kind, config.get("phoneme_map"))
 
+    def save(self, directory: str | os.PathLike[str], speakers: Mapping[str, int] | None = None) -> None:
+        """Write `voice.onnx.json`: what is read of it here, and the numbers of `speakers`."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"phoneme_type": self.phoneme_type, "espeak": {"voice": self.voice}, "phoneme_map": self.phoneme_map}
+        config |= {"phoneme_id_map": self.phoneme_ids, "speaker_id_map": dict(speakers or {})}
+        write_json(folder / "voice.onnx.json", config)
+
     def prepare(self, text: str, normalize: bool | None = None) -> str:
         """The phonemes of a text, all sentences of it."""
         if self.phoneme_type == "text":
@@ -312,14 +323,22 @@ class VitsProcessor:
             names = ", ".join(path.name for path in voices)
             raise CheckpointError(f"'{folder}' holds several voices ({names}); give each a directory of its own.")
         if voices:
-            return cls._of_piper(voices[0])
+            return cls.from_piper(voices[0])
         if (folder / "config.json").is_file() and "phoneme_id_map" in read_json(folder / "config.json"):
-            return cls._of_piper(folder / "config.json")
+            return cls.from_piper(folder / "config.json")
         return cls(VitsTokenizer.from_directory(folder))
 
     @classmethod
-    def _of_piper(cls, path: Path) -> VitsProcessor:
-        return cls(PiperTokenizer.from_file(path), read_json(path).get("speaker_id_map"))
+    def from_piper(cls, path: str | os.PathLike[str]) -> VitsProcessor:
+        """From a voice's `.onnx.json`, or the `config.json` of its training."""
+        return cls(PiperTokenizer.from_file(path), read_json(Path(path)).get("speaker_id_map"))
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the files that `from_directory` reads: Hugging Face's, or Piper's."""
+        if isinstance(self.tokenizer, PiperTokenizer):
+            self.tokenizer.save(directory, self.speakers)
+        else:
+            self.tokenizer.save(directory)
 
     def symbol(self, index: int) -> str:
         """The symbol of an id; empty for one that has none."""

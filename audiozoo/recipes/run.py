@@ -27,7 +27,7 @@ from audiozoo.processors.audio_spectrogram_transformer import ASTFeatureExtracto
 from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor
 from audiozoo.recipes import Recipe
 from audiozoo.recipes.generation import Languages
-from audiozoo.recipes.objectives import CTC, Pretraining, Spectrogram, Utterance
+from audiozoo.recipes.objectives import CTC, Pretraining, Spectrogram, Utterance, Vocoder
 from audiozoo.recipes.settings import Settings
 from audiozoo.training import hosts
 from audiozoo.training.checkpointing import Checkpoints
@@ -266,7 +266,12 @@ def _new_processor(recipe: Recipe, config: Any) -> Any:
     paper = registry.paper(recipe.paper)
     if isinstance(recipe.objective, CTC | Pretraining | Utterance):
         return paper.processor_class(Wav2Vec2FeatureExtractor())
-    if recipe.paper in ("audio_spectrogram_transformer", "encodec", "hifigan"):
+    if isinstance(recipe.objective, Vocoder):
+        rate, n_fft = config.sampling_rate, recipe.objective.n_fft
+        return paper.processor_class(
+            rate, config.model_in_dim, n_fft, config.samples_per_frame, fmax=min(8000.0, rate / 2)
+        )
+    if recipe.paper in ("audio_spectrogram_transformer", "encodec"):
         names = {"num_mel_bins", "max_length", "sampling_rate"} & {f.name for f in dataclasses.fields(config)}
         arguments = {name: getattr(config, name) for name in names}
         if recipe.paper == "encodec":

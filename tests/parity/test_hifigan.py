@@ -14,6 +14,7 @@ from flax import nnx
 from transformers.models.seamless_m4t.modeling_seamless_m4t import SeamlessM4THifiGan
 
 import audiozoo
+import audiozoo.cli
 import audiozoo.loading
 from audiozoo.layers import Conv1d, ConvTranspose1d
 from audiozoo.layers.weight_norm import apply_weight_norm, fold_weight_norm
@@ -245,7 +246,8 @@ def test_the_authors_files_load(tmp_path):
     assert {"conv_pre.weight_g", "ups.1.weight_v", "resblocks.5.convs.1.bias"} <= set(spelt)
     settings = {"resblock": "2", "num_mels": 6, "upsample_rates": [4, 2], "upsample_kernel_sizes": [8, 4]}
     settings |= {"upsample_initial_channel": 16, "resblock_kernel_sizes": [3, 5, 7], "sampling_rate": 22_050}
-    settings |= {"resblock_dilation_sizes": [[1, 2], [2, 6], [3, 12]], "n_fft": 1024, "hop_size": 256, "fmax": 8000}
+    settings |= {"resblock_dilation_sizes": [[1, 2], [2, 6], [3, 12]], "n_fft": 1024, "hop_size": 256}
+    settings |= {"fmin": 50, "fmax": 6000}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     torch.save({"generator": spelt}, tmp_path / "g_02500000")
     with jax.enable_x64(False):
@@ -255,4 +257,8 @@ def test_the_authors_files_load(tmp_path):
     assert set(found) == set(values)
     assert all(np.array_equal(found[name][...], values[name]) for name in values)
     processor = audiozoo.load_processor(tmp_path / "g_02500000")
-    assert (processor.num_mels, processor.fmax, processor.centered) == (6, 8000, False)
+    assert (processor.num_mels, processor.fmin, processor.fmax, processor.centered) == (6, 50, 6000, False)
+    audiozoo.cli._convert(
+        str(tmp_path / "g_02500000"), tmp_path / "ours", None, "float32", False, to_hugging_face=False
+    )
+    assert vars(audiozoo.load_processor(tmp_path / "ours")) == vars(processor)
