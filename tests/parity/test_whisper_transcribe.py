@@ -6,10 +6,13 @@ after some tens of them, and times advance slowly, so that windows are cut, soug
 
 from __future__ import annotations
 
+import copy
 import importlib
+import itertools
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -23,7 +26,7 @@ import audiozoo
 from audiozoo.audio import files
 from audiozoo.decoding.generate import invert_cdf
 from audiozoo.decoding.long_form import Recording, detect_language, transcribe
-from audiozoo.decoding.timestamps import dynamic_time_warping
+from audiozoo.decoding.timestamps import WordTiming, add_words, dynamic_time_warping
 from audiozoo.loading import variables
 from audiozoo.models.whisper import WhisperForConditionalGeneration
 from audiozoo.text.whisper_tokenizer import WhisperTokenizer
@@ -264,6 +267,41 @@ def test_dynamic_time_warping(shape: tuple[int, int], ties: bool):
     cost = np.round(cost) if ties else cost
     wanted = importlib.import_module("whisper.timing").dtw_cpu(cost.astype(np.float64))
     np.testing.assert_array_equal(dynamic_time_warping(cost), wanted)
+
+
+def spoken(rng: np.random.Generator, offset: float) -> tuple[list[tuple], list[dict[str, Any]]]:
+    """Words with their times in a window that begins after so many seconds, and segments that agree more or less."""
+    texts = [" no", " matter", "x", " (", ' "', ".", "?", ",", ")", '"', " -"]
+    words, tokens, clock = [], itertools.count(), 0.0
+    for _ in range(rng.integers(0, 9)):
+        start = clock + rng.choice([0.0, 0.0, 0.3, 2.5])
+        clock = start + rng.choice([0.0, 0.1, 0.2, 0.5, 1.7])
+        own = list(itertools.islice(tokens, int(rng.integers(1, 3))))
+        words.append((str(rng.choice(texts)), own, start, clock, float(rng.uniform())))
+    known = [token for word in words for token in word[1]]
+    segments = []
+    for begin, end in itertools.pairwise([0, *sorted(rng.integers(0, len(known) + 1, 2).tolist()), len(known)]):
+        said = [word for word in words if set(word[1]) & set(known[begin:end])]
+        first, last = (said[0][2], said[-1][3]) if said else (0.0, 0.0)
+        times = {"start": offset + first + rng.normal(0, 0.8), "end": offset + last + rng.normal(0, 0.8)}
+        segments.append({"seek": int(100 * offset), "tokens": [60_000, *known[begin:end]], **times})
+    return words, segments
+
+
+def test_words_of_segments(monkeypatch: pytest.MonkeyPatch):
+    """Long words, pauses, punctuation, and segments whose own times are others than their words'."""
+    timing = importlib.import_module("whisper.timing")
+    known: dict[str, Any] = {"model": None, "tokenizer": SimpleNamespace(eot=50_000), "mel": None, "num_frames": 3000}
+    for seed in range(400):
+        rng, offset = np.random.default_rng(seed), (0.0, 9.0)[seed % 2]
+        words, theirs = spoken(rng, offset)
+        ours, last_speech = copy.deepcopy(theirs), offset - float(rng.choice([0.0, 1.0, 5.0]))
+        found = [timing.WordTiming(word, list(tokens), *rest) for word, tokens, *rest in words]
+        monkeypatch.setattr(timing, "find_alignment", lambda *_, found=found: found)
+        timing.add_word_timestamps(segments=theirs, last_speech_timestamp=last_speech, **known)
+        alignment = [WordTiming(word, list(tokens), *rest) for word, tokens, *rest in words]
+        add_words(ours, alignment, is_text=lambda token: token < 50_000, time_offset=offset, last_speech=last_speech)
+        assert ours == theirs, seed
 
 
 def test_languages():
