@@ -71,14 +71,19 @@ def test_manifests(folder):
     assert [item.audio for item in items] == [folder / "low/00.wav", folder / "high/01.wav"]
     assert (items[0].fields["text"], items[0].seconds, items[1].fields) == ("tone 0", 0.2, {"label": 3})
     tsv = folder / "set.tsv"
-    tsv.write_text('path\tsentence\tup_votes\nlow/00.wav\tsay "a" now\t2\n')
-    assert find_items(tsv)[0].fields == {"sentence": 'say "a" now', "up_votes": "2", "text": 'say "a" now'}
+    (folder / "clips").mkdir()
+    (folder / "clips" / "a.mp3").touch()
+    tsv.write_text('path\tsentence\tup_votes\taccent\na.mp3\tsay "a" now\t2\t\n')  # as Common Voice's
+    (item,) = find_items(tsv)
+    assert item.audio == folder / "clips" / "a.mp3"
+    assert item.fields == {"sentence": 'say "a" now', "up_votes": "2", "text": 'say "a" now'}
     tsv.write_text(f"{folder}\nlow/00.wav\t1600\nhigh/01.wav\t2400\n")
     tsv.with_suffix(".ltr").write_text("O N E | T W O |\nT H R E E |\n")
     tsv.with_suffix(".km").write_text("1 1 2\n3 4\n")
     items = find_items(tsv)
     assert [item.fields["text"] for item in items] == ["ONE TWO", "THREE"]
     assert items[0].fields["units"] == ["1", "1", "2"]
+    assert [item.fields["samples"] for item in items] == [1600, 2400]
     tsv.with_suffix(".km").write_text("1\n")
     with pytest.raises(UsageError, match=r"set\.km has 1 lines for the 2"):
         find_items(tsv)
@@ -232,6 +237,7 @@ def test_what_is_cut_says_where_and_what_must_be_whole_is_left_out(folder):
         first, last = (round(t * RATE) for t in fields.get("crop", (0, len(waveform) / RATE)))
         np.testing.assert_array_equal(waveform, wave[first:last])
         assert ("crop" in fields) == (len(wave) > 0.6 * RATE)
+        assert len(waveform) == min(len(wave), 0.6 * RATE)
     assert len(Batches(items, heard, **settings, whole=True).left_out) == 4
 
 
