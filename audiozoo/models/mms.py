@@ -52,9 +52,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from audiozoo.errors import CheckpointError, UsageError
-from audiozoo.layers import abstract
+from audiozoo.layers import abstract, check_ids
 from audiozoo.layers.losses import ctc_loss
-from audiozoo.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2ForCTC
+from audiozoo.layers.stacking import unscanned
+from audiozoo.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2ForCTC, check_labels
 from audiozoo.outputs import CausalLMOutput
 
 
@@ -112,6 +113,11 @@ def is_of_a_language(path: Sequence[Any]) -> bool:
     return "adapter_layer" in path or path[0] == "lm_head"
 
 
+def languages_first(path: Sequence[Any], value: Array) -> Array:
+    """§5.1: a language's parameters with the languages in front, also where the blocks are stacked before them."""
+    return value.swapaxes(0, 1) if "stacked" in path else value
+
+
 class MMSForCTC(Wav2Vec2ForCTC):
     """§5.1: a recogniser of several languages at once: every item of a batch goes through its own adapters and head.
 
@@ -155,6 +161,7 @@ class MMSForCTC(Wav2Vec2ForCTC):
         index = jnp.asarray(languages, jnp.int32)
         if index.shape != (batch,):
             raise UsageError(f"{index.size} languages are given for {batch} recordings.")
+        check_ids(index, len(known))
         return index
 
     def speaking(self, language: str) -> Wav2Vec2ForCTC:
@@ -163,7 +170,7 @@ class MMSForCTC(Wav2Vec2ForCTC):
         size = self.config.vocab_sizes[index]
         fields = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(Wav2Vec2Config)}
         config = Wav2Vec2Config(**(fields | {"vocab_size": size}))
-        flat = {path: leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(self, nnx.Param))}
+        flat = {path: leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(unscanned(self), nnx.Param))}
         graphdef, state = nnx.split(abstract(lambda rngs: Wav2Vec2ForCTC(config, dtype=self.lm_head.dtype, rngs=rngs)))
         own = []
         for path, leaf in nnx.to_flat_state(state):
@@ -193,23 +200,28 @@ class MMSForCTC(Wav2Vec2ForCTC):
             options: see `Wav2Vec2Model`.
 
         Raises:
-            UsageError: see `language_index`.
+            UsageError: see `language_index`; or if a label is no letter of its language.
         """
         config, batch = self.config, len(input_values)
         index = self.language_index(languages, batch)
+        if labels is not None and not isinstance(index, jax.core.Tracer):
+            for row, language in zip(labels, index, strict=True):
+                size = config.vocab_sizes[language]
+                check_labels(row, size, f"{config.languages[language]} has {size} letters")
         parts: Any = nnx.split(self, lambda path, _: is_of_a_language(path), ...)
         graphdef, own, common = parts
-        own = jax.tree.map(lambda value: value[index], own)  # (batch, …)
+        flat = [(p, leaf.replace(languages_first(p, leaf[...])[index])) for p, leaf in nnx.to_flat_state(own)]
+        own = nnx.from_flat_state(flat)  # (batch, …)
         keys = None if key is None else jax.random.split(key, batch)
+        masks = {name: options.pop(name) for name in ("mask_time_indices", "mask_feature_indices") if name in options}
 
-        def one(own: Any, values: jax.Array, mask: jax.Array | None, key: jax.Array | None) -> CausalLMOutput:
+        def one(own: Any, values: jax.Array, key: jax.Array | None, masks: dict[str, Any]) -> CausalLMOutput:
             model = nnx.merge(graphdef, own, common)
-            row = None if mask is None else mask[None]
-            output = Wav2Vec2ForCTC.__call__(model, values[None], row, key=key, **options)
+            alone = jax.tree.map(lambda row: row[None], masks)
+            output = Wav2Vec2ForCTC.__call__(model, values[None], key=key, **alone, **options)
             return jax.tree.map(lambda x: x[0], output)
 
-        mapped = [0, 0, None if attention_mask is None else 0, None if keys is None else 0]
-        output = jax.vmap(one, in_axes=mapped)(own, input_values, attention_mask, keys)
+        output = jax.vmap(one)(own, input_values, keys, {"attention_mask": attention_mask, **masks})
         sizes = jnp.asarray(config.vocab_sizes)[index]
         letters = jnp.arange(output.logits.shape[-1]) < sizes[:, None, None]
         logits = jnp.where(letters, output.logits, jnp.finfo(output.logits.dtype).min)

@@ -57,6 +57,18 @@ def test_vmap_and_a_batch_agree(paper):
     np.testing.assert_allclose(rows, batch, rtol=limit.rtol, atol=limit.atol)
 
 
+def test_each_item_has_its_own_language_and_mask():
+    model, x = languages_model(), waves()
+    spans = jnp.asarray(np.random.default_rng(1).random((3, model.backbone.frame_lengths(SAMPLES))) < 0.5)
+    run = jax.jit(lambda x, spoken, spans: model(x, languages=spoken, mask_time_indices=spans).logits)
+    turned = run(*(jnp.roll(part, 1, axis=0) for part in (x, SPOKEN, spans)))
+    np.testing.assert_allclose(turned, jnp.roll(run(x, SPOKEN, spans), 1, axis=0), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="The id 2 is none of this model's"):
+        model.language_index([0, 2, 1], 3)
+    with pytest.raises(ValueError, match="go up to 9; eng has 8 letters"):
+        model(x[:2], labels=jnp.asarray([[9], [9]]), languages=["fra", "eng"])
+
+
 def test_annotations_of_wav2vec2_and_hubert_hold(monkeypatch):
     mask, labels = jnp.ones((3, SAMPLES), jnp.int32), jnp.ones((3, 2), jnp.int32)
     models = {

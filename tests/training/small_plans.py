@@ -96,7 +96,8 @@ def _configurations() -> dict[str, tuple[str, Any]]:
     s2t = {"vocab_size": 64, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2}
     s2t |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "conv_channels": 16}
     s2t2 = {"vocab_size": 64, "d_model": 16, "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 16}
-    adapters = {"do_stable_layer_norm": True, "adapter_attn_dim": 4, "languages": ("eng", "fra"), "vocab_sizes": (9, 7)}
+    adapters = {"do_stable_layer_norm": True, "adapter_attn_dim": 4}
+    adapters |= {"languages": ("deu", "eng", "fra"), "vocab_sizes": (9, 8, 10)}
     small_clap = tiny_clap(depths=(1, 1)).config
     patches = {"patch_size": (16, 16), "patch_stride": (16, 16)}
     sounds = dataclasses.replace(small_clap.audio_config, num_mel_bins=64, spec_size=256, **patches)
