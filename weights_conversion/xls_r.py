@@ -14,13 +14,14 @@ from typing import Any
 
 from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.models.mbart import MBartConfig
-from audiozoo.models.xls_r import SpeechEncoderDecoderConfig
+from audiozoo.models.xls_r import SpeechEncoderDecoderConfig, SpeechEncoderDecoderGenerationConfig
 from audiozoo.processors.xls_r import XLSRProcessor
 from weights_conversion import (
     ForeignCheckpoint,
     HuggingFaceForm,
     hubert,
     read_json,
+    search_options,
     sew,
     speech_to_text,
     speech_to_text_2,
@@ -115,6 +116,18 @@ def config_from_hugging_face(config: Mapping[str, Any], where: str = "config.jso
     )
 
 
+_IDS = ("decoder_start_token_id", "pad_token_id", "eos_token_id")
+
+
+def generation_from_hugging_face(
+    generation: Mapping[str, Any], config: Mapping[str, Any], where: str
+) -> SpeechEncoderDecoderGenerationConfig:
+    """How to search, from a `generation_config.json`, or from what older files say of it in their `config.json`."""
+    parts = [generation] if generation else [config.get("decoder") or {}, config]
+    found = {name: value for part in parts for name, value in search_options(part, where)}
+    return SpeechEncoderDecoderGenerationConfig(tuple(found.items()))
+
+
 def hugging_face(model: Any) -> HuggingFaceForm:
     """A translation model as the directory that `save_pretrained` would write."""
     config, name = model.config, type(model).__name__
@@ -139,7 +152,8 @@ def hugging_face(model: Any) -> HuggingFaceForm:
         "pad_token_id": config.pad_token_id,
         "eos_token_id": config.eos_token_id,
     }
-    return HuggingFaceForm({"config.json": raw}, hugging_face_table(config, name))
+    search = dict(model.generation_config.options) | {name: raw[name] for name in _IDS}
+    return HuggingFaceForm({"config.json": raw, "generation_config.json": search}, hugging_face_table(config, name))
 
 
 # --- fairseq ---------------------------------------------------------------------------------------------------------
@@ -235,7 +249,9 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
         return ForeignCheckpoint(model_class, config, tensors, fairseq_table(config, model_class), path)
     if not (path.is_dir() and (path / "config.json").is_file()):
         raise SourceError(f"{path} is no directory with a config.json.")
-    raw = read_json(path / "config.json")
+    raw, side = read_json(path / "config.json"), path / "generation_config.json"
+    generation = read_json(side) if side.is_file() else {}
+    raw |= {name: generation[name] for name in _IDS if isinstance(generation.get(name), int)}
     model_class = model_class or str((raw.get("architectures") or ["SpeechEncoderDecoderModel"])[0])
     config = config_from_hugging_face(raw, str(path / "config.json"))
     tensors = open_tensors(path)
@@ -246,4 +262,5 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
     if not any(name.endswith("masked_spec_embed") for name in tensors.names()):
         absent = r"encoder\.masked_spec_embed"
     table = hugging_face_table(config, model_class)
-    return ForeignCheckpoint(model_class, config, tensors, table, path, may_be_absent=absent)
+    search = {"generation_config": generation_from_hugging_face(generation, raw, str(path / "config.json"))}
+    return ForeignCheckpoint(model_class, config, tensors, table, path, search, may_be_absent=absent)

@@ -161,6 +161,13 @@ class SpeechEncoderDecoderConfig:
         return cls._of(XLSRConfig.xls_r_2b())
 
 
+@dataclass(frozen=True)
+class SpeechEncoderDecoderGenerationConfig:
+    """Not in the paper; how a released checkpoint wants its texts searched for (`generation_config.json`)."""
+
+    options: tuple[tuple[str, Any], ...] = ()  # as for `transformers.GenerationConfig`, tokens above left out
+
+
 # --- §3.1, language-balanced batches ----------------------------------------------------------------------------------
 
 
@@ -210,7 +217,7 @@ class SpeechEncoderDecoderModel(nnx.Module):
         self.decoder = DECODERS[config.decoder_type][1](config.decoder, **kwargs)
         if config.encoder.head_size != config.decoder.d_model:
             self.enc_to_dec_proj = Linear(config.encoder.head_size, config.decoder.d_model, **kwargs)
-        self.config = config
+        self.config, self.generation_config = config, SpeechEncoderDecoderGenerationConfig()
 
     def encode(
         self,
@@ -307,15 +314,19 @@ class SpeechEncoderDecoderModel(nnx.Module):
             masked_adapter: translate a padded batch as its items one by one; see `Wav2Vec2Model`.
             key: randomness for `do_sample=True`.
             streamer: called on the host with every token.
-            options: as for `transformers.generate`; `forced_bos_token_id` is the language to translate into.
+            options: as for `transformers.generate`, by default those of the checkpoint; `forced_bos_token_id` is the
+                language to translate into.
 
         Returns:
             Tokens, the beginning included, padded to the longest; with `return_dict_in_generate=True` a
             `GenerateOutput`.
         """
         config = self.config
-        defaults = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+        defaults: dict[str, Any] = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
         defaults["forced_eos_token_id"] = config.eos_token_id  # what is cut short ends all the same
+        defaults |= dict(self.generation_config.options)
+        if options.get("max_length") is not None:
+            defaults["max_new_tokens"] = None
         chosen = GenerationConfig(**(defaults | options))
         if decoder_input_ids is None:
             decoder_input_ids = np.full((len(input_values), 1), config.decoder_start_token_id)

@@ -15,7 +15,12 @@ from flax import nnx
 
 from audiozoo.errors import CheckpointError
 from audiozoo.models import wav2vec2, xls_r
-from audiozoo.models.xls_r import SpeechEncoderDecoderConfig, SpeechEncoderDecoderModel, XLSRConfig
+from audiozoo.models.xls_r import (
+    SpeechEncoderDecoderConfig,
+    SpeechEncoderDecoderGenerationConfig,
+    SpeechEncoderDecoderModel,
+    XLSRConfig,
+)
 from audiozoo.processors.xls_r import LANGUAGES, MBart50Tokenizer, XLSRProcessor
 from tests.parity import harness
 from tests.parity.harness import blank
@@ -168,10 +173,12 @@ def test_generated_tokens(translator, beams):
     reference, model, _ = translator
     x, mask = padded()
     options = {"num_beams": beams, "max_new_tokens": 9, "forced_bos_token_id": 6}
+    model = nnx.merge(*nnx.split(model))
+    model.generation_config = SpeechEncoderDecoderGenerationConfig((("num_beams", 2), ("forced_bos_token_id", 6)))
     with torch.no_grad():
         special = {"decoder_start_token_id": 2, "eos_token_id": 2, "pad_token_id": 1}
         theirs = reference.generate(torch.tensor(x), attention_mask=torch.tensor(mask), **special, **options)
-    ours = model.generate(jnp.asarray(x), jnp.asarray(mask), **options)
+    ours = model.generate(jnp.asarray(x), jnp.asarray(mask), num_beams=beams, max_new_tokens=9)
     np.testing.assert_array_equal(ours, theirs)
     assert (ours[:, 1] == 6).all()
 
@@ -198,6 +205,7 @@ def test_hugging_face_directories(untied, tmp_path):
     with harness.precision("float32"):
         changes = {"decoder": {"tie_word_embeddings": False}, "hidden_size": 30, "add_adapter": False} if untied else {}
         reference, _, _ = translators(**changes)
+        reference.generation_config.update(num_beams=3, forced_bos_token_id=6, max_length=9)
         reference.save_pretrained(tmp_path / "theirs")
         assert conversion.recognise(tmp_path / "theirs")
         foreign = conversion.open_checkpoint(tmp_path / "theirs")
@@ -213,6 +221,12 @@ def test_hugging_face_directories(untied, tmp_path):
         assert not info["unexpected_keys"]
         for key, tensor in reference.state_dict().items():
             np.testing.assert_array_equal(back.state_dict()[key], tensor, err_msg=key)
+        wanted = {"num_beams": 3, "forced_bos_token_id": 6, "max_length": 9}
+        assert wanted.items() <= dict(model.generation_config.options).items()
+        assert wanted.items() <= back.generation_config.to_dict().items()
+        older = {"decoder": {"num_beams": 2, "max_length": 20}, "num_beams": 1, "forced_bos_token_id": 6}
+        asked = conversion.generation_from_hugging_face({}, older, "config.json")
+        assert dict(asked.options) == {"num_beams": 2, "max_length": 20, "forced_bos_token_id": 6}
         again = conversion.config_from_hugging_face(json.loads((tmp_path / "ours" / "config.json").read_text()))
         assert again == model.config == SpeechEncoderDecoderConfig(**dataclasses.asdict(model.config))
 
