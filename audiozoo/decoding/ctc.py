@@ -317,7 +317,8 @@ class BeamSearch:
         vocabulary: the tokens' texts.
         blank: index of CTC's blank.
         delimiter: the token between words; without it every token is a word.
-        skip: tokens that never appear in text (`<s>`, `<unk>` …); their frames' probability is left out.
+        skip: tokens that never appear in text (`<s>`, `<unk>` …); their frames' probability is left out. Logits may
+            lack the last ones.
         language_model: of words; it may be in capitals where the vocabulary is in small letters, or the reverse.
         alpha: weight of the language model.
         beta: bonus for each word.
@@ -431,7 +432,8 @@ class BeamSearch:
             The best hypotheses, best first.
         """
         logits = np.asarray(logits, np.float64)
-        if logits.ndim != 2 or logits.shape[1] != len(self.vocabulary):
+        last = max(index for index in range(len(self.vocabulary)) if index not in self.skip)
+        if logits.ndim != 2 or not last < logits.shape[1] <= len(self.vocabulary):
             raise UsageError(
                 f"Logits of shape (frames, {len(self.vocabulary)}) are wanted, one column a token, not {logits.shape}."
             )
@@ -933,12 +935,14 @@ def transcribe_ctc(
             Span(s.text, s.start, s.end, float(np.exp(log_probs[s.start : s.end, s.text]).mean()))
             for s in collapse(path, tokenizer.pad_token_id)
         ]
-    spans = [s for s in spans if s.text not in tokenizer.special_ids()]
+    spans = [s for s in spans if s.text < len(vocabulary) and s.text not in tokenizer.special_ids()]
     letters = [Span(vocabulary[s.text], s.start, s.end, s.score) for s in spans]
     words = words_of(letters, tokenizer.word_delimiter_token)
     if tokenizer.phonemes:
         words = [s for s in letters if s.text != tokenizer.word_delimiter_token]
     text = tokenizer.tokens_to_text([s.text for s in letters])
+    if tokenizer.do_lower_case:
+        letters, words = ([dataclasses.replace(s, text=s.text.lower()) for s in part] for part in (letters, words))
     if lexicon:
         text = best.text
         words = [dataclasses.replace(w, text=known) for w, known in zip(words, best.words, strict=False)]
@@ -988,7 +992,7 @@ def align(
     tokenizer = processor.tokenizer
     vocabulary = tokenizer.tokens()
     delimiter = tokenizer.word_delimiter_token
-    any_token = len(vocabulary)
+    any_token = len(tokenizer.tokens(added=True))
     targets: list[int] = []
     words: list[tuple[str, int, int]] = []
     around = [STAR] if star else []
@@ -1011,9 +1015,10 @@ def align(
         batch_size=batch_size,
         progress=progress,
     )
-    log_probs = np.asarray(jax.nn.log_softmax(jnp.asarray(logits, jnp.float32), axis=-1))
-    log_probs = np.concatenate([log_probs, np.zeros((len(log_probs), 1), log_probs.dtype)], axis=1)
-    aligned = forced_alignment(log_probs[None], np.asarray([targets]), blank=tokenizer.pad_token_id, window=window)
+    log_probs = np.asarray(jax.nn.log_softmax(jnp.asarray(logits, jnp.float32), axis=-1))[:, :any_token]
+    scores = np.full((len(log_probs), any_token + 1), LOG_ZERO, np.float32)
+    scores[:, : log_probs.shape[1]], scores[:, any_token] = log_probs, 0
+    aligned = forced_alignment(scores[None], np.asarray([targets]), blank=tokenizer.pad_token_id, window=window)
     spans = aligned.spans(0, list(range(len(targets))))
     frame = _samples_a_frame(model) / processor.feature_extractor.sampling_rate
     result = []

@@ -144,6 +144,27 @@ def padded_labels(rows: Sequence[Sequence[int]]) -> np.ndarray:
     return labels
 
 
+def tidied(text: str) -> str:
+    """A text without spaces before a full stop, a comma and so on, as `transformers` 4 decoded every text."""
+    for spaced, tidy in _TIDIED:
+        text = text.replace(spaced, tidy)
+    return text
+
+
+_TIDIED = (
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+)
+
+
 def zero_mean_unit_variance(waveform: np.ndarray) -> np.ndarray:
     r"""$(x - \bar x) / \sqrt{\mathrm{var}(x) + 10^{-7}}$ over one unpadded waveform."""
     return (waveform - waveform.mean()) / np.sqrt(waveform.var() + 1e-7)

@@ -11,23 +11,10 @@ from typing import Any
 import numpy as np
 
 from audiozoo.errors import CheckpointError, UsageError
-from audiozoo.processors import read_json, token_lists, write_json
+from audiozoo.processors import read_json, tidied, token_lists, write_json
 from audiozoo.processors.wav2vec2 import Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 
 CONTINUED, WORD_END = "@@ ", "</w>"
-# What `transformers` 4 tidied up in every decoded text, in this order.
-TIDIED = (
-    (" .", "."),
-    (" ?", "?"),
-    (" !", "!"),
-    (" ,", ","),
-    (" ' ", "'"),
-    (" n't", "n't"),
-    (" 'm", "'m"),
-    (" 's", "'s"),
-    (" 've", "'ve"),
-    (" 're", "'re"),
-)
 
 
 def _fairseq_dictionary(folder: Path) -> Path | None:
@@ -133,9 +120,7 @@ class Speech2Text2Tokenizer:
         indices = np.asarray(token_ids).reshape(-1).tolist()
         tokens = [self.decoder.get(i, "<unk>") for i in indices if not (skip_special_tokens and i in special)]
         text = "".join(" ".join(tokens).split(CONTINUED))
-        for spaced, tidy in TIDIED if clean_up_tokenization_spaces else ():
-            text = text.replace(spaced, tidy)
-        return text
+        return tidied(text) if clean_up_tokenization_spaces else text
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **options: Any) -> list[str]:
         """`decode` of every row."""

@@ -21,6 +21,7 @@ from audiozoo.processors import (
     pad_batch,
     padded_labels,
     read_json,
+    tidied,
     waveform_batch,
     write_json,
     zero_mean_unit_variance,
@@ -151,6 +152,7 @@ class Wav2Vec2CTCTokenizer:
         target_lang: which of the nested vocabularies is in use.
         phonemes: the tokens are phonemes: text has spaces between them, and no word boundaries unless asked for.
         phonemizer_lang: espeak-ng's voice that turns words into phonemes; None where texts are phonemes already.
+        clean_up_tokenization_spaces: decoded text has no space before a full stop, a comma and so on.
     """
 
     def __init__(
@@ -167,6 +169,7 @@ class Wav2Vec2CTCTokenizer:
         target_lang: str | None = None,
         phonemes: bool = False,
         phonemizer_lang: str | None = None,
+        clean_up_tokenization_spaces: bool = False,
     ) -> None:
         self.vocab = dict(vocab)
         self.pad_token, self.bos_token, self.eos_token, self.unk_token = pad_token, bos_token, eos_token, unk_token
@@ -175,6 +178,7 @@ class Wav2Vec2CTCTokenizer:
         self.do_lower_case = do_lower_case
         self.phonemes = phonemes
         self.phonemizer_lang = phonemizer_lang
+        self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
         self.target_lang = target_lang
         if self.languages and target_lang is None:
             raise UsageError(f"This vocabulary has a part for each language; choose one: {self._shown()}.")
@@ -219,6 +223,7 @@ class Wav2Vec2CTCTokenizer:
             target_lang=language if nested else None,
             phonemes=phonemes,
             phonemizer_lang=config.get("phonemizer_lang", "en-us") if phonemize else None,
+            clean_up_tokenization_spaces=bool(config.get("clean_up_tokenization_spaces", False)),
         )
 
     @classmethod
@@ -247,7 +252,8 @@ class Wav2Vec2CTCTokenizer:
         write_json(folder / "vocab.json", self.vocab)
         kind = "Wav2Vec2PhonemeCTCTokenizer" if self.phonemes else "Wav2Vec2CTCTokenizer"
         names = ("pad_token", "bos_token", "eos_token", "unk_token", "word_delimiter_token", "do_lower_case")
-        config = {name: getattr(self, name) for name in (*names, "replace_word_delimiter_char", "target_lang")}
+        names += ("clean_up_tokenization_spaces", "replace_word_delimiter_char", "target_lang")
+        config = {name: getattr(self, name) for name in names}
         if self.phonemes:
             config |= {"do_phonemize": self.phonemizer_lang is not None, "phone_delimiter_token": " "}
             config["phonemizer_lang"] = self.phonemizer_lang or "en-us"
@@ -308,9 +314,10 @@ class Wav2Vec2CTCTokenizer:
         names = {self.bos_token, self.eos_token, self.unk_token} - {self.word_delimiter_token, None}
         return tuple(sorted(i for t, i in (self._added | self.encoder).items() if t in names))
 
-    def tokens(self) -> list[str]:
-        """The tokens by index; gaps are the unknown token."""
-        return [self.decoder.get(i, self.unk_token) for i in range(max(self.encoder.values()) + 1)]
+    def tokens(self, added: bool = False) -> list[str]:
+        """The tokens by index, with or without special ones `added` behind the vocabulary; gaps are unknown tokens."""
+        last = max(self.decoder if added else self.encoder.values())
+        return [self.decoder.get(i, self.unk_token) for i in range(last + 1)]
 
     def __len__(self) -> int:
         return len(self.encoder)
@@ -392,9 +399,13 @@ class Wav2Vec2CTCTokenizer:
     def tokens_to_text(self, tokens: Sequence[str]) -> str:
         """Tokens, already collapsed, as text."""
         if self.phonemes:
-            return " ".join(t for t in tokens if t != self.word_delimiter_token).strip()
-        text = "".join(self.replace_word_delimiter_char if t == self.word_delimiter_token else t for t in tokens)
-        return text.strip().lower() if self.do_lower_case else text.strip()
+            return self._finished(" ".join(t for t in tokens if t != self.word_delimiter_token))
+        space, delimiter = self.replace_word_delimiter_char, self.word_delimiter_token
+        return self._finished("".join(space if t == delimiter else t for t in tokens))
+
+    def _finished(self, text: str) -> str:
+        text = text.strip().lower() if self.do_lower_case else text.strip()
+        return tidied(text) if self.clean_up_tokenization_spaces else text
 
     def decode(
         self,
@@ -436,12 +447,11 @@ class Wav2Vec2CTCTokenizer:
         if self.phonemes:
             delimiter = self.word_delimiter_token
             kept = [s for s in spans if not (filter_word_delimiter_token and s.text == delimiter)]
-            text = " ".join(s.text for s in kept).strip()
+            text = self._finished(" ".join(s.text for s in kept))
         else:
             space = self.replace_word_delimiter_char
             kept = [Span(space if s.text == self.word_delimiter_token else s.text, s.start, s.end) for s in spans]
-            text = (" " if spaces_between_special_tokens else "").join(s.text for s in kept).strip()
-            text = text.lower() if self.do_lower_case else text
+            text = self._finished((" " if spaces_between_special_tokens else "").join(s.text for s in kept))
         if not (output_char_offsets or output_word_offsets):
             return text
         chars = [{"char": s.text, "start_offset": s.start, "end_offset": s.end} for s in kept]
@@ -571,7 +581,7 @@ class Wav2Vec2Processor:
             language_model = NgramModel.from_arpa(language_model)
         tokenizer = self.tokenizer
         return BeamSearch(
-            tokenizer.tokens(),
+            tokenizer.tokens(added=True),
             blank=tokenizer.pad_token_id,
             delimiter=None if tokenizer.phonemes else tokenizer.word_delimiter_token,
             skip=tokenizer.special_ids(),

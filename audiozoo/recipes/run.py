@@ -302,7 +302,10 @@ def _learnt(recipe: Recipe, items: Sequence[Item], processor: Any, config: Any) 
         if getattr(processor, "_tokenizer", None) is None:
             processor._tokenizer = letters(texts)
         tokenizer = processor.tokenizer
-        found = {"vocab_size": len(tokenizer.tokens()), "pad_token_id": tokenizer.pad_token_id}
+        size = len(tokenizer.tokens())
+        if size < config.vocab_size <= len(tokenizer.tokens(added=True)):
+            size = config.vocab_size  # a head with columns for special tokens behind the vocabulary stays
+        found = {"vocab_size": size, "pad_token_id": tokenizer.pad_token_id}
         return {name: value for name, value in found.items() if getattr(config, name) != value}
     if isinstance(recipe.objective, Utterance | Spectrogram):
         several = isinstance(recipe.objective, Spectrogram) and recipe.objective.several

@@ -11,6 +11,7 @@ import transformers
 
 import audiozoo
 from audiozoo import cli
+from audiozoo.decoding.ctc import collapse
 from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 from tests.parity.speech_family import TINY
 from tests.parity.test_wav2vec2 import SETTINGS, fairseq_names
@@ -97,6 +98,17 @@ def test_decoding(tmp_path, lower, skip):
         assert found.word_offsets == wanted.word_offsets
     batch = np.stack([p[:30] for p in paths(len(LETTERS))[:4]])
     assert ours.batch_decode(batch) == theirs.batch_decode(batch)
+
+
+def test_spaces_before_marks(tmp_path):
+    """`transformers` 4 wrote this setting into files."""
+    marks = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", "|", *"abnst'.,?"])}
+    theirs, ours = tokenizers(tmp_path, marks, clean_up_tokenization_spaces=True)
+    for path in paths(len(marks)):
+        assert ours.decode(path) == theirs.decode(path)
+        assert ours.tokens_to_text([ours.decoder[s.text] for s in collapse(path)]) == theirs.decode(path)
+    ours.save(tmp_path / "ours")
+    assert Wav2Vec2CTCTokenizer.from_directory(tmp_path / "ours").decode([5, 4, 10, 4, 6, 4, 13]) == "a'b?"
 
 
 @pytest.mark.parametrize("lower", [False, True])

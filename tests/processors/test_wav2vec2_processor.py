@@ -113,6 +113,21 @@ def test_transcribe(options):
     assert all(0.7 < w["score"] <= 1 for w in result.words)
 
 
+def test_special_tokens_behind_the_vocabulary():
+    """Where `vocab.json` lacks `<s>` and `</s>`, heads have a column for them, or not; the star is beyond them."""
+    letters = {"<pad>": 0, "<unk>": 1, "|": 2, "A": 3, "B": 4, "C": 5}  # of eight columns
+    for vocabulary, last, text in ((letters, [], "ab c"), (letters | {"D": 6, "E": 7}, [6, 0], "ab cd")):
+        tokenizer = Wav2Vec2CTCTokenizer(vocabulary, do_lower_case=True)
+        processor = Wav2Vec2Processor(Wav2Vec2FeatureExtractor(do_normalize=False), tokenizer)
+        path = [0, 3, 3, 0, 4, 2, 5, 0]
+        found = ctc.transcribe_ctc(Spelled(), processor, spoken(path + last), beam_width=9)
+        assert found.text == " ".join(w["text"] for w in found.words) == text
+        assert "".join(c["text"] for c in found.characters) == text.replace(" ", "")
+        assert ctc.transcribe_ctc(Spelled(), processor, spoken([*path, 6, 0])).text == text
+        words = ctc.align(Spelled(), processor, spoken([3, 0, 7, 0, 5, 0]), "a <star> c")
+        assert [(w["text"], w["start"], w["end"]) for w in words] == [("a", 0.0, 0.02), ("c", 0.08, 0.1)]
+
+
 def test_phonemes_are_words():
     """Heard, spaced as in the text; and aligned, several characters a phoneme."""
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "n": 4, "aɪ": 5, "tʃ": 6, "ə": 7}

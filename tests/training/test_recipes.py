@@ -27,8 +27,10 @@ from audiozoo.loading import variables
 from audiozoo.models import audio_spectrogram_transformer as ast
 from audiozoo.models import encodec, hifigan, whisper
 from audiozoo.models.audio_spectrogram_transformer import ASTRecipe
+from audiozoo.models.wav2vec2 import Wav2Vec2Config
 from audiozoo.processors.seamless_m4t import SeamlessM4TFeatureExtractor
 from audiozoo.processors.speech_to_text import Speech2TextFeatureExtractor
+from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 from audiozoo.recipes import RECIPES, ROWS, plan, recipe, run
 from audiozoo.recipes.settings import SCHEDULES, Settings
 from audiozoo.text import WhisperTokenizer
@@ -368,6 +370,16 @@ def test_encodecs_loss_has_the_balanced_gradient():
 
 
 # --- from data to a model --------------------------------------------------------------------------------------------
+
+
+def test_a_head_wider_than_the_vocabulary_stays():
+    """Many published heads have columns for `<s>` and `</s>`, which their vocabulary lacks."""
+    processor = Wav2Vec2Processor(
+        Wav2Vec2FeatureExtractor(), Wav2Vec2CTCTokenizer({"<pad>": 0, "<unk>": 1, "|": 2, "a": 3})
+    )
+    items = [SimpleNamespace(fields={"text": "a"})]
+    found = [run._learnt(recipe("wav2vec2_ctc"), items, processor, Wav2Vec2Config(vocab_size=n)) for n in (4, 6, 7)]
+    assert found == [{}, {}, {"vocab_size": 4}]
 
 
 @pytest.mark.slow
