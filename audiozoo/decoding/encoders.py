@@ -165,9 +165,15 @@ def embed(
     extractor = getattr(processor, "feature_extractor", processor)
     rate, which = extractor.sampling_rate, -1 if layer is None else layer
     ratio = together * model.config.inputs_to_logits_ratio
+
+    def state_of(output: Any) -> jax.Array:
+        if (found := output.hidden_states[which]) is None:
+            raise UsageError("The states between stacked layers are not known: load the model unstacked.")
+        return found
+
     if len(audio) <= LONGEST_S * rate:
         output = _run(model, processor, [audio], output_hidden_states=True)
-        frames = np.asarray(output.hidden_states[which][0, :count], np.float32)
+        frames = np.asarray(state_of(output)[0, :count], np.float32)
         speaker = getattr(output, "embeddings", None)
     else:
         graphdef, state = nnx.split(backbone)
@@ -175,7 +181,7 @@ def embed(
 
         def call(values: np.ndarray, mask: np.ndarray | None) -> jax.Array:
             options = (("masked_group_norm", grouped and mask is not None), ("output_hidden_states", True))
-            return _call(graphdef, state, values, mask, options=options).hidden_states[which]
+            return state_of(_call(graphdef, state, values, mask, options=options))
 
         values = extractor([audio], sampling_rate=rate)["input_values"][0]
         frames = in_pieces(call, values, count, ratio, sampling_rate=rate).astype(np.float32)

@@ -159,15 +159,23 @@ def _form(layer: Any) -> Any:
     return type(layer), structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
+def unseen(layer: Any) -> tuple[None, ...]:
+    """The states between the blocks of a stack, which it does not show."""
+    return (None,) * (layer.count - 1) if isinstance(layer, Scanned) else ()
+
+
 def scanned(network: nnx.Module, *, remat: bool = False, least: int = 2) -> Any:
-    """The same network with at least `least` equal blocks in a row as one `Scanned`; `network` stays as it is."""
+    """The same network with at least `least` equal blocks in a row as one `Scanned`; `network` stays as it is.
+
+    Where the owner of the blocks says `seen_after` how many of them its state is looked at, there a stack ends.
+    """
     network = nnx.merge(*nnx.split(network))
     for owner, name, layers in list(stacks(network)):
         if not all(map(_is_block, layers)):
             continue
         runs: list[list[Any]] = []
-        for layer in layers:
-            if runs and _form(runs[-1][0]) == _form(layer):
+        for index, layer in enumerate(layers):
+            if runs and index != getattr(owner, "seen_after", None) and _form(runs[-1][0]) == _form(layer):
                 runs[-1].append(layer)
             else:
                 runs.append([layer])

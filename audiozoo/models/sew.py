@@ -77,6 +77,7 @@ from audiozoo.layers import (
     split_heads,
 )
 from audiozoo.layers.batch_norm import BatchNorm
+from audiozoo.layers.stacking import unseen
 from audiozoo.models.wav2vec2 import (
     Wav2Vec2Config,
     Wav2Vec2Encoder,
@@ -304,7 +305,7 @@ class SEWEncoder(nnx.Module):
         for layer in self.layers:
             block = partial(layer, need_weights=output_attentions)
             x, weights = layer_drop(block, x, config.layerdrop, dropout, *shared, keys)
-            hidden_states.append(x)
+            hidden_states += [*unseen(layer), x]
             attentions.append(weights)
         x = self.upsample(x)
         if counted is not None and config.squeeze_rule == "floor":

@@ -201,6 +201,7 @@ class UniSpeechSatForPreTraining(_WithBackbone):
 
     def __init__(self, config: Any, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         super().__init__(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.backbone.encoder.seen_after = config.utterance_contrastive_layer
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         linear = kwargs | {"kernel_init": nnx.initializers.normal(config.initializer_range)}
         self.quantizer = Wav2Vec2GumbelVectorQuantizer(config, **kwargs)

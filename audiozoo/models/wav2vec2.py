@@ -67,6 +67,7 @@ from audiozoo.layers import Conv1d, Dropout, LayerNorm, Linear, MultiHeadAttenti
 from audiozoo.layers.basic import at_least_float32, unit_vectors
 from audiozoo.layers.losses import cross_entropy, ctc_loss
 from audiozoo.layers.masking import span_mask
+from audiozoo.layers.stacking import unseen
 from audiozoo.layers.weight_norm import WeightNormConv1d
 from audiozoo.models.ecapa_tdnn import EcapaTdnn, EcapaTdnnConfig
 from audiozoo.outputs import (
@@ -577,7 +578,7 @@ class Wav2Vec2Encoder(nnx.Module):
             block = partial(layer, need_weights=output_attentions)
             rate = 0.0 if index < self.never_dropped else self.config.layerdrop
             x, weights = layer_drop(block, x, rate, dropout, *told, keys)
-            hidden_states.append(x)
+            hidden_states += [*unseen(layer), x]
             attentions.append(weights)
         if self.norm_first:
             x = self.layer_norm(x)
@@ -1197,6 +1198,21 @@ class Wav2Vec2ForCTC(_WithBackbone):
         )
 
 
+def mix_of_states(
+    states: Sequence[Float[Array, "batch frames hidden"] | None], weights: Float[Array, " states"]
+) -> Float[Array, "batch frames hidden"]:
+    r"""$\sum_i w_i h_i$ over the input of every block and the output of the last.
+
+    Raises:
+        UsageError: if blocks are stacked.
+    """
+    if any(state is None for state in states):
+        raise UsageError(
+            "The states between stacked layers are not known, and all are mixed: load the model unstacked."
+        )
+    return sum((w * h for w, h in zip(weights, states, strict=True)), jnp.zeros((), weights.dtype))
+
+
 class _WithLayerSum(_WithBackbone):
     """A backbone whose layers may be mixed with learned weights, as the SUPERB benchmark (arXiv 2105.01051) does."""
 
@@ -1216,8 +1232,7 @@ class _WithLayerSum(_WithBackbone):
             outputs = self.backbone(input_values, attention_mask, **options)
             return outputs.last_hidden_state, outputs
         outputs = self.backbone(input_values, attention_mask, **(options | {"output_hidden_states": True}))
-        weights = jax.nn.softmax(self.layer_weights[...])
-        x = sum(w * h for w, h in zip(weights, outputs.hidden_states, strict=True))
+        x = mix_of_states(outputs.hidden_states, jax.nn.softmax(self.layer_weights[...]))
         if not options.get("output_hidden_states"):
             outputs.hidden_states = None
         return x, outputs
@@ -1430,8 +1445,7 @@ class Wav2Vec2ForSpeakerVerification(_WithBackbone):
             options: see `Wav2Vec2Model`.
         """
         outputs = self.backbone(input_values, attention_mask, key=key, **(options | {"output_hidden_states": True}))
-        weights = jax.nn.softmax(self.feature_weight[...])
-        x = sum(w * h for w, h in zip(weights, outputs.hidden_states, strict=True))
+        x = mix_of_states(outputs.hidden_states, jax.nn.softmax(self.feature_weight[...]))
         mask = None if attention_mask is None else self.backbone.frame_mask(attention_mask, x.shape[1])
         return XVectorOutput(
             embeddings=self.ecapa(x + 1e-6, mask, key is not None),

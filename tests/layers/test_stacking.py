@@ -14,6 +14,7 @@ from audiozoo import loading, registry, sharding
 from audiozoo.errors import UsageError
 from audiozoo.layers import Dropout
 from audiozoo.layers.stacking import Scanned, rematerialise, scanned, stacks, unscanned
+from audiozoo.models import unispeech_sat
 from audiozoo.models.conformer import ConformerConfig, ConformerEncoder
 from audiozoo.models.whisper import WhisperForConditionalGeneration
 from audiozoo.recipes import plan
@@ -90,7 +91,7 @@ def test_transformers_are_stacked_and_nothing_else(paper):
 
 
 @pytest.mark.parametrize(
-    "paper", ["whisper", *(pytest.param(p, marks=pytest.mark.slow) for p in ("wavlm", "seamless_m4t"))]
+    "paper", ["whisper", *(pytest.param(p, marks=pytest.mark.slow) for p in ("wavlm", "seamless_m4t", "mms"))]
 )
 def test_numbers_and_gradients_are_those_of_the_loop(paper):
     """Encoders, decoders with cross-attention, blocks with statistics, and a first block unlike the others."""
@@ -121,6 +122,22 @@ def test_numbers_and_gradients_are_those_of_the_loop(paper):
         largest = max(float(jnp.abs(value).max()) for value in ours.values())
         for name, value in ours.items():
             np.testing.assert_allclose(theirs[name], value, rtol=1e-9, atol=1e-12 * largest, err_msg=name)
+
+
+def test_states_between_stacked_layers():
+    """A stack ends where a state is looked at; where all are, there is a sentence."""
+    config = dataclasses.replace(small.choice("unispeech_sat").config, num_hidden_layers=4, codevector_dim=8)
+    speakers = dataclasses.replace(config, utterance_contrastive_layer=2)
+    deep = scanned(unispeech_sat.UniSpeechSatForPreTraining(speakers, rngs=nnx.Rngs(0)))
+    assert count(deep) == 2
+    wave, key = jnp.zeros((2, 4000)), jax.random.key(0)
+    output = jax.eval_shape(lambda x: deep(x, labels=jnp.ones((2, 9), int), key=key, output_hidden_states=True), wave)
+    assert output.utterance_loss.shape == ()
+    assert [state is None for state in output.hidden_states] == [False, True, False, True, False]
+    mixed = dataclasses.replace(config, use_weighted_layer_sum=True)
+    classifier = scanned(unispeech_sat.UniSpeechSatForSequenceClassification(mixed, rngs=nnx.Rngs(0)))
+    with pytest.raises(UsageError, match="load the model unstacked"):
+        jax.eval_shape(classifier, wave)
 
 
 def test_statistics_of_a_stack_move_as_those_of_its_layers():
