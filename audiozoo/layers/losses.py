@@ -59,7 +59,7 @@ def ctc_loss(
 
     Args:
         logits: unnormalised scores.
-        labels: targets; entries of -100, and blanks, are left out wherever they stand.
+        labels: targets; entries below 0 (-100), and blanks, are left out wherever they stand.
         logit_lengths: frames that count, all by default.
         blank: the blank's index.
         reduction: "sum"; "mean" (each item divided by its number of labels, then the mean); "none", one value an item.
@@ -71,7 +71,7 @@ def ctc_loss(
     batch, frames, _ = log_probs.shape
     if logit_lengths is None:
         logit_lengths = jnp.full((batch,), frames)
-    kept = (labels != IGNORED_LABEL) & (labels != blank)
+    kept = (labels >= 0) & (labels != blank)
     targets = jnp.take_along_axis(labels, jnp.argsort(~kept, axis=1, stable=True), axis=1)
     counts = kept.sum(axis=1)
     valid = jnp.arange(labels.shape[1]) < counts[:, None]

@@ -817,7 +817,7 @@ def gumbel_temperature(
     step: int | Int[Array, ""], start: float = 2.0, end: float = 0.5, decay: float = 0.999995
 ) -> Float[Array, ""]:
     r"""§4.2: $\tau = \max(\text{start} \cdot \text{decay}^\text{step}, \text{end})$; BASE ends at 0.5, LARGE at 0.1."""
-    return jnp.maximum(start * decay**step, end)
+    return jnp.maximum(start * jnp.exp(step * math.log(decay)), end)  # a power of 0.999995 in float32 would not be it
 
 
 def perplexity(
@@ -977,7 +977,7 @@ def check_labels(labels: Int[Array, "*shape"], count: int, what: str) -> None:
     Raises:
         UsageError: if one is not.
     """
-    if not isinstance(labels, jax.core.Tracer) and (largest := int(np.asarray(labels).max())) >= count:
+    if not isinstance(labels, jax.core.Tracer) and (largest := int(np.asarray(labels).max(initial=-1))) >= count:
         raise UsageError(f"The labels go up to {largest}; {what}.")
 
 
@@ -1224,6 +1224,11 @@ class _WithLayerSum(_WithBackbone):
             states = config.num_hidden_layers + 1
             self.layer_weights = nnx.Param(jnp.full((states,), 1.0 / states, param_dtype))
 
+    def check_classes(self, labels: Int[Array, " batch"] | None) -> None:
+        """See `check_labels`."""
+        if labels is not None:
+            check_labels(labels, self.config.num_labels, f"the model has {self.config.num_labels} classes")
+
     def frames(
         self, input_values: jax.Array, attention_mask: jax.Array | None, options: dict[str, Any]
     ) -> tuple[Float[Array, "batch frames hidden"], Wav2Vec2BaseModelOutput]:
@@ -1260,9 +1265,13 @@ class Wav2Vec2ForSequenceClassification(_WithLayerSum):
         Args:
             input_values: waveforms at 16 kHz.
             attention_mask: 1 for a sample of the recording, 0 for padding behind it.
-            labels: the class of each item.
+            labels: the class of each item; -100 is left out.
             options: see `Wav2Vec2Model`.
+
+        Raises:
+            UsageError: if a label is no class.
         """
+        self.check_classes(labels)
         x, outputs = self.frames(input_values, attention_mask, options)
         x = self.projector(x)
         if attention_mask is None:
@@ -1382,12 +1391,17 @@ class Wav2Vec2ForXVector(_WithLayerSum):
             options: see `Wav2Vec2Model`.
 
         Raises:
-            UsageError: if the waveforms are too short for the dilated layers.
+            UsageError: if a waveform is too short for the dilated layers, or a label is no class.
         """
         config = self.config
+        self.check_classes(labels)
+        shortest = input_values.shape[-1]
+        if attention_mask is not None and not (ignore_dilation or isinstance(attention_mask, jax.core.Tracer)):
+            shortest = int(np.asarray(attention_mask).sum(axis=-1).min(initial=shortest))
+        fewest = self.backbone.frame_lengths(shortest)
+        if fewest < self.least_frames:
+            raise UsageError(f"{fewest} frames of 20 ms are too few for a speaker; {self.least_frames} are needed.")
         x, outputs = self.frames(input_values, attention_mask, options)
-        if x.shape[1] < self.least_frames:
-            raise UsageError(f"{x.shape[1]} frames of 20 ms are too few for a speaker; {self.least_frames} are needed.")
         x = self.projector(x)
         for layer in self.tdnn:
             x = layer(x)

@@ -72,9 +72,9 @@ def test_distractors_are_other_masked_frames_of_the_same_utterance():
 
 
 def test_temperature_schedule():
-    steps = np.array([0, 1000, 10_000_000])
+    steps = np.array([0, 1000, 200_000, 10_000_000])
     found = wav2vec2.gumbel_temperature(jnp.asarray(steps), 2.0, 0.5, 0.999995)
-    np.testing.assert_allclose(found, [2.0, 2 * 0.999995**1000, 0.5], rtol=1e-5)
+    np.testing.assert_allclose(found, [2.0, 2 * 0.999995**1000, 2 * 0.999995**200_000, 0.5], rtol=1e-5)
 
 
 def test_perplexity_counts_the_entries_in_use():
@@ -163,3 +163,18 @@ def test_masks_can_be_given():
     bare = build("Model", dataclasses.replace(TINY, mask_time_prob=0.0, mask_feature_prob=0.0))
     with pytest.raises(ValueError, match="no masked_spec_embed"):
         bare.mask(x, spans, None)
+
+
+def test_labels_that_are_none():
+    classifier, speakers = build("ForSequenceClassification"), build("ForXVector")
+    for model in (classifier, speakers):
+        with pytest.raises(ValueError, match=r"labels go up to 3; the model has 3 classes"):
+            model(waves(), labels=np.array([3, 0]))
+    wav2vec2.check_labels(np.zeros((1, 0), int), 5, "an empty text has none")
+
+
+def test_a_recording_too_short_for_a_speaker():
+    model, x = build("ForXVector"), waves()
+    mask = (np.arange(x.shape[1]) < np.array([[x.shape[1]], [60]])).astype(np.int32)
+    with pytest.raises(ValueError, match="2 frames of 20 ms are too few for a speaker; 6 are needed"):
+        model(x, jnp.asarray(mask))
