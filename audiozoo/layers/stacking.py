@@ -159,7 +159,7 @@ def _form(layer: Any) -> Any:
     return type(layer), structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
-def unseen(layer: Any) -> tuple[None, ...]:
+def unseen(layer: Any) -> tuple[Any, ...]:
     """The states between the blocks of a stack, which it does not show."""
     return (None,) * (layer.count - 1) if isinstance(layer, Scanned) else ()
 

@@ -213,7 +213,8 @@ class MMSForCTC(Wav2Vec2ForCTC):
         flat = [(p, leaf.replace(languages_first(p, leaf[...])[index])) for p, leaf in nnx.to_flat_state(own)]
         own = nnx.from_flat_state(flat)  # (batch, …)
         keys = None if key is None else jax.random.split(key, batch)
-        masks = {name: options.pop(name) for name in ("mask_time_indices", "mask_feature_indices") if name in options}
+        rows: dict[str, Any] = {"attention_mask": attention_mask}
+        rows |= {name: options.pop(name) for name in ("mask_time_indices", "mask_feature_indices") if name in options}
 
         def one(own: Any, values: jax.Array, key: jax.Array | None, masks: dict[str, Any]) -> CausalLMOutput:
             model = nnx.merge(graphdef, own, common)
@@ -221,7 +222,7 @@ class MMSForCTC(Wav2Vec2ForCTC):
             output = Wav2Vec2ForCTC.__call__(model, values[None], key=key, **alone, **options)
             return jax.tree.map(lambda x: x[0], output)
 
-        output = jax.vmap(one)(own, input_values, keys, {"attention_mask": attention_mask, **masks})
+        output = jax.vmap(one)(own, input_values, keys, rows)
         sizes = jnp.asarray(config.vocab_sizes)[index]
         letters = jnp.arange(output.logits.shape[-1]) < sizes[:, None, None]
         logits = jnp.where(letters, output.logits, jnp.finfo(output.logits.dtype).min)

@@ -251,8 +251,8 @@ class Wav2Vec2CTCTokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "vocab.json", self.vocab)
         kind = "Wav2Vec2PhonemeCTCTokenizer" if self.phonemes else "Wav2Vec2CTCTokenizer"
-        names = ("pad_token", "bos_token", "eos_token", "unk_token", "word_delimiter_token", "do_lower_case")
-        names += ("clean_up_tokenization_spaces", "replace_word_delimiter_char", "target_lang")
+        names = ["pad_token", "bos_token", "eos_token", "unk_token", "word_delimiter_token", "do_lower_case"]
+        names += ["clean_up_tokenization_spaces", "replace_word_delimiter_char", "target_lang"]
         config = {name: getattr(self, name) for name in names}
         if self.phonemes:
             config |= {"do_phonemize": self.phonemizer_lang is not None, "phone_delimiter_token": " "}
