@@ -66,6 +66,9 @@ def test_other_rates_are_resampled_by_soxr(tmp_path):
     np.testing.assert_array_equal(audio.resample(samples, 44_100, 16_000), resampled)
     stereo = audio.resample(np.stack([samples, -samples]), 44_100, 16_000)
     np.testing.assert_array_equal(stereo, np.stack([resampled, -resampled]))
+    for rates in ((0, 16_000), (16_000, -1)):
+        with pytest.raises(UsageError, match="sampling rates are positive"):
+            audio.resample(samples, *rates)
 
 
 def test_the_source_may_be_bytes_a_file_a_pipe_or_standard_input(tmp_path, monkeypatch):

@@ -101,8 +101,8 @@ def test_retrieval_by_counting():
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-12)
-    assert metrics.accuracy(np.asarray([1, 2]), np.asarray([[0, 1, 0], [3, 2, 1]])) == 0.5
-    assert metrics.accuracy(np.asarray([1, 2]), np.asarray([[0, 1, 0], [3, 2, 1]]), top=3) == 1.0
+    targets, scores = np.asarray([1, 2, 2]), np.asarray([[0, 1, 0], [3, 2, 1], [3, 1, 2]])
+    assert [metrics.accuracy(targets, scores, top=top) for top in (1, 2, 3)] == [1 / 3, 2 / 3, 1]
 
 
 def test_error_rates_are_jiwers_and_agree_with_our_own():
