@@ -250,8 +250,13 @@ def info(source: Source) -> AudioInfo:
 
 
 def resample(waveform: ArrayLike, from_rate: int, to_rate: int, axis: int = -1) -> np.ndarray:
-    """`waveform` at another rate (Hz), by soxr's HQ polyphase filter; same dtype, `axis` is time."""
+    """`waveform` at another rate (Hz), by soxr's HQ polyphase filter; same dtype, of half precision float32.
+
+    `axis` is time.
+    """
     samples = np.asarray(waveform)
+    if samples.dtype.name in ("float16", "bfloat16"):
+        samples = samples.astype(np.float32)
     if from_rate <= 0 or to_rate <= 0:
         raise UsageError(f"Cannot resample from {from_rate} Hz to {to_rate} Hz; sampling rates are positive.")
     if from_rate == to_rate:
@@ -337,6 +342,8 @@ def check_waveform(
         samples = np.asarray(waveform)
     except ValueError:
         raise AudioError("The waveform is a ragged list; give one flat array of floats a waveform.") from None
+    if samples.dtype.name == "bfloat16":  # which a model may compute in, and which to NumPy is no float
+        samples = samples.astype(np.float32)
     if sampling_rate is not None and expected_rate is not None and sampling_rate != expected_rate:
         raise AudioError(
             f"The waveform is at {sampling_rate} Hz, but this model expects {expected_rate} Hz; read the file with "

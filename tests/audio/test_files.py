@@ -6,6 +6,7 @@ import io
 import sys
 import tracemalloc
 
+import ml_dtypes
 import numpy as np
 import pytest
 import soundfile
@@ -266,6 +267,13 @@ def test_waveforms_that_cannot_be_used(waveform, rate, words):
 
 
 def test_a_good_waveform_keeps_its_precision():
-    for dtype, expected in [(np.float16, np.float32), (np.float32, np.float32), (np.float64, np.float64)]:
+    """float32 at least, also in a file or at another rate: what a model in bfloat16 gives can be used."""
+    for dtype, expected in [
+        (ml_dtypes.bfloat16, np.float32),
+        (np.float16, np.float32),
+        (np.float32, np.float32),
+        (np.float64, np.float64),
+    ]:
         assert audio.check_waveform(np.zeros(500, dtype), 16_000, 16_000).dtype == expected
+        assert audio.resample(np.zeros(500, dtype), 16_000, 8_000).dtype == expected
     assert audio.check_waveform([0.0] * 500).shape == (500,)
