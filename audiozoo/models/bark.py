@@ -523,7 +523,7 @@ class BarkSemanticModel(BarkCausalModel):
         """What the semantic tokens are predicted from: the sum of text and history, and "now go on".
 
         Args:
-            input_ids: text, offset and padded.
+            input_ids: text, as `numbered_text` gives it.
             history: semantic tokens before, padded.
             ids: numbers of special tokens.
         """
@@ -564,13 +564,10 @@ class BarkSemanticModel(BarkCausalModel):
         """
         ids = semantic_generation_config or self.generation_config.semantic_config
         length, eos = ids.max_input_semantic_length, ids.eos_token_id
-        text = np.asarray(input_ids)
-        if text.ndim != 2 or not text.size:
-            raise UsageError(f"The text's ids have shape {text.shape}; (batch, tokens), at least one, is expected.")
-        text = text + ids.text_encoding_offset
-        if attention_mask is not None:
-            text = np.where(np.asarray(attention_mask) != 0, text, ids.text_pad_token)
-        text = _padded(text[:, :length], length, ids.text_pad_token)
+        if np.ndim(input_ids) != 2 or not np.size(input_ids):
+            shape = np.shape(input_ids)
+            raise UsageError(f"The text's ids have shape {shape}; (batch, tokens), at least one, is expected.")
+        text = numbered_text(input_ids, attention_mask, ids)
         if text.min() < 0 or text.max() >= self.config.input_vocab_size:
             raise UsageError(f"The text has ids that this model's vocabulary of {self.config.input_vocab_size} lacks.")
         history = np.full((1, length), eos)
@@ -627,6 +624,25 @@ def _generate_semantic(
     return generate(
         model.step, cache, prompt, config, key=key, noise=noise, logits_processors=processors, prefill=prefill
     )
+
+
+def numbered_text(
+    input_ids: Int[Any, "batch tokens"],
+    attention_mask: Int[Any, "batch tokens"] | None,
+    ids: BarkSemanticGenerationConfig,
+) -> Int[np.ndarray, "batch text"]:
+    """The tokenizer's ids as the semantic model reads them: with their offset, cut or padded to one length."""
+    text, length = np.asarray(input_ids) + ids.text_encoding_offset, ids.max_input_semantic_length
+    if attention_mask is not None:
+        text = np.where(np.asarray(attention_mask) != 0, text, ids.text_pad_token)
+    return _padded(text[:, :length], length, ids.text_pad_token)
+
+
+def _array(x: Any, name: str, *axes: str) -> np.ndarray:
+    """As NumPy's, checked to have these axes."""
+    if np.ndim(x) != len(axes):
+        raise UsageError(f"{name} has shape {np.shape(x)}; ({', '.join(axes)}) is expected.")
+    return np.asarray(x)
 
 
 def _padded(x: np.ndarray, length: int, value: int) -> np.ndarray:
@@ -739,7 +755,7 @@ class BarkCoarseModel(BarkCausalModel):
         if config.num_return_sequences != 1:
             raise UsageError("The coarse stage returns one sequence; num_return_sequences must be 1.")
         config = config.replace(max_new_tokens=window, max_length=None, return_dict_in_generate=False)
-        semantic = np.asarray(semantic_output)
+        semantic = _array(semantic_output, "semantic_output", "batch", "tokens")
         batch = len(semantic)
         spoken = semantic != ids.semantic_config.eos_token_id
         lengths = np.array([2 * ids.frames(int(n)) for n in spoken.sum(axis=1)], np.int32)
@@ -1041,7 +1057,7 @@ class BarkFineModel(_Transformer):
         if config.do_sample and key is None and noise is None:
             raise UsageError("Sampling in the fine stage needs a key (jax.random.key(seed)) or noise.")
         given = coarse.n_coarse_codebooks
-        codes = np.asarray(coarse_output)
+        codes = _array(coarse_output, "coarse_output", "batch", "coarse")
         codes = codes.reshape(len(codes), -1, given)  # (batch, frames, coarse codebooks)
         codes = (codes - semantic.semantic_vocab_size) % codebook_size
         batch, frames = codes.shape[:2]
@@ -1170,14 +1186,15 @@ class BarkModel(nnx.Module):
         EnCodec's decoder at 24 kHz looks back only, so what stands behind a row's end does not change the row: rows of
         several lengths are decoded together, and their length is rounded up so that many compile once.
         """
-        codes = np.asarray(fine_output)
+        codes = _array(fine_output, "fine_output", "batch", "codebooks", "frames")
         frames = codes.shape[-1]
         lengths = np.full(len(codes), frames) if output_lengths is None else np.asarray(output_lengths)
         config, hop = self.config.codec_config, self.config.codec_config.hop_length
         samples, longest = lengths * hop, int(lengths.max(initial=0))
-        waveform = np.zeros((len(codes), longest * hop), self.codec_model.quantizer.embed.dtype)
+        dtype = jnp.promote_types(self.codec_model.quantizer.embed.dtype, jnp.float32)
+        waveform = np.zeros((len(codes), longest * hop), dtype)
         # A row shorter than a convolution's padding reflects what is behind it; a codec that looks ahead sees it.
-        apart = not config.can_stream or lengths.min(initial=0) < config.kernel_size
+        apart = not config.can_stream or (samples < self.codec_model.shortest_start()).any()
         rows = [[i] for i in range(len(codes))] if apart else [list(range(len(codes)))]
         graphdef, state = nnx.split(self.codec_model)
         for group in rows:
@@ -1335,7 +1352,7 @@ def semantic_loss(
 
     Args:
         model: the semantic model.
-        input_ids: text, with the offset and padding of `BarkSemanticGenerationConfig`.
+        input_ids: text, as `numbered_text` gives it.
         targets: semantic tokens with the end of speech after them, -100 as padding.
         history: semantic tokens before, padded with the end of speech; none by default.
         key: switches dropout on.

@@ -258,8 +258,10 @@ class Stages(Objective):
         hop = config.codec_config.hop_length
         first = ids.frames(start) * hop
         heard = waveform[first : first + frames * hop].astype(np.float32)
+        said = processor(text_of(fields))
+        text = bark.numbered_text(said["input_ids"], said["attention_mask"], semantic)
         return {
-            "input_ids": np.asarray(processor(text_of(fields))["input_ids"][0], np.int32),
+            "input_ids": text[0].astype(np.int32),
             "semantic": np.append(units, semantic.eos_token_id)[:most].astype(np.int32),
             "read": read,
             "waveform": np.pad(heard, (0, frames * hop - len(heard))),
@@ -320,7 +322,7 @@ class Music(Objective):
     def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
         """See `Objective`; of what is known besides, strings count as tags: `genre`, `key` …"""
         text = fields.get("text")
-        tags = {n: v for n, v in fields.items() if n not in ("text", "label") and isinstance(v, str)}
+        tags = {n: v for n, v in fields.items() if n != "label" and isinstance(v, str) and v != text}
         text = musicgen.augmented(text, tags, rng, self.recipe)
         tokens = processor.tokenizer([text or ""])
         ids, mask = (np.asarray(tokens[name][0], np.int32) for name in ("input_ids", "attention_mask"))

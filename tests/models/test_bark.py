@@ -83,6 +83,22 @@ def test_a_row_is_what_it_is_alone_and_a_history_goes_on(model, tmp_path):
     assert onward.shape != alone.shape or (onward != alone).any()
 
 
+def test_rows_are_decoded_together(model, monkeypatch):
+    """In one program for many lengths; but apart where one is so short that the start would mirror what is behind."""
+    shapes = []
+
+    def decode(graphdef, state, codes):
+        shapes.append(codes.shape)
+        return np.ones((len(codes), 1, 4 * codes.shape[2]))
+
+    monkeypatch.setattr(bark, "_decode", decode)
+    for lengths, wanted in (([16, 30], [(2, 8, 64)]), ([6, 30], [(1, 8, 6), (1, 8, 30)]), ([0, 7], [(1, 8, 7)])):
+        shapes.clear()
+        waveform, samples = model.codec_decode(np.zeros((2, 8, 30), int), lengths)
+        assert shapes == wanted
+        assert samples.tolist() == waveform.sum(axis=1).tolist() == [4 * n for n in lengths]
+
+
 def test_options_of_one_stage(model):
     split = bark._by_stage({"temperature": 0.7, "do_sample": True, "coarse_temperature": 0.3, "fine_top_k": 4})
     assert split["semantic_"] == {"temperature": 0.7, "do_sample": True}
@@ -110,8 +126,14 @@ def test_mistakes_get_a_sentence(model):
     ):
         with pytest.raises(UsageError, match=message):
             call(IDS, **options)
-    with pytest.raises(UsageError, match="at least one"):
-        call(np.zeros((1, 0), int))
+    for stage, shape, message in (
+        (call, (1, 0), "at least one"),
+        (model.semantic_to_waveform, (9,), r"semantic_output has shape \(9,\); \(batch, tokens\) is expected"),
+        (model.fine_acoustics.generate, (8,), "coarse_output has shape"),
+        (model.codec_decode, (8, 9), "fine_output has shape"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            stage(np.zeros(shape, int))
     with pytest.raises(UsageError, match="lacks"):
         call(IDS + 100)
     with pytest.raises(UsageError, match="codebooks 1 to 7, not 0"):

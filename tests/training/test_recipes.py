@@ -27,11 +27,13 @@ from audiozoo.loading import variables
 from audiozoo.models import audio_spectrogram_transformer as ast
 from audiozoo.models import encodec, hifigan, whisper
 from audiozoo.models.audio_spectrogram_transformer import ASTRecipe
+from audiozoo.models.musicgen import MusicgenRecipe
 from audiozoo.models.wav2vec2 import Wav2Vec2Config
 from audiozoo.processors.seamless_m4t import SeamlessM4TFeatureExtractor
 from audiozoo.processors.speech_to_text import Speech2TextFeatureExtractor
 from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 from audiozoo.recipes import RECIPES, ROWS, plan, recipe, run
+from audiozoo.recipes.generation import Music
 from audiozoo.recipes.settings import SCHEDULES, Settings
 from audiozoo.text import WhisperTokenizer
 from audiozoo.training import checkpointing
@@ -219,6 +221,32 @@ def test_units_follow_the_part_that_is_heard():
     fields = {"units": list(range(20)), "crop": (0.1, 0.3)}
     example = row.objective.prepare(processor, model.config, np.zeros(3200, np.float32), fields, None)
     np.testing.assert_array_equal(example["labels"], np.arange(5, 15))
+
+
+def test_bark_learns_from_texts_as_it_reads_them():
+    """With the offset of texts, which keeps them apart from semantic tokens, their padding, and no longer than read."""
+    row, model, processor = tiny.small(recipe("bark"))
+    for text, wanted in (("a b", [48 + 17, 48 + 18, *[95] * 6]), ("a " * 9, [48 + 17] * 8)):
+        fields = {"text": text, "units": [1, 2, 3]}
+        example = row.objective.prepare(
+            processor, model.config, np.zeros(800, np.float32), fields, np.random.default_rng(0)
+        )
+        assert example["input_ids"].tolist() == wanted
+
+
+def test_tags_join_the_text_of_music():
+    """What else is known of a piece, but not its text by the name that a manifest gives it."""
+    _, model, processor = tiny.small(recipe("musicgen"))
+    always, read = MusicgenRecipe(merge=1.0, drop_description=0.0, word_dropout=0.0), []
+
+    def tokenizer(texts):
+        read.extend(texts)
+        return {"input_ids": [[1]], "attention_mask": [[1]]}
+
+    processor = SimpleNamespace(tokenizer=tokenizer, feature_extractor=processor.feature_extractor)
+    fields = {"caption": "a reel", "text": "a reel", "genre": "folk", "label": "x", "bpm": 120}
+    Music(always).prepare(processor, model.config, np.zeros(80, np.float32), fields, np.random.default_rng(0))
+    assert read == ["a reel. genre: folk"]
 
 
 def test_languages_are_learnt_from_the_data(corpus):

@@ -318,13 +318,14 @@ GENERATION = bark.BarkGenerationConfig(**_TABLES)
 
 
 class Words:
-    """Bark's processor: words as numbers, padded to the eight that a tiny model reads."""
+    """Bark's processor: words as numbers, padded to eight."""
 
     sampling_rate = 24_000
 
     def __call__(self, text: str) -> dict[str, list[list[int]]]:
-        ids = [48 + sum(map(ord, word)) % 40 for word in text.split()]
-        return {"input_ids": [ids + [95] * (8 - len(ids))]}
+        ids = [sum(map(ord, word)) % 40 for word in text.split()]
+        more = [0] * (8 - len(ids))
+        return {"input_ids": [ids + more], "attention_mask": [[1] * len(ids) + more]}
 
 
 def bark_model() -> tuple[Any, Any]:
