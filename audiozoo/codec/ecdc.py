@@ -34,6 +34,7 @@ MAGIC = b"ECDC"
 _START = struct.Struct("!4sBI")
 _LOUDNESS = struct.Struct("!f")
 _LONGEST_HEADER, _MOST_SAMPLES = 1 << 16, 1 << 36
+MODELS = ("encodec_24khz", "encodec_48khz", "encodec_32khz", "audiogen_16khz")  # published sizes that files can name
 SECONDS = 10.0  # of audio that go through the model at once
 CHUNKS = 8  # chunks that go through a chunked model at once
 
@@ -93,7 +94,7 @@ def read_header(reader: BitReader) -> Header:
 
 def model_name(config: Any) -> str:
     """What a file calls a model of this configuration: the published size that it equals, else "encodec"."""
-    for name in ("encodec_24khz", "encodec_48khz", "encodec_32khz", "audiogen_16khz"):
+    for name in MODELS:
         if config == dataclasses.replace(getattr(type(config), name)(), codebook_dim=config.codebook_dim):
             return name
     return "encodec"

@@ -189,14 +189,15 @@ def info(
     import json
 
     from audiozoo.codec import BitReader, body_bytes, read_header
+    from audiozoo.codec.ecdc import MODELS
     from audiozoo.models.encodec import EncodecConfig
 
     data = _read(source)
     reader = BitReader(data)
     header = read_header(reader)
     fields: dict[str, Any] = {**dataclasses.asdict(header), "bytes": len(data)}
-    if header.samples and callable(size := getattr(EncodecConfig, header.model, None)):
-        config = size()
+    if header.samples and header.model in MODELS:
+        config = getattr(EncodecConfig, header.model)()
         fields["seconds"] = header.samples / config.sampling_rate
         fields["kbps"] = len(data) * 8 / fields["seconds"] / 1000
         missing = 0 if header.language_model else reader.position + body_bytes(header, config) - len(data)

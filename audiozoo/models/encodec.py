@@ -125,6 +125,8 @@ class EncodecConfig:
             )
         if not self.use_causal_conv and self.trim_right_ratio != 1.0:
             raise UsageError("trim_right_ratio is for causal convolutions.")
+        if self.chunk_length_s is not None and self.overlap is None:
+            raise UsageError("chunk_length_s needs an overlap, which may be 0: it says where the next chunk begins.")
 
     @property
     def hop_length(self) -> int:
@@ -630,7 +632,9 @@ class EncodecResidualVectorQuantizer(nnx.Module):
 
     def decode(self, codes: Int[Array, "batch quantizers frames"]) -> Float[Array, "batch frames channels"]:
         r"""$\sum_k e^{(k)}_{c_k}$."""
-        size = self.embed.shape[1]
+        books, size, _ = self.embed.shape
+        if codes.shape[1] > books:
+            raise UsageError(f"There are codes of {codes.shape[1]} codebooks; this model has {books}.")
         check_ids(codes, size)  # a larger one would be the next codebook's
         flat = self.embed[...].reshape(-1, self.embed.shape[2])
         offsets = size * jnp.arange(codes.shape[1], dtype=codes.dtype)
@@ -851,6 +855,10 @@ class EncodecModel(nnx.Module):
             padding_mask: the mask given to `encode`; its length, if shorter, cuts the result.
             last_frame_pad_length: what `encode` returned.
         """
+        if audio_codes.ndim != 4:
+            raise UsageError(
+                f"audio_codes has shape {audio_codes.shape}; (chunks, batch, quantizers, frames) is expected."
+            )
         if self.config.chunk_length is None and audio_codes.shape[0] != 1:
             raise UsageError(f"This model codes a recording in one chunk; there are {audio_codes.shape[0]}.")
         if len(audio_scales) != audio_codes.shape[0]:
@@ -1213,7 +1221,8 @@ def mel_spectrogram(
     window = hann_window(n_fft)
     z = stft(x, n_fft, hop, window / np.sqrt(np.sum(window**2)) if normalized else window, center=False)
     bank = mel_filterbank(n_fft // 2 + 1, n_mels, sampling_rate, scale="htk", norm=None)
-    return (jnp.square(z.real) + jnp.square(z.imag)) @ jnp.asarray(bank, x.dtype)
+    power = jnp.square(z.real) + jnp.square(z.imag)
+    return power @ jnp.asarray(bank, power.dtype)
 
 
 def frequency_loss(
@@ -1498,7 +1507,10 @@ class EncodecLanguageModel(nnx.Module):
     def step(
         self, indices: Int[Array, "batch quantizers"], state: LanguageModelState
     ) -> tuple[Float[Array, "batch quantizers entries"], LanguageModelState]:
-        """Probabilities of the next frame's codes, and the state after it; `indices` as in `__call__`."""
+        """Probabilities of the next frame's codes, and the state after it; `indices` as in `__call__`.
+
+        They are in float32 or wider: rounded to fewer bits they would not add up to 1, as a range coder needs them to.
+        """
         x = self._embed(indices[:, :, None], state.frames[None])
         past = self.config.language_model_context
         known = jnp.arange(past) < state.frames + 1  # the zero vector counts
@@ -1514,7 +1526,7 @@ class EncodecLanguageModel(nnx.Module):
                 visible,
             )
             keys, values = keys.at[:, index, slot].set(key[:, 0]), values.at[:, index, slot].set(value[:, 0])
-        probabilities = jax.nn.softmax(self._logits(x, indices.shape[1])[:, 0], axis=-1)
+        probabilities = jax.nn.softmax(at_least_float32(self._logits(x, indices.shape[1])[:, 0]), axis=-1)
         return probabilities, LanguageModelState(keys, values, state.frames + 1)
 
     def _embed(self, indices: jax.Array, positions: jax.Array) -> jax.Array:

@@ -952,6 +952,8 @@ class MusicgenForConditionalGeneration(nnx.Module):
     ) -> Int[Array, "batch codebooks frames"]:
         """§2.1: the streams of codes of a waveform; in stereo those of left and right in turn, of mono each twice."""
         config = self.config
+        if input_values.ndim != 3:
+            raise UsageError(f"input_values has shape {input_values.shape}; (batch, channels, samples) is expected.")
         batch, channels, _ = input_values.shape
         if channels != 1 and channels != config.audio_channels:
             raise UsageError(f"The waveform has {channels} channels; this model has {config.audio_channels}.")
@@ -1403,12 +1405,14 @@ def compose(
         options: of `generate`.
 
     Raises:
-        UsageError: for a melody that the model cannot follow, or a prompt as long as the piece.
+        UsageError: for a melody that the model cannot follow, a prompt as long as the piece, or several pieces.
     """
     codec = model.config.audio_encoder
     follows = isinstance(model, MusicgenMelodyForConditionalGeneration)
     if melody is not None and not follows:
         raise UsageError("This model follows no melody; take one of the melody models.")
+    if options.get("return_dict_in_generate") or options.get("num_return_sequences", 1) != 1:
+        raise UsageError("compose returns one waveform; generate also returns several, and what else it found.")
     total = frames_for(duration, codec)
     per_second = codec.sampling_rate / codec.hop_length
     longest = model.config.segment_duration if longest is None else longest

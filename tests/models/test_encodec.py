@@ -129,6 +129,12 @@ def test_streams_that_cannot_be():
         model.encode(jnp.zeros((1, 2, 60)))
     with pytest.raises(UsageError, match=r"1\.2, 2\.4 kbit/s, not at 6"):
         model.encode(jnp.zeros((1, 1, 60)), bandwidth=6)
+    with pytest.raises(UsageError, match=r"shape \(1, 2, 3\); \(chunks"):
+        model.decode(jnp.zeros((1, 2, 3), jnp.int32), [None])
+    with pytest.raises(UsageError, match="codes of 3 codebooks; this model has 2"):
+        model.decode(jnp.zeros((1, 1, 3, 3), jnp.int32), [None])
+    with pytest.raises(UsageError, match="needs an overlap"):
+        EncodecConfig.encodec_24khz(chunk_length_s=1.0)
     with pytest.raises(UsageError, match="go together"):
         model(audio_codes=jnp.zeros((1, 1, 2, 3), jnp.int32))
 
@@ -543,6 +549,13 @@ def test_half_precision_and_vmap():
     low = audiozoo.jit(half, "decode")(codes, [None]).audio_values
     assert low.dtype == jnp.bfloat16
     assert np.abs(low.astype(jnp.float32) - values).max() < 0.05 * np.abs(values).max()
+    # Of the language model, probabilities that add up to 1; of one sound in two dtypes, no difference.
+    language_model = random_model(lambda rngs: EncodecLanguageModel(TINY, dtype=jnp.bfloat16, rngs=rngs))
+    state = language_model.initial_state()
+    assert jax.eval_shape(language_model.step, jnp.zeros((1, 2), jnp.int32), state)[0].dtype == jnp.float32
+    rough = x.astype(jnp.bfloat16)
+    options = {"exponents": (5,), "n_mels": 4}
+    assert encodec.frequency_loss(rough.astype(jnp.float32), rough, 800, **options) == 0
     graph, state = nnx.split(model)
     each = jax.jit(jax.vmap(lambda v: nnx.merge(graph, state).encode(v[None]).audio_codes[0, 0]))(x)
     np.testing.assert_array_equal(each, codes[0])

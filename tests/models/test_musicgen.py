@@ -445,7 +445,10 @@ def test_mistakes_get_a_sentence(model, melodic):
         (lambda: model(**texts()), "codes .decoder_input_ids., labels, or a waveform"),
         (lambda: model.decoder(), "input_ids or labels"),
         (lambda: model.audio_to_codes(jnp.zeros((1, 2, 80))), "2 channels; this model has 1"),
+        (lambda: model.generate(**texts(), input_values=np.zeros((1, 80))), r"shape \(1, 80\); \(batch, channels"),
         (lambda: model.decoder.generate(frames=5, pattern=Pattern.parallel(4, 4)), r"not for \(4, 5\)"),
+        (lambda: musicgen.compose(model, None, num_return_sequences=2), "returns one waveform"),
+        (lambda: musicgen.compose(model, None, return_dict_in_generate=True), "returns one waveform"),
     ]
     for call, message in cases:
         with pytest.raises(UsageError, match=message):
