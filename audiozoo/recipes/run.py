@@ -82,7 +82,9 @@ class Run:
 
 def sampling_rate(model: Any, processor: Any) -> int:
     """Hz of a model's recordings."""
-    for owner in (processor, getattr(processor, "feature_extractor", None), getattr(model, "config", None)):
+    config = getattr(model, "config", None)
+    codec = getattr(config, "codec_config", None)  # Bark's, whose processor knows texts alone
+    for owner in (processor, getattr(processor, "feature_extractor", None), config, codec):
         if (rate := getattr(owner, "sampling_rate", None)) is not None:
             return int(rate)
     return 16_000

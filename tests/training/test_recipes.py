@@ -224,8 +224,12 @@ def test_units_follow_the_part_that_is_heard():
 
 
 def test_bark_learns_from_texts_as_it_reads_them():
-    """With the offset of texts, which keeps them apart from semantic tokens, their padding, and no longer than read."""
+    """With the offset of texts, which keeps them apart from semantic tokens, their padding, and no longer than read.
+
+    It hears recordings at the rate of its codec, which the processor does not know.
+    """
     row, model, processor = tiny.small(recipe("bark"))
+    assert run.sampling_rate(model, processor) == model.config.codec_config.sampling_rate == 24_000
     for text, wanted in (("a b", [48 + 17, 48 + 18, *[95] * 6]), ("a " * 9, [48 + 17] * 8)):
         fields = {"text": text, "units": [1, 2, 3]}
         example = row.objective.prepare(

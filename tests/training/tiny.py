@@ -320,8 +320,6 @@ GENERATION = bark.BarkGenerationConfig(**_TABLES)
 class Words:
     """Bark's processor: words as numbers, padded to eight."""
 
-    sampling_rate = 24_000
-
     def __call__(self, text: str) -> dict[str, list[list[int]]]:
         ids = [sum(map(ord, word)) % 40 for word in text.split()]
         more = [0] * (8 - len(ids))
