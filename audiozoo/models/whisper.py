@@ -740,7 +740,7 @@ class WhisperForConditionalGeneration(WhisperLanguageModel):
             rows = [
                 [ids.decoder_start_token_id, self.language_id(name), tasks[task or "transcribe"]] for name in languages
             ]
-        previous = list(prompt_ids or ())
+        previous = [] if prompt_ids is None else [int(token) for token in prompt_ids]
         if previous and previous[0] != ids.prev_sot_token_id:
             previous = [ids.prev_sot_token_id, *previous]
         last = [] if return_timestamps else [ids.no_timestamps_token_id]
@@ -889,6 +889,12 @@ class WhisperForConditionalGeneration(WhisperLanguageModel):
                 raise UsageError(
                     f"The assistant_model has {assistant_model.config.vocab_size} tokens and this model "
                     f"{self.config.vocab_size}; they must share one vocabulary."
+                )
+            width = assistant_model.config.d_model
+            if isinstance(assistant_model, WhisperForCausalLM) and width != self.config.d_model:
+                raise UsageError(
+                    f"A decoder of width {width} cannot draft from this model's encoding, of width "
+                    f"{self.config.d_model}; take one that was made for this encoder."
                 )
         output = _generate(
             *nnx.split(self),

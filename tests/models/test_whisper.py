@@ -237,6 +237,8 @@ def test_a_draft_model_that_cannot_help(model):
     refuse("share one vocabulary", model.generate, x, assistant_model=multilingual())
     refuse("greedy", model.generate, x, assistant_model=model, do_sample=True, key=jax.random.key(0))
     refuse("greedy", model.generate, x, assistant_model=model, num_beams=2)
+    wider = build("WhisperForCausalLM", dataclasses.replace(TINY, d_model=24))
+    refuse("width 24 cannot draft", model.generate, x, assistant_model=wider)
     refuse("streamer", model.generate, x, assistant_model=model, streamer=print)
     refuse("not both", model.generate, x, assistant_model=model, prompt_lookup_num_tokens=2)
     encoded = BaseModelOutput(last_hidden_state=jnp.zeros((1, 12, 16)))
@@ -256,6 +258,7 @@ def test_prompts():
     ]
     assert model.prompt(1, prompt_ids=[7, 8]).tolist() == [[previous, 7, 8, start, en, transcribe, plain]]
     assert model.prompt(1, prompt_ids=[previous, 7]).tolist() == [[previous, 7, start, en, transcribe, plain]]
+    assert model.prompt(1, prompt_ids=np.array([previous, 7])).tolist() == model.prompt(1, prompt_ids=[7]).tolist()
     older = {"forced_decoder_ids": [[1, de], [2, translate], [3, plain]]}
     for said in ({"language": "german", "task": "translate"}, older):
         model.generation_config = generation_from_hugging_face(said, model.config)
