@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from audiozoo.audio.features import WHISPER_HOP, WHISPER_N_FFT, WHISPER_SAMPLING_RATE, long_log_mel_spectrogram
-from audiozoo.errors import CheckpointError, UsageError
+from audiozoo.errors import CheckpointError, SourceError, UsageError
 from audiozoo.processors import (
     FeatureExtractor,
     check_return_tensors,
     extractor_settings,
     pad_batch,
+    padded_labels,
     read_json,
     waveform_batch,
     write_json,
@@ -78,7 +79,9 @@ class WhisperFeatureExtractor(FeatureExtractor):
         folder = Path(directory)
         config = extractor_settings(folder)
         if config is None and (folder / "config.json").is_file():
-            config = {"feature_size": read_json(folder / "config.json").get("num_mel_bins", 80)}
+            model = read_json(folder / "config.json")
+            model = model.get("config", model)  # in a native checkpoint the model's fields stand there
+            config = {"feature_size": model.get("num_mel_bins", 80)}
         config = config or {}
         kind = config.get("feature_extractor_type", cls.__name__)
         if kind != cls.__name__:
@@ -167,19 +170,30 @@ class WhisperProcessor:
 
     Attributes:
         feature_extractor: waveforms to spectrograms.
-        tokenizer: text to tokens and back.
+        tokenizer: text to tokens and back; a classifier may have none.
         generation_config: the content of `generation_config.json`, empty if there is none.
     """
 
     def __init__(
         self,
         feature_extractor: WhisperFeatureExtractor,
-        tokenizer: WhisperTokenizer,
+        tokenizer: WhisperTokenizer | None,
         generation_config: dict[str, Any] | None = None,
     ) -> None:
         self.feature_extractor = feature_extractor
-        self.tokenizer = tokenizer
+        self._tokenizer = tokenizer
         self.generation_config = generation_config or {}
+
+    @property
+    def tokenizer(self) -> WhisperTokenizer:
+        """The tokenizer.
+
+        Raises:
+            UsageError: if the checkpoint, a classifier, has none.
+        """
+        if self._tokenizer is None:
+            raise UsageError("This checkpoint is a classifier without a tokenizer, so it has no text.")
+        return self._tokenizer
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike[str]) -> WhisperProcessor:
@@ -189,13 +203,19 @@ class WhisperProcessor:
         generation_config: dict[str, Any] = {}
         if (folder / "generation_config.json").is_file():
             generation_config = read_json(folder / "generation_config.json")
-        tokenizer = WhisperTokenizer.from_directory(folder, multilingual=generation_config.get("is_multilingual"))
+        tokenizer: WhisperTokenizer | None = None
+        try:
+            tokenizer = WhisperTokenizer.from_directory(folder, multilingual=generation_config.get("is_multilingual"))
+        except SourceError:
+            if not _is_classifier(folder):
+                raise
         return cls(feature_extractor, tokenizer, generation_config)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the files that `from_directory` and `transformers` read."""
         self.feature_extractor.save(directory)
-        self.tokenizer.save(directory)
+        if self._tokenizer is not None:
+            self._tokenizer.save(directory)
         if self.generation_config:
             write_json(Path(directory) / "generation_config.json", self.generation_config)
 
@@ -217,7 +237,8 @@ class WhisperProcessor:
 
         Returns:
             `input_features` (and `attention_mask`) of audio; `input_ids` and `attention_mask` of text; of both, the
-            features and the tokens as `labels`.
+            features and the tokens as `labels`, an array padded with -100 (`transformers` leaves lists, which its model
+            does not take).
         """
         if audio is None:
             if text is None:
@@ -225,7 +246,8 @@ class WhisperProcessor:
             return self.tokenizer(text, **options)
         inputs: dict[str, Any] = dict(self.feature_extractor(audio, sampling_rate, **options))
         if text is not None:
-            inputs["labels"] = self.tokenizer(text)["input_ids"]
+            texts = [text] if isinstance(text, str) else text
+            inputs["labels"] = padded_labels([self.tokenizer(t)["input_ids"] for t in texts])
         return inputs
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **options: Any) -> Any:
@@ -245,3 +267,12 @@ class WhisperProcessor:
     def get_prompt_ids(self, text: str) -> np.ndarray:
         """See `WhisperTokenizer.get_prompt_ids`."""
         return self.tokenizer.get_prompt_ids(text)
+
+
+def _is_classifier(folder: Path) -> bool:
+    """Whether a directory holds a model that hears classes and writes no text."""
+    if not (folder / "config.json").is_file():
+        return False
+    config = read_json(folder / "config.json")
+    native = config.get("audiozoo") or {}
+    return "WhisperForAudioClassification" in (native.get("model_class"), *(config.get("architectures") or ()))

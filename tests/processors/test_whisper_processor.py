@@ -7,10 +7,12 @@ import json
 import numpy as np
 import pytest
 
+import audiozoo
 from audiozoo import audio
 from audiozoo.errors import AudioError, AudiozooError, CheckpointError, SourceError, UsageError
 from audiozoo.processors.whisper import WhisperFeatureExtractor, WhisperProcessor
 from audiozoo.text import WhisperTokenizer
+from tests.models.tiny_whisper import build
 from tests.text.vocabularies import SMALL_SPECIALS, real_directory, small_backend
 
 
@@ -120,7 +122,10 @@ def test_a_missing_sampling_rate_is_warned_about(processor):
 def test_text_and_both(processor):
     assert processor(text="hello")["input_ids"] == processor.tokenizer.encode("hello")
     both = processor(noise(500), 16_000, text=["hello"])
-    assert both["labels"] == [processor.tokenizer.encode("hello")]
+    assert both["labels"].tolist() == [processor.tokenizer.encode("hello")]
+    long, short = processor([noise(500)] * 2, 16_000, text=["hello", ""])["labels"].tolist()
+    nothing = processor.tokenizer.encode("")
+    assert short == nothing + [-100] * (len(long) - len(nothing))
     assert "input_features" in both
     for call, words in [
         (lambda: processor(), "audio, text, or both"),
@@ -149,14 +154,32 @@ def test_saving_and_loading(processor, tmp_path):
     assert WhisperFeatureExtractor.from_directory(tmp_path).feature_size == 128
     (tmp_path / "processor_config.json").unlink()
     assert WhisperFeatureExtractor.from_directory(tmp_path).feature_size == 80
-    (tmp_path / "config.json").write_text('{"num_mel_bins": 128}')
-    assert WhisperFeatureExtractor.from_directory(tmp_path).feature_size == 128
+    for config in ('{"num_mel_bins": 128}', '{"audiozoo": {}, "config": {"num_mel_bins": 128}}'):
+        (tmp_path / "config.json").write_text(config)
+        assert WhisperFeatureExtractor.from_directory(tmp_path).feature_size == 128
 
 
 def test_the_real_directory_of_another_project():
     processor = WhisperProcessor.from_directory(real_directory())
     assert processor.feature_extractor.feature_size == 80
     assert processor.tokenizer.vocabulary_size == 51_864
+
+
+def test_what_a_hub_holds_of_it_without_the_weights(tmp_path):
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((real_directory() / name).read_bytes())
+    assert audiozoo.load_processor(tmp_path).tokenizer.vocabulary_size == 51_864
+
+
+@pytest.mark.parametrize("write", [audiozoo.save, audiozoo.export])
+def test_a_classifier_needs_no_tokenizer(write, tmp_path):
+    write(build("WhisperForAudioClassification"), tmp_path / "made")
+    processor = audiozoo.load_processor(tmp_path / "made")
+    assert processor(noise(500), 16_000)["input_features"].shape == (1, 8, 3000)
+    processor.save(tmp_path / "again")
+    with pytest.raises(UsageError, match="has no text") as error:
+        processor.decode([1])
+    sentence(error)
 
 
 def test_directories_that_hold_something_else(tmp_path):
