@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from flax import nnx
 
 from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.models.whisper import WhisperConfig, WhisperGenerationConfig
-from audiozoo.text.whisper_tokenizer import LANGUAGES
+from audiozoo.processors import extractor_settings
+from audiozoo.processors.whisper import WhisperFeatureExtractor, WhisperProcessor
+from audiozoo.text.whisper_tokenizer import LANGUAGES, WhisperTokenizer
 from weights_conversion import (
     ForeignCheckpoint,
     HuggingFaceForm,
@@ -125,6 +127,8 @@ def generation_from_hugging_face(config: Mapping[str, Any], model: WhisperConfig
         if isinstance(table, Mapping):
             taken[name] = tuple((str(key), int(value)) for key, value in table.items())
     generation = dataclasses.replace(defaults, **taken, options=search_options(config, where, _NOT_OPTIONS))
+    heads = _heads_there(generation.alignment_heads, model)
+    generation = dataclasses.replace(generation, alignment_heads=heads)
     if generation.language is None and generation.task is None:
         # Older files say it by the tokens at the prompt's places.
         pairs = config.get("forced_decoder_ids") or ()
@@ -241,6 +245,7 @@ def _ctranslate2_table() -> Table:
 
 
 CTRANSLATE2_TABLE = _ctranslate2_table()
+_CTRANSLATE2_SETTINGS = {"alignment_heads", "lang_ids", "suppress_ids"}  # in the `config.json` beside a `model.bin`
 
 
 def config_from_ctranslate2(tensors: TensorSource) -> WhisperConfig:
@@ -321,11 +326,26 @@ def _alignment_heads(config: WhisperConfig) -> tuple[tuple[int, int], ...]:
     return tuple((layer, head) for layer in range(layers // 2, layers) for head in range(heads))
 
 
+def _heads_there(listed: Iterable[Any], config: WhisperConfig) -> tuple[tuple[int, int], ...]:
+    """The alignment heads that the decoder has; those of its size if it has none of them.
+
+    Distilled models come with the list of the deeper decoder that they were made from.
+    """
+    pairs = [(int(layer), int(head)) for layer, head in listed]
+    there = [(i, j) for i, j in pairs if i < config.decoder_layers and j < config.decoder_attention_heads]
+    return tuple(there) or _alignment_heads(config)
+
+
+def _languages(config: WhisperConfig) -> int:
+    """How many languages a multilingual vocabulary of this size has."""
+    return _LANGUAGES_OF_51865 + max(0, config.vocab_size - 51865)
+
+
 def _generation_defaults(config: WhisperConfig) -> WhisperGenerationConfig:
     """The ids that follow from the vocabulary's size: end, start, languages, tasks, and so on, in this order."""
     start = config.decoder_start_token_id
     multilingual = config.vocab_size > _ENGLISH_VOCABULARY
-    count = _LANGUAGES_OF_51865 + max(0, config.vocab_size - 51865)
+    count = _languages(config)
     languages = tuple((f"<|{code}|>", start + 1 + i) for i, code in enumerate(list(LANGUAGES)[:count]))
     # An English-only vocabulary has the languages' places too.
     translate = start + 1 + (count if multilingual else _LANGUAGES_OF_51865)
@@ -350,8 +370,44 @@ def _generation_defaults(config: WhisperConfig) -> WhisperGenerationConfig:
 def recognise(path: Path) -> bool:
     """Is this an OpenAI `.pt` file, or a CTranslate2 directory or `model.bin`, of a Whisper model?"""
     if path.is_dir():
-        return (path / "model.bin").is_file() and not _architectures(path) and _is_whisper(path / "model.bin")
+        weights = path / "model.bin"
+        if not weights.is_file():  # a processor was asked for alone; of a hub repository no more is there then
+            return (path / "config.json").is_file() and set(read_json(path / "config.json")) >= _CTRANSLATE2_SETTINGS
+        return not _architectures(path) and _is_whisper(weights)
     return path.suffix in {".pt", ".bin"} and _is_whisper(path)
+
+
+def processor_of_file(path: Path) -> WhisperProcessor:
+    """The processor of an OpenAI file, which holds none: by what lies beside it, else by OpenAI's own package.
+
+    That of a CTranslate2 file lies in its directory.
+
+    Raises:
+        SourceError: if there is no vocabulary.
+    """
+    tensors, folder = open_tensors(path), path if path.is_dir() else path.parent
+    if tensors.format != "pytorch":
+        return WhisperProcessor.from_directory(folder)
+    config = config_from_openai(tensors.metadata["dims"])
+    features = WhisperFeatureExtractor(config.num_mel_bins)
+    if extractor_settings(folder) is not None:
+        features = WhisperFeatureExtractor.from_directory(folder)
+    multilingual = config.vocab_size > _ENGLISH_VOCABULARY
+    languages = _languages(config) if multilingual else None
+    # A `*.tiktoken` does not say how many languages there are.
+    vocabulary = folder / ("multilingual.tiktoken" if multilingual else "gpt2.tiktoken")
+    if vocabulary.is_file():
+        tokenizer = WhisperTokenizer.from_tiktoken(vocabulary, languages, multilingual=multilingual)
+    elif any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        tokenizer = WhisperTokenizer.from_directory(folder)
+    else:
+        tokenizer = WhisperTokenizer.from_openai_package(multilingual, languages)
+    if tokenizer.vocabulary_size != config.vocab_size:
+        raise SourceError(
+            f"The tokenizer beside {path} has {tokenizer.vocabulary_size} tokens and the model {config.vocab_size}; "
+            "they do not belong together."
+        )
+    return WhisperProcessor(features, tokenizer)
 
 
 def _architectures(directory: Path) -> list[str]:
@@ -391,10 +447,9 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
         directory = path if path.is_dir() else path.parent
         if (directory / "config.json").is_file():
             side = read_json(directory / "config.json")
-            heads = side.get("alignment_heads") or generation.alignment_heads
             generation = dataclasses.replace(
                 generation,
-                alignment_heads=tuple((int(layer), int(head)) for layer, head in heads),
+                alignment_heads=_heads_there(side.get("alignment_heads") or (), config),
                 suppress_tokens=tuple(side.get("suppress_ids") or ()),
                 begin_suppress_tokens=tuple(side.get("suppress_ids_begin") or generation.begin_suppress_tokens),
             )

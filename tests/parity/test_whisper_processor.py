@@ -14,7 +14,9 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import audiozoo
 from audiozoo import audio
+from audiozoo.errors import SourceError
 from audiozoo.processors.whisper import WhisperFeatureExtractor, WhisperProcessor
 from audiozoo.text import (
     LANGUAGE_CODES,
@@ -26,6 +28,7 @@ from audiozoo.text import (
 )
 from tests.parity.harness import assert_close, precision
 from tests.text.vocabularies import TEXTS, real_directory
+from tests.weights_conversion import make_whisper_pt
 
 openai = pytest.importorskip("whisper", reason="the package openai-whisper (extra `reference`) is not installed")
 
@@ -258,9 +261,10 @@ def test_the_whole_processor_on_the_same_directory(tmp_path):
     inputs = ours(batch, sampling_rate=16_000, text=["Hello.", "Guten Tag!"])
     expected = theirs(batch, sampling_rate=16_000, text=["Hello.", "Guten Tag!"])
     assert set(inputs) == set(expected)
-    assert inputs["labels"] == expected["labels"]
+    labels = [row[row != -100].tolist() for row in inputs["labels"]]
+    assert labels == expected["labels"]
     assert_close(inputs["input_features"], expected["input_features"], kind="features by torch.stft")
-    assert ours.batch_decode(inputs["labels"], skip_special_tokens=True) == theirs.batch_decode(
+    assert ours.batch_decode(labels, skip_special_tokens=True) == theirs.batch_decode(
         expected["labels"], skip_special_tokens=True
     )
     # What transformers writes today, we read.
@@ -269,6 +273,31 @@ def test_the_whole_processor_on_the_same_directory(tmp_path):
     assert vars(again.feature_extractor) == vars(ours.feature_extractor)
     for text in TEXTS:
         assert again.tokenizer.encode(text) == theirs.tokenizer.encode(text)
+
+
+def test_the_processor_of_an_openai_file(tmp_path):
+    """Its `dims` say which vocabulary is its, with how many languages."""
+    dims = make_whisper_pt.DIMS | {"n_mels": 128, "n_vocab": 51866}
+    state = {"encoder.positional_embedding": torch.zeros(7, 8)}
+    file = tmp_path / "turbo.pt"
+    torch.save({"dims": dims, "model_state_dict": state}, file)
+    theirs = openai.tokenizer.get_tokenizer(True, num_languages=100)
+    assets = Path(openai.__file__).parent / "assets"
+    for beside in ((), ("gpt2.tiktoken", "multilingual.tiktoken")):
+        for name in beside:
+            shutil.copy(assets / name, tmp_path)
+        ours = audiozoo.load_processor(file)
+        assert ours.feature_extractor.feature_size == 128
+        assert sorted(ours.tokenizer.all_language_tokens) == sorted(theirs.all_language_tokens)
+        assert (ours.tokenizer.transcribe, ours.tokenizer.timestamp_begin) == (
+            theirs.transcribe,
+            theirs.timestamp_begin,
+        )
+    real = real_directory() / "tokenizer.json"
+    (tmp_path / "multilingual.tiktoken").unlink()
+    shutil.copy(real, tmp_path)
+    with pytest.raises(SourceError, match="51864 tokens and the model 51866"):
+        audiozoo.load_processor(file)
 
 
 # ---------------------------------------------------------------------------------------------------------- normalisers

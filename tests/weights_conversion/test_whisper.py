@@ -196,6 +196,14 @@ def test_a_directory_without_generation_settings(exported, model):
     assert ids.decoder_start_token_id == model.config.decoder_start_token_id
 
 
+def test_heads_of_layers_that_distilling_took_away(exported, model):
+    path = exported / "generation_config.json"
+    settings = json.loads(path.read_text())
+    for listed, kept in (([[0, 3], [7, 0]], ((0, 3),)), ([[7, 0], [25, 6]], tuple((0, head) for head in range(4)))):
+        path.write_text(json.dumps(settings | {"alignment_heads": listed}))
+        assert audiozoo.load(exported).generation_config.alignment_heads == kept
+
+
 def test_a_whole_checkpoint_loads_as_its_parts(exported, model):
     bare = audiozoo.load(exported, model_class="WhisperModel")
     draft = audiozoo.load(exported, model_class="WhisperForCausalLM")
