@@ -162,6 +162,8 @@ def test_tagging(items, waves):
     targets = np.asarray([[1, 1], [1, 1], [0, 1], [1, 0]])
     assert (result.task, set(result.metrics)) == ("tagging", {"map"})
     assert result.metrics["map"] == pytest.approx(metrics.mean_average_precision(targets, scores))
+    with pytest.raises(UsageError, match="and ASTForAudioClassification the whole"):
+        evaluate(model, processor, with_fields(items, tags, "labels"), crops=3)
 
 
 def test_sounds_and_words(items):

@@ -15,7 +15,7 @@ from audiozoo.audio import files as audio
 from audiozoo.errors import AudioError, SourceError, UsageError
 from audiozoo.text.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 from audiozoo.training import metrics
-from audiozoo.training.data import Item
+from audiozoo.training.data import Item, labels_of
 
 MATCHER = "laion/clap-htsat-unfused"
 Row = dict[str, Any]  # of a prediction; names that begin with _ are for scoring only
@@ -290,14 +290,6 @@ class Translation(Transcription):
 # --- classes ---------------------------------------------------------------------------------------------------------
 
 
-def _labels(given: Any, names: Sequence[str]) -> list[str]:
-    """Labels as a list; a text that is no label itself is several with commas between."""
-    if isinstance(given, list | tuple):
-        return [str(label) for label in given]
-    text = str(given)
-    return [text] if text in names or "," not in text else [part.strip() for part in text.split(",")]
-
-
 @dataclass
 class Classification(Task):
     """One class of several: accuracy, and mAP over the classes.
@@ -331,9 +323,12 @@ class Classification(Task):
 
     def prepare(self, items: Sequence[Item], wanted: Sequence[Any]) -> None:
         """See `Task`."""
+        kind = _kind(self.model)
+        if self.crops != 1 and (self.crops < 1 or not kind.endswith("ForSequenceClassification")):
+            raise UsageError(f"crops is {self.crops}: a speech encoder hears one or more, and {kind} the whole.")
         self._names = self.names()
         for item, given in zip(items, wanted, strict=True):
-            labels = _labels(given, self._names)
+            labels = labels_of(given, self._names)
             if unknown := [label for label in labels if label not in self._names]:
                 few = f"it has {len(self._names)}, from {self._names[0]} to {self._names[-1]}"
                 raise UsageError(f"The model has no label {unknown[0]!r}, which {item.name} is of; {few}.")
@@ -373,7 +368,7 @@ class Classification(Task):
     def score(self, rows: Sequence[Row]) -> dict[str, float]:
         """See `Task`."""
         scores = np.stack([row["_scores"] for row in rows])
-        labels = [_labels(row["label"], self._names) for row in rows]
+        labels = [labels_of(row["label"], self._names) for row in rows]
         targets = np.asarray([[name in given for name in self._names] for given in labels])
         found = {"map": metrics.mean_average_precision(targets, scores)}
         if self.name == "tagging":
@@ -445,7 +440,7 @@ class ZeroShot(Classification):
 
         if "{}" not in self.template:
             raise UsageError(f"The template {self.template!r} has no {{}} where the label goes.")
-        found = {label for given in wanted for label in _labels(given, [str(given)])}
+        found = {label for given in wanted for label in labels_of(given, [str(given)])}
         self._given = sorted(found) if self.labels is None else [str(label) for label in self.labels]
         super().prepare(items, wanted)
         words = [self.template.replace("{}", name.replace("_", " ")) for name in self._given]

@@ -147,13 +147,14 @@ _GAN = Settings(
 )
 _AST = Settings(
     source="AST, its authors' run_esc.sh, ESC-50 from AudioSet's weights (`ASTRecipe.esc50`): Adam, 1e-5, times 0.85 a "
-    "pass from the fifth on, 25 passes of 1,600 recordings, 48 an update",
+    "pass after the fifth, 25 passes of 1,600 recordings, 48 an update",
     steps=825,
     batch_size=48,
     learning_rate=1e-5,
     schedule="stairs",
     decay=0.85,
     decay_steps=33,
+    decay_start=4 * 33,
     optimizer="adam",
     beta1=0.95,
     seconds=10.24,
@@ -409,6 +410,7 @@ ROWS = [
         _AST,
         "esc50",
         new=_AST_HEAD,
+        config={"problem_type": "single_label_classification"},
     ),
     Recipe(
         "ast_tagging",
@@ -424,9 +426,11 @@ ROWS = [
             warmup=1000,
             decay=0.5,
             decay_steps=166_000,
+            decay_start=166_000,
         ),
         "audioset_10_10",
         new=_AST_HEAD,
+        config={"problem_type": "multi_label_classification"},
     ),
     Recipe(
         "clap",

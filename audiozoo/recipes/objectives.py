@@ -25,7 +25,7 @@ from audiozoo.models import audio_spectrogram_transformer as ast
 from audiozoo.models import clap, encodec, hifigan, unispeech_sat, vits, wav2vec2, wavlm
 from audiozoo.processors import zero_mean_unit_variance
 from audiozoo.recipes.settings import Settings
-from audiozoo.training.data import Example, Item, Padding
+from audiozoo.training.data import Example, Item, Padding, labels_of
 from audiozoo.training.loop import Loss, Phase, Task, Turn
 from audiozoo.training.parameters import Trainable
 
@@ -300,21 +300,26 @@ class Pretraining(Objective):
 # --- classification --------------------------------------------------------------------------------------------------
 
 
+def labels_in(fields: Fields, names: Sequence[str], several: bool) -> list[str] | None:
+    """What a recording's `label` or `labels` say, the latter first where there may be `several`; None without."""
+    keys = ("labels", "label") if several else ("label", "labels")
+    given = next((fields[key] for key in keys if fields.get(key) is not None), None)
+    if given is None:
+        return None
+    return labels_of(given, names) if several or isinstance(given, list | tuple) else [str(given)]
+
+
 def _targets(config: Any, fields: Fields, several: bool) -> np.ndarray:
-    label = fields.get("label")
-    if label is None:
-        raise UsageError("This recipe learns labels, and a recording has none.")
     names = list(config.id2label)
-    if isinstance(label, list):
-        given = label
-    elif several and str(label) not in names:  # several with commas between; a name may have a comma itself
-        given = [part.strip() for part in str(label).split(",")]
-    else:
-        given = [label]
-    unknown = [str(name) for name in given if str(name) not in names]
+    given = labels_in(fields, names, several)
+    if given is None or not (given or several):
+        raise UsageError("This recipe learns labels, and a recording has none.")
+    if len(given) > 1 and not several:
+        raise UsageError(f"This recipe learns one label of a recording, and one has {len(given)}: {', '.join(given)}.")
+    unknown = [name for name in given if name not in names]
     if unknown:
         raise UsageError(f"The model has no label {unknown[0]!r}; it has {len(names)}, from {names[0]} to {names[-1]}.")
-    index = [names.index(str(name)) for name in given]
+    index = [names.index(name) for name in given]
     if not several:
         return np.asarray(index[0], np.int32)
     return np.isin(np.arange(len(names)), index).astype(np.float32)

@@ -27,7 +27,7 @@ from audiozoo.processors.audio_spectrogram_transformer import ASTFeatureExtracto
 from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor
 from audiozoo.recipes import Recipe
 from audiozoo.recipes.generation import Languages
-from audiozoo.recipes.objectives import CTC, Pretraining, Spectrogram, Utterance, Vocoder
+from audiozoo.recipes.objectives import CTC, Contrastive, Pretraining, Spectrogram, Utterance, Vocoder, labels_in
 from audiozoo.recipes.settings import Settings
 from audiozoo.training import hosts
 from audiozoo.training.checkpointing import Checkpoints
@@ -178,6 +178,8 @@ def build(
     base = _named(recipe, size) if model is None else model.config
     base = _changed(base, changes, f"field of {type(base).__name__}")
     processor = _of_size(processor, base) if processor else _new_processor(recipe, base)
+    if isinstance(recipe.objective, Contrastive):
+        _check_fusion(processor.feature_extractor, numbers.seconds)
     changes = _learnt(recipe, items, processor, base) | changes
     base = _changed(base, changes, f"field of {type(base).__name__}")
     if model is None:
@@ -263,6 +265,14 @@ def _check_mesh(mesh: Mesh | None, batch_size: int) -> None:
         )
 
 
+def _check_fusion(extractor: Any, seconds: float) -> None:
+    if extractor.truncation == "fusion" and seconds <= extractor.max_length_s:
+        raise UsageError(
+            f"This CLAP fuses what is longer than {extractor.max_length_s} s, and recordings are cut to {seconds:g} s, "
+            "so that it would learn no fusion: set seconds to the longest that it shall hear."
+        )
+
+
 def _new_processor(recipe: Recipe, config: Any) -> Any:
     """The processor of a model that begins with nothing, as far as it can be known."""
     paper = registry.paper(recipe.paper)
@@ -311,13 +321,7 @@ def _learnt(recipe: Recipe, items: Sequence[Item], processor: Any, config: Any) 
         return {name: value for name, value in found.items() if getattr(config, name) != value}
     if isinstance(recipe.objective, Utterance | Spectrogram):
         several = isinstance(recipe.objective, Spectrogram) and recipe.objective.several
-        names: set[str] = set()
-        for item in items:
-            label = item.fields.get("label")
-            if label is not None:
-                names |= set(
-                    map(str, label if isinstance(label, list) else str(label).split(",") if several else [label])
-                )
+        names = {name for item in items for name in labels_in(item.fields, config.id2label, several) or ()}
         if not names:
             raise UsageError("This recipe learns labels, and no recording has one.")
         if not names <= set(config.id2label):

@@ -31,6 +31,7 @@ class Settings:
         hold: share of the steps at the highest rate (tri_stage).
         decay: see `schedule`.
         decay_steps: see `schedule`.
+        decay_start: steps, warm-up included, from which on `decay_steps` are counted.
         optimizer: "adamw", "adam", "adafactor", or "dadapt_adamw", which finds its rate by itself: D-Adaptation (arXiv
             2301.07733), whose learning rate is a factor.
         beta1: of Adam.
@@ -54,6 +55,7 @@ class Settings:
     hold: float = 0.4
     decay: float = 1.0
     decay_steps: int = 1
+    decay_start: int = 0
     optimizer: str = "adamw"
     beta1: float = 0.9
     beta2: float = 0.999
@@ -97,7 +99,8 @@ class Settings:
             fall = optax.exponential_decay(peak, down, 0.05, end_value=0.05 * peak)
             after = optax.join_schedules([optax.constant_schedule(peak), fall], [hold])
         elif self.schedule in ("exponential", "stairs"):
-            after = optax.exponential_decay(peak, self.decay_steps, self.decay, staircase=self.schedule == "stairs")
+            level, stairs = max(self.decay_start - warmup, 0), self.schedule == "stairs"
+            after = optax.exponential_decay(peak, self.decay_steps, self.decay, level, staircase=stairs)
         else:
             after = optax.constant_schedule(peak)
         if not warmup:

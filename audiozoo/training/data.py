@@ -241,6 +241,14 @@ def _seconds(fields: Mapping[str, Any]) -> float | None:
     return None
 
 
+def labels_of(given: Any, names: Sequence[str]) -> list[str]:
+    """Labels as a list; a text that is none of `names` is several with commas between."""
+    if isinstance(given, list | tuple):
+        return [str(label) for label in given]
+    text = str(given)
+    return [text] if text in names or "," not in text else [part.strip() for part in text.split(",")]
+
+
 # --- one example, one batch ------------------------------------------------------------------------------------------
 
 Example = dict[str, np.ndarray]

@@ -29,6 +29,8 @@ from audiozoo.models import encodec, hifigan, whisper
 from audiozoo.models.audio_spectrogram_transformer import ASTRecipe
 from audiozoo.models.musicgen import MusicgenRecipe
 from audiozoo.models.wav2vec2 import Wav2Vec2Config
+from audiozoo.processors.audio_spectrogram_transformer import ASTFeatureExtractor
+from audiozoo.processors.clap import ClapFeatureExtractor
 from audiozoo.processors.seamless_m4t import SeamlessM4TFeatureExtractor
 from audiozoo.processors.speech_to_text import Speech2TextFeatureExtractor
 from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
@@ -150,6 +152,8 @@ def test_the_table_is_whole():
         # Speech2Text2 is a decoder; it is trained behind an encoder, by a class of XLS-R's.
         assert row.model_class in paper.classes or row.name == "speech_to_text_2"
         assert row.size in paper.sizes
+        judged = getattr(getattr(row.objective, "recipe", None), "problem_type", None)
+        assert row.config.get("problem_type") == judged  # which the trained model's scores follow
     with pytest.raises(UsageError, match="did you mean wav2vec2_ctc"):
         recipe("wav2vec2-ctx")
 
@@ -174,6 +178,11 @@ def test_schedules():
     np.testing.assert_allclose(rates([0, 50, 100], schedule="cosine"), [1, 0.5, 0], atol=1e-6)
     np.testing.assert_allclose(rates([0, 5, 9, 10], schedule="stairs", decay=0.5, decay_steps=5), [1, 0.5, 0.5, 0.25])
     np.testing.assert_allclose(rates([5], schedule="exponential", decay=0.25, decay_steps=10), [0.5])
+    for name, theirs, steps in (("ast", ASTRecipe.esc50(), 33), ("ast_tagging", ASTRecipe.audioset(), 166_000)):
+        passes = steps * np.arange(1, 6 if name == "ast_tagging" else 25)
+        ours, paper = recipe(name).settings.rate(), theirs.schedule(steps)
+        for step in (*passes, *(passes - 1)):
+            np.testing.assert_allclose(ours(int(step)), paper(int(step)), rtol=1e-5, err_msg=f"{name}, step {step}")
     np.testing.assert_allclose(rates([0, 3, 15], schedule="inverse_sqrt", warmup=4), [0.25, 1, 0.5])
     assert set(SCHEDULES) == {"constant", "linear", "tri_stage", "cosine", "exponential", "inverse_sqrt", "stairs"}
     for wrong in ({"schedule": "zigzag"}, {"optimizer": "sgd"}):
@@ -358,6 +367,12 @@ def test_rare_sounds_are_drawn_more_often():
     odds = recipe("ast_tagging").objective.odds(config, items)
     np.testing.assert_allclose(odds, [rain, whispered, rain + owl, rain + whispered, rain])
     assert recipe("ast").objective.odds(config, items) is None
+    assert run._learnt(recipe("ast_tagging"), items, None, config) == {}
+    more = [*items, Item("6", Path("x.wav"), 1.0, {"label": "a folder", "labels": ["fox"]})]
+    assert run._learnt(recipe("ast_tagging"), more, None, config) == {"id2label": ("fox", "owl", *names[:2])}
+    assert run._learnt(recipe("ast"), more[-1:], None, config) == {"id2label": ("a folder",)}
+    with pytest.raises(UsageError, match="one label of a recording, and one has 2: rain, speech, whispered"):
+        recipe("ast").objective.prepare(ASTFeatureExtractor(), config, np.zeros(9), items[3].fields, None)
     alone = dataclasses.replace(recipe("ast").objective, recipe=ASTRecipe(problem_type="single_label_classification"))
     np.testing.assert_allclose(alone.odds(config, items[:2]), [1000 / 1.01] * 2)
 
@@ -467,9 +482,10 @@ def test_spectrograms_are_as_large_as_the_model_reads(corpus):
     """A new AST's processor follows its configuration; a checkpoint's positions are cut, its processor with them."""
     row, model, processor = tiny.small(recipe("ast"))
     items, settings = find_items(corpus), {"batch_size": 2}
-    config = {n: v for n, v in vars(model.config).items() if n != "id2label"}
+    config = {n: v for n, v in vars(model.config).items() if n not in ("id2label", "problem_type")}
     new = run.build(row, items, config=config, settings=settings)
     assert (new.processor.max_length, new.processor.num_mel_bins) == (48, 16)
+    assert new.model.config.problem_type == row.objective.recipe.problem_type
     shorter = run.build(
         row,
         items,
@@ -526,6 +542,7 @@ def test_what_cannot_be_trained_says_so(corpus, tmp_path):
     ctc, ast = recipe("wav2vec2_ctc"), recipe("ast")
     bare = [dataclasses.replace(item, fields={}) for item in items]
     _, model, processor = tiny.small(ctc)
+    fusing = SimpleNamespace(feature_extractor=ClapFeatureExtractor(max_length_s=2, truncation="fusion"))
     for match, call in {
         "no setting of a recipe": lambda: run.build(ctc, items, settings={"rate": 1}),
         "no field of Wav2Vec2Config": lambda: run.build(ctc, items, config={"width": 1}),
@@ -533,6 +550,7 @@ def test_what_cannot_be_trained_says_so(corpus, tmp_path):
         "recordings with texts": lambda: run.build(ctc, bare),
         "no recording has one": lambda: run.build(ast, bare),
         "has no vocabulary": lambda: run.build(recipe("whisper"), items),
+        "would learn no fusion": lambda: run.build(recipe("clap"), items, processor=fusing, settings={"seconds": 2}),
     }.items():
         with pytest.raises(UsageError, match=match):
             call()
