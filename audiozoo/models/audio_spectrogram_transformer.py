@@ -59,6 +59,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from audiozoo.audio.features import covering
+from audiozoo.audio.files import check_waveform
 from audiozoo.errors import UsageError
 from audiozoo.layers import (
     Dropout,
@@ -599,7 +600,7 @@ def _pooled(model: ASTModel, input_values: jax.Array) -> jax.Array:
 
 def _inputs(processor: Any, audio: Any, sampling_rate: int) -> list[jax.Array]:
     """Features of windows that cover a recording."""
-    pieces = covering(np.asarray(audio), processor.samples)
+    pieces = covering(check_waveform(audio), processor.samples)
     return [jnp.asarray(processor(piece, sampling_rate=sampling_rate)["input_values"]) for piece in pieces]
 
 
@@ -617,6 +618,9 @@ def embed(
         processor: of the same checkpoint.
         audio: mono waveform in [-1, 1]; covered by windows as in `classify`.
         sampling_rate: Hz of `audio`, to be checked.
+
+    Raises:
+        AudioError: as the processor.
     """
     encoder = getattr(model, "audio_spectrogram_transformer", model)
     rows = [_pooled(encoder, x)[0] for x in _inputs(processor, audio, sampling_rate)]
@@ -647,6 +651,10 @@ def classify(
 
     Returns:
         Labels and their scores.
+
+    Raises:
+        AudioError: as the processor.
+        UsageError: for a `top` below 1.
     """
     if top < 1:
         raise UsageError(f"top is {top}; at least one label is to be named.")

@@ -67,6 +67,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from audiozoo.audio.features import covering
+from audiozoo.audio.files import check_waveform
 from audiozoo.configs import restore_parts
 from audiozoo.errors import UsageError
 from audiozoo.layers import Conv1d, Dropout, LayerNorm, Linear, activation, promote
@@ -1060,8 +1061,11 @@ def embed_audio(
         processor: of the same checkpoint.
         audio: mono waveform in [-1, 1].
         sampling_rate: Hz of `audio`, to be checked.
+
+    Raises:
+        AudioError: as the processor.
     """
-    audio = np.asarray(audio)
+    audio = check_waveform(audio)
     fuses, window = model.config.audio_config.enable_fusion, processor.feature_extractor.nb_max_samples
     total = np.zeros(model.config.projection_dim)
     for piece in [audio] if fuses else covering(audio, window):
@@ -1073,7 +1077,8 @@ def embed_audio(
 
 def embed_text(model: ClapModel, processor: Any, texts: Sequence[str]) -> Float[np.ndarray, "texts dim"]:
     """§4.2: texts' places on the sphere, one by one and padded to 77 tokens as in training: nothing compiles anew."""
-    inputs = processor(text=list(texts), padding="max_length", truncation=True, max_length=77)
+    length = min(77, model.config.text_config.longest_text)
+    inputs = processor(text=list(texts), padding="max_length", truncation=True, max_length=length)
     rows = [
         _text_features(model, jnp.asarray(ids[None]), jnp.asarray(mask[None]))
         for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)

@@ -275,7 +275,10 @@ class ClapFeatureExtractor(FeatureExtractor):
         }
 
     def in_jax(self, waveforms: Float[Array, "batch time"]) -> Float[Array, "batch views frames mels"]:
-        """The same for waveforms of one length, up to ten seconds, inside `jax.jit` and in their own dtype."""
+        """Spectrograms of waveforms as they are, neither filled nor cut, inside `jax.jit` and in their own dtype.
+
+        A model stretches what has fewer frames than ten seconds: see `fill`.
+        """
         if self.quantize:
             waveforms = jnp.trunc(jnp.clip(waveforms, -1, 1) * 32767) / 32767
         mel = log_mel_db(waveforms, **self._settings(self.truncation))[:, None]
@@ -356,11 +359,13 @@ class ClapProcessor:
             `input_ids` and `attention_mask` of text, `input_features` and `is_longer` of audio.
 
         Raises:
-            UsageError: without text and audio.
+            UsageError: without text and audio, or for an option of audio that is not there.
         """
         check_return_tensors(return_tensors)
         if text is None and audio is None:
             raise UsageError("Give the processor text, audio, or both.")
+        if audio is None and options:
+            raise UsageError(f"{next(iter(options))!r} is an option of audio, and no audio was given.")
         inputs: dict[str, np.ndarray] = {}
         if text is not None:
             inputs |= self.tokenizer(text, padding=padding, truncation=truncation, max_length=max_length)

@@ -331,6 +331,9 @@ def test_training_learns_and_classify_tells(tmp_path):
     assert all(0 <= score <= 1 for score in single.values())
     with pytest.raises(UsageError, match="top is 0"):
         ast.classify(trained, processor, long, top=0)
+    for listen in (ast.classify, ast.embed):
+        with pytest.raises(AudioError, match="2 channels"):
+            listen(trained, processor, np.zeros((2, 9_000), np.float32))
 
     audiozoo.save(trained, tmp_path / "native")
     back = audiozoo.load(tmp_path / "native")

@@ -39,7 +39,7 @@ TEXT = roberta.RobertaConfig(
     num_hidden_layers=1,
     num_attention_heads=2,
     intermediate_size=32,
-    max_position_embeddings=80,
+    max_position_embeddings=60,  # fewer than the 77 that texts are padded to where they fit
     hidden_dropout_prob=0.0,
     attention_probs_dropout_prob=0.0,
 )
@@ -135,8 +135,10 @@ def test_mistakes_get_a_sentence():
         model.audio_model.tag(x["input_features"])
     with pytest.raises(UsageError, match="not pairs"):
         jax.eval_shape(lambda: model(x["input_ids"][:1], x["input_features"], return_loss=True))
-    with pytest.raises(UsageError, match="79 tokens"):
-        model.get_text_features(jnp.zeros((1, 79), jnp.int32))
+    with pytest.raises(UsageError, match="59 tokens"):
+        model.get_text_features(jnp.zeros((1, 59), jnp.int32))
+    with pytest.raises(AudioError, match="2 channels"):
+        clap.embed_audio(model, tiny_processor(), np.zeros((2, RATE), np.float32), sampling_rate=RATE)
     for wrong, words in (
         ({"top": 0}, "top is 0"),
         ({"labels": []}, "no label"),
@@ -434,6 +436,8 @@ def test_processor_mistakes(tmp_path):
     processor = tiny_processor()
     with pytest.raises(UsageError, match="text, audio, or both"):
         processor()
+    with pytest.raises(UsageError, match="'audios' is an option of audio"):
+        processor(text="a dog", audios=sound("low", 0))
     with pytest.raises(UsageError, match="crops"):
         processor(audio=sound("low", 0), sampling_rate=RATE, crops="best")
     with pytest.raises(UsageError, match="truncation"):
