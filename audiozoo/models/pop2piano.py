@@ -537,6 +537,7 @@ def arrange(
     batch_size: int = 16,
     beats: Float[np.ndarray, " beats"] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    key: jax.Array | None = None,
     **options: Any,
 ) -> Any:
     """§5: a song's piano cover.
@@ -553,13 +554,20 @@ def arrange(
         batch_size: segments at a time.
         beats: times of the beats in seconds, if they are known; tracked otherwise.
         progress: called with the segments done and the segments in all.
+        key: randomness for `do_sample=True`, other for each batch of segments.
         options: of `generate`.
 
     Returns:
         A `pretty_midi.PrettyMIDI`; its times are those of the song.
+
+    Raises:
+        UsageError: for an unknown style or option, or one that makes more than tokens of one score.
     """
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}; at least one segment has to be arranged at a time.")
+    several = sorted(set(options) & {"num_return_sequences", "return_dict_in_generate"})
+    if several:
+        raise UsageError(f"arrange makes one score of a song; {several[0]} is an option of generate alone.")
     inputs = processor(audio=song, sampling_rate=sampling_rate, beats=beats)
     features = inputs["input_features"]
     count, frames = features.shape[:2]
@@ -570,7 +578,8 @@ def arrange(
         batch = np.zeros((batch_size, padded, features.shape[2]), features.dtype)
         mask = np.zeros((batch_size, padded), np.int32)
         batch[: len(part), :frames], mask[: len(part), :frames] = part, 1
-        rows = model.generate(jnp.asarray(batch), jnp.asarray(mask), composer, **options)
+        own = None if key is None else jax.random.fold_in(key, start)
+        rows = model.generate(jnp.asarray(batch), jnp.asarray(mask), composer, key=own, **options)
         tokens.append(np.asarray(rows)[: len(part)])
         if progress is not None:
             progress(min(start + batch_size, count), count)

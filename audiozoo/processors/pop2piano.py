@@ -456,13 +456,15 @@ class Pop2PianoProcessor:
             audio: see `Pop2PianoFeatureExtractor.__call__`, which takes `options` too.
             sampling_rate: Hz of `audio`.
             notes: see `Pop2PianoTokenizer.encode`.
-            options: passed on.
+            options: passed on with the audio.
 
         Raises:
-            UsageError: without audio and notes.
+            UsageError: without audio and notes, or for an option of audio that is not there.
         """
         if audio is None and notes is None:
             raise UsageError("Give the processor audio, notes, or both.")
+        if audio is None and options:
+            raise UsageError(f"{next(iter(options))!r} is an option of audio, and no audio was given.")
         result = {} if audio is None else self.feature_extractor(audio, sampling_rate, **options)
         if notes is not None:
             result["token_ids"] = self.tokenizer.encode(notes)

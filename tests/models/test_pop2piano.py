@@ -163,8 +163,9 @@ def test_mistakes_get_a_sentence(model):
         jax.eval_shape(lambda: model(x))
     with pytest.raises(UsageError, match="input_features, or"):
         model(labels=jnp.zeros((1, 2), jnp.int32))
-    with pytest.raises(UsageError, match="batch_size is 0"):
-        pop2piano.arrange(model, tiny_processor(), clicks(3), sampling_rate=RATE, batch_size=0)
+    for options, words in (({"batch_size": 0}, "batch_size is 0"), ({"num_return_sequences": 2}, "makes one score")):
+        with pytest.raises(UsageError, match=words):
+            pop2piano.arrange(model, tiny_processor(), clicks(3), sampling_rate=RATE, **options)
 
 
 def notes_for_every_segment(monkeypatch) -> set[tuple[int, ...]]:
@@ -196,6 +197,20 @@ def test_a_long_song_in_flat_memory(model, monkeypatch):
     # Segment i begins at beat 4 i; the first note one half beat later, for a whole beat.
     np.testing.assert_allclose([n.start for n in notes[:90]], 0.25 + 2.0 * np.arange(90) + 0.25, atol=1e-3)
     np.testing.assert_allclose([n.end for n in notes[:90]], 0.25 + 2.0 * np.arange(90) + 0.75, atol=1e-3)
+
+
+def test_batches_of_segments_are_drawn_by_keys_of_their_own(model, monkeypatch):
+    """Else the first segment of every batch would be drawn alike."""
+    keys = []
+
+    def generate(self, features, *arguments, key, do_sample):
+        keys.append(tuple(np.asarray(jax.random.key_data(key))))
+        return np.zeros((len(features), 1), int)
+
+    monkeypatch.setattr(pop2piano.Pop2PianoForConditionalGeneration, "generate", generate)
+    given = {"sampling_rate": RATE, "beats": np.arange(0.25, 15.9, 0.5), "batch_size": 2, "do_sample": True}
+    pop2piano.arrange(model, tiny_processor(), clicks(16.0), key=jax.random.key(0), **given)
+    assert len(set(keys)) == len(keys) == 5
 
 
 EIGHT = """
@@ -362,6 +377,7 @@ def test_notes_of_midi_hold_with_the_pedal():
     ("call", "kind", "message"),
     [
         (lambda p: p(), UsageError, "audio, notes, or both"),
+        (lambda p: p(notes=[[0, 2, 60, 77]], beats=[0.3, 1.0]), UsageError, "'beats' is an option of audio"),
         (lambda p: p(clicks(3)), UsageError, "sampling_rate"),
         (lambda p: p(np.zeros(0, np.float32), RATE), AudioError, "empty"),
         (lambda p: p(np.zeros((4000, 2), np.float32), RATE), AudioError, "channel|dimension"),
