@@ -28,7 +28,7 @@ from audiozoo.recipes import run as recipes
 from tests import processes
 from tests.models.tiny_vits import PLAIN, build
 from tests.test_cli import Run, assert_refused
-from tests.weights_conversion.test_readers import write_pt
+from tests.weights_conversion.pytorch_files import write_pt
 from weights_conversion.vits import original_table, processor_of_file
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -135,6 +135,8 @@ class Synthesizer:
         if durations is None:
             lasting = np.asarray(predicted)
         else:
+            if np.size(durations) != time:
+                raise UsageError(f"There are {np.size(durations)} durations for {time} symbols.")
             lasting = np.zeros((1, size), np.float32)
             lasting[0, :time] = np.asarray(durations).reshape(-1)
         seconds = float(lasting.sum()) * config.hop_length / config.sampling_rate
@@ -200,7 +202,12 @@ class Synthesizer:
 
         Each piece is decoded with the frames around it that have a part in it (`HifiGanConfig.receptive_frames`), so
         that the pieces laid end to end are the whole.
+
+        Raises:
+            UsageError: for symbols or a voice that the model does not have, or pieces of no frame.
         """
+        if chunk_frames < 1:
+            raise UsageError(f"A piece has at least 1 frame, not {chunk_frames}.")
         prior, lasting, speaker = self._prior(
             input_ids, speaker_id, speaking_rate, noise_scale_duration, duration_noise, durations, key
         )

@@ -194,14 +194,21 @@ class SpeechAndText(Objective):
         pad = processor.tokenizer.pad_token_id
 
         def loss(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
-            model, keys = networks["model"], jax.random.split(turn.key)  # type: ignore[arg-type]
-            temperature = wav2vec2.gumbel_temperature(turn.step)
+            model, temperature = networks["model"], wav2vec2.gumbel_temperature(turn.step)
+            keys: Any = jax.random.split(turn.key)  # type: ignore[arg-type]
+            hidden: Any = None
+            if not turn.training:  # what is hidden is drawn all the same, and nothing else
+                prenet, present = model.speech_encoder_prenet, batch["attention_mask"]
+                frames = prenet.frame_lengths(present.shape[1])
+                hidden, _ = prenet.draw_masks(keys[0], len(present), frames, prenet.frame_mask(present, frames))
+                keys = (None, None)
             spoken = model.speech(
                 batch["input_values"],
                 batch["attention_mask"],
                 batch["units"],
                 batch["spectrogram"],
                 speaker_embeddings=batch["speaker_embeddings"],
+                mask_time_indices=hidden,
                 temperature=temperature,
                 key=keys[0],
             )

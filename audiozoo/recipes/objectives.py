@@ -487,6 +487,19 @@ def _keep_scales() -> optax.GradientTransformation:
 # --- generators and their judges -------------------------------------------------------------------------------------
 
 
+def _speaker(fields: Fields, named: Mapping[str, int], voices: int) -> int:
+    """The voice of a recording, by its number or name; the first one if that is not said.
+
+    Raises:
+        UsageError: if the model has no such voice.
+    """
+    given = str(fields.get("speaker_id", 0))
+    number = str(named.get(given, given))
+    if not number.isdecimal() or int(number) >= voices:
+        raise UsageError(f"The speaker_id of a recording is {given!r}; the model has voices 0 to {voices - 1}.")
+    return int(number)
+
+
 @dataclass(frozen=True)
 class Voice(Objective):
     """VITS, §2.4: text, recording and segments of it; then the judge's turn on the same segments.
@@ -499,7 +512,6 @@ class Voice(Objective):
     segment_frames: int = 32
     num_mels: int = 80
     judge: Mapping[str, Any] = field(default_factory=dict)
-    evaluation_key: bool = field(default=True, kw_only=True)
 
     def padding(self, processor: Any) -> dict[str, Padding]:
         """See `Objective`."""
@@ -514,7 +526,7 @@ class Voice(Objective):
         example |= {"waveform": waveform[: len(waveform) // hop * hop]}
         example["waveform_lengths"] = np.asarray(len(example["waveform"]), np.int32)
         if config.num_speakers > 1:
-            example["speaker_id"] = np.asarray(int(fields.get("speaker_id", 0)), np.int32)
+            example["speaker_id"] = np.asarray(_speaker(fields, processor.speakers, config.num_speakers), np.int32)
         return example
 
     def task(self, model: Any, processor: Any, settings: Settings, trainable: Trainable, dtype: Any = None) -> Task:
@@ -544,7 +556,7 @@ class Voice(Objective):
             Phase("generator", generate, settings.transformation(), trainable),
             Phase("judge", judge, settings.transformation()),
         ]
-        return Task({"generator": model, "judge": discriminator}, phases, evaluation_key=True)
+        return Task({"generator": model, "judge": discriminator}, phases)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ def overfit(name: str, corpus: str) -> dict[str, Any]:
     before = {name: np.asarray(leaf[...]) for name, leaf in audiozoo.loading.variables(model).items()}
     trainer, batch = ready.trainer, ready.batches(items, buckets=1).batch(0)
     state, watched = trainer.init(), WATCHED.get(name, "loss")
+    at_first = jax.tree.map(np.array, state.params)
     first, again = (trainer.evaluate(state, [batch]) for _ in range(2))
     finite = True
     for step in range(STEPS):
@@ -58,12 +59,14 @@ def overfit(name: str, corpus: str) -> dict[str, Any]:
             equal = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), state, resumed)
     trained = {n: np.asarray(leaf[...]) for n, leaf in audiozoo.loading.variables(ready.trained(state)).items()}
     moved = [n for n in before if not np.array_equal(before[n], trained[n])]
+    still = [n for n in at_first if jax.tree.all(jax.tree.map(np.array_equal, at_first[n], state.params[n]))]
     return {
         "before": first[watched],
         "after": trainer.evaluate(state, [batch])[watched],
         "deterministic": first == again,
         "finite": finite,
         "moved": len(moved),
+        "networks_that_stood_still": [n for n in still if at_first[n]],
         "of": len(before),
         "frozen_that_moved": [n for n in moved if row.settings.frozen and re.search(row.settings.frozen, n)],
         "resumed": all(jax.tree.leaves(equal)) if name == RESUMED else None,

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 import audiozoo
 from audiozoo.cli import app
 from audiozoo.errors import AudioError, AudiozooError, CheckpointError, UsageError
+from audiozoo.layers import Dropout
 from audiozoo.loading import variables
 from audiozoo.models import audio_spectrogram_transformer as ast
 from audiozoo.models import encodec, hifigan, whisper
@@ -33,6 +34,7 @@ from audiozoo.processors.audio_spectrogram_transformer import ASTFeatureExtracto
 from audiozoo.processors.clap import ClapFeatureExtractor
 from audiozoo.processors.seamless_m4t import SeamlessM4TFeatureExtractor
 from audiozoo.processors.speech_to_text import Speech2TextFeatureExtractor
+from audiozoo.processors.vits import VitsProcessor, VitsTokenizer
 from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 from audiozoo.recipes import RECIPES, ROWS, plan, recipe, run
 from audiozoo.recipes.generation import Music
@@ -124,8 +126,26 @@ def test_every_recipe_learns_a_batch_by_heart(row, small_runs):
     assert result["deterministic"]
     assert result["after"] < LEFT_AT_MOST.get(row.name, LEFT) * result["before"], result
     assert result["moved"]
+    assert not result["networks_that_stood_still"]
     assert not result["frozen_that_moved"]
     assert result["resumed"] is not False  # bit by bit, of the one that is stopped and goes on
+
+
+@pytest.mark.parametrize("name", ["vits", "speecht5_pretraining"])
+def test_nothing_is_dropped_in_evaluation(name, corpus, monkeypatch):
+    """Whatever else a task draws."""
+    row, model, processor = tiny.small(next(row for row in ROWS if row.name == name))
+    items = find_items(corpus)
+    ready = run.build(row, items, model=model, processor=processor, settings={"batch_size": 2})
+    batch, keys, made = ready.batches(items, buckets=1).batch(0), [], Dropout.__init__
+
+    def noted(dropout, key):
+        keys.append(key)
+        made(dropout, key)
+
+    monkeypatch.setattr(Dropout, "__init__", noted)
+    jax.eval_shape(ready.trainer._evaluation, ready.trainer.abstract(), ready.trainer.put(batch))
+    assert set(keys) == {None}
 
 
 @pytest.mark.slow
@@ -535,6 +555,18 @@ def test_judges_compute_in_the_dtype_that_was_asked_for(name):
         (losses.feature_loss, (features, features)),
     ):
         assert jax.eval_shape(loss, *of).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("given", "number"), [(1, 1), ("Ann", 2), (3, None), ("Bob", None), (-1, None)])
+def test_a_speaker_is_given_by_number_or_name(given, number):
+    processor = VitsProcessor(VitsTokenizer(tiny.LETTERS, phonemize=False), {"Ann": 2})
+    config, fields = SimpleNamespace(hop_length=8, num_speakers=3), {"text": "abc", "speaker_id": given}
+    arguments = processor, config, np.zeros(800, np.float32), fields, None
+    if number is not None:
+        assert recipe("vits").objective.prepare(*arguments)["speaker_id"] == number
+        return
+    with pytest.raises(UsageError, match="the model has voices 0 to 2"):
+        recipe("vits").objective.prepare(*arguments)
 
 
 def test_what_cannot_be_trained_says_so(corpus, tmp_path):
