@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,9 +127,9 @@ def load(
         param_dtype: dtype of the parameters; float32 by default, whatever the file holds.
         mesh: devices to lay the parameters out on; every tensor goes straight to its shards.
         rules: `(regular expression, PartitionSpec)` pairs, first match wins; by default `sharding.DEFAULT_RULES`.
-        initialize: a regular expression of parameter paths that are drawn at random if the checkpoint does not have
-            them (a new head, for fine-tuning). Without it the checkpoint must hold every parameter, as a directory
-            that `save` wrote always does.
+        initialize: a regular expression of whole parameter paths (`"classifier\\..*"`) that are drawn at random if the
+            checkpoint does not have them (a new head, for fine-tuning). Without it the checkpoint must hold every
+            parameter, as a directory that `save` wrote always does.
         stack_layers: run equal blocks by one scan, so that a deep model compiles in the time of one block. Such a model
             computes and is saved as any other, but keeps no cache (`generate`) and shows nothing between its blocks.
         revision: branch, tag or commit of a hub repository.
@@ -140,13 +141,18 @@ def load(
     Raises:
         SourceError: if there is nothing of that name, or nothing that the zoo runs.
         CheckpointError: if the checkpoint is damaged or does not fit its class.
-        UsageError: if the class or a dtype is unknown.
+        UsageError: if the class or a dtype is unknown, for float64 while JAX has it switched off, or if `initialize` is
+            no regular expression.
     """
     from audiozoo import hub, loading
     from audiozoo.layers import stacking
 
     for wanted in (dtype, param_dtype):
         _check_dtype(wanted)
+    try:
+        re.compile(initialize or "")
+    except re.error as error:
+        raise UsageError(f"initialize={initialize!r} is not a regular expression: {error}.") from None
 
     path = hub.resolve(str(source), revision=revision)
     model = loading.load(
@@ -164,6 +170,7 @@ def load(
 
 def _check_dtype(dtype: Any) -> None:
     import jax.numpy as jnp
+    import numpy as np
 
     try:
         known = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
@@ -171,6 +178,8 @@ def _check_dtype(dtype: Any) -> None:
         known = False
     if not known:
         raise UsageError(f"{dtype!r} is no dtype of a model; take float32, bfloat16, float16 or float64.")
+    if dtype is not None and jnp.asarray(np.zeros(0, dtype)).dtype != jnp.dtype(dtype):
+        raise UsageError(f'{jnp.dtype(dtype)} needs jax.config.update("jax_enable_x64", True); JAX rounds to float32.')
 
 
 def load_processor(source: str | Path, *, revision: str | None = None) -> Any:

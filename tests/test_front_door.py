@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import jax
 import pytest
 from flax import nnx
 
@@ -17,6 +18,19 @@ from audiozoo.layers import Linear
 def test_a_dtype_that_is_none_is_refused_before_anything_is_read(name, dtype):
     with pytest.raises(audiozoo.UsageError, match="is no dtype of a model; take float32"):
         audiozoo.load("no/such", **{name: dtype})
+
+
+@pytest.mark.parametrize("name", ["dtype", "param_dtype"])
+def test_float64_is_not_rounded_without_a_word(name):
+    with jax.enable_x64(False), pytest.raises(audiozoo.UsageError, match=r"float64 needs .*jax_enable_x64"):
+        audiozoo.load("no/such", **{name: "float64"})
+    with jax.enable_x64(True), pytest.raises(audiozoo.SourceError):
+        audiozoo.load("no such", **{name: "float64"})
+
+
+def test_a_head_to_draw_is_named_by_a_regular_expression():
+    with pytest.raises(audiozoo.UsageError, match=r"initialize='\(' is not a regular expression"):
+        audiozoo.load("no/such", initialize="(")
 
 
 def test_only_what_can_be_called_is_compiled():

@@ -324,10 +324,12 @@ class WhisperEncoder(nnx.Module):
             `last_hidden_state` of shape `(batch, time / 2, d_model)`, 20 ms a frame.
 
         Raises:
-            UsageError: if the number of frames or mel channels is not the model's.
+            UsageError: without a batch axis, or if the number of frames or mel channels is not the model's.
         """
         config = self.config
         expected = ENCODER_STRIDE * config.max_source_positions
+        if input_features.ndim != 3:
+            raise UsageError(f"The features have shape {input_features.shape}; (batch, mels, frames) is expected.")
         _, mels, time = input_features.shape
         if mels != config.num_mel_bins:
             raise UsageError(

@@ -491,6 +491,7 @@ def test_wrong_features(model):
     refuse(r"have 22 frames; Whisper takes 24 \(pad the audio to 30 s\)", model, features()[:, :, :22])
     refuse("have 26 frames", model.model.encoder, jnp.zeros((1, 8, 26)), allow_short=True)
     refuse("input_features, or encoder_outputs", model, decoder_input_ids=tokens())
+    refuse(r"have shape \(8, 24\); \(batch, mels, frames\)", model.generate, features()[0])
     refuse("input_features, or encoder_outputs", model.generate)
     refuse("input_features, or encoder_outputs", build("WhisperForAudioClassification"))
 
