@@ -327,13 +327,13 @@ def _alignment_heads(config: WhisperConfig) -> tuple[tuple[int, int], ...]:
 
 
 def _heads_there(listed: Iterable[Any], config: WhisperConfig) -> tuple[tuple[int, int], ...]:
-    """The alignment heads that the decoder has; those of its size if it has none of them.
+    """Of these alignment heads those that the decoder has; if it has none of them, those of its size.
 
     Distilled models come with the list of the deeper decoder that they were made from.
     """
     pairs = [(int(layer), int(head)) for layer, head in listed]
     there = [(i, j) for i, j in pairs if i < config.decoder_layers and j < config.decoder_attention_heads]
-    return tuple(there) or _alignment_heads(config)
+    return _alignment_heads(config) if pairs and not there else tuple(there)
 
 
 def _languages(config: WhisperConfig) -> int:
@@ -378,20 +378,24 @@ def recognise(path: Path) -> bool:
 
 
 def processor_of_file(path: Path) -> WhisperProcessor:
-    """The processor of an OpenAI file, which holds none: by what lies beside it, else by OpenAI's own package.
+    """The processor of an OpenAI or CTranslate2 file: by what lies beside it, mel channels and vocabulary by the model.
 
-    That of a CTranslate2 file lies in its directory.
+    Beside OpenAI's files there is seldom a tokenizer; it is then that of their package `openai-whisper`.
 
     Raises:
         SourceError: if there is no vocabulary.
     """
+    if path.is_dir() and not (path / "model.bin").is_file():
+        return WhisperProcessor.from_directory(path)
     tensors, folder = open_tensors(path), path if path.is_dir() else path.parent
-    if tensors.format != "pytorch":
-        return WhisperProcessor.from_directory(folder)
-    config = config_from_openai(tensors.metadata["dims"])
+    openais = tensors.format == "pytorch"
+    config = config_from_openai(tensors.metadata["dims"]) if openais else config_from_ctranslate2(tensors)
     features = WhisperFeatureExtractor(config.num_mel_bins)
     if extractor_settings(folder) is not None:
         features = WhisperFeatureExtractor.from_directory(folder)
+    if not openais:
+        processor = WhisperProcessor.from_directory(folder)
+        return WhisperProcessor(features, processor.tokenizer, processor.generation_config)
     multilingual = config.vocab_size > _ENGLISH_VOCABULARY
     languages = _languages(config) if multilingual else None
     # A `*.tiktoken` does not say how many languages there are.
@@ -449,7 +453,7 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
             side = read_json(directory / "config.json")
             generation = dataclasses.replace(
                 generation,
-                alignment_heads=_heads_there(side.get("alignment_heads") or (), config),
+                alignment_heads=_heads_there(side.get("alignment_heads") or generation.alignment_heads, config),
                 suppress_tokens=tuple(side.get("suppress_ids") or ()),
                 begin_suppress_tokens=tuple(side.get("suppress_ids_begin") or generation.begin_suppress_tokens),
             )
