@@ -122,8 +122,14 @@ _IDS = ("decoder_start_token_id", "pad_token_id", "eos_token_id")
 def generation_from_hugging_face(
     generation: Mapping[str, Any], config: Mapping[str, Any], where: str
 ) -> SpeechEncoderDecoderGenerationConfig:
-    """How to search, from a `generation_config.json`, or from what older files say of it in their `config.json`."""
-    parts = [generation] if generation else [config.get("decoder") or {}, config]
+    """How to search, from a `generation_config.json`, or from what older files say of it in their `config.json`.
+
+    These name all defaults as well; a `max_length` of 20 is nobody's wish, but that of `transformers`.
+    """
+    parts: list[Mapping[str, Any]] = [generation]
+    if not generation:
+        old = (config.get("decoder") or {}, config)
+        parts = [{n: v for n, v in part.items() if (n, v) != ("max_length", 20)} for part in old]
     found = {name: value for part in parts for name, value in search_options(part, where)}
     return SpeechEncoderDecoderGenerationConfig(tuple(found.items()))
 

@@ -113,7 +113,7 @@ def speech_to_text(
     if request.beams is not None:
         options["num_beams"] = request.beams
     if name == "SpeechEncoderDecoderModel":
-        options = {"num_beams": 5, "max_new_tokens": 200} | options
+        options = model.generation_config.for_sentences() | options
     elif model.generation_config.max_length is None:
         options["max_new_tokens"] = 200
     if name == "Speech2TextForConditionalGeneration":

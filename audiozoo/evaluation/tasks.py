@@ -154,7 +154,7 @@ def _written(
     if beams is not None:
         chosen["num_beams"] = beams
     if kind == "SpeechEncoderDecoderModel":
-        chosen = {"num_beams": 5, "max_new_tokens": 200} | chosen
+        chosen = model.generation_config.for_sentences() | chosen
     elif kind == "SpeechT5ForSpeechToText":
         chosen = {"masked_group_norm": True} | chosen
     elif kind == "Speech2TextForConditionalGeneration":

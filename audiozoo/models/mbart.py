@@ -266,8 +266,11 @@ class MBartDecoder(nnx.Module):
             UsageError: for too many tokens.
         """
         config, time = self.config, input_ids.shape[1]
-        if time > config.max_position_embeddings:
-            raise UsageError(f"{time} tokens are too many: this model has {config.max_position_embeddings} positions.")
+        longest = max(time, limit - 1)  # the last token of a cache is not read
+        if longest > config.max_position_embeddings:
+            raise UsageError(
+                f"{longest} tokens are too many: this model has {config.max_position_embeddings} positions."
+            )
         positions = self.embed_positions((2 + position + jnp.arange(time))[None])
         return dropout(self.layernorm_embedding(self.embed_tokens(input_ids) + positions), config.dropout)
 

@@ -168,26 +168,20 @@ def translate(
         input_values: waveforms at 16 kHz.
         attention_mask: 1 for a sample of the recording, 0 for padding behind it.
         fusion: the language model and its weight; without it this is `model.generate`.
-        options: as for `transformers.generate`; five beams by default.
+        options: as for `transformers.generate`; by default the checkpoint's, or else five beams.
 
     Returns:
         Tokens, the beginning included, padded to the longest; with `return_dict_in_generate=True` a `GenerateOutput`.
     """
-    config = model.config
-    defaults: dict[str, Any] = {
-        "num_beams": 5,
-        "eos_token_id": config.eos_token_id,
-        "pad_token_id": config.pad_token_id,
-        "forced_eos_token_id": config.eos_token_id,
-    }
+    options = {"num_beams": dict(model.generation_config.options).get("num_beams", 5)} | options
     if fusion is None:
-        return model.generate(input_values, attention_mask, **(defaults | options))
+        return model.generate(input_values, attention_mask, **options)
+    config, chosen = model.config, model.search_config(**options)
     if fusion.weight < 0 or fusion.model.config.vocab_size != config.decoder.vocab_size:
         raise UsageError(
             f"A language model needs a weight of at least 0 and the translator's {config.decoder.vocab_size} tokens; "
             f"this one has {fusion.weight} and {fusion.model.config.vocab_size}."
         )
-    chosen = GenerationConfig(**(defaults | options))
     chosen = chosen.replace(suppress_tokens=(*(chosen.suppress_tokens or ()), config.decoder.vocab_size))
     prompt = jnp.full((len(input_values), 1), config.decoder_start_token_id, jnp.int32)
     mask = None if attention_mask is None else jnp.asarray(attention_mask)

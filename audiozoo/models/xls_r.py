@@ -167,6 +167,12 @@ class SpeechEncoderDecoderGenerationConfig:
 
     options: tuple[tuple[str, Any], ...] = ()  # as for `transformers.GenerationConfig`, tokens above left out
 
+    def for_sentences(self) -> dict[str, Any]:
+        """The options, and where they say nothing of it five beams and 200 tokens, as the released ones are used."""
+        options = dict(self.options)
+        length = {} if options.keys() & {"max_length", "max_new_tokens"} else {"max_new_tokens": 200}
+        return {"num_beams": 5} | length | options
+
 
 # --- §3.1, language-balanced batches ----------------------------------------------------------------------------------
 
@@ -294,6 +300,16 @@ class SpeechEncoderDecoderModel(nnx.Module):
             encoder_attentions=encoded.attentions,
         )
 
+    def search_config(self, **options: Any) -> GenerationConfig:
+        """How to search for a text: by `options`, and by those of the checkpoint where they say nothing."""
+        config = self.config
+        defaults: dict[str, Any] = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+        defaults["forced_eos_token_id"] = config.eos_token_id  # what is cut short ends all the same
+        defaults |= dict(self.generation_config.options)
+        if options.get("max_length") is not None:
+            defaults["max_new_tokens"] = None
+        return GenerationConfig(**(defaults | options))
+
     def generate(
         self,
         input_values: Float[Array, "batch samples"],
@@ -321,13 +337,7 @@ class SpeechEncoderDecoderModel(nnx.Module):
             Tokens, the beginning included, padded to the longest; with `return_dict_in_generate=True` a
             `GenerateOutput`.
         """
-        config = self.config
-        defaults: dict[str, Any] = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
-        defaults["forced_eos_token_id"] = config.eos_token_id  # what is cut short ends all the same
-        defaults |= dict(self.generation_config.options)
-        if options.get("max_length") is not None:
-            defaults["max_new_tokens"] = None
-        chosen = GenerationConfig(**(defaults | options))
+        config, chosen = self.config, self.search_config(**options)
         if decoder_input_ids is None:
             decoder_input_ids = np.full((len(input_values), 1), config.decoder_start_token_id)
         check_ids(decoder_input_ids, config.decoder.vocab_size)

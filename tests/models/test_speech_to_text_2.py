@@ -17,7 +17,11 @@ from audiozoo.errors import CheckpointError, UsageError
 from audiozoo.models import speech_to_text_2
 from audiozoo.models.hubert import HubertConfig
 from audiozoo.models.speech_to_text_2 import LanguageModelFusion, Speech2Text2Config, Speech2Text2ForCausalLM
-from audiozoo.models.xls_r import SpeechEncoderDecoderConfig, SpeechEncoderDecoderModel
+from audiozoo.models.xls_r import (
+    SpeechEncoderDecoderConfig,
+    SpeechEncoderDecoderGenerationConfig,
+    SpeechEncoderDecoderModel,
+)
 from audiozoo.processors.speech_to_text_2 import Speech2Text2Processor, Speech2Text2Tokenizer
 from audiozoo.processors.wav2vec2 import Wav2Vec2FeatureExtractor
 from tests.models.random_model import random_model
@@ -107,7 +111,10 @@ def test_a_language_model_has_a_say(model, author):
     x = waves(3200, 2000)
     options = {"max_length": 6, "num_beams": 3}
     plain = speech_to_text_2.translate(model, **x, **options)
-    np.testing.assert_array_equal(plain, model.generate(**x, **options))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "generation_config", SpeechEncoderDecoderGenerationConfig(tuple(options.items())))
+        np.testing.assert_array_equal(plain, model.generate(**x))
+        np.testing.assert_array_equal(plain, speech_to_text_2.translate(model, **x))
     loud = speech_to_text_2.translate(model, **x, fusion=LanguageModelFusion(author, 50.0), **options)
     # Who shouts that loud writes alone: the likeliest text of the language model.
     score = jax.jit(lambda m, t: jax.nn.log_softmax(m(t).logits))
@@ -123,6 +130,8 @@ def test_directories_and_the_command_line(model, audiozoo_command, monkeypatch, 
     from audiozoo.commands import terminal
 
     monkeypatch.setattr(terminal, "keep_compiled_programs", lambda: None)
+    search = SpeechEncoderDecoderGenerationConfig((("max_length", 7),))
+    monkeypatch.setattr(model, "generation_config", search)
     processor = Speech2Text2Processor(
         Wav2Vec2FeatureExtractor(return_attention_mask=True),
         Speech2Text2Tokenizer({token: index for index, token in enumerate(TOKENS)}),
@@ -138,6 +147,7 @@ def test_directories_and_the_command_line(model, audiozoo_command, monkeypatch, 
     audiozoo.save(loaded, tmp_path / "native", processor_from=tmp_path / "model")
     native = audiozoo.load(tmp_path / "native")
     assert native.config == CONFIG
+    assert native.generation_config == loaded.generation_config == search
     assert isinstance(audiozoo.load_processor(tmp_path / "native").tokenizer, Speech2Text2Tokenizer)
     for a, b in zip(*(jax.tree.leaves(nnx.state(m)) for m in (native, model)), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -146,7 +156,7 @@ def test_directories_and_the_command_line(model, audiozoo_command, monkeypatch, 
     found = audiozoo_command("translate", tmp_path / "noise.wav", "--model", tmp_path / "model", "--beams", "2")
     assert found.code == 0, found.err
     inputs = read([audiozoo.audio.read(tmp_path / "noise.wav")], sampling_rate=16_000, pad_to_multiple_of=64_000)
-    wanted = read.batch_decode(loaded.generate(**inputs, num_beams=2, max_new_tokens=200), skip_special_tokens=True)
+    wanted = read.batch_decode(loaded.generate(**inputs, num_beams=2, max_length=7), skip_special_tokens=True)
     assert found.out == wanted[0].strip() + "\n"
     refused = audiozoo_command("translate", tmp_path / "noise.wav", "--to", "de", "--model", tmp_path / "model")
     assert_refused(refused, "leave --to out")

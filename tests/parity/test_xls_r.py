@@ -13,7 +13,7 @@ import torch
 import transformers
 from flax import nnx
 
-from audiozoo.errors import CheckpointError
+from audiozoo.errors import CheckpointError, UsageError
 from audiozoo.models import wav2vec2, xls_r
 from audiozoo.models.xls_r import (
     SpeechEncoderDecoderConfig,
@@ -181,6 +181,10 @@ def test_generated_tokens(translator, beams):
     ours = model.generate(jnp.asarray(x), jnp.asarray(mask), num_beams=beams, max_new_tokens=9)
     np.testing.assert_array_equal(ours, theirs)
     assert (ours[:, 1] == 6).all()
+    assert model.search_config(max_length=5).new_tokens(1) == 4
+    assert model.generation_config.for_sentences() == {"num_beams": 2, "max_new_tokens": 200, "forced_bos_token_id": 6}
+    with pytest.raises(UsageError, match="31 tokens are too many: this model has 30 positions"):
+        model.generate(jnp.asarray(x), jnp.asarray(mask), max_new_tokens=31)
 
 
 def test_a_padded_batch_equals_its_items():
@@ -226,7 +230,7 @@ def test_hugging_face_directories(untied, tmp_path):
         assert wanted.items() <= back.generation_config.to_dict().items()
         older = {"decoder": {"num_beams": 2, "max_length": 20}, "num_beams": 1, "forced_bos_token_id": 6}
         asked = conversion.generation_from_hugging_face({}, older, "config.json")
-        assert dict(asked.options) == {"num_beams": 2, "max_length": 20, "forced_bos_token_id": 6}
+        assert dict(asked.options) == {"num_beams": 2, "forced_bos_token_id": 6}  # 20 is a default that was written
         again = conversion.config_from_hugging_face(json.loads((tmp_path / "ours" / "config.json").read_text()))
         assert again == model.config == SpeechEncoderDecoderConfig(**dataclasses.asdict(model.config))
 
