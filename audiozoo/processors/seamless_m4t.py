@@ -18,6 +18,7 @@ from audiozoo.processors import (
     check_return_tensors,
     extractor_settings,
     pad_batch,
+    padded_labels,
     read_json,
     waveform_batch,
     write_json,
@@ -323,7 +324,8 @@ class SeamlessM4TTokenizer:
 
         Args:
             text: to translate.
-            text_target: translations; they come back as `labels`, or by themselves as `input_ids`.
+            text_target: translations; they come back as `labels`, with -100 behind each, or by themselves as
+                `input_ids`.
             src_lang: language of `text`.
             tgt_lang: language of `text_target`.
 
@@ -335,16 +337,13 @@ class SeamlessM4TTokenizer:
         """
         if text is None and text_target is None:
             raise UsageError("Give text, text_target, or both.")
-        target = None
+        target: list[list[int]] = []
         if text_target is not None:
-            prefix = [self.eos_token_id, self.language(tgt_lang or self.tgt_lang)]
-            target = self._padded(self._rows(text_target, prefix))
-        if text is None:
-            assert target is not None
-            return {"input_ids": target[0], "attention_mask": target[1]}
-        ids, mask = self._padded(self._rows(text, [self.language(src_lang or self.src_lang)]))
+            target = self._rows(text_target, [self.eos_token_id, self.language(tgt_lang or self.tgt_lang)])
+        rows = target if text is None else self._rows(text, [self.language(src_lang or self.src_lang)])
+        ids, mask = self._padded(rows)
         inputs = {"input_ids": ids, "attention_mask": mask}
-        return inputs if target is None else inputs | {"labels": target[0]}
+        return inputs | {"labels": padded_labels(target)} if text is not None and target else inputs
 
     def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
         """The text of tokens."""
@@ -391,7 +390,7 @@ class SeamlessM4TProcessor:
             audio: waveforms; see `SeamlessM4TFeatureExtractor`.
             sampling_rate: Hz of `audio`.
             text: texts to translate; see `SeamlessM4TTokenizer`.
-            text_target: translations, which come back as `labels`.
+            text_target: translations, which come back as `labels`, with -100 behind each.
             src_lang: language of `text`.
             tgt_lang: language of `text_target`.
             options: of the feature extractor.
@@ -406,7 +405,8 @@ class SeamlessM4TProcessor:
         inputs = self.feature_extractor(audio, sampling_rate, **options)
         if text_target is None:
             return inputs
-        return inputs | {"labels": self.tokenizer(text_target=text_target, tgt_lang=tgt_lang)["input_ids"]}
+        target = self.tokenizer(text_target=text_target, tgt_lang=tgt_lang)
+        return inputs | {"labels": np.where(target["attention_mask"], target["input_ids"], -100)}
 
     def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
         """The text of tokens."""

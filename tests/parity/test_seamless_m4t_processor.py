@@ -57,6 +57,12 @@ def test_tokens_and_texts(directory):
     theirs.tgt_lang = "deu"
     labels = theirs(text_target=LINES[1], tgt_lang="deu")["input_ids"]
     np.testing.assert_array_equal(both["labels"][0], labels)
+    wave = np.zeros(1600, np.float32)
+    for given in ({"text": LINES[:2]}, {"audio": [wave, wave], "sampling_rate": 16_000}):
+        labelled = ours(**given, text_target=["ab", LINES[1]], tgt_lang="deu")["labels"]
+        np.testing.assert_array_equal(labelled[1], labels)
+        assert (labelled[0, 4:] == -100).all()  # no padding is learnt
+        assert (labelled[0, :4] >= 0).all()
     ids = found["input_ids"]
     for skip in (True, False):
         assert ours.batch_decode(ids, skip_special_tokens=skip) == theirs.batch_decode(ids, skip_special_tokens=skip)
