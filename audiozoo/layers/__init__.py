@@ -12,7 +12,17 @@ from audiozoo.layers.attention import (
     relative_to_absolute,
     split_heads,
 )
-from audiozoo.layers.basic import Dropout, Embed, GroupNorm, LayerNorm, Linear, check_ids, dropout, promote
+from audiozoo.layers.basic import (
+    Dropout,
+    Embed,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    check_frames,
+    check_ids,
+    dropout,
+    promote,
+)
 from audiozoo.layers.blocks import in_blocks
 from audiozoo.layers.convolution import Conv1d, ConvTranspose1d
 from audiozoo.layers.positions import fairseq_sinusoids, sinusoids
@@ -34,6 +44,7 @@ __all__ = [
     "attend",
     "attend_without_weights",
     "causal_mask",
+    "check_frames",
     "check_ids",
     "dropout",
     "fairseq_sinusoids",

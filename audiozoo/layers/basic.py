@@ -158,6 +158,16 @@ def check_ids(ids: Any, entries: int) -> None:
         raise UsageError(f"The id {wrong[0]} is none of this model's: they are 0 to {entries - 1}.")
 
 
+def check_frames(x: Any, channels: int) -> None:
+    """Refuse what are no frames of so many channels, or none at all.
+
+    Raises:
+        UsageError: for another shape than `(batch, frames, channels)`.
+    """
+    if x.ndim != 3 or 0 in x.shape or x.shape[2] != channels:
+        raise UsageError(f"The features have shape {x.shape}; (batch, frames, {channels}) is expected.")
+
+
 class Embed(nnx.Embed):
     """A table of shape `(entries, features)`, read by index; `attend` multiplies by its transpose, for tied heads."""
 

@@ -65,7 +65,7 @@ from audiozoo.decoding import GenerateOutput, GenerationConfig
 from audiozoo.decoding.generate import Streamer
 from audiozoo.decoding.synthesis import bucket
 from audiozoo.errors import UsageError
-from audiozoo.layers import Conv1d, Dropout, LayerNorm, Linear, check_ids
+from audiozoo.layers import Conv1d, Dropout, LayerNorm, Linear, check_frames, check_ids
 from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy, shift_tokens_right
 from audiozoo.models.conformer import ConformerConfig, ConformerEncoder, ConformerFeedForward, ConformerSelfAttention
 from audiozoo.models.mbart import MBartCache, continue_text
@@ -332,8 +332,12 @@ class SeamlessM4TSpeechEncoder(nnx.Module):
             output_attentions: return the Conformer's attention weights.
             output_hidden_states: return the input of every Conformer block, and the output.
             key: switches dropout and layer drop on, and normalises batches by their own statistics.
+
+        Raises:
+            UsageError: for features of another width, and for none.
         """
         dropout = Dropout(key)
+        check_frames(input_features, self.config.feature_projection_input_dim)
         encoded = self.encoder(
             self.feature_projection(input_features, dropout),
             attention_mask,
@@ -605,7 +609,7 @@ class SeamlessM4TPreTrainedModel(nnx.Module):
         Args:
             inputs: `input_ids` or `input_features`.
             tgt_lang: into which language.
-            attention_mask: 1 where the input is real.
+            attention_mask: 1 where the input is real; by default, of text, where it is not padding.
             decoder_input_ids: the text's beginning, in place of `tgt_lang`.
             batch_invariant: of speech, keep the padding out of the length adaptor too.
             key: randomness, for sampling.
@@ -615,7 +619,10 @@ class SeamlessM4TPreTrainedModel(nnx.Module):
         config = self.config
         defaults: dict[str, Any] = {"max_new_tokens": config.max_new_tokens}
         defaults |= {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
-        chosen = GenerationConfig(**(defaults | dict(self.generation_config.options) | options))
+        defaults |= dict(self.generation_config.options)
+        if options.get("max_length") is not None:
+            defaults["max_new_tokens"] = None
+        chosen = GenerationConfig(**(defaults | options))
         given = next((x for x in inputs.values() if x is not None), None)
         if given is None:
             raise UsageError("Give input_features (speech) or input_ids (text).")
@@ -659,8 +666,6 @@ class SeamlessM4TPreTrainedModel(nnx.Module):
             raise UsageError("Say into which language: speech needs tgt_lang.")
         language = self.generation_config.speech_language(tgt_lang)
         of_text, of_units = split_options(options)
-        for name in ("attention_mask", "decoder_input_ids", "batch_invariant"):
-            of_units.pop(name, None)
         keys = [None, None] if key is None else list(jax.random.split(key))
         text, memory, mask = self.write_text(inputs, tgt_lang, key=keys[0], **of_text)
         sequences = np.asarray(text.sequences)
@@ -680,14 +685,18 @@ class SeamlessM4TPreTrainedModel(nnx.Module):
 Speech = tuple[Float[np.ndarray, "batch samples"], Int[np.ndarray, " batch"]] | SeamlessM4TGenerationOutput
 
 
+ONLY_OF_TEXT = ("attention_mask", "decoder_input_ids", "batch_invariant", "streamer", "max_length")
+
+
 def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Not in the paper: `text_…` options for the text, `speech_…` for the units, all others for both."""
+    """Not in the paper: `text_…` options for the text, `speech_…` for the units, others but `ONLY_OF_TEXT` for both."""
     both = {name: value for name, value in options.items() if not name.startswith(("text_", "speech_"))}
 
     def of(side: str) -> dict[str, Any]:
-        return both | {name.removeprefix(side): value for name, value in options.items() if name.startswith(side)}
+        return {name.removeprefix(side): value for name, value in options.items() if name.startswith(side)}
 
-    return of("text_"), of("speech_")
+    of_both = {name: value for name, value in both.items() if name not in ONLY_OF_TEXT}
+    return both | of("text_"), of_both | of("speech_")
 
 
 def vocoder_units(
@@ -726,6 +735,8 @@ def write_units(
     config = model.config
     defaults: dict[str, Any] = {"max_new_tokens": config.t2u_max_new_tokens}
     defaults |= {"eos_token_id": config.t2u_eos_token_id, "pad_token_id": config.t2u_pad_token_id}
+    if options.get("max_length") is not None:
+        defaults["max_new_tokens"] = None
     chosen = GenerationConfig(**(defaults | options))
     language = model.generation_config.unit_language(tgt_lang)
     prompt = jnp.broadcast_to(jnp.asarray([config.t2u_eos_token_id, language], jnp.int32), (len(sequences), 2))
@@ -756,6 +767,8 @@ def _write(
 ) -> tuple[GenerateOutput, jax.Array, jax.Array | None]:
     """Encode once, and search for the text in one loop."""
     model = nnx.merge(graphdef, state)
+    if attention_mask is None and "input_ids" in inputs:
+        attention_mask = inputs["input_ids"] != model.config.pad_token_id
     encoded, mask = model.encode(attention_mask=attention_mask, batch_invariant=batch_invariant, **inputs)
     memory = encoded.last_hidden_state
     told: dict[str, Any] = {"encoder_tokens": inputs.get("input_ids"), "key": key, "streamer": streamer}

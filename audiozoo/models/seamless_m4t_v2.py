@@ -338,6 +338,8 @@ class SeamlessM4Tv2TextToUnitModel(nnx.Module):
 class SeamlessM4Tv2TextToUnitForConditionalGeneration(nnx.Module):
     """§3: text to units, with its head, the transpose of a table."""
 
+    static_arguments = ("frames", "label_smoothing")
+
     def __init__(
         self, config: SeamlessM4Tv2Config, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
     ):

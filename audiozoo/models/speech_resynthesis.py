@@ -187,6 +187,7 @@ class CodeHifiGan(nnx.Module):
     """§3.2, Figure 1: units, a language and a speaker to a waveform."""
 
     own_voices: ClassVar[tuple[int, ...]] = ()  # of each language, the first of its own speakers
+    static_arguments = ("frames",)
 
     def __init__(self, config: Any, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}

@@ -68,6 +68,7 @@ from audiozoo.layers import (
     Linear,
     MultiHeadAttention,
     activation,
+    check_frames,
     check_ids,
     fairseq_sinusoids,
     layer_drop,
@@ -387,6 +388,7 @@ class Speech2TextEncoder(nnx.Module):
     ) -> BaseModelOutput:
         """Encode; see `Speech2TextModel`."""
         config, dropout = self.config, Dropout(key)
+        check_frames(input_features, config.input_feat_per_channel * config.input_channels)
         lengths = None
         if batch_invariant and attention_mask is not None:
             lengths = jnp.sum(attention_mask.astype(jnp.int32), axis=1)
@@ -438,9 +440,10 @@ class Speech2TextDecoder(MBartDecoder):
         x, config = self.embed_tokens(input_ids), self.config
         if config.scale_embedding:
             x = x * jnp.asarray(config.d_model**0.5, x.dtype)
-        table = jnp.asarray(fairseq_sinusoids(limit + 2, config.d_model), x.dtype)
-        real = input_ids != config.pad_token_id
-        rows = jnp.where(real, 1 + position + jnp.cumsum(real, axis=1), 1)
+        padding = config.pad_token_id
+        table = jnp.asarray(fairseq_sinusoids(limit + padding + 1, config.d_model, padding=padding), x.dtype)
+        real = input_ids != padding
+        rows = jnp.where(real, padding + position + jnp.cumsum(real, axis=1), padding)
         return dropout(x + table[rows], config.dropout)
 
 
@@ -488,7 +491,7 @@ class Speech2TextModel(nnx.Module):
             key: switches dropout and layer drop on.
 
         Raises:
-            UsageError: without features or tokens.
+            UsageError: without features or tokens, and for features of another width.
         """
         asked: dict[str, Any] = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         keys: Any = (None, None) if key is None else jax.random.split(key)

@@ -343,14 +343,23 @@ def _fairseq_features(folder: Path) -> dict[str, Any]:
     """
     settings = _fairseq_settings(folder)
     transforms = settings.get("transforms") or {}
-    used = set(transforms.get("*") or transforms.get("_eval") or ["utterance_cmvn"])
+    used = ["utterance_cmvn"]
+    if settings:
+        of_tests = transforms.get("_eval")
+        used = (transforms.get("*") if of_tests is None else of_tests) or []
     if "global_cmvn" in used:
         raise CheckpointError(
             f"The model in '{folder}' was trained on features that its corpus normalises: give it frames of "
             "stream_filterbanks with GlobalCMVN.from_npz, in place of a processor's."
         )
-    bands = int(settings.get("input_feat_per_channel") or 80)
-    return {"num_mel_bins": bands, "feature_size": bands, "do_ceptral_normalize": "utterance_cmvn" in used}
+    bands, cmvn = int(settings.get("input_feat_per_channel") or 80), settings.get("utterance_cmvn") or {}
+    return {
+        "num_mel_bins": bands,
+        "feature_size": bands,
+        "do_ceptral_normalize": "utterance_cmvn" in used,
+        "normalize_means": bool(cmvn.get("norm_means", True)),
+        "normalize_vars": bool(cmvn.get("norm_vars", True)),
+    }
 
 
 class Speech2TextTokenizer:

@@ -18,7 +18,7 @@ import audiozoo
 from audiozoo import audio
 from audiozoo.cli import app
 from audiozoo.decoding import pieces
-from audiozoo.errors import CheckpointError
+from audiozoo.errors import CheckpointError, UsageError
 from audiozoo.layers import abstract
 from audiozoo.layers.batch_norm import writable
 from audiozoo.models import conformer, nllb, seamless_m4t, speech_resynthesis
@@ -112,6 +112,8 @@ def test_annotations_hold(model, monkeypatch):
     for x in (text(), {"input_features": jnp.zeros((2, 20, 160)), "attention_mask": jnp.ones((2, 20), int)}):
         jax.eval_shape(lambda m, x=x: m(**x, decoder_input_ids=ids).logits, model)
         jax.eval_shape(lambda m, x=x: finetuning_losses(m, ids, ids, **x).total, model)
+    with pytest.raises(UsageError, match=r"\(1, 20, 80\); \(batch, frames, 160\)"):
+        model(input_features=jnp.zeros((1, 20, 80)), decoder_input_ids=ids[:1])
     jax.eval_shape(lambda m: m.t2u_model(jnp.zeros((2, 4, 16)), labels=ids).loss, model)
 
 
@@ -164,12 +166,18 @@ def test_a_language_has_voices_of_its_own(model):
 
 
 def test_samples_come_from_the_key(model):
-    options = {"tgt_lang": "spa", "do_sample": True, "return_intermediate_token_ids": True}
+    seen = []
+    options = {"tgt_lang": "spa", "do_sample": True, "return_intermediate_token_ids": True, "max_length": 5}
+    options["streamer"] = lambda tokens, position: seen.append(position)
     one = model.generate(**text(), **options, key=jax.random.key(0))
     again = model.generate(**text(), **options, key=jax.random.key(0))
     other = model.generate(**text(), **options, key=jax.random.key(1))
     np.testing.assert_array_equal(one.unit_sequences, again.unit_sequences)
     assert one.sequences.shape != other.sequences.shape or (one.sequences != other.sequences).any()
+    # A length and a streamer are the text's.
+    assert one.sequences.shape[1] <= 5 < one.unit_sequences.shape[1]
+    assert set(seen) <= {2, 3, 4}
+    assert seen
 
 
 def test_half_precision(model):

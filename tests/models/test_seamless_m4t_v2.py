@@ -97,6 +97,11 @@ def test_annotations_hold(model, monkeypatch):
     output = model.generate(**text(), tgt_lang="eng", return_intermediate_token_ids=True)
     assert output.waveform.shape[0] == len(output.waveform_lengths) == 2
     assert np.isfinite(output.waveform).all()
+    # Compiled by itself, with the number of units told.
+    states, chars, counts = jnp.zeros((1, 3, 16)), jnp.ones((1, 4), int), jnp.array([[0, 2, 2]])
+    told = audiozoo.jit(model.t2u_model).lower(states, chars, counts, frames=9, label_smoothing=0.1)
+    assert told.out_info.last_hidden_state.shape == (1, 9, 30)
+    assert audiozoo.jit(model.vocoder).lower(np.ones((1, 3), int), frames=7).out_info[0].shape == (1, 70)
     one = np.array([[5, 6]])
     loss = speech_resynthesis.duration_loss(model.vocoder, jnp.asarray(one))
     assert np.isfinite(float(loss))

@@ -102,6 +102,9 @@ def test_generate_equals_a_loop_without_a_cache(model):
     np.testing.assert_array_equal(found, tokens)
     beams = model.generate(x, mask, max_length=7)
     assert beams.shape[0] == 2
+    for wrong in (x[0], x[:, :0], x[..., :40]):
+        with pytest.raises(UsageError, match=r"\(batch, frames, 80\) is expected"):
+            model.generate(wrong)
     sampled = model.generate(x, mask, max_length=7, do_sample=True, key=jax.random.key(0))
     assert (sampled[:, 0] == 2).all()
 
@@ -281,8 +284,14 @@ def test_features_while_someone_speaks(model, tmp_path):
         GlobalCMVN.from_npz(tmp_path / "none.npz")
     # fairseq's own settings: bands, and a normalisation that a processor cannot know.
     settings = {"input_feat_per_channel": 40, "transforms": {"*": ["utterance_cmvn"], "_train": ["specaugment"]}}
-    (tmp_path / "config.yaml").write_text(json.dumps(settings))
-    assert Speech2TextFeatureExtractor.from_directory(tmp_path).num_mel_bins == 40
+    settings["utterance_cmvn"] = {"norm_vars": False}
+    normal = {"do_ceptral_normalize": True, "normalize_means": True, "normalize_vars": False}
+    for told in (settings, settings | {"transforms": {"*": ["global_cmvn"], "_eval": ["utterance_cmvn"]}}):
+        (tmp_path / "config.yaml").write_text(json.dumps(told))
+        extractor = vars(Speech2TextFeatureExtractor.from_directory(tmp_path))
+        assert extractor.items() >= (normal | {"num_mel_bins": 40}).items()
+    (tmp_path / "config.yaml").write_text(json.dumps({"vocab_filename": "x.txt"}))
+    assert not Speech2TextFeatureExtractor.from_directory(tmp_path).do_ceptral_normalize
     (tmp_path / "config.yaml").write_text(json.dumps({"transforms": {"*": ["global_cmvn"]}}))
     with pytest.raises(CheckpointError, match="its corpus normalises"):
         Speech2TextFeatureExtractor.from_directory(tmp_path)

@@ -255,6 +255,11 @@ def test_padding_that_is_not_token_one():
     ours = compiled(model.model.encoder)(**x_mask).last_hidden_state
     harness.assert_close(ours[real], wanted.numpy()[real])
     assert np.abs(wrong.numpy()[real] - wanted.numpy()[real]).max() > 1e-2
+    # Its decoder counts from there on, and so does ours.
+    tokens = np.array([[2, 7, 3, 5], [2, 8, 4, 3]])
+    states = {"encoder_hidden_states": wanted.numpy()}
+    said = theirs(reference.model.decoder, input_ids=tokens, use_cache=False, **states).last_hidden_state
+    harness.assert_close(compiled(model.model.decoder)(input_ids=tokens, **states).last_hidden_state, said)
 
 
 def test_simultaneous_translation_at_every_step(models):
