@@ -510,7 +510,7 @@ class Speech2TextTokenizer:
 
 
 def _languages(encoder: dict[str, int]) -> list[str]:
-    return [token[6:-1] for token in encoder if re.fullmatch(r"<lang:\w+>", token)]
+    return [token[6:-1] for token in encoder if re.fullmatch(r"<lang:.+>", token)]
 
 
 class Speech2TextProcessor:

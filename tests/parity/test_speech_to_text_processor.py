@@ -176,3 +176,8 @@ def test_the_processor(vocabulary, tmp_path):
         Speech2TextProcessor.from_directory(folder)
     (folder / "config_st.yaml").write_text("vocab_filename: spm_unigram.txt\n")
     assert Speech2TextProcessor.from_directory(folder, "de")(text=TEXTS) == ours(text=TEXTS)
+    # Other corpora have other languages, CoVoST such as zh-CN.
+    with (folder / "spm_unigram.txt").open("a") as file:
+        file.write("<lang:zh-CN> 1\n")
+    chinese = Speech2TextTokenizer.from_directory(folder, "zh-CN")
+    assert chinese(TEXTS[0])["input_ids"] == [len(encoder), *ours(text=TEXTS[0])["input_ids"][1:]]
