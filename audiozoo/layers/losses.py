@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from audiozoo.errors import UsageError
-from audiozoo.layers.basic import at_least_float32
+from audiozoo.layers.basic import at_least_float32, check_ids
 
 IGNORED_LABEL = -100
 LOG_ZERO = -1e30  # finite, so that sums of impossible paths have a gradient (of zero) and not NaN
@@ -20,11 +20,16 @@ def cross_entropy(
 
     With `label_smoothing` $\epsilon$ the target is $1-\epsilon$ on the label plus $\epsilon/C$ on every class.
     With no label left the loss is 0, where PyTorch gives NaN.
+
+    Raises:
+        UsageError: for a label that is no class, as far as `check_ids` sees it; -1 would be the last one.
     """
     kept = labels != IGNORED_LABEL
+    targets = jnp.where(kept, labels, 0)
+    check_ids(targets, logits.shape[-1])
     logits = at_least_float32(logits)
     log_normaliser = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, jnp.where(kept, labels, 0)[..., None], axis=-1)[..., 0]
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     losses = log_normaliser - chosen
     if label_smoothing:
         uniform = log_normaliser - logits.mean(axis=-1)

@@ -10,6 +10,7 @@ from flax import nnx
 
 from audiozoo.errors import UsageError
 from audiozoo.layers import Embed, abstract, check_ids
+from audiozoo.layers.losses import cross_entropy
 from audiozoo.models import bark, encodec, musicgen, seamless_m4t, speech_to_text, speecht5, whisper, xls_r
 
 REFUSED = "is none of this model's: they are 0 to"
@@ -22,6 +23,14 @@ def test_a_table_takes_its_own_indices_only():
         with pytest.raises(UsageError, match=f"The id {wrong} {REFUSED} 4"):
             table(jnp.array([[0, wrong]]))
     assert table(jnp.zeros((0, 3), jnp.int32)).shape == (0, 3, 2)
+
+
+def test_a_label_is_one_of_the_classes():
+    logits = jnp.zeros((1, 2, 5))
+    assert np.isfinite(cross_entropy(logits, jnp.array([[4, -100]])))
+    for wrong in (-1, 5):
+        with pytest.raises(UsageError, match=f"The id {wrong} {REFUSED} 4"):
+            cross_entropy(logits, jnp.array([[0, wrong]]))
 
 
 def test_inside_a_program_nothing_is_known():
