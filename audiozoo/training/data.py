@@ -16,6 +16,7 @@ from __future__ import annotations
 import csv
 import functools
 import glob
+import io
 import json
 import math
 import tarfile
@@ -29,6 +30,7 @@ import numpy as np
 
 from audiozoo.audio import files as audio
 from audiozoo.errors import AudioError, AudiozooError, SourceError, UsageError
+from audiozoo.training import hosts
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".aif", ".aiff", ".webm")
 _MANIFEST_AUDIO = ("audio", "path", "file", "audio_filepath", "wav", "filename")
@@ -112,7 +114,7 @@ def find_items(source: str | Path) -> list[Item]:
 def _of_folder(root: Path) -> list[Item]:
     texts: dict[Path, str] = {}
     for path in sorted(root.rglob("*.trans.txt")):
-        for line in _text(path).splitlines():
+        for line in _lines(path):
             name, _, text = line.partition(" ")
             texts[path.parent / name] = text
     items = []
@@ -131,14 +133,14 @@ def _of_folder(root: Path) -> list[Item]:
 
 def _of_jsonl(path: Path) -> list[Item]:
     items = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(_lines(path), 1):
         if line.strip():
             items.append(_of_row(_object(line, f"{path}:{number}"), path, number))
     return items
 
 
 def _of_tsv(path: Path) -> list[Item]:
-    lines = _text(path).splitlines()
+    lines = _lines(path)
     if not lines:
         return []
     if "\t" in lines[0]:
@@ -146,7 +148,7 @@ def _of_tsv(path: Path) -> list[Item]:
         return [_of_row({k: v for k, v in row.items() if k and v}, path, n) for n, row in enumerate(table, 2)]
     root, items = path.parent / lines[0], []
     beside = {suffix: path.with_suffix(f".{suffix}") for suffix in ("wrd", "ltr", "km", "phn")}
-    labels = {s: _text(p).splitlines() for s, p in beside.items() if p.is_file()}
+    labels = {s: _lines(p) for s, p in beside.items() if p.is_file()}
     for suffix, rows in labels.items():
         if len(rows) != len(lines) - 1:
             raise UsageError(f"{beside[suffix]} has {len(rows)} lines for the {len(lines) - 1} of {path}.")
@@ -212,6 +214,11 @@ def _groups(path: Path) -> dict[str, dict[str, Member]]:
 
 def _text(path: Path) -> str:
     return _decoded(path.read_bytes(), str(path))
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines as files have them; `str.splitlines` would end one at any of Unicode's separators within a text, too."""
+    return [line.rstrip("\n") for line in io.StringIO(_text(path), newline=None)]
 
 
 def _decoded(content: bytes, where: str) -> str:
@@ -420,18 +427,35 @@ class Batches:
 
     def _load(self, rows: np.ndarray, bucket: int, seed: tuple[int, ...], first: int) -> Example:
         """Rows of a batch, of which `first` come before these: what is drawn for a row depends on its place in all."""
-        examples: list[Example | None] = []
-        for place, row in enumerate(rows, first):
-            try:
-                examples.append(self._example(self.items[row], np.random.default_rng([*seed, place])))
-            except (AudiozooError, OSError) as error:
-                self._unreadable(self.items[row], error)
-                examples.append(None)
-        good = [example for example in examples if example is not None]
-        if not good:
-            raise AudioError(f"No recording of a batch can be read: {self.report()}.")
+        examples = [self._readable(row, [*seed, place]) for place, row in enumerate(rows, first)]
+        good = [example for example in examples if example is not None] or [self._another(rows[0], [*seed, first])]
         filled = [example or good[offset % len(good)] for offset, example in enumerate(examples)]
         return collate(filled, self.padding, self.edges[bucket])
+
+    def _readable(self, row: int, seed: Sequence[int]) -> Example | None:
+        try:
+            return self._example(self.items[row], np.random.default_rng(seed))
+        except (AudiozooError, OSError) as error:
+            self._unreadable(self.items[row], error)
+            return None
+
+    def _another(self, row: int, seed: Sequence[int]) -> Example:
+        """The next recording that can be read, of the same bucket if there is one."""
+        following = np.roll(np.arange(len(self.items)), -row - 1)
+        for other in following[np.argsort(self._bucket[following] != self._bucket[row], kind="stable")]:
+            if (example := self._readable(other, seed)) is not None:
+                return example
+        raise AudioError(f"Not one recording can be read: {self.report()}.")
+
+    def _as_wide(self, batch: Example) -> Example:
+        """The rows of this host padded to the lengths of the host that has the longest: all have parts of one array."""
+        names = [name for name in self.padding if name in batch]
+        lengths = hosts.largest([batch[name].shape[1] for name in names])
+        for name, length in zip(names, lengths, strict=True):
+            array = batch[name]
+            more = [(0, length - size if axis == 1 else 0) for axis, size in enumerate(array.shape)]
+            batch[name] = np.pad(array, more, constant_values=self.padding[name].value)
+        return batch
 
     def _example(self, item: Item, rng: np.random.Generator) -> Example:
         waveform = audio.read(item.source(), self.sampling_rate)
@@ -455,10 +479,11 @@ class Batches:
         except ImportError:
             raise UsageError('Training reads its data with Grain: pip install "audiozoo[train]".') from None
         reading = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=2 * self.threads)
-        return iter(grain.MapDataset.range(0, 2**31 - 1).map(self.batch).to_iter_dataset(reading))
+        batches = grain.MapDataset.range(0, 2**31 - 1).map(self.batch).to_iter_dataset(reading)
+        return iter(batches.map(self._as_wide))  # by whoever asks, so that hosts do it in the same order
 
     def evaluation(self, parts: int = 1) -> Iterator[Example]:
-        """Every recording once, the shortest first; the last batch is smaller.
+        """Every recording once, the shortest first; the last batch is smaller. Neighbours stand in for unreadable ones.
 
         Args:
             parts: that a mesh divides a batch into; what then is left of the last batch comes by itself, as `Whole`.
@@ -471,7 +496,7 @@ class Batches:
                 each = even // self.process[1]
                 first = self.process[0] * each
                 own = rows[first : first + each]
-                yield self._load(own, int(self._bucket[rows].max()), (self.seed, start), first)
+                yield self._as_wide(self._load(own, int(self._bucket[rows].max()), (self.seed, start), first))
             if even < len(rows):
                 rest = rows[even:]
                 yield Whole(self._load(rest, int(self._bucket[rest].max()), (self.seed, start), even))

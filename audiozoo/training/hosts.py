@@ -9,6 +9,7 @@ Each host reads its own rows of a batch and holds its own shards; see `audiozoo.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -53,6 +54,15 @@ def whole(model: nnx.Module) -> Any:
         return multihost_utils.process_allgather(leaf, tiled=True)
 
     return jax.tree.map(gather, model)
+
+
+def largest(numbers: Sequence[int]) -> list[int]:
+    """Of each number the largest among those that the processes give; all must ask, in the same order."""
+    if jax.process_count() == 1 or not len(numbers):
+        return list(numbers)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(np.asarray(numbers, np.int32))).max(axis=0).tolist()
 
 
 def wait(name: str) -> None:

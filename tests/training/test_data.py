@@ -1,5 +1,6 @@
 """Data: every form is found, order and position are exact, and what is broken is named and passed over."""
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -70,6 +71,9 @@ def test_manifests(folder):
     items = find_items(jsonl)
     assert [item.audio for item in items] == [folder / "low/00.wav", folder / "high/01.wav"]
     assert (items[0].fields["text"], items[0].seconds, items[1].fields) == ("tone 0", 0.2, {"label": 3})
+    rows[0]["sentence"] = "one\u2028line, \x85 still"  # separators that end no line of a file
+    jsonl.write_bytes("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
+    assert [item.fields.get("text") for item in find_items(jsonl)] == [rows[0]["sentence"], None]
     tsv = folder / "set.tsv"
     (folder / "clips").mkdir()
     (folder / "clips" / "a.mp3").touch()
@@ -280,6 +284,31 @@ def test_broken_recordings_are_named_and_their_neighbour_takes_their_place(folde
     same(batch, data.batch(0))
     assert set(data.unreadable) == {str(folder / "low" / "02.wav"), str(truncated)}
     assert "2 unreadable" in data.report()
+
+
+def test_where_a_whole_batch_is_broken_the_next_recording_takes_its_place(folder):
+    """Batches of one, and a broken recording that is a batch of the evaluation, or a host's part of one, by itself."""
+    items = find_items(folder)
+    for index in (4, 6):
+        (folder / "low" / f"{index:02}.wav").write_bytes(b"RIFF")
+    known = [dataclasses.replace(item, seconds=0.2 + 0.1 * int(item.fields["text"].split()[1])) for item in items]
+    data = batches(known, batch_size=1, buckets=2)
+    numbers = np.concatenate([data.batch(i)["number"] for i in range(12)])
+    assert sorted(numbers) == [0, 1, 2, 3, 5, 7, 8, 8, 8, 9, 10, 11]
+    assert len(data.unreadable) == 2
+    assert len(list(batches(known, batch_size=1).evaluation())) == 12
+    with pytest.raises(AudioError, match="Not one recording can be read"):
+        batches(known[8:9], batch_size=1).batch(0)
+
+
+def test_hosts_pad_to_the_longest_of_all_of_them(folder, monkeypatch):
+    monkeypatch.setattr("audiozoo.training.hosts.largest", lambda numbers: [number + 3 for number in numbers])
+    data = batches(find_items(folder), padding={"x": Padding(-1.0), "y": Padding()})
+    alone, padded = data.batch(0), next(data.training())
+    np.testing.assert_array_equal(padded["x"], np.pad(alone["x"], ((0, 0), (0, 3)), constant_values=-1))
+    assert padded["x"].dtype == alone["x"].dtype
+    np.testing.assert_array_equal(padded["number"], alone["number"])
+    assert next(data.evaluation())["x"].shape[1] == data.edges[0] + 3
 
 
 def test_too_many_broken_recordings_are_an_error(folder):

@@ -57,9 +57,9 @@ def test_two_processes_are_one(tmp_path):
     for index in range(16):
         sound = np.random.default_rng(index).normal(0, 0.1, 6400 - 160 * (index % 5))
         soundfile.write(tmp_path / f"{index}.wav", sound.astype(np.float32), 16_000)
-        rows.append(
-            {"audio": f"{index}.wav", "text": "as one" if index % 2 else "we do", "duration": len(sound) / 16e3}
-        )
+        # One text is longer than the others, so that the host that reads it has wider labels.
+        text = "we do as one we do as one" if index == 3 else "as one" if index % 2 else "we do"
+        rows.append({"audio": f"{index}.wav", "text": text, "duration": len(sound) / 16e3})
     (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "held.jsonl").write_text("\n".join(map(json.dumps, rows[:9])))
     with socket.socket() as free:
