@@ -57,13 +57,13 @@ class Loss(NamedTuple):
     Attributes:
         total: what is differentiated: a sum over `count` things (frames, tokens, pairs). The gradient is divided by the
             count of the whole step, so that accumulating over small batches equals one large one.
-        count: 1 for a loss that is a mean already.
-        metrics: sums too, shown divided by `count`.
+        count: None for a loss that is a mean over the batch's rows already, with metrics that are.
+        metrics: sums too, shown divided by the count.
         carried: what the next phases find in `Turn.carried`.
     """
 
     total: jax.Array
-    count: Any = 1.0
+    count: Any = None
     metrics: Mapping[str, Any] = {}
     carried: Any = None
 
@@ -270,7 +270,8 @@ class Trainer:
             networks = self._networks(state.params | {name: params}, rest, train=True)
             result = phase.loss(networks, batch, Turn(key, state.step, carried))
             kept = {n: restore(rest[n], networks[n]) for n in networks}
-            return result.total, (jnp.asarray(result.count), result.metrics, kept, result.carried)
+            count = 1.0 if result.count is None else result.count
+            return result.total, (jnp.asarray(count), result.metrics, kept, result.carried)
 
         if self.options.remat == "dots":
             loss = jax.checkpoint(loss, policy=jax.checkpoint_policies.dots_saveable)
@@ -311,7 +312,11 @@ class Trainer:
         result = (self.task.evaluate or self.task.phases[0].loss)(
             networks, batch, Turn(key, state.step, training=False)
         )
-        return {"loss": result.total, **result.metrics, "count": jnp.asarray(result.count, jnp.float32)}
+        shown = {"loss": result.total, **result.metrics}
+        if result.count is not None:
+            return shown | {"count": jnp.asarray(result.count, jnp.float32)}
+        rows = len(jax.tree.leaves(batch)[0])  # the last batch may have fewer
+        return {name: rows * value for name, value in shown.items()} | {"count": jnp.asarray(rows, jnp.float32)}
 
     def evaluate(self, state: State, batches: Iterable[Any]) -> dict[str, float]:
         """Metrics over all batches, each divided by the count of all.

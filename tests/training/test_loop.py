@@ -99,6 +99,11 @@ def test_accumulation_weighs_parts_by_what_they_count():
         states.append(trainer.step(trainer.init(), trainer.put(batch))[0])
     for a, b in zip(arrays(states[0].params), arrays(states[1].params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    # A mean of an evaluation's smaller last batch weighs less, too.
+    trainer = Trainer(task(lambda n, b, turn: Loss(jnp.square(n["model"](b["x"]) - b["y"]).mean())))
+    state = trainer.init()
+    cut = [{name: value[rows] for name, value in batch.items()} for rows in (slice(5), slice(5, 8))]
+    assert trainer.evaluate(state, cut)["loss"] == pytest.approx(trainer.evaluate(state, [batch])["loss"], rel=1e-5)
     trainer = Trainer(task(masked), Options(accumulate=3))
     with pytest.raises(UsageError, match="A batch of 8 cannot be cut into 3"):
         trainer.step(trainer.init(), trainer.put(batch))
