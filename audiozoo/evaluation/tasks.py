@@ -103,7 +103,12 @@ def _is_encoder(model: Any) -> bool:
 # --- texts -----------------------------------------------------------------------------------------------------------
 
 NORMALISERS = ("english", "basic", "none")
-_WITHOUT_SPACES = ("zh", "ja", "th", "lo", "my", "yue")  # written in letters only: Whisper, Appendix C, counts these
+# Written in letters only, which Whisper, Appendix C, counts: its codes and names, and SeamlessM4T's codes.
+_WITHOUT_SPACES = (
+    *("zh", "ja", "th", "lo", "my", "yue"),
+    *("chinese", "mandarin", "japanese", "thai", "lao", "myanmar", "burmese", "cantonese"),
+    *("cmn", "cmn_hant", "jpn", "tha", "lao", "mya"),
+)
 _WRITERS = ("Speech2TextForConditionalGeneration", "SpeechT5ForSpeechToText", "SpeechEncoderDecoderModel")
 _ENGLISH = ("en", "eng", "english")
 
@@ -119,7 +124,7 @@ def normaliser(name: str, language: str | None) -> Callable[[str], str]:
     if name == "english":
         return EnglishTextNormalizer()
     if name == "basic":
-        return BasicTextNormalizer(split_letters=language in _WITHOUT_SPACES)
+        return BasicTextNormalizer(split_letters=str(language).lower() in _WITHOUT_SPACES)
     return lambda text: text
 
 
