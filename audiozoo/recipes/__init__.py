@@ -71,7 +71,7 @@ _CTC = Settings(
     beta2=0.98,
     frozen=CONVOLUTIONS,
     held=r"^(?!lm_head)",
-    held_steps=10_000,
+    held_steps=0.125,
     seconds=20.0,
 )
 _PRETRAINING = Settings(
@@ -116,7 +116,7 @@ _FINETUNING = {
         steps=20_000,
         batch_size=48,
         learning_rate=2e-5,
-        held_steps=2_000,
+        held_steps=0.1,
     ),
 }
 _HEAD = r"^lm_head\.|masked_spec_embed"
@@ -395,7 +395,7 @@ ROWS = [
             weight_decay=0.1,
             clip=25.0,
             held=r"^speecht5\.encoder\.",
-            held_steps=13_000,
+            held_steps=0.1625,
             seconds=20.0,
         ),
         "asr",
@@ -534,7 +534,7 @@ ROWS = [
             beta2=0.98,
             clip=25.0,
             held=r"^speecht5\.encoder\.",
-            held_steps=20_000,
+            held_steps=1 / 6,
             seconds=30.0,
         ),
         "tts",

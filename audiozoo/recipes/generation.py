@@ -25,6 +25,7 @@ from audiozoo.recipes.objectives import (
     speech_example,
     text_of,
     unprocessed_example,
+    whole_numbers,
 )
 from audiozoo.training.data import Example, Padding
 from audiozoo.training.loop import Loss, Turn
@@ -175,7 +176,8 @@ class SpeechAndText(Objective):
     def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
         """See `Objective`."""
         tokenizer, extractor = processor.tokenizer, processor.feature_extractor
-        units = np.asarray([int(u) for u in _needed(fields, "units", "units beside the recordings")], np.int32)
+        _needed(fields, "units", "units beside the recordings")
+        units = whole_numbers(fields, "units", config.num_clusters)
         ids = [config.bos_token_id, *tokenizer.encode(text_of(fields))]
         gapped = speecht5.text_infilling(ids, tokenizer.added["<mask>"], rng)
         width = config.speaker_embedding_dim
@@ -224,7 +226,7 @@ class SpeechAndText(Objective):
                 "speech_loss": spoken.reconstruction_loss,
                 "text_loss": written.reconstruction_loss,
             }
-            return Loss(spoken.loss + written.loss, 1.0, parts)
+            return Loss(spoken.loss + written.loss, None, parts)
 
         return loss
 

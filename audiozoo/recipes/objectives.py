@@ -45,6 +45,22 @@ def text_of(fields: Fields) -> str:
     return text
 
 
+def whole_numbers(fields: Fields, name: str, classes: int) -> np.ndarray:
+    """The units or phonemes of a recording: a list, or a text with spaces between.
+
+    Raises:
+        UsageError: if they are no whole numbers, or of no class that the model has.
+    """
+    given = fields[name]
+    try:
+        found = np.asarray([int(number) for number in (given.split() if isinstance(given, str) else given)], np.int32)
+    except (TypeError, ValueError):
+        raise UsageError(f"The {name} of a recording should be whole numbers.") from None
+    if (wrong := found[(found < 0) | (found >= classes)]).size:
+        raise UsageError(f"The {name} of a recording hold {wrong[0]}, and the model has {classes} of them, from 0 on.")
+    return found
+
+
 def in_language(tokenizer: Any, fields: Fields) -> Any:
     """A tokenizer of several languages that writes in the recording's `language`, for its `task` (Whisper's).
 
@@ -241,7 +257,7 @@ class Pretraining(Objective):
         example = speech_example(processor, waveform)
         if self.units:
             if "units" in fields:
-                labels = np.asarray([int(unit) for unit in fields["units"]], np.int32)
+                labels = whole_numbers(fields, "units", np.ravel(config.num_clusters)[0])  # of the first set
                 if "crop" in fields:  # of the whole recording's units, those of the part that is heard
                     first, last = (round(t * getattr(config, "label_rate", 50.0)) for t in fields["crop"])
                     labels = labels[first:last]
@@ -251,7 +267,8 @@ class Pretraining(Objective):
                 raise UsageError("This recipe predicts units, and a recording has none: give a .km beside the .tsv.")
             example["labels"] = np.asarray(labels, np.int32)
         if self.phonemes:
-            example["labels"] = np.asarray([int(p) for p in fields.get("phonemes", ())] or [IGNORED_LABEL], np.int32)
+            phonemes = whole_numbers({"phonemes": [], **fields}, "phonemes", config.num_ctc_classes)
+            example["labels"] = phonemes if len(phonemes) else np.asarray([IGNORED_LABEL], np.int32)
         return example
 
     def loss(self, processor: Any) -> Callable[[dict[str, Any], Any, Turn], Loss]:
@@ -545,7 +562,7 @@ class Voice(Objective):
                 key=turn.key,
             )
             parts = {name: losses[name] for name in losses.keys() if name != "total"}  # noqa: SIM118
-            return Loss(losses.total, 1.0, parts, (real, jax.lax.stop_gradient(output.waveform)))
+            return Loss(losses.total, None, parts, (real, jax.lax.stop_gradient(output.waveform)))
 
         def judge(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
             return Loss(vits.discriminator_losses(networks["judge"], *turn.carried))
@@ -606,7 +623,7 @@ class Vocoder(Objective):
                 num_mels=config.model_in_dim,
             )
             parts = {name: losses[name] for name in losses.keys() if name != "total"}  # noqa: SIM118
-            return Loss(losses.total, 1.0, parts, (real, jax.lax.stop_gradient(output.waveform)))
+            return Loss(losses.total, None, parts, (real, jax.lax.stop_gradient(output.waveform)))
 
         def judge(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
             hifigan.power_iteration(networks["judge"])
@@ -718,7 +735,7 @@ class Codec(Objective):
             # Its value is of no meaning; shown is the sum of the weighted losses.
             shown = sum(balancer.weights[name] * losses[name] for name in balancer.weights) + losses["commitment"]
             total = total + jax.lax.stop_gradient(shown - total)
-            return Loss(total, 1.0, losses, jax.lax.stop_gradient(output.audio_values))
+            return Loss(total, None, losses, jax.lax.stop_gradient(output.audio_values))
 
         def judge(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
             discriminator = networks["judge"]

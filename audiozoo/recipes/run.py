@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -20,7 +21,7 @@ from rich.console import Console
 
 from audiozoo import hub, loading, registry, sharding
 from audiozoo.decoding.units import KMeans, cepstra
-from audiozoo.errors import CheckpointError, UsageError
+from audiozoo.errors import AudioError, AudiozooError, CheckpointError, UsageError
 from audiozoo.layers.abstract import abstract
 from audiozoo.models import audio_spectrogram_transformer as ast
 from audiozoo.processors.audio_spectrogram_transformer import ASTFeatureExtractor
@@ -72,6 +73,7 @@ class Run:
             process=(jax.process_index(), jax.process_count()),
             whole=self.recipe.objective.whole,
             odds=odds,
+            seed=self.trainer.options.seed,
             **options,
         )
 
@@ -130,7 +132,7 @@ def drawn(create: Callable[[Any], Any], seed: int, mesh: Mesh | None) -> Any:
 
 def letters(texts: Sequence[str]) -> Wav2Vec2CTCTokenizer:
     """A vocabulary of the letters of some texts, the blank first, `|` between words."""
-    found = sorted({letter for text in texts for letter in text} - {" "})
+    found = sorted({letter for text in texts for letter in text} - {" ", "|"})
     names = ["<pad>", "<s>", "</s>", "<unk>", "|", *found]
     return Wav2Vec2CTCTokenizer({name: index for index, name in enumerate(names)})
 
@@ -355,8 +357,13 @@ def _clusters(processor: Any, items: Sequence[Item], config: Any, recordings: in
 
     count = config.num_clusters if isinstance(config.num_clusters, int) else config.num_clusters[0]
     order = np.random.default_rng(0).permutation(len(items))[:recordings]
-    frames = np.concatenate([np.asarray(cepstra(jnp.asarray(files.read(items[i].source())))) for i in order])
-    processor.clusters = KMeans.fit(jax.random.key(0), jnp.asarray(frames), count, iterations=20)
+    frames = []
+    for item in (items[i] for i in order):
+        with contextlib.suppress(AudiozooError, OSError):  # counted and named when its batch is read
+            frames.append(np.asarray(cepstra(jnp.asarray(files.read(item.source())))))
+    if not frames:
+        raise AudioError(f"Of {len(order)} recordings none can be read, so there is nothing to find clusters in.")
+    processor.clusters = KMeans.fit(jax.random.key(0), jnp.asarray(np.concatenate(frames)), count, iterations=20)
 
 
 def train(

@@ -41,7 +41,7 @@ class Settings:
         clip: largest norm of the gradient.
         frozen: a regular expression of the parameters that are never trained.
         held: one of those that are not trained in the first `held_steps`.
-        held_steps: see `held`.
+        held_steps: share of the steps, or, above 1, how many.
         seconds: recordings are cut to this length, or left out if they have a text.
         average: decay of the moving average of the parameters.
     """
@@ -64,7 +64,7 @@ class Settings:
     clip: float | None = None
     frozen: str | None = None
     held: str | None = None
-    held_steps: int = 0
+    held_steps: float = 0.0
     seconds: float = 15.0
     average: float | None = None
 
@@ -78,6 +78,8 @@ class Settings:
             raise UsageError(f"There is no schedule {self.schedule!r}; there are {', '.join(SCHEDULES)}.")
         if self.optimizer not in OPTIMIZERS:
             raise UsageError(f"There is no optimiser {self.optimizer!r}; there are {', '.join(OPTIMIZERS)}.")
+        if self.weight_decay and self.optimizer in ("adam", "adafactor"):
+            raise UsageError(f"{self.optimizer} has no weight decay: take adamw, or a weight_decay of 0.")
 
     def rate(self) -> optax.Schedule:
         """The learning rate of every step."""
@@ -113,8 +115,9 @@ class Settings:
     def transformation(self) -> optax.GradientTransformation:
         """Clipping, what is held, and the optimiser with its schedule."""
         chain: list[optax.GradientTransformation] = []
-        if self.held and self.held_steps:
-            chain.append(hold(self.held, self.held_steps))
+        held = round(self.held_steps if self.held_steps > 1 else self.held_steps * self.steps)
+        if self.held and held:
+            chain.append(hold(self.held, held))
         if self.clip is not None:
             chain.append(optax.clip_by_global_norm(self.clip))
         if self.optimizer == "adafactor":
@@ -127,16 +130,18 @@ class Settings:
             chain.append(
                 optax.adamw(self.rate(), self.beta1, self.beta2, self.epsilon, weight_decay=decay, mask=decayed)
             )
+        if self.held and held:
+            chain.append(hold(self.held, held))  # of weight decay, too
         return optax.chain(*chain)
 
 
 def decayed(params: dict[str, Any]) -> dict[str, bool]:
-    """Weight decay is for matrices: not for biases, scales and single vectors."""
-    return {name: value.ndim > 1 for name, value in params.items()}
+    """Weight decay is for matrices: not for biases, scales and single vectors, be they of a stack of blocks or not."""
+    return {name: value.ndim > 1 + (".stacked." in name) for name, value in params.items()}
 
 
 def hold(pattern: str, steps: int) -> optax.GradientTransformation:
-    """No gradient for the parameters that a regular expression finds, in the first steps."""
+    """No gradient, or no update, for the parameters that a regular expression finds, in the first steps."""
 
     def init(params: Any) -> jax.Array:
         return jnp.zeros((), jnp.int32)

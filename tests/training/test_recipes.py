@@ -42,7 +42,7 @@ from audiozoo.recipes.settings import SCHEDULES, Settings
 from audiozoo.text import WhisperTokenizer
 from audiozoo.training import checkpointing
 from audiozoo.training.data import Item, find_items
-from audiozoo.training.loop import Trainer
+from audiozoo.training.loop import Options, Trainer
 from audiozoo.training.parameters import Lora, partition
 from tests.text.vocabularies import SMALL_SPECIALS, small_backend
 from tests.training import tiny
@@ -205,13 +205,13 @@ def test_schedules():
             np.testing.assert_allclose(ours(int(step)), paper(int(step)), rtol=1e-5, err_msg=f"{name}, step {step}")
     np.testing.assert_allclose(rates([0, 3, 15], schedule="inverse_sqrt", warmup=4), [0.25, 1, 0.5])
     assert set(SCHEDULES) == {"constant", "linear", "tri_stage", "cosine", "exponential", "inverse_sqrt", "stairs"}
-    for wrong in ({"schedule": "zigzag"}, {"optimizer": "sgd"}):
+    for wrong in ({"schedule": "zigzag"}, {"optimizer": "sgd"}, {"optimizer": "adam", "weight_decay": 0.1}):
         with pytest.raises(UsageError):
             settings(**wrong)
 
 
 def test_what_is_held_waits_and_only_matrices_decay():
-    update = settings(held="^body", held_steps=2, optimizer="adam", learning_rate=0.1).transformation()
+    update = settings(held="^body", held_steps=0.02, weight_decay=0.1, learning_rate=0.1).transformation()
     params = {"body.kernel": jnp.ones((2, 2)), "head.kernel": jnp.ones((2, 2))}
     state, moved = update.init(params), []
     for _ in range(4):
@@ -219,11 +219,14 @@ def test_what_is_held_waits_and_only_matrices_decay():
         moved.append({name: float(jnp.abs(value).max()) > 0 for name, value in change.items()})
     assert [m["body.kernel"] for m in moved] == [False, False, True, True]
     assert all(m["head.kernel"] for m in moved)
+    for name, steps in {"wav2vec2_ctc": 10_000, "unispeech_ctc": 2_000, "speecht5_recognition": 13_000}.items():
+        numbers = recipe(name).settings
+        assert numbers.held_steps * numbers.steps == pytest.approx(steps)  # of a shorter training the same share
     update = settings(weight_decay=0.5).transformation()
-    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "layers.stacked.bias": jnp.ones((3, 2))}
     change, _ = update.update(jax.tree.map(jnp.zeros_like, params), update.init(params), params)
     assert float(change["kernel"][0, 0]) == -0.5
-    assert float(change["bias"][0]) == 0
+    assert float(change["bias"][0]) == float(change["layers.stacked.bias"][0, 0]) == 0
     assert isinstance(settings(optimizer="adafactor").transformation(), optax.GradientTransformation)
 
 
@@ -250,6 +253,11 @@ def test_units_follow_the_part_that_is_heard():
     fields = {"units": list(range(20)), "crop": (0.1, 0.3)}
     example = row.objective.prepare(processor, model.config, np.zeros(3200, np.float32), fields, None)
     np.testing.assert_array_equal(example["labels"], np.arange(5, 15))
+    written = row.objective.prepare(processor, model.config, np.zeros(3200, np.float32), {"units": "3 1 2"}, None)
+    np.testing.assert_array_equal(written["labels"], [3, 1, 2])
+    for wrong, sentence in {"1 x": "should be whole numbers", "1 999": "hold 999, and the model has"}.items():
+        with pytest.raises(UsageError, match=sentence):
+            row.objective.prepare(processor, model.config, np.zeros(3200, np.float32), {"units": wrong}, None)
 
 
 def test_bark_learns_from_texts_as_it_reads_them():
@@ -503,7 +511,8 @@ def test_spectrograms_are_as_large_as_the_model_reads(corpus):
     row, model, processor = tiny.small(recipe("ast"))
     items, settings = find_items(corpus), {"batch_size": 2}
     config = {n: v for n, v in vars(model.config).items() if n not in ("id2label", "problem_type")}
-    new = run.build(row, items, config=config, settings=settings)
+    new = run.build(row, items, config=config, settings=settings, options=Options(seed=3))
+    assert new.batches(items).seed == 3
     assert (new.processor.max_length, new.processor.num_mel_bins) == (48, 16)
     assert new.model.config.problem_type == row.objective.recipe.problem_type
     shorter = run.build(
