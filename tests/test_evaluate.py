@@ -21,7 +21,7 @@ from audiozoo.decoding.pieces import write_pieces
 from audiozoo.decoding.units import KMeans
 from audiozoo.errors import AudioError, SourceError, UsageError
 from audiozoo.evaluation import TASKS, evaluate, task_for
-from audiozoo.evaluation.tasks import mel_distance
+from audiozoo.evaluation.tasks import mel_distance, normaliser
 from audiozoo.models import audio_spectrogram_transformer as ast
 from audiozoo.models import clap, musicgen, wav2vec2
 from audiozoo.training import metrics
@@ -103,6 +103,7 @@ def test_normalisation_is_whispers(items, letters, monkeypatch):
     assert rates["none"] == 1.0
     assert rates["english"] == 0.0
     assert evaluate(letters, tiny.PROCESSOR, pair, language="en").metrics["wer"] == 0.0
+    assert {normaliser("basic", name)("你好").strip() for name in ("zh", "Chinese", "cmn", "cmn_Hant")} == {"你 好"}
 
 
 class Words:

@@ -172,6 +172,9 @@ def build(
         UsageError: a setting does not exist, or the data lacks what the recipe learns.
     """
     numbers = _changed(recipe.settings, settings or {}, "setting of a recipe")
+    if size is not None and not (model is None and init is None):
+        raise UsageError("A size is of a model that begins with nothing: leave it out, or what is gone on from.")
+    given = model is not None
     _check_mesh(mesh, numbers.batch_size)
     changes: dict[str, Any] = {**recipe.config, **(config or {})}
     if model is None and init is not None:
@@ -187,7 +190,7 @@ def build(
     if model is None:
         cls = registry.paper(recipe.paper).model_class(recipe.model_class)
         model = drawn(lambda rngs: cls(base, dtype=dtype, rngs=rngs), (options or Options()).seed, mesh)
-    elif base != model.config:
+    elif base != model.config or (given and dtype is not None):
         model = resized(model, dtype=dtype, **{n: getattr(base, n) for n in changes})
     if isinstance(recipe.objective, Pretraining) and recipe.objective.units:
         _clusters(processor, items, base)
@@ -415,6 +418,8 @@ def train(
             raise UsageError(f"{name} is at least 1, not {value}.")
     if not 0 <= held_out < 1:
         raise UsageError(f"The share that is held out lies in [0, 1), not at {held_out}.")
+    if evaluation is not None and held_out:
+        raise UsageError("Evaluation is on data of its own, or on a share that is held out: give one of the two.")
     if patience is not None and evaluation is None and not held_out:
         raise UsageError(
             "Patience counts evaluations, and there is nothing to evaluate on: give evaluation or held_out."
@@ -493,7 +498,7 @@ def _divided(data: str | Path, evaluation: str | Path | None, held_out: float) -
     order = np.random.default_rng(1).permutation(len(items))
     count = max(1, round(held_out * len(items)))
     if count == len(items):
-        raise UsageError(f"{data} holds one recording: there is none left to train on.")
+        raise UsageError(f"{data} holds {count} recordings, and all would be held out: none is left to train on.")
     return [items[i] for i in sorted(order[count:])], [items[i] for i in sorted(order[:count])]
 
 

@@ -170,6 +170,10 @@ def _of_row(row: dict[str, Any], manifest: Path, number: int) -> Item:
     name = next((row[key] for key in _MANIFEST_AUDIO if row.get(key)), None)
     if not isinstance(name, str):
         raise UsageError(f"{manifest}:{number} names no recording: it needs one of {', '.join(_MANIFEST_AUDIO)}.")
+    if row.get("offset") not in (None, "", 0, "0", "0.0"):
+        raise UsageError(
+            f"{manifest}:{number} has an offset; recordings are read from their beginning: cut them first."
+        )
     path = manifest.parent / name
     if not path.exists() and (manifest.parent / "clips" / name).exists():  # Common Voice
         path = manifest.parent / "clips" / name
@@ -344,15 +348,14 @@ class Batches:
             raise UsageError(f"A batch of {batch_size} cannot be divided among {process[1]} hosts.")
         self.prepare, self.batch_size, self.sampling_rate = prepare, batch_size, sampling_rate
         self.padding, self.seed, self.seconds = dict(padding or {}), seed, seconds
-        self.limit, self.threads, self.process = limit, threads, process
+        self.limit, self.threads, self.process, self.whole = limit, threads, process, whole
         self.unreadable: dict[str, str] = {}
         self.left_out: list[str] = []  # too long for their text, or too short
         self._lock = threading.Lock()
         kept, lengths = [], []
         for item in items:
             length = self._length(item)
-            kept_whole = "text" in item.fields if whole is None else whole
-            if length is None or length < shortest or (length > seconds and kept_whole):
+            if length is None or length < shortest or (length > seconds and self._kept_whole(item)):
                 if length is not None:
                     self.left_out.append(item.name)
                 continue
@@ -369,6 +372,9 @@ class Batches:
         edges[-1] = max(edges[-1], max(lengths))
         self.edges = [round(edge * sampling_rate) for edge in edges]
         self._bucket = np.searchsorted(edges, np.asarray(lengths) - 1e-9)
+
+    def _kept_whole(self, item: Item) -> bool:
+        return "text" in item.fields if self.whole is None else self.whole
 
     def _length(self, item: Item) -> float | None:
         if item.seconds is not None:
@@ -460,6 +466,9 @@ class Batches:
     def _example(self, item: Item, rng: np.random.Generator) -> Example:
         waveform = audio.read(item.source(), self.sampling_rate)
         most, fields = int(self.seconds * self.sampling_rate), item.fields
+        if len(waveform) > most + self.sampling_rate // 10 and self._kept_whole(item):
+            length = len(waveform) / self.sampling_rate
+            raise AudioError(f"{item.name} lasts {length:.1f} s, not {item.seconds} s; {self.seconds} s may be heard.")
         if len(waveform) > most:
             start = int(rng.integers(len(waveform) - most + 1))
             waveform = waveform[start : start + most]

@@ -130,6 +130,9 @@ def test_what_is_no_data_gets_a_sentence(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"audio": 3}')
     with pytest.raises(UsageError, match="names no recording"):
         find_items(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_text('{"audio": "a.wav", "offset": 1.5}')
+    with pytest.raises(UsageError, match=r"a\.jsonl:1 has an offset"):
+        find_items(tmp_path / "a.jsonl")
     (tmp_path / "a.jsonl").write_text("{")
     with pytest.raises(UsageError, match=r"a\.jsonl:1 is not valid JSON"):
         find_items(tmp_path / "a.jsonl")
@@ -213,6 +216,10 @@ def test_hosts_read_their_own_rows_of_the_same_batches(folder):
 def test_long_recordings_are_cut_at_random_or_left_out_with_their_text(folder):
     data = batches(find_items(folder), seconds=0.75)
     assert len(data.items) == 6
+    told = [dataclasses.replace(item, seconds=0.3) for item in find_items(folder)]  # and that is not so
+    wrong = batches(told, seconds=0.75)
+    assert set(np.concatenate([wrong.batch(i)["number"] for i in range(4)])) <= set(range(7))  # a tenth more may be
+    assert "lasts 1.3 s, not 0.3 s" in next(why for name, why in wrong.unreadable.items() if "11.wav" in name)
     assert len(data.left_out) == 6
     untold = [item.__class__(item.name, item.audio, None, {}) for item in find_items(folder)]
     cut = Batches(

@@ -535,17 +535,18 @@ def test_spectrograms_are_as_large_as_the_model_reads(corpus):
 
 def test_a_changed_model_computes_in_the_dtype_that_was_asked_for(corpus):
     row, model, processor = tiny.small(recipe("wav2vec2_ctc"))
-    changed = run.build(
-        row,
-        find_items(corpus),
-        model=model,
-        processor=processor,
-        config={"hidden_dropout": 0.2},
-        settings={"batch_size": 2},
-        dtype=jnp.bfloat16,
-    ).model
-    assert changed.config.hidden_dropout == 0.2
-    assert jax.eval_shape(lambda model: model(jnp.zeros((1, 800))).logits, changed).dtype == jnp.bfloat16
+    for dropout in (0.2, model.config.hidden_dropout):
+        changed = run.build(
+            row,
+            find_items(corpus),
+            model=model,
+            processor=processor,
+            config={"hidden_dropout": dropout},
+            settings={"batch_size": 2},
+            dtype=jnp.bfloat16,
+        ).model
+        assert changed.config.hidden_dropout == dropout
+        assert jax.eval_shape(lambda model: model(jnp.zeros((1, 800))).logits, changed).dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("name", ["vits", "hifigan", "encodec"])
@@ -588,6 +589,9 @@ def test_what_cannot_be_trained_says_so(corpus, tmp_path):
         "no setting of a recipe": lambda: run.build(ctc, items, settings={"rate": 1}),
         "no field of Wav2Vec2Config": lambda: run.build(ctc, items, config={"width": 1}),
         "has no size 'huge'": lambda: run.build(ctc, items, size="huge"),
+        "A size is of a model that begins": lambda: run.build(
+            ctc, items, size="base", model=model, processor=processor
+        ),
         "recordings with texts": lambda: run.build(ctc, bare),
         "no recording has one": lambda: run.build(ast, bare),
         "has no vocabulary": lambda: run.build(recipe("whisper"), items),
@@ -610,6 +614,8 @@ def test_what_cannot_be_trained_says_so(corpus, tmp_path):
             run.build(ctc, items, **how)
     for match, how in {
         "there is nothing to evaluate on": {"patience": 2},
+        "give one of the two": {"evaluation": corpus, "held_out": 0.5},
+        "holds 6 recordings, and all would be held out": {"held_out": 0.99},
         "log_every is at least 1, not 0": {"log_every": 0},
         r"lies in \[0, 1\), not at 1.5": {"held_out": 1.5},
     }.items():
