@@ -192,7 +192,7 @@ class Transcription(Task):
 
     Attributes:
         language: of the speech; None lets the model find out.
-        normalise: of both texts: "english" or "basic" as Whisper does, or "none"; by default by the language.
+        normalise: of both texts: "english" or "basic" as Whisper does, or "none"; by default by each text's language.
         beams: of the search.
         generate: options of the decoding.
     """
@@ -239,11 +239,17 @@ class Transcription(Task):
 
     def normalised(self, rows: Sequence[Row]) -> tuple[list[str], list[str]]:
         """References and hypotheses as they are compared."""
-        languages = {self.language or row.get("language") for row in rows}
-        language = next(iter(languages)) if len(languages) == 1 else None
-        chosen = self.normalise or ("english" if str(language).lower() in _ENGLISH else "basic")
-        normal = normaliser(chosen, language)
-        return [normal(row["reference"]) for row in rows], [normal(row["hypothesis"]) for row in rows]
+        languages = [self.language or row.get("language") for row in rows]
+        normals = {language: self._normaliser(language) for language in set(languages)}
+
+        def normal(name: str) -> list[str]:
+            return [normals[language](row[name]) for language, row in zip(languages, rows, strict=True)]
+
+        return normal("reference"), normal("hypothesis")
+
+    def _normaliser(self, language: str | None) -> Callable[[str], str]:
+        chosen = "english" if str(language).lower() in _ENGLISH else "basic"
+        return normaliser(self.normalise or chosen, language)
 
     def score(self, rows: Sequence[Row]) -> dict[str, float]:
         """See `Task`."""
