@@ -247,17 +247,27 @@ def test_d_adaptation_finds_its_rate():
     assert float(jnp.abs(params["kernel"]).max()) < 0.03
 
 
-def test_units_follow_the_part_that_is_heard():
+def test_units_follow_the_part_that_is_heard(corpus, tmp_path):
     """HuBERT's clusters are 50 a second: of a part from 0.1 to 0.3 s, the sixth to the fifteenth."""
     row, model, processor = tiny.small(recipe("hubert_pretraining"))
+    config = dataclasses.replace(model.config, num_clusters=(20,))
     fields = {"units": list(range(20)), "crop": (0.1, 0.3)}
-    example = row.objective.prepare(processor, model.config, np.zeros(3200, np.float32), fields, None)
+    example = row.objective.prepare(processor, config, np.zeros(3200, np.float32), fields, None)
     np.testing.assert_array_equal(example["labels"], np.arange(5, 15))
-    written = row.objective.prepare(processor, model.config, np.zeros(3200, np.float32), {"units": "3 1 2"}, None)
+    written = row.objective.prepare(processor, config, np.zeros(3200, np.float32), {"units": "3 1 2"}, None)
     np.testing.assert_array_equal(written["labels"], [3, 1, 2])
     for wrong, sentence in {"1 x": "should be whole numbers", "1 999": "hold 999, and the model has"}.items():
         with pytest.raises(UsageError, match=sentence):
-            row.objective.prepare(processor, model.config, np.zeros(3200, np.float32), {"units": wrong}, None)
+            row.objective.prepare(processor, config, np.zeros(3200, np.float32), {"units": wrong}, None)
+    # Without units, clusters of what can be read.
+    broken = tmp_path / "broken.wav"
+    broken.write_bytes(b"RIFF")
+    whole = dataclasses.replace(find_items(corpus)[0], fields={})
+    hearing = SimpleNamespace()
+    run._clusters(hearing, [Item("broken", broken), whole], SimpleNamespace(num_clusters=3))
+    assert hearing.clusters.centroids.shape == (3, 39)
+    with pytest.raises(AudioError, match="Of 1 recordings none can be read"):
+        run._clusters(hearing, [Item("broken", broken)], SimpleNamespace(num_clusters=3))
 
 
 def test_bark_learns_from_texts_as_it_reads_them():
