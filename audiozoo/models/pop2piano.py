@@ -266,8 +266,9 @@ class Pop2PianoForConditionalGeneration(nnx.Module):
         self, tokens: Int[Array, "rows 1"], cache: T5Cache, position: Int[Array, ""]
     ) -> tuple[Float[Array, "rows vocabulary"], T5Cache]:
         """Logits of the token after the one at `position`; see `audiozoo.decoding`."""
-        out = self.decoder(self.shared(tokens), cache=_unmarked(cache), position=position)
-        return self.head(out.last_hidden_state)[:, -1], _marked(out.past_key_values)
+        out = self.decoder(self.shared(tokens), cache=_unmarked(cache, len(tokens)), position=position)
+        own = _marked(out.past_key_values).self_attention
+        return self.head(out.last_hidden_state)[:, -1], T5Cache(own, cache.cross_attention, None)
 
     def generate(
         self,
@@ -337,10 +338,11 @@ def _marked(cache: T5Cache) -> T5Cache:
     return T5Cache(own, shared, None)
 
 
-def _unmarked(cache: Any) -> T5Cache:
+def _unmarked(cache: Any, rows: int) -> T5Cache:
+    """The cache as the decoder reads it; the mask, of which beams share that of their example, with a row for each."""
     own = tuple(KeyValues(kv.key.value, kv.value.value) for kv in cache.self_attention)
     cross, mask = cache.cross_attention.value
-    return T5Cache(own, cross, mask)
+    return T5Cache(own, cross, None if mask is None else jnp.repeat(mask, rows // len(mask), axis=0))
 
 
 # --- data, §3.1 ------------------------------------------------------------------------------------------------------

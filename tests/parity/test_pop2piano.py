@@ -177,9 +177,10 @@ def test_generated_tokens_are_equal(released, masked):
 
 def test_beams_are_equal(released):
     reference, model, _ = released
-    features = np.random.default_rng(5).standard_normal((2, 9, 12))
-    theirs = reference.generate(torch.tensor(features), num_beams=3, max_length=16)
-    ours = model.generate(jnp.asarray(features), num_beams=3, max_length=16)
+    features, mask = np.random.default_rng(5).standard_normal((2, 9, 12)), np.ones((2, 9), np.int64)
+    mask[1, 4:] = 0  # one row an example, which its beams share
+    theirs = reference.generate(torch.tensor(features), torch.tensor(mask), num_beams=3, max_length=16)
+    ours = model.generate(jnp.asarray(features), jnp.asarray(mask), num_beams=3, max_length=16)
     np.testing.assert_array_equal(ours, theirs)
 
 
