@@ -305,7 +305,7 @@ class Stages(Objective):
                 "coarse_loss": bark.coarse_loss(model.coarse_acoustics, batch["read"], turns, key=coarse),
                 "fine_loss": sum(fine) / len(fine),
             }
-            return Loss(sum(parts.values()), 1.0, parts)  # type: ignore[arg-type]
+            return Loss(sum(parts.values()), None, parts)  # type: ignore[arg-type]
 
         return loss
 

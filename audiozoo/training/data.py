@@ -178,6 +178,8 @@ def _of_row(row: dict[str, Any], manifest: Path, number: int) -> Item:
     if not path.exists() and (manifest.parent / "clips" / name).exists():  # Common Voice
         path = manifest.parent / "clips" / name
     fields = {key: value for key, value in row.items() if key not in _MANIFEST_AUDIO}
+    if isinstance(voice := fields.get("speaker_embedding"), str):
+        fields["speaker_embedding"] = str(manifest.parent / voice)
     text = next((row[key] for key in _MANIFEST_TEXT if row.get(key)), None)
     return Item(str(path), path, _seconds(row), fields | ({} if text is None else {"text": text}))
 

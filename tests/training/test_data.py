@@ -65,12 +65,16 @@ def test_librispeech_texts(folder):
 
 
 def test_manifests(folder):
-    rows = [{"audio": "low/00.wav", "sentence": "tone 0", "duration": 0.2}, {"path": "high/01.wav", "label": 3}]
+    rows = [
+        {"audio": "low/00.wav", "sentence": "tone 0", "duration": 0.2, "speaker_embedding": "low.npy"},
+        {"path": "high/01.wav", "label": 3},
+    ]
     jsonl = folder / "set.jsonl"
     jsonl.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     items = find_items(jsonl)
     assert [item.audio for item in items] == [folder / "low/00.wav", folder / "high/01.wav"]
     assert (items[0].fields["text"], items[0].seconds, items[1].fields) == ("tone 0", 0.2, {"label": 3})
+    assert items[0].fields["speaker_embedding"] == str(folder / "low.npy")
     rows[0]["sentence"] = "one\u2028line, \x85 still"  # separators that end no line of a file
     jsonl.write_bytes("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
     assert [item.fields.get("text") for item in find_items(jsonl)] == [rows[0]["sentence"], None]
