@@ -118,9 +118,12 @@ _NOT_OPTIONS = {f.name for f in dataclasses.fields(WhisperGenerationConfig)} | {
 def generation_from_hugging_face(config: Mapping[str, Any], model: WhisperConfig) -> WhisperGenerationConfig:
     """Token ids and choices from a `generation_config.json`, or, for old directories, from `config.json`."""
     where = "generation_config.json"
-    defaults = dataclasses.replace(_generation_defaults(model), begin_suppress_tokens=())
+    # Neither has a default in `transformers`.
+    defaults = dataclasses.replace(
+        _generation_defaults(model), begin_suppress_tokens=(), max_initial_timestamp_index=None
+    )
     wanted = {f.name: getattr(defaults, f.name) for f in dataclasses.fields(WhisperGenerationConfig)}
-    wanted |= {"language": "", "task": ""}
+    wanted |= {"language": "", "task": "", "max_initial_timestamp_index": 0}
     tables = {name: config.get(name) for name in ("lang_to_id", "task_to_id")}
     taken = take({k: v for k, v in config.items() if k not in (*tables, "options")}, wanted, where)
     for name, table in tables.items():
