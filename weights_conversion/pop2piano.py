@@ -11,7 +11,7 @@ from typing import Any
 from audiozoo.errors import CheckpointError
 from audiozoo.models.pop2piano import Pop2PianoConfig, Pop2PianoGenerationConfig
 from audiozoo.processors.pop2piano import Pop2PianoProcessor
-from weights_conversion import ForeignCheckpoint, HuggingFaceForm, read_json, take
+from weights_conversion import ForeignCheckpoint, HuggingFaceForm, read_json, search_options, take
 from weights_conversion.readers import open_tensors
 from weights_conversion.rules import Ignore, Rule, Table, Tensors, Tied, transpose
 from weights_conversion.t5_names import stack
@@ -87,7 +87,7 @@ def generation_from_hugging_face(
         if not isinstance(composers, Mapping) or not composers:
             raise CheckpointError(f"{where}: composer_to_feature_token is no table of names and numbers.")
         taken["composer_to_feature_token"] = tuple((str(k), int(v)) for k, v in composers.items())
-    return Pop2PianoGenerationConfig(**taken)
+    return Pop2PianoGenerationConfig(**taken, options=search_options(generation, where, _GENERATION))
 
 
 def hugging_face(model: Any) -> HuggingFaceForm:
@@ -98,7 +98,7 @@ def hugging_face(model: Any) -> HuggingFaceForm:
     scaled = config["scale_decoder_outputs"]
     config |= {"architectures": [CLASS], "model_type": MODEL_TYPE, "dtype": "float32", "is_encoder_decoder": True}
     config |= {"tie_word_embeddings": scaled} | {n: ids[n] for n in _GENERATION if n != "max_length"}
-    generation = ids | {"composer_to_feature_token": composers}
+    generation = dict(ids.pop("options")) | ids | {"composer_to_feature_token": composers}
     files = {"config.json": config, "generation_config.json": generation}
     return HuggingFaceForm(files, hugging_face_table(model.config, CLASS))
 

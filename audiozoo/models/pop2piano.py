@@ -119,6 +119,7 @@ class Pop2PianoGenerationConfig:
     pad_token_id: int = 0  # fills
     eos_token_id: int = 1  # ends a segment
     decoder_start_token_id: int = 0  # begins a segment
+    options: tuple[tuple[str, Any], ...] = ()  # of the search, as for `transformers.GenerationConfig`
 
     def row(self, composer: str) -> int:
         """The style's row of the embedding table.
@@ -279,7 +280,7 @@ class Pop2PianoForConditionalGeneration(nnx.Module):
         key: jax.Array | None = None,
         **options: Any,
     ) -> Int[np.ndarray, "rows tokens"] | GenerateOutput:
-        """§5: tokens of every segment, by one compiled loop, greedily unless asked otherwise.
+        """§5: tokens of every segment, by one compiled loop, greedily unless the checkpoint or you say otherwise.
 
         Args:
             input_features: log-mel frames as the processor gives them.
@@ -300,7 +301,10 @@ class Pop2PianoForConditionalGeneration(nnx.Module):
             "max_length": ids.max_length,
             "eos_token_id": ids.eos_token_id,
             "pad_token_id": ids.pad_token_id,
+            **dict(ids.options),
         }
+        if options.get("max_length") is not None:
+            defaults["max_new_tokens"] = None
         config = GenerationConfig(**(defaults | options))
         config = config.replace(max_new_tokens=config.new_tokens(1), max_length=None)
         prompt = jnp.full((len(input_features), 1), ids.decoder_start_token_id, jnp.int32)
@@ -581,7 +585,8 @@ def arrange(
         mask = np.zeros((batch_size, padded), np.int32)
         batch[: len(part), :frames], mask[: len(part), :frames] = part, 1
         own = None if key is None else jax.random.fold_in(key, start)
-        rows = model.generate(jnp.asarray(batch), jnp.asarray(mask), composer, key=own, **options)
+        one = options | {"num_return_sequences": 1}
+        rows = model.generate(jnp.asarray(batch), jnp.asarray(mask), composer, key=own, **one)
         tokens.append(np.asarray(rows)[: len(part)])
         if progress is not None:
             progress(min(start + batch_size, count), count)

@@ -203,7 +203,8 @@ def test_batches_of_segments_are_drawn_by_keys_of_their_own(model, monkeypatch):
     """Else the first segment of every batch would be drawn alike."""
     keys = []
 
-    def generate(self, features, *arguments, key, do_sample):
+    def generate(self, features, *arguments, key, do_sample, num_return_sequences):
+        assert num_return_sequences == 1, "a score has one row of tokens a segment, whatever the checkpoint says"
         keys.append(tuple(np.asarray(jax.random.key_data(key))))
         return np.zeros((len(features), 1), int)
 

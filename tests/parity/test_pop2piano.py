@@ -302,6 +302,7 @@ def test_directories_there_and_back(tmp_path):
     with harness.precision("float32"):
         reference, _, _ = pair()
         reference.generation_config.composer_to_feature_token = COMPOSERS
+        reference.generation_config.num_beams, reference.generation_config.max_length = 3, 12
         reference.save_pretrained(tmp_path / "theirs")
         model = audiozoo.load(tmp_path / "theirs")
         assert not model.config.scale_decoder_outputs
@@ -311,6 +312,10 @@ def test_directories_there_and_back(tmp_path):
         with torch.no_grad():
             theirs = reference(**torched(x)).logits
         harness.assert_close(audiozoo.jit(model)(**jaxed(x)).logits, theirs, name="logits")
+        assert model.generation_config.options == (("num_beams", 3),)
+        features = x["input_features"]
+        found = reference.generate(torch.tensor(features), generation_config=copy.deepcopy(reference.generation_config))
+        np.testing.assert_array_equal(model.generate(jnp.asarray(features)), found)
         audiozoo.export(model, tmp_path / "ours")
         back, info = transformers.Pop2PianoForConditionalGeneration.from_pretrained(
             tmp_path / "ours", output_loading_info=True
@@ -321,6 +326,7 @@ def test_directories_there_and_back(tmp_path):
             assert torch.equal(tensor, back.state_dict()[name]), name
         assert not back.config.scale_decoder_outputs
         assert back.generation_config.composer_to_feature_token == COMPOSERS
+        assert back.generation_config.num_beams == 3
         audiozoo.save(model, tmp_path / "native")
         assert audiozoo.load(tmp_path / "native").generation_config == model.generation_config
 
