@@ -14,9 +14,17 @@ from typing import Any
 import numpy as np
 
 from audiozoo.errors import CheckpointError, SourceError
-from audiozoo.models.speecht5 import SpeechT5Config, SpeechT5LanguageModelConfig
+from audiozoo.models.speecht5 import SpeechT5Config, SpeechT5GenerationConfig, SpeechT5LanguageModelConfig
 from audiozoo.processors.wav2vec2 import fairseq_symbols
-from weights_conversion import ForeignCheckpoint, HuggingFaceForm, labels_from_hugging_face, speech_to_text, take
+from weights_conversion import (
+    ForeignCheckpoint,
+    HuggingFaceForm,
+    labels_from_hugging_face,
+    read_json,
+    search_options,
+    speech_to_text,
+    take,
+)
 from weights_conversion.readers import TensorSource, open_tensors
 from weights_conversion.rules import Ignore, Rule, Table, Tied, conv1d, transpose
 from weights_conversion.wav2vec2 import (
@@ -192,8 +200,8 @@ def hugging_face(model: Any) -> HuggingFaceForm:
     files = {"config.json": config_to_hugging_face(config, name, MODEL_TYPE)}
     if name == "SpeechT5ForSpeechToText":
         tokens = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id")
-        limit = {"max_length": config.max_text_positions}
-        files["generation_config.json"] = {n: getattr(config, n) for n in tokens} | limit
+        search = {"max_length": config.max_text_positions, **dict(model.generation_config.options)}
+        files["generation_config.json"] = {n: getattr(config, n) for n in tokens} | search
     return HuggingFaceForm(files, table)
 
 
@@ -548,7 +556,12 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
         CheckpointError: if they are damaged or hold something else.
     """
     if path.is_dir() and (path / "config.json").is_file():
-        return open_hugging_face(path, model_class, config_from_hugging_face, hugging_face_table)
+        opened = open_hugging_face(path, model_class, config_from_hugging_face, hugging_face_table)
+        side = path / "generation_config.json"
+        if opened.model_class == "SpeechT5ForSpeechToText" and side.is_file():
+            search = SpeechT5GenerationConfig(search_options(read_json(side), str(side)))
+            opened.attributes = {"generation_config": search}
+        return opened
     tensors = open_tensors(_file_of(path) or path)
     if _is_language_model(tensors):
         if model_class not in (None, LANGUAGE_MODEL):

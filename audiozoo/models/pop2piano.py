@@ -297,7 +297,7 @@ class Pop2PianoForConditionalGeneration(nnx.Module):
             UsageError: for an unknown style or option.
         """
         ids = self.generation_config
-        defaults = {
+        defaults: dict[str, Any] = {
             "max_length": ids.max_length,
             "eos_token_id": ids.eos_token_id,
             "pad_token_id": ids.pad_token_id,

@@ -247,6 +247,13 @@ class SpeechT5Config:
         return cls(max_speech_positions=1876, max_text_positions=600)
 
 
+@dataclass(frozen=True)
+class SpeechT5GenerationConfig:
+    """§3.2, how a recogniser searches; nothing said, it takes the most probable tokens up to `max_text_positions`."""
+
+    options: tuple[tuple[str, Any], ...] = ()  # as for `transformers.GenerationConfig`
+
+
 # --- positions -------------------------------------------------------------------------------------------------------
 
 
@@ -842,6 +849,7 @@ class SpeechT5ForSpeechToText(nnx.Module):
         if config.ctc_weight:
             self.ctc_proj = Linear(config.hidden_size, config.vocab_size, **kwargs)
         self.config = config
+        self.generation_config = SpeechT5GenerationConfig()
 
     def head(self, x: Float[Array, "batch time hidden"]) -> Float[Array, "batch time vocabulary"]:
         """§2.1, text-decoder post-net: logits by the pre-net's embedding."""
@@ -938,7 +946,7 @@ class SpeechT5ForSpeechToText(nnx.Module):
             masked_group_norm: leave the padding of shorter items out of the first convolution's norm.
             key: randomness for `do_sample=True`.
             streamer: called on the host with every token.
-            options: as for `transformers.generate`; by default up to `max_text_positions` tokens.
+            options: as for `transformers.generate`; by default the checkpoint's, and up to `max_text_positions` tokens.
 
         Returns:
             Tokens, the beginning included, padded to the longest; with `return_dict_in_generate=True` a
@@ -953,8 +961,11 @@ class SpeechT5ForSpeechToText(nnx.Module):
             raise UsageError(f"ctc_weight must be between 0 and 1; it is {ctc_weight}.")
         if ctc_weight and not hasattr(self, "ctc_proj"):
             raise UsageError("This model has no CTC head, so ctc_weight must be 0.")
-        defaults = {"eos_token_id": ours.eos_token_id, "pad_token_id": ours.pad_token_id}
-        config = GenerationConfig(**(defaults | {"max_length": ours.max_text_positions} | options))
+        defaults: dict[str, Any] = {"eos_token_id": ours.eos_token_id, "pad_token_id": ours.pad_token_id}
+        defaults |= {"max_length": ours.max_text_positions, **dict(self.generation_config.options)}
+        if options.get("max_length") is not None:
+            defaults["max_new_tokens"] = None
+        config = GenerationConfig(**(defaults | options))
         language: Any = None
         if fusion is not None:
             known = fusion.model.config.vocab_size

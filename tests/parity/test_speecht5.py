@@ -15,6 +15,7 @@ import transformers
 from flax import nnx
 from transformers.models.speecht5 import modeling_speecht5
 
+import audiozoo
 from audiozoo.errors import CheckpointError
 from audiozoo.layers import fairseq_sinusoids
 from audiozoo.layers.positions import interleaved_sinusoids
@@ -602,6 +603,17 @@ def test_hugging_face_directories(head, tmp_path):
     if head == "ForSpeechToText":
         untied = FAMILY.round_trip(head, tmp_path / "untied", tie_word_embeddings=False)
         assert hasattr(untied, "text_decoder_postnet")
+        search = {"num_beams": 3, "max_new_tokens": 6}
+        transformers.GenerationConfig(**search).save_pretrained(tmp_path / "theirs")
+        searching = audiozoo.load(tmp_path / "theirs")
+        x, mask = padded()
+        found = searching.generate(x, mask)
+        np.testing.assert_array_equal(found, searching.generate(x, mask, **search))
+        assert found.shape[1] <= 7
+        audiozoo.export(searching, tmp_path / "again")
+        audiozoo.save(searching, tmp_path / "native")
+        for name in ("again", "native"):
+            assert dict(audiozoo.load(tmp_path / name).generation_config.options).items() >= search.items()
 
 
 def test_older_names(tmp_path):
