@@ -47,8 +47,9 @@ class PrefixScorer:
         """The mixture of log-probabilities, not normalised again; what CTC has no label for is no token."""
         whole, following = self.prefix(tokens[:, self.prompt_length :], length - self.prompt_length)
         labels = following.shape[1]
-        mixed = (1 - self.weight) * scores[:, :labels] + self.weight * (following - whole[:, None]).astype(scores.dtype)
-        mixed = jnp.where(jnp.arange(labels) == self.blank, -jnp.inf, mixed)
+        attended, heard = scores[:, :labels], (following - whole[:, None]).astype(scores.dtype)
+        forbidden = jnp.isneginf(attended) | (jnp.arange(labels) == self.blank)  # 0 times -inf is no number
+        mixed = jnp.where(forbidden, -jnp.inf, (1 - self.weight) * attended + self.weight * heard)
         return jnp.pad(mixed, ((0, 0), (0, scores.shape[1] - labels)), constant_values=-jnp.inf)
 
     def prefix(

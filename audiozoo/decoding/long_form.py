@@ -183,6 +183,7 @@ class _Stream:
         self.tokens: list[int] = []
         self.prompted = 0  # tokens of the initial prompt
         self.heard = min(clips[0][0], recording.frames) if clips else 0  # frames that are done
+        self.ended = False  # after the last clip, which need not be the latest one
         self.last_speech = last_speech
 
     def text_tokens(self) -> list[int]:
@@ -294,6 +295,7 @@ class _Stream:
                         forgotten = len(self.tokens)
                 seek = following
                 self.heard = min(seek, recording.frames)
+        self.ended = True
 
     def is_silence(self, result: Decoded) -> bool:
         """Whether the model takes the window for silence."""
@@ -493,7 +495,7 @@ def _transcribe(
                 if on_segment is not None:
                     on_segment(own[-1])
             emitted[finished] = len(stream.segments)
-            if not over and stream.heard < min(stream.clips[-1][1], stream.recording.frames):
+            if not stream.ended:
                 break
             finished += 1
         if progress is not None and done > told:

@@ -314,6 +314,9 @@ def test_probabilities_of_prefixes():
     wanted = 0.7 * heard + 0.3 * (following - whole[:, None])
     np.testing.assert_allclose(mixed[:, :3], wanted[:, :3], rtol=1e-5)
     assert np.isneginf(mixed[:, blank]).all()
+    alone = dataclasses.replace(scorer, weight=1.0)(heard.at[:, 0].set(-jnp.inf), tokens, jnp.asarray(3))
+    np.testing.assert_allclose(alone[:, 1:3], (following - whole[:, None])[:, 1:3], rtol=1e-5)
+    assert np.isneginf(alone[:, 0]).all(), "what the search forbids stays forbidden"
 
 
 def test_joint_decoding():

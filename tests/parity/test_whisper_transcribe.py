@@ -220,7 +220,7 @@ GRID = {
     "some suppressed": {"suppress_tokens": "-1,50,1000"},
     "any first time": {"max_initial_timestamp": None},
     "short windows": {"sample_len": 12},
-    "clips": {"clip_timestamps": "3,14.5,30,33", "language": "en"},
+    "clips": {"clip_timestamps": "30,33,3,14.5", "language": "en"},  # in the order in which they are given
     "last clip open": {"clip_timestamps": [30.0], "language": "en"},
     "beams": {"beam_size": 3},
     "patience": {"beam_size": 3, "patience": 2.0},
