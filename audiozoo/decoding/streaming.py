@@ -142,6 +142,7 @@ class Generator:
         config: GenerationConfig,
         *,
         every: int = 1,
+        prompt_mask: Bool[Array, "batch prompt"] | None = None,
         key: Array | None = None,
         logits_processors: Sequence[LogitsProcessor] = (),
         stopping: Sequence[StoppingCriterion] = (),
@@ -157,6 +158,7 @@ class Generator:
         prompt = jnp.asarray(prompt)
         static, wanted, temperature = self._prepare(config, prompt)
         options: dict[str, Any] = {
+            "prompt_mask": prompt_mask,
             "max_new_tokens": wanted,
             "temperature": temperature,
             "logits_processors": tuple(logits_processors),

@@ -283,14 +283,15 @@ def test_generator_compiles_once_for_lengths_and_temperatures():
 
 def test_stream_yields_what_generate_returns():
     decode = generator()
-    for config, key, every in (
-        (GREEDY, None, 1),
-        (GREEDY, None, 100),
-        (GREEDY.replace(do_sample=True), jax.random.key(0), 3),
+    mask = np.arange(PROMPT.shape[1]) >= np.arange(len(PROMPT))[:, None] % 2  # every other row begins with padding
+    for config, options, every in (
+        (GREEDY, {}, 1),
+        (GREEDY, {}, 100),
+        (GREEDY.replace(do_sample=True, repetition_penalty=9.0), {"prompt_mask": mask, "key": jax.random.key(0)}, 3),
     ):
-        whole = decode(tables(), PROMPT, PROMPT, config, key=key).trim()
+        whole = decode(tables(), PROMPT, PROMPT, config, **options).trim()
         before = decode.compilations
-        pieces = list(decode.stream(tables(), PROMPT, PROMPT, config, key=key, every=every))
+        pieces = list(decode.stream(tables(), PROMPT, PROMPT, config, **options, every=every))
         np.testing.assert_array_equal(np.concatenate(pieces, axis=1), whole.sequences[:, 2:])
         assert all(piece.shape[1] == every for piece in pieces[:-1])
         assert decode.compilations - before <= 2
