@@ -534,6 +534,7 @@ class WindowDecoder:
         rows = _batch(cache)
         windows = [*windows, *[windows[0]] * (rows - len(windows))]
         length = _bucket(max(len(window.prompt) for window in windows), _PROMPT_LENGTHS)
+        length = min(length, self.config.max_target_positions)
         prompt = np.full((rows, length), tokens.eot, np.int32)
         for line, window in zip(prompt, windows, strict=True):
             line[length - len(window.prompt) :] = window.prompt

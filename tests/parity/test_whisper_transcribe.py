@@ -28,7 +28,7 @@ from audiozoo.decoding.generate import invert_cdf
 from audiozoo.decoding.long_form import Recording, detect_language, transcribe
 from audiozoo.decoding.timestamps import WordTiming, add_words, dynamic_time_warping
 from audiozoo.loading import variables
-from audiozoo.models.whisper import WhisperForConditionalGeneration
+from audiozoo.models.whisper import WhisperConfig, WhisperForConditionalGeneration
 from audiozoo.text.whisper_tokenizer import WhisperTokenizer
 from tests.parity import harness
 from tests.random_weights import uniform
@@ -311,6 +311,16 @@ def test_languages():
     ours = detect_language(our_model(), tokenizer(), audio)
     assert ours.keys() == theirs.keys()
     np.testing.assert_allclose([ours[code] for code in theirs], list(theirs.values()), rtol=1e-3, atol=1e-6)
+
+
+def test_few_positions():
+    """A prompt is padded to no more than the positions that a model has."""
+    sizes = {"d_model": 8, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_source_positions": 50}
+    sizes |= {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "vocab_size": 51864}
+    model = WhisperForConditionalGeneration(WhisperConfig(**sizes, max_target_positions=24), rngs=nnx.Rngs(0))
+    options = {"initial_prompt": "Names: Aino, Bjørn, Cécile.", "temperature": 0.0, "no_speech_threshold": None}
+    result = transcribe(model, tokenizer(51864), sound(1.5), **options)
+    assert any(segment["tokens"] for segment in result["segments"])
 
 
 # --- real weights ----------------------------------------------------------------------------------------------------
