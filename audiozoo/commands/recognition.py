@@ -189,8 +189,14 @@ def speak_language(model: Any, processor: Any, source: str, language: str | None
     For the aligner, and for recognisers of phonemes, the language says how a text is read.
 
     Raises:
-        UsageError: if the model knows one language only.
+        UsageError: if the model knows one language only, or holds several and none, or another, is asked for.
     """
+    if (held := getattr(model.config, "languages", ())) and hasattr(model, "speaking"):
+        if language is None and len(held) > 1:
+            raise UsageError(f"{source} holds {', '.join(held)}; say which with --language.")
+        model = model.speaking(language or held[0])
+        processor.set_target_lang(language or held[0])
+        return model
     if language is None:
         return model
     from audiozoo.processors.mms import AlignmentTokenizer

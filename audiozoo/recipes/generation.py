@@ -132,7 +132,7 @@ class Speaking(Objective):
 
     def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
         """See `Objective`."""
-        ids = np.asarray(processor.tokenizer.encode(text_of(fields)), np.int32)
+        ids = np.asarray(processor.tokenizer.encode(text_of(fields), normalize=True), np.int32)  # as it is spoken
         target = processor.feature_extractor.spectrograms(waveform, processor.feature_extractor.sampling_rate)
         labels = np.asarray(target["input_values"][0], np.float32)
         present = np.ones(len(labels), np.int32)

@@ -183,6 +183,9 @@ class Seq2Seq(Objective):
         """See `Objective`."""
         tokenizer = in_language(processor.tokenizer, fields)
         labels = np.asarray(tokenizer(text_of(fields))["input_ids"], np.int32).reshape(-1)
+        end = getattr(tokenizer, "eos_token_id", None)
+        if end is not None and end not in labels[-1:]:  # Speech2Text2's tokenizer writes none
+            labels = np.append(labels, np.int32(end))
         known = getattr(config, "decoder", config).vocab_size
         if labels.max(initial=0) >= known:
             raise UsageError(
@@ -262,7 +265,8 @@ class Pretraining(Objective):
                     first, last = (round(t * getattr(config, "label_rate", 50.0)) for t in fields["crop"])
                     labels = labels[first:last]
             elif (clusters := getattr(processor, "clusters", None)) is not None:
-                labels = clusters(cepstra(jnp.asarray(waveform)))
+                labels = np.asarray(clusters(cepstra(jnp.asarray(waveform))))  # 100 a second
+                labels = labels[np.arange(0, len(labels), 100 / config.label_rate).astype(int)]
             else:
                 raise UsageError("This recipe predicts units, and a recording has none: give a .km beside the .tsv.")
             example["labels"] = np.asarray(labels, np.int32)
@@ -578,16 +582,14 @@ class Voice(Objective):
 
 @dataclass(frozen=True)
 class Vocoder(Objective):
-    """HiFi-GAN, §2.4: segments of recordings and their spectrograms, made on the device; then the judge's turn.
+    """HiFi-GAN, §2.4: segments of recordings and their spectrograms, the processor's; then the judge's turn.
 
     Attributes:
         segment: samples (§3.1: 8,192).
-        n_fft: samples in a frame of the spectrograms.
         judge: arguments of `HifiGanDiscriminator`.
     """
 
     segment: int = 8192
-    n_fft: int = 1024
     judge: Mapping[str, Any] = field(default_factory=dict)
     whole: bool = field(default=False, kw_only=True)
 
@@ -600,27 +602,20 @@ class Vocoder(Objective):
         segment = self.segment // config.samples_per_frame * config.samples_per_frame
         start = int(rng.integers(max(len(waveform) - segment, 0) + 1))
         cut = waveform[start : start + segment].astype(np.float32)
-        return {"waveform": np.pad(cut, (0, segment - len(cut)))}
+        cut = np.pad(cut, (0, segment - len(cut)))
+        spectrogram = processor(cut, processor.sampling_rate)["spectrogram"][0]
+        return {"waveform": cut, "spectrogram": spectrogram[: segment // config.samples_per_frame]}
 
     def task(self, model: Any, processor: Any, settings: Settings, trainable: Trainable, dtype: Any = None) -> Task:
         """See `Objective`."""
 
         def generate(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
-            config = networks["generator"].config
-            spectrogram = hifigan.log_mel(
-                batch["waveform"],
-                config.sampling_rate,
-                n_fft=self.n_fft,
-                hop_length=config.samples_per_frame,
-                num_mels=config.model_in_dim,
-                f_max=min(8000.0, config.sampling_rate / 2),
-            )
             losses, output, real = hifigan.generator_losses(
                 networks["generator"],
                 networks["judge"],
-                hifigan.HifiGanBatch(spectrogram, batch["waveform"]),
-                n_fft=self.n_fft,
-                num_mels=config.model_in_dim,
+                hifigan.HifiGanBatch(**batch),
+                n_fft=processor.n_fft,
+                num_mels=processor.num_mels,
             )
             parts = {name: losses[name] for name in losses.keys() if name != "total"}  # noqa: SIM118
             return Loss(losses.total, None, parts, (real, jax.lax.stop_gradient(output.waveform)))

@@ -35,6 +35,7 @@ from audiozoo.models.bark import BarkGenerationConfig
 from audiozoo.models.seamless_m4t import finetuning_losses
 from audiozoo.processors.audio_spectrogram_transformer import ASTFeatureExtractor
 from audiozoo.processors.clap import ClapFeatureExtractor
+from audiozoo.processors.hifigan import HifiGanProcessor
 from audiozoo.processors.musicgen import MusicgenMelodyFeatureExtractor, MusicgenMelodyProcessor
 from audiozoo.processors.pop2piano import Pop2PianoFeatureExtractor
 from audiozoo.processors.seamless_m4t import SeamlessM4TFeatureExtractor
@@ -350,6 +351,9 @@ def _processor(choice: Choice, amount: Amount) -> Any:
     config, paper, tokens = choice.config, choice.paper.name, amount.tokens
     if paper == "audio_spectrogram_transformer":
         return ASTFeatureExtractor(num_mel_bins=config.num_mel_bins, max_length=config.max_length)
+    if paper == "hifigan":
+        hop = config.samples_per_frame
+        return HifiGanProcessor(config.sampling_rate, config.model_in_dim, 4 * hop, hop)
     if paper == "clap":
         extractor: Any = _clap(config)
     elif paper == "speech_to_text":
@@ -360,7 +364,7 @@ def _processor(choice: Choice, amount: Amount) -> Any:
         extractor = SpeechT5FeatureExtractor(num_mel_bins=config.num_mel_bins)
     elif paper == "pop2piano":
         extractor = Pop2PianoFeatureExtractor(feature_size=config.d_model)
-    elif paper in ("vits", "hifigan", "encodec", "whisper", "musicgen", "bark"):
+    elif paper in ("vits", "encodec", "whisper", "musicgen", "bark"):
         codec = {"musicgen": "audio_encoder", "bark": "codec_config"}.get(paper)
         rate = getattr(getattr(config, codec, config) if codec else config, "sampling_rate", 16_000)
         extractor = SimpleNamespace(sampling_rate=rate)

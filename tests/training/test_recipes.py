@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 import audiozoo
 from audiozoo.cli import app
+from audiozoo.commands.recognition import speak_language
 from audiozoo.errors import AudioError, AudiozooError, CheckpointError, UsageError
 from audiozoo.layers import Dropout
 from audiozoo.loading import variables
@@ -34,6 +35,7 @@ from audiozoo.processors.audio_spectrogram_transformer import ASTFeatureExtracto
 from audiozoo.processors.clap import ClapFeatureExtractor
 from audiozoo.processors.seamless_m4t import SeamlessM4TFeatureExtractor
 from audiozoo.processors.speech_to_text import Speech2TextFeatureExtractor
+from audiozoo.processors.speech_to_text_2 import Speech2Text2Tokenizer
 from audiozoo.processors.vits import VitsProcessor, VitsTokenizer
 from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 from audiozoo.recipes import RECIPES, ROWS, plan, recipe, run
@@ -42,7 +44,7 @@ from audiozoo.recipes.settings import SCHEDULES, Settings
 from audiozoo.text import WhisperTokenizer
 from audiozoo.training import checkpointing
 from audiozoo.training.data import Item, find_items
-from audiozoo.training.loop import Options, Trainer
+from audiozoo.training.loop import Options, Trainer, Turn
 from audiozoo.training.parameters import Lora, partition
 from tests.text.vocabularies import SMALL_SPECIALS, small_backend
 from tests.training import tiny
@@ -259,7 +261,13 @@ def test_units_follow_the_part_that_is_heard(corpus, tmp_path):
     for wrong, sentence in {"1 x": "should be whole numbers", "1 999": "hold 999, and the model has"}.items():
         with pytest.raises(UsageError, match=sentence):
             row.objective.prepare(processor, config, np.zeros(3200, np.float32), {"units": wrong}, None)
-    # Without units, clusters of what can be read.
+    # Without units, clusters, of which there are 100 a second.
+    hearing = SimpleNamespace(feature_extractor=processor.feature_extractor, clusters=lambda x: np.arange(len(x)))
+    for rate, step in ((50.0, 2), (100.0, 1)):
+        at = dataclasses.replace(config, label_rate=rate)
+        labels = row.objective.prepare(hearing, at, np.ones(3200, np.float32), {}, None)["labels"]
+        np.testing.assert_array_equal(labels, np.arange(0, 18, step))
+    # They are found in what can be read.
     broken = tmp_path / "broken.wav"
     broken.write_bytes(b"RIFF")
     whole = dataclasses.replace(find_items(corpus)[0], fields={})
@@ -283,6 +291,38 @@ def test_bark_learns_from_texts_as_it_reads_them():
             processor, model.config, np.zeros(800, np.float32), fields, np.random.default_rng(0)
         )
         assert example["input_ids"].tolist() == wanted
+
+
+def test_a_vocoder_learns_of_its_own_spectrograms(monkeypatch):
+    """Those of its processor, as many frames as the segment has, for the loss as well."""
+    row, model, processor = tiny.small(recipe("hifigan"))
+    wave = np.random.default_rng(0).normal(0, 0.1, 900).astype(np.float32)
+    example = row.objective.prepare(processor, model.config, wave, {}, np.random.default_rng(1))
+    assert example["spectrogram"].shape == (512 // 32, 20)
+    np.testing.assert_array_equal(example["spectrogram"], processor(example["waveform"], 8000)["spectrogram"][0])
+    given = {}
+
+    def losses(model, judge, batch, **options):
+        given.update(options, spectrogram=batch.spectrogram)
+        raise StopIteration
+
+    monkeypatch.setattr(hifigan, "generator_losses", losses)
+    phase = row.objective.task(model, processor, row.settings, run.Trainable()).phases[0]
+    with pytest.raises(StopIteration):
+        phase.loss({"generator": model, "judge": None}, {n: a[None] for n, a in example.items()}, None)
+    np.testing.assert_array_equal(given["spectrogram"], example["spectrogram"][None])
+    assert (given["n_fft"], given["num_mels"]) == (processor.n_fft, processor.num_mels) == (128, 20)
+
+
+def test_numbers_are_learnt_as_they_are_spoken(corpus):
+    """By SpeechT5, whose characters have no digits."""
+    row, model, processor = tiny.small(recipe("speecht5"))
+    fields, wave = find_items(corpus)[0].fields, np.zeros(6400, np.float32)
+    digits, words = (
+        row.objective.prepare(processor, model.config, wave, {**fields, "text": text}, None)["input_ids"]
+        for text in ("2 bells", "two bells")
+    )
+    np.testing.assert_array_equal(digits, words)
 
 
 def test_tags_join_the_text_of_music():
@@ -312,6 +352,12 @@ def test_languages_are_learnt_from_the_data(corpus):
     for language, size, texts in zip(found["languages"], found["vocab_sizes"], (TEXTS[::2], TEXTS[1::2]), strict=True):
         assert size == 5 + len(set("".join(texts)) - {" "})
         assert set(new.tokenizer.vocab[language]) > set("".join(texts)) - {" "}
+    # Of what was learnt, `transcribe`, `align` and `evaluate` take the language that they are asked for.
+    with pytest.raises(UsageError, match="run/model holds deu, eng; say which with --language"):
+        speak_language(model, processor, "run/model", None)
+    spoken = speak_language(model, processor, "run/model", "deu")
+    np.testing.assert_array_equal(spoken.lm_head.kernel[...], model.lm_head.kernel[0])
+    assert (type(spoken).__name__, processor.tokenizer.target_lang) == ("Wav2Vec2ForCTC", "deu")
     fields = {"text": "a", "language": "ita"}
     with pytest.raises(UsageError, match="holds no 'ita'"):
         row.objective.prepare(processor, model.config, np.zeros(3200, np.float32), fields, None)
@@ -354,6 +400,12 @@ def test_texts_are_written_in_their_language(corpus, tmp_path):
     )
     assert example["labels"][0] == 41
     assert processor.tokenizer.start == 40
+    # Speech2Text2's tokenizer writes no end, which its decoder has to learn.
+    row, model, processor = tiny.small(recipe("speech_to_text_2"))
+    pieces = {piece: index for index, piece in enumerate(["<s>", "<pad>", "</s>", "<unk>", "a", "b"])}
+    processor.tokenizer = Speech2Text2Tokenizer(pieces, merges=[])
+    example = row.objective.prepare(processor, model.config, np.ones(800, np.float32), {"text": "a b"}, None)
+    assert example["labels"].tolist() == [4, 5, 2]
     item = find_items(corpus)[0]
     assert run._with_language(item, "fra").fields["language"] == "deu"
     assert run._with_language(dataclasses.replace(item, fields={}), "fra").fields == {"language": "fra"}
@@ -428,8 +480,6 @@ def test_encodecs_loss_has_the_balanced_gradient():
     def loss(params):
         networks = dict(task.networks) | {"codec": nnx.merge(graphdef, params, jax.tree.map(lambda x: x, rest))}
         networks["balancer"] = nnx.merge(*nnx.split(task.networks["balancer"]))
-        from audiozoo.training.loop import Turn
-
         return task.phases[0].loss(networks, batch, Turn(key, jnp.asarray(0), training=False)).total
 
     ours = jax.jit(jax.grad(loss))(params)

@@ -40,6 +40,7 @@ from audiozoo.processors.speecht5 import SpeechT5FeatureExtractor
 from audiozoo.processors.vits import VitsProcessor, VitsTokenizer
 from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 from audiozoo.recipes import Recipe
+from audiozoo.text.numbers import spell_numbers
 from tests.models import tiny_bark, tiny_speecht5, tiny_vits, tiny_whisper
 from tests.models.random_model import random_model
 
@@ -183,7 +184,9 @@ def hifigan_model() -> tuple[Any, Any]:
         resblock_kernel_sizes=(3,),
         resblock_dilation_sizes=((1, 2),),
     )
-    return random_model(lambda rngs: hifigan.HifiGanGenerator(config, rngs=rngs)), HifiGanProcessor(8000, 20, 128, 32)
+    return random_model(lambda rngs: hifigan.HifiGanGenerator(config, rngs=rngs)), HifiGanProcessor(
+        8000, 20, 128, 32, 80.0, 3600.0
+    )
 
 
 def encodec_model() -> tuple[Any, Any]:
@@ -216,7 +219,8 @@ class Characters(Tokens):
     pad_token_id = 1
     added: ClassVar = {"<mask>": 79}
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, normalize: bool | None = None) -> list[int]:
+        text = spell_numbers(text) if normalize else text
         return [*(4 + ord(c) % 40 for c in text), 2]
 
     def __call__(self, text: str) -> dict[str, list[list[int]]]:
@@ -360,7 +364,7 @@ MAKERS = {
 SMALL: dict[str, dict[str, Any]] = {  # of the objectives
     "bark": {"ids": GENERATION, "multiple": 8},
     "vits": {"segment_frames": 16, "num_mels": 10, "judge": JUDGE},
-    "hifigan": {"segment": 512, "n_fft": 128, "judge": JUDGE},
+    "hifigan": {"segment": 512, "judge": JUDGE},
     "encodec": {
         "segment": 0.2,
         "judge": {"n_ffts": (32, 16), "filters": 4},
