@@ -47,6 +47,8 @@ def piano(
     if tracker not in (None, *TRACKERS):
         raise UsageError(f"There is no beat tracker {tracker!r}; there are {', '.join(TRACKERS)}.")
     terminal.keep_compiled_programs()
+    import jax
+
     import audiozoo
     from audiozoo import audio
     from audiozoo.audio.midi import beside, played
@@ -63,7 +65,14 @@ def piano(
     heard = audio.read(song, RATE)
     with progress_bar(Path(song).name, None, "segments") as update:
         midi = arrange(
-            arranger, processor, heard, sampling_rate=RATE, composer=composer, batch_size=batch_size, progress=update
+            arranger,
+            processor,
+            heard,
+            sampling_rate=RATE,
+            composer=composer,
+            batch_size=batch_size,
+            progress=update,
+            key=jax.random.key(0),  # for a checkpoint that samples
         )
     with written_whole(output) as temporary:
         midi.write(str(temporary))
