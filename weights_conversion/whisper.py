@@ -406,12 +406,12 @@ def processor_of_file(path: Path) -> WhisperProcessor:
     if vocabulary.is_file():
         tokenizer = WhisperTokenizer.from_tiktoken(vocabulary, languages, multilingual=multilingual)
     elif any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        tokenizer = WhisperTokenizer.from_directory(folder)
+        return WhisperProcessor(features, WhisperTokenizer.from_directory(folder))
     else:
         tokenizer = WhisperTokenizer.from_openai_package(multilingual, languages)
     if tokenizer.vocabulary_size != config.vocab_size:
         raise SourceError(
-            f"The tokenizer beside {path} has {tokenizer.vocabulary_size} tokens and the model {config.vocab_size}; "
+            f"The tokenizer for {path} has {tokenizer.vocabulary_size} tokens and the model {config.vocab_size}; "
             "they do not belong together."
         )
     return WhisperProcessor(features, tokenizer)

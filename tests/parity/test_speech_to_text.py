@@ -127,7 +127,7 @@ def test_every_tap_and_output(models):
     harness.assert_detects(
         check,
         [*mutations, harness.dropped(model, "model.encoder.conv.conv_layers.1.bias"),
-         harness.Replaced(speech_to_text, "fairseq_sinusoids", lambda n, d: fairseq_sinusoids(n + 1, d)[1:])],
+         harness.Replaced(speech_to_text, "fairseq_sinusoids", lambda n, d, **_: fairseq_sinusoids(n + 1, d)[1:])],
     )  # fmt: skip
 
 

@@ -774,7 +774,7 @@ def test_the_language_model(tied, tmp_path):
 
         changes = [
             harness.Replaced(speecht5.SpeechT5LanguageModelLayer, "norm_first", False),
-            harness.Replaced(speech_to_text, "fairseq_sinusoids", lambda n, d: fairseq_sinusoids(n + 1, d)[1:]),
+            harness.Replaced(speech_to_text, "fairseq_sinusoids", lambda n, d, **_: fairseq_sinusoids(n + 1, d)[1:]),
         ]
         harness.assert_detects(check, [*harness.perturbations(model, 3, exclude=r".*k_proj\.bias"), *changes])
 
