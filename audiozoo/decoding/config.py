@@ -108,6 +108,12 @@ class GenerationConfig:
             _check_names(options)
         return cls(**{name: value for name, value in options.items() if name in known and value is not None})
 
+    @classmethod
+    def over(cls, defaults: Mapping[str, Any], options: Mapping[str, Any]) -> GenerationConfig:
+        """A caller's options over a checkpoint's; the `max_length` of a caller is also before its `max_new_tokens`."""
+        longest = {} if options.get("max_length") is None else {"max_new_tokens": None}
+        return cls(**{**defaults, **longest, **options})
+
     def replace(self, **options: Any) -> GenerationConfig:
         """A copy with some options changed; what a user passes to a model's `generate`."""
         _check_names(options)

@@ -303,9 +303,7 @@ class Pop2PianoForConditionalGeneration(nnx.Module):
             "pad_token_id": ids.pad_token_id,
             **dict(ids.options),
         }
-        if options.get("max_length") is not None:
-            defaults["max_new_tokens"] = None
-        config = GenerationConfig(**(defaults | options))
+        config = GenerationConfig.over(defaults, options)
         config = config.replace(max_new_tokens=config.new_tokens(1), max_length=None)
         prompt = jnp.full((len(input_features), 1), ids.decoder_start_token_id, jnp.int32)
         row = ids.row(composer)

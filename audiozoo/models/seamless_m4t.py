@@ -620,9 +620,7 @@ class SeamlessM4TPreTrainedModel(nnx.Module):
         defaults: dict[str, Any] = {"max_new_tokens": config.max_new_tokens}
         defaults |= {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
         defaults |= dict(self.generation_config.options)
-        if options.get("max_length") is not None:
-            defaults["max_new_tokens"] = None
-        chosen = GenerationConfig(**(defaults | options))
+        chosen = GenerationConfig.over(defaults, options)
         given = next((x for x in inputs.values() if x is not None), None)
         if given is None:
             raise UsageError("Give input_features (speech) or input_ids (text).")
@@ -735,9 +733,7 @@ def write_units(
     config = model.config
     defaults: dict[str, Any] = {"max_new_tokens": config.t2u_max_new_tokens}
     defaults |= {"eos_token_id": config.t2u_eos_token_id, "pad_token_id": config.t2u_pad_token_id}
-    if options.get("max_length") is not None:
-        defaults["max_new_tokens"] = None
-    chosen = GenerationConfig(**(defaults | options))
+    chosen = GenerationConfig.over(defaults, options)
     language = model.generation_config.unit_language(tgt_lang)
     prompt = jnp.broadcast_to(jnp.asarray([config.t2u_eos_token_id, language], jnp.int32), (len(sequences), 2))
     padded = np.full((len(sequences), bucket(sequences.shape[1])), config.pad_token_id)

@@ -629,11 +629,9 @@ class Speech2TextForConditionalGeneration(nnx.Module):
             "max_length": search.max_length,
             **dict(search.options),
         }
-        if options.get("max_length") is not None:
-            defaults["max_new_tokens"] = None
         if options.get("do_sample") and "num_beams" not in options:
             defaults["num_beams"] = 1
-        chosen = GenerationConfig(**(defaults | options))
+        chosen = GenerationConfig.over(defaults, options)
         if decoder_input_ids is None:
             decoder_input_ids = np.full((len(input_features), 1), ids.decoder_start_token_id)
         check_ids(decoder_input_ids, self.config.vocab_size)

@@ -963,9 +963,7 @@ class SpeechT5ForSpeechToText(nnx.Module):
             raise UsageError("This model has no CTC head, so ctc_weight must be 0.")
         defaults: dict[str, Any] = {"eos_token_id": ours.eos_token_id, "pad_token_id": ours.pad_token_id}
         defaults |= {"max_length": ours.max_text_positions, **dict(self.generation_config.options)}
-        if options.get("max_length") is not None:
-            defaults["max_new_tokens"] = None
-        config = GenerationConfig(**(defaults | options))
+        config = GenerationConfig.over(defaults, options)
         language: Any = None
         if fusion is not None:
             known = fusion.model.config.vocab_size

@@ -867,9 +867,7 @@ class WhisperForConditionalGeneration(WhisperLanguageModel):
             "begin_suppress_tokens": ids.begin_suppress_tokens or None,
         }
         defaults |= {"max_new_tokens": min(ids.max_length, room)} | dict(ids.options)
-        if options.get("max_length") is not None:
-            defaults["max_new_tokens"] = None
-        config = GenerationConfig(**(defaults | options))
+        config = GenerationConfig.over(defaults, options)
         limit = min(config.new_tokens(length), room)
         # A few lengths of buffer, so that another limit does not compile again.
         buffer = min(room, next(size for size in (32, 64, 128, 256, 512, limit) if size >= limit))

@@ -306,9 +306,7 @@ class SpeechEncoderDecoderModel(nnx.Module):
         defaults: dict[str, Any] = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
         defaults["forced_eos_token_id"] = config.eos_token_id  # what is cut short ends all the same
         defaults |= dict(self.generation_config.options)
-        if options.get("max_length") is not None:
-            defaults["max_new_tokens"] = None
-        return GenerationConfig(**(defaults | options))
+        return GenerationConfig.over(defaults, options)
 
     def generate(
         self,

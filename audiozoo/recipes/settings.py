@@ -81,11 +81,14 @@ class Settings:
         if self.weight_decay and self.optimizer in ("adam", "adafactor"):
             raise UsageError(f"{self.optimizer} has no weight decay: take adamw, or a weight_decay of 0.")
 
+    def _counted(self, steps: float) -> int:
+        """How many steps a share of them is, or, above 1, a number of them."""
+        return round(steps if steps > 1 else steps * self.steps)
+
     def rate(self) -> optax.Schedule:
         """The learning rate of every step."""
         peak, steps = self.learning_rate, self.steps
-        warmup = round(self.warmup if self.warmup > 1 else self.warmup * steps)
-        warmup = min(warmup, max(steps - 1, 0))
+        warmup = min(self._counted(self.warmup), max(steps - 1, 0))
         left = max(steps - warmup, 1)
         if self.schedule == "inverse_sqrt":
             # Vaswani et al. (arXiv 1706.03762, Eq. 3), scaled to its peak
@@ -114,10 +117,9 @@ class Settings:
 
     def transformation(self) -> optax.GradientTransformation:
         """Clipping, what is held, and the optimiser with its schedule."""
-        chain: list[optax.GradientTransformation] = []
-        held = round(self.held_steps if self.held_steps > 1 else self.held_steps * self.steps)
-        if self.held and held:
-            chain.append(hold(self.held, held))
+        held = self._counted(self.held_steps)
+        holding = [hold(self.held, held)] if self.held and held else []
+        chain: list[optax.GradientTransformation] = [*holding]
         if self.clip is not None:
             chain.append(optax.clip_by_global_norm(self.clip))
         if self.optimizer == "adafactor":
@@ -130,9 +132,7 @@ class Settings:
             chain.append(
                 optax.adamw(self.rate(), self.beta1, self.beta2, self.epsilon, weight_decay=decay, mask=decayed)
             )
-        if self.held and held:
-            chain.append(hold(self.held, held))  # of weight decay, too
-        return optax.chain(*chain)
+        return optax.chain(*chain, *holding)  # which weight decay does not move either
 
 
 def decayed(params: dict[str, Any]) -> dict[str, bool]:

@@ -461,8 +461,9 @@ class Batches:
         lengths = hosts.largest([batch[name].shape[1] for name in names])
         for name, length in zip(names, lengths, strict=True):
             array = batch[name]
-            more = [(0, length - size if axis == 1 else 0) for axis, size in enumerate(array.shape)]
-            batch[name] = np.pad(array, more, constant_values=self.padding[name].value)
+            if length > array.shape[1]:
+                more = [(0, length - size if axis == 1 else 0) for axis, size in enumerate(array.shape)]
+                batch[name] = np.pad(array, more, constant_values=self.padding[name].value)
         return batch
 
     def _example(self, item: Item, rng: np.random.Generator) -> Example:
