@@ -8,8 +8,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
-from audiozoo.audio.features import double_precision_on_cpu, mel_filterbank, stft
+from audiozoo.audio.features import double_precision_on_cpu, mel_filterbank, spectrogram
 from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.processors import check_return_tensors, read_json, waveform_batch, write_json
 
@@ -55,6 +56,11 @@ class HifiGanProcessor:
         return cls(sampling_rate, num_mels, n_fft, hop, 80.0, 7600.0, centered=True)
 
     @classmethod
+    def with_hop(cls, sampling_rate: int, num_mels: int, hop_size: int) -> HifiGanProcessor:
+        """The authors' kind: windows of four hops, up to 8,000 Hz or half the sampling rate."""
+        return cls(sampling_rate, num_mels, 4 * hop_size, hop_size, fmax=min(8000.0, sampling_rate / 2))
+
+    @classmethod
     def from_directory(cls, directory: str | os.PathLike[str]) -> HifiGanProcessor:
         """From what `save` wrote, else from the `config.json` beside the weights: the authors', Hugging Face's or ours.
 
@@ -73,8 +79,7 @@ class HifiGanProcessor:
         rate, bands = config.get("sampling_rate", 16_000), config.get("model_in_dim", 80)
         if config.get("normalize_before", True):
             return cls.speecht5(rate, bands)
-        hop = int(np.prod(config.get("upsample_rates", (8, 8, 2, 2))))
-        return cls(rate, bands, 4 * hop, hop)
+        return cls.with_hop(rate, bands, int(np.prod(config.get("upsample_rates", (8, 8, 2, 2)))))
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write `preprocessor_config.json`, with the authors' names."""
@@ -102,18 +107,23 @@ class HifiGanProcessor:
         least = self.n_fft // 2 + 1
         rows = [self._one(x) for x in waveform_batch(raw_speech, sampling_rate, self.sampling_rate, least)]
         lengths = np.array([len(row) for row in rows], np.int32)
-        spectrogram = np.zeros((len(rows), lengths.max(), self.num_mels), np.float32)
+        batch = np.zeros((len(rows), lengths.max(), self.num_mels), np.float32)
         for index, row in enumerate(rows):
-            spectrogram[index, : len(row)] = row
-        return {"spectrogram": spectrogram, "lengths": lengths}
+            batch[index, : len(row)] = row
+        return {"spectrogram": batch, "lengths": lengths}
 
     def _one(self, waveform: np.ndarray) -> np.ndarray:
-        bank = mel_filterbank(self.n_fft // 2 + 1, self.num_mels, self.sampling_rate, f_min=self.fmin, f_max=self.fmax)
         with double_precision_on_cpu():
-            x = np.asarray(waveform, np.float64)
-            if not self.centered:
-                x = np.pad(x, (self.n_fft - self.hop_size) // 2, mode="reflect")
-            transform = np.asarray(stft(jnp.asarray(x), self.n_fft, self.hop_size, center=self.centered))
+            return np.asarray(self.in_jax(jnp.asarray(waveform, jnp.float64)[None])[0])
+
+    def in_jax(self, waveforms: Float[Array, "batch time"]) -> Float[Array, "batch frames mels"]:
+        """The same for waveforms of one length inside `jax.jit`, in their own dtype: to train on."""
+        frequencies = self.n_fft // 2 + 1
+        bank = mel_filterbank(frequencies, self.num_mels, self.sampling_rate, f_min=self.fmin, f_max=self.fmax)
         if self.centered:
-            return np.log10(np.maximum(np.abs(transform) @ bank, 1e-10))
-        return np.log(np.maximum(np.sqrt(np.square(np.abs(transform)) + 1e-9) @ bank, 1e-5))
+            magnitude = spectrogram(waveforms, self.n_fft, self.hop_size, power=1.0)
+            return jnp.log10(jnp.maximum(magnitude @ jnp.asarray(bank, magnitude.dtype), 1e-10))
+        reach = (self.n_fft - self.hop_size) // 2
+        mirrored = jnp.pad(waveforms, ((0, 0), (reach, reach)), mode="reflect")
+        magnitude = jnp.sqrt(spectrogram(mirrored, self.n_fft, self.hop_size, center=False) + 1e-9)
+        return jnp.log(jnp.maximum(magnitude @ jnp.asarray(bank, magnitude.dtype), 1e-5))

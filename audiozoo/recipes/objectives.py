@@ -582,7 +582,7 @@ class Voice(Objective):
 
 @dataclass(frozen=True)
 class Vocoder(Objective):
-    """HiFi-GAN, §2.4: segments of recordings and their spectrograms, the processor's; then the judge's turn.
+    """HiFi-GAN, §2.4: segments of recordings, and on the device the processor's spectrograms; then the judge's turn.
 
     Attributes:
         segment: samples (§3.1: 8,192).
@@ -602,18 +602,18 @@ class Vocoder(Objective):
         segment = self.segment // config.samples_per_frame * config.samples_per_frame
         start = int(rng.integers(max(len(waveform) - segment, 0) + 1))
         cut = waveform[start : start + segment].astype(np.float32)
-        cut = np.pad(cut, (0, segment - len(cut)))
-        spectrogram = processor(cut, processor.sampling_rate)["spectrogram"][0]
-        return {"waveform": cut, "spectrogram": spectrogram[: segment // config.samples_per_frame]}
+        return {"waveform": np.pad(cut, (0, segment - len(cut)))}
 
     def task(self, model: Any, processor: Any, settings: Settings, trainable: Trainable, dtype: Any = None) -> Task:
         """See `Objective`."""
 
         def generate(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
+            waveform = batch["waveform"]
+            frames = waveform.shape[1] // networks["generator"].config.samples_per_frame
             losses, output, real = hifigan.generator_losses(
                 networks["generator"],
                 networks["judge"],
-                hifigan.HifiGanBatch(**batch),
+                hifigan.HifiGanBatch(processor.in_jax(waveform)[:, :frames], waveform),
                 n_fft=processor.n_fft,
                 num_mels=processor.num_mels,
             )

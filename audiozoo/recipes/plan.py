@@ -352,8 +352,7 @@ def _processor(choice: Choice, amount: Amount) -> Any:
     if paper == "audio_spectrogram_transformer":
         return ASTFeatureExtractor(num_mel_bins=config.num_mel_bins, max_length=config.max_length)
     if paper == "hifigan":
-        hop = config.samples_per_frame
-        return HifiGanProcessor(config.sampling_rate, config.model_in_dim, 4 * hop, hop)
+        return HifiGanProcessor.with_hop(config.sampling_rate, config.model_in_dim, config.samples_per_frame)
     if paper == "clap":
         extractor: Any = _clap(config)
     elif paper == "speech_to_text":

@@ -284,8 +284,7 @@ def _new_processor(recipe: Recipe, config: Any) -> Any:
     if isinstance(recipe.objective, CTC | Pretraining | Utterance):
         return paper.processor_class(Wav2Vec2FeatureExtractor())
     if isinstance(recipe.objective, Vocoder):
-        rate, hop = config.sampling_rate, config.samples_per_frame
-        return paper.processor_class(rate, config.model_in_dim, 4 * hop, hop, fmax=min(8000.0, rate / 2))
+        return paper.processor_class.with_hop(config.sampling_rate, config.model_in_dim, config.samples_per_frame)
     if recipe.paper in ("audio_spectrogram_transformer", "encodec"):
         names = {"num_mel_bins", "max_length", "sampling_rate"} & {f.name for f in dataclasses.fields(config)}
         arguments = {name: getattr(config, name) for name in names}

@@ -119,7 +119,8 @@ def test_a_few_steps_of_all_networks_lower_the_mel_loss():
     config = dataclasses.replace(SMALL, resblock_kernel_sizes=(3,), resblock_dilation_sizes=((1, 2),))
     model = random_model(lambda rngs: HifiGanGenerator(config, rngs=rngs))
     settings = Settings("a test", 40, 2, 2e-3, beta1=0.8, beta2=0.99)
-    trainer = Trainer(Vocoder(n_fft=128, judge=judge).task(model, None, settings, Trainable()))
+    processor = HifiGanProcessor.with_hop(8000, 20, 32)
+    trainer = Trainer(Vocoder(judge=judge).task(model, processor, settings, Trainable()))
     state, history = trainer.init(), []
     for _ in range(40):
         state, losses = trainer.step(state, {"waveform": waveform})

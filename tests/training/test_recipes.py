@@ -298,8 +298,6 @@ def test_a_vocoder_learns_of_its_own_spectrograms(monkeypatch):
     row, model, processor = tiny.small(recipe("hifigan"))
     wave = np.random.default_rng(0).normal(0, 0.1, 900).astype(np.float32)
     example = row.objective.prepare(processor, model.config, wave, {}, np.random.default_rng(1))
-    assert example["spectrogram"].shape == (512 // 32, 20)
-    np.testing.assert_array_equal(example["spectrogram"], processor(example["waveform"], 8000)["spectrogram"][0])
     given = {}
 
     def losses(model, judge, batch, **options):
@@ -310,7 +308,9 @@ def test_a_vocoder_learns_of_its_own_spectrograms(monkeypatch):
     phase = row.objective.task(model, processor, row.settings, run.Trainable()).phases[0]
     with pytest.raises(StopIteration):
         phase.loss({"generator": model, "judge": None}, {n: a[None] for n, a in example.items()}, None)
-    np.testing.assert_array_equal(given["spectrogram"], example["spectrogram"][None])
+    wanted = processor(example["waveform"], 8000)["spectrogram"]
+    assert wanted.shape == (1, 512 // 32, 20)
+    np.testing.assert_allclose(given["spectrogram"], wanted, atol=1e-4)
     assert (given["n_fft"], given["num_mels"]) == (processor.n_fft, processor.num_mels) == (128, 20)
 
 
