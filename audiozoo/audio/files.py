@@ -1,19 +1,20 @@
 """Sound files in and out: any container that libsndfile knows, any rate, any number of channels.
 
 libsndfile (through `soundfile`) reads wav, flac, ogg (Vorbis, Opus) and mp3. What it does not know (m4a, aac, webm,
-mp4 …) is handed to `av`, whose wheels carry FFmpeg's libraries, if that package is installed. Samples are floats in
-$[-1, 1]$. Rates are converted by soxr at its "HQ" quality, all at once (`read`) or as a stream (`blocks`), with the
-same result.
+mp4, chained ogg …) is handed to `av`, whose wheels carry FFmpeg's libraries, if that package is installed. Samples are
+floats in $[-1, 1]$. Rates are converted by soxr at its "HQ" quality, all at once (`read`) or as a stream (`blocks`),
+with the same result.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,6 +29,8 @@ Source = str | os.PathLike[str] | bytes | BinaryIO
 """A path, `"-"` for standard input, the file's bytes, or an open binary file."""
 
 _DECODE_FRAMES = 1 << 16  # frames decoded at a time
+_UNKNOWN_FRAMES = (1 << 63) - 1  # libsndfile's number for a FLAC file whose writer did not know
+LOWEST_RATE = 100  # Hz; a damaged header may say 1, at which 16,000 samples become a gigabyte
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,13 @@ class AudioInfo:
     channels: int
     seconds: float
     format: str  # container and coding, such as "FLAC/PCM_24"
+
+
+class _FromFrontToBack(soundfile.SoundFile):
+    """Read without `soundfile`'s seek after each block, which a FLAC file of unknown length does not survive."""
+
+    def seekable(self) -> bool:
+        return False
 
 
 @dataclass
@@ -70,7 +80,9 @@ def _seekable(source: Source, name: str) -> str | io.BytesIO | BinaryIO:
             raise SourceError(f"There is no file {name}.")
         if path.is_dir():
             raise SourceError(f"{name} is a directory; name a sound file inside it.")
-        content, empty = str(path), path.is_file() and path.stat().st_size == 0
+        if not path.is_file():  # a named pipe
+            return _seekable(path.read_bytes(), name)
+        content, empty = str(path), path.stat().st_size == 0
     elif not hasattr(source, "read"):
         raise UsageError(
             f"Cannot read audio from an object of type {type(source).__name__}; "
@@ -88,20 +100,54 @@ def _seekable(source: Source, name: str) -> str | io.BytesIO | BinaryIO:
     return content
 
 
+def _is_chained_ogg(content: str | io.BytesIO | BinaryIO) -> bool:
+    """Whether a file is several Ogg streams one after the other, of which libsndfile reads the first alone."""
+    if isinstance(content, str):
+        with open(content, "rb") as file:
+            return _is_chained_ogg(file)
+    here, begun = content.tell(), False
+    try:
+        while len(page := content.read(27)) == 27 and page.startswith(b"OggS"):
+            begins = bool(page[5] & 2)
+            if begins and begun:
+                return True
+            begun = begun or not begins
+            content.seek(sum(content.read(page[26])), os.SEEK_CUR)
+        return False
+    finally:
+        content.seek(here)
+
+
 @contextmanager
 def _open(source: Source) -> Iterator[_Decoder]:
+    """Open a file by libsndfile, or by `av` what that cannot read; seconds are `inf` where no header tells them."""
     name = _name(source)
     content = _seekable(source, name)
     try:
-        file = soundfile.SoundFile(content)
-    except soundfile.LibsndfileError as problem:
-        if not isinstance(content, str):
-            content.seek(0)
-        with _open_with_av(content, name, str(problem.error_string)) as decoder:
-            yield decoder
-        return
+        chained = _is_chained_ogg(content)
+    except OSError as problem:
+        raise SourceError(f"{name} cannot be read: {problem.strerror or problem}.") from None
+    file, reason = None, "it is several Ogg streams in one file"
+    if not chained:
+        try:
+            file = _FromFrontToBack(content)
+        except soundfile.LibsndfileError as problem:
+            reason = str(problem.error_string)
+            if not isinstance(content, str):
+                content.seek(0)
+    with _open_with_av(content, name, reason) if file is None else _open_with_libsndfile(file, name) as decoder:
+        if chained:
+            decoder.info = replace(decoder.info, seconds=math.inf)
+        if decoder.info.sampling_rate < LOWEST_RATE:
+            raise AudioError(f"{name} says that it is at {decoder.info.sampling_rate} Hz; its header is damaged.")
+        yield decoder
+
+
+@contextmanager
+def _open_with_libsndfile(file: soundfile.SoundFile, name: str) -> Iterator[_Decoder]:
     with file:
-        info = AudioInfo(file.samplerate, file.channels, file.frames / file.samplerate, f"{file.format}/{file.subtype}")
+        seconds = math.inf if file.frames == _UNKNOWN_FRAMES else file.frames / file.samplerate
+        info = AudioInfo(file.samplerate, file.channels, seconds, f"{file.format}/{file.subtype}")
         yield _Decoder(name, info, _sndfile_chunks(file, name))
 
 
@@ -138,7 +184,7 @@ def _open_with_av(content: Any, name: str, reason: str) -> Iterator[_Decoder]:
         if stream.duration is not None and stream.time_base is not None:
             seconds = float(stream.duration * stream.time_base)
         else:
-            seconds = (container.duration or 0) / av.time_base
+            seconds = container.duration / av.time_base if container.duration else math.inf
         form = f"{container.format.name.upper()}/{stream.codec_context.name.upper()}"
         info = AudioInfo(int(stream.rate), int(stream.channels), seconds, form)
         yield _Decoder(name, info, _av_chunks(container, stream, name))
@@ -244,9 +290,15 @@ def blocks(
 
 
 def info(source: Source) -> AudioInfo:
-    """Rate, channels, length and coding of a sound file, from its header (of mp3, the length to 0.03 s)."""
+    """Rate, channels, length and coding of a sound file, from its header (of mp3, the length to 0.03 s).
+
+    Where the header does not tell the length, as in what was written to a pipe, the samples are counted.
+    """
     with _open(source) as decoder:
-        return decoder.info
+        header = decoder.info
+        if math.isinf(header.seconds):
+            return replace(header, seconds=sum(map(len, decoder.chunks)) / header.sampling_rate)
+        return header
 
 
 def resample(waveform: ArrayLike, from_rate: int, to_rate: int, axis: int = -1) -> np.ndarray:

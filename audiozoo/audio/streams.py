@@ -16,6 +16,7 @@ from typing import BinaryIO
 import numpy as np
 import soxr
 
+from audiozoo.audio.files import LOWEST_RATE
 from audiozoo.errors import AudioError
 
 _UNKNOWN = 0x7FFF_F000  # programs that do not know the length write one that is at least this
@@ -77,7 +78,7 @@ def read_wav_header(file: BinaryIO) -> tuple[SampleFormat, int | None]:
                 raise AudioError(
                     f"The WAV stream has samples of kind {tag} with {bits} bits; integers or floats are read."
                 )
-            if not channels or not rate:
+            if not channels or rate < LOWEST_RATE:
                 raise AudioError(f"The WAV stream says that it has {channels} channels at {rate} Hz.")
             layout = SampleFormat(rate, channels, bits, tag == _FLOAT)
     if layout is None:

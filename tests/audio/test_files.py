@@ -208,6 +208,44 @@ def test_a_truncated_file_is_read_as_far_as_it_goes_or_named(tmp_path):
         assert 40_000 < len(samples) < 100_000
 
 
+def test_lengths_that_headers_do_not_tell(tmp_path, monkeypatch):
+    """FLAC and webm as they are written to a pipe, Ogg files put one behind the other; and a rate that blows up."""
+    av = pytest.importorskip("av", reason="the optional package av reads webm and chained ogg")
+    whole = tone(48_000, 1.5)
+    audio.write(tmp_path / "a.flac", whole, 48_000)
+    flac = bytearray((tmp_path / "a.flac").read_bytes())
+    flac[21] &= 0xF0  # STREAMINFO's 36 bits for the number of samples
+    flac[22:26] = bytes(4)
+    (tmp_path / "piped.flac").write_bytes(flac)
+    np.testing.assert_array_equal(audio.read(tmp_path / "piped.flac"), audio.read(tmp_path / "a.flac"))
+    assert audio.info(tmp_path / "piped.flac").seconds == 1.5
+
+    pipe = io.BytesIO()
+    pipe.seekable = lambda: False
+    with av.open(pipe, "w", format="webm") as container:
+        stream = container.add_stream("libopus", rate=48_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray((whole[None] * 32767).astype(np.int16), format="s16", layout="mono")
+        frame.sample_rate = 48_000
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            container.mux(packet)
+    assert audio.info(pipe.getvalue()).seconds == pytest.approx(1.5, abs=0.05)
+
+    audio.write(tmp_path / "a.ogg", whole, 48_000)
+    one = (tmp_path / "a.ogg").read_bytes()
+    assert audio.info(one + one).seconds == pytest.approx(3.0, abs=0.02)
+    assert len(audio.read(io.BytesIO(one + one))) == pytest.approx(48_000, abs=320)
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(AudioError, match="several Ogg streams") as error:
+        audio.read(one + one)
+    sentence(error)
+
+    soundfile.write(tmp_path / "slow.wav", whole, 1)
+    with pytest.raises(AudioError, match="says that it is at 1 Hz"):
+        audio.read(tmp_path / "slow.wav")
+    with pytest.raises(AudioError, match="at 1 Hz"), (tmp_path / "slow.wav").open("rb") as file:
+        next(audio.streams.read_stream(file, 16_000))
+
+
 def test_writing_leaves_no_partial_file(tmp_path, monkeypatch):
     path = tmp_path / "a.wav"
     audio.write(path, tone(16_000, 0.1), 16_000)
