@@ -321,10 +321,10 @@ def load_vocoder(source: str) -> Any:
     return vocoder
 
 
-def _speaker(processor: Any, name: str | None) -> int | None:
-    """The number of a voice given by number or by name."""
+def _speaker(processor: Any, name: str | None) -> int:
+    """The number of a voice given by number or by name, or of the voice's default."""
     if name is None:
-        return None
+        return int(processor.default_speaker)
     if name in processor.speakers:
         return int(processor.speakers[name])
     if name.removeprefix("-").isdecimal():

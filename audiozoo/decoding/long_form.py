@@ -125,6 +125,8 @@ class Recording:
 
 def quiet_pieces(recording: Recording, start: int, end: int, longest: int) -> list[tuple[int, int]]:
     """Cut `start … end` into pieces of at most `longest` frames, each cut at the quietest 0.2 s of the last third."""
+    if end - start <= longest:
+        return [(start, end)]
     loudness = recording.features[:, :end].mean(axis=0)
     smooth = np.convolve(loudness, np.full(20, 1 / 20), mode="same")
     pieces = []

@@ -93,8 +93,9 @@ def write_pieces(
         inputs = processor(
             heard, sampling_rate=rate, padding=True, pad_to_multiple_of=multiple, return_attention_mask=True
         )
-        tokens = (generate or model.generate)(**inputs, **options)
-        for (start, end), row in zip(part, np.asarray(tokens), strict=False):
+        tokens = np.asarray((generate or model.generate)(**inputs, **options))
+        best = tokens[:: len(tokens) // batch_size]  # the first of `num_return_sequences`
+        for (start, end), row in zip(part, best, strict=False):
             text = processor.decode(row, skip_special_tokens=True).strip()
             segments.append({"start": start / rate, "end": end / rate, "text": text})
         if progress is not None:
@@ -117,7 +118,7 @@ def sentence_cuts(text: str, longest: int = 300) -> list[str]:
                 end = line.rfind(" ", start, start + 3 * longest) + 1 or start + 3 * longest
             pieces.append(line[start:end].strip())
             start = end
-    return pieces
+    return [piece for piece in pieces if piece]
 
 
 def translate_pieces(

@@ -219,6 +219,7 @@ class PiperTokenizer:
         voice: espeak-ng's name of the language.
         phoneme_type: "espeak", or "text" for voices that read characters.
         phoneme_map: phonemes to be replaced, each by several.
+        vowel_clusters: phonemes that have one id where they follow one another, as those of a diphthong.
     """
 
     def __init__(
@@ -227,6 +228,7 @@ class PiperTokenizer:
         voice: str = "en-us",
         phoneme_type: str = "espeak",
         phoneme_map: Mapping[str, Sequence[str]] | None = None,
+        vowel_clusters: Sequence[Sequence[str]] | None = None,
     ):
         for mark in ("_", "^", "$"):
             if not phoneme_ids.get(mark):
@@ -238,6 +240,9 @@ class PiperTokenizer:
         self.phoneme_ids = {phoneme: list(ids) for phoneme, ids in phoneme_ids.items()}
         self.symbols = {ids[0]: phoneme for phoneme, ids in self.phoneme_ids.items() if len(ids) == 1}
         self.voice, self.phoneme_type, self.phoneme_map = voice, phoneme_type, dict(phoneme_map or {})
+        self.vowel_clusters = [list(cluster) for cluster in vowel_clusters or ()]
+        longest_first = sorted(map("".join, self.vowel_clusters), key=len, reverse=True)
+        self._phoneme = re.compile("|".join([*map(re.escape, longest_first), "."]), re.DOTALL)
         self.pad_token_id = self.phoneme_ids["_"][0]
 
     @classmethod
@@ -248,15 +253,19 @@ class PiperTokenizer:
             raise CheckpointError(f"'{path}' holds no phoneme_id_map, so it is no Piper voice's.")
         voice = config.get("espeak", {}).get("voice", "en-us")
         kind = config.get("phoneme_type", "espeak")
-        return cls(config["phoneme_id_map"], voice, kind, config.get("phoneme_map"))
+        return cls(config["phoneme_id_map"], voice, kind, config.get("phoneme_map"), config.get("vowel_clusters"))
 
-    def save(self, directory: str | os.PathLike[str], speakers: Mapping[str, int] | None = None) -> None:
-        """Write `voice.onnx.json`: what is read of it here, and the numbers of `speakers`."""
+    def save(self, directory: str | os.PathLike[str], **voices: Any) -> None:
+        """Write `voice.onnx.json`: what is read of it here, and what it says of its `voices`."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"phoneme_type": self.phoneme_type, "espeak": {"voice": self.voice}, "phoneme_map": self.phoneme_map}
-        config |= {"phoneme_id_map": self.phoneme_ids, "speaker_id_map": dict(speakers or {})}
-        write_json(folder / "voice.onnx.json", config)
+        config: dict[str, Any] = {
+            "phoneme_type": self.phoneme_type,
+            "espeak": {"voice": self.voice},
+            "phoneme_map": self.phoneme_map,
+        }
+        config |= {"phoneme_id_map": self.phoneme_ids, "vowel_clusters": self.vowel_clusters}
+        write_json(folder / "voice.onnx.json", config | voices)
 
     def prepare(self, text: str, normalize: bool | None = None) -> str:
         """The phonemes of a text, all sentences of it."""
@@ -267,7 +276,7 @@ class PiperTokenizer:
     def encode(self, prepared: str) -> list[int]:
         """Ids of phonemes, with the marks for the beginning and the end."""
         ids = [*self.phoneme_ids["^"], self.pad_token_id]
-        for phoneme in unicodedata.normalize("NFD", prepared):
+        for phoneme in self._phoneme.findall(unicodedata.normalize("NFD", prepared)):
             for replaced in self.phoneme_map.get(phoneme, (phoneme,)):
                 if replaced in self.phoneme_ids:
                     ids += [*self.phoneme_ids[replaced], self.pad_token_id]
@@ -300,10 +309,16 @@ class VitsProcessor:
     Args:
         tokenizer: of the voice.
         speakers: numbers of the speakers that have names.
+        default_speaker: number of the one that speaks if none is asked for.
     """
 
-    def __init__(self, tokenizer: VitsTokenizer | PiperTokenizer, speakers: Mapping[str, int] | None = None):
-        self.tokenizer, self.speakers = tokenizer, dict(speakers or {})
+    def __init__(
+        self,
+        tokenizer: VitsTokenizer | PiperTokenizer,
+        speakers: Mapping[str, int] | None = None,
+        default_speaker: int = 0,
+    ):
+        self.tokenizer, self.speakers, self.default_speaker = tokenizer, dict(speakers or {}), default_speaker
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike[str]) -> VitsProcessor:
@@ -331,12 +346,13 @@ class VitsProcessor:
     @classmethod
     def from_piper(cls, path: str | os.PathLike[str]) -> VitsProcessor:
         """From a voice's `.onnx.json`, or the `config.json` of its training."""
-        return cls(PiperTokenizer.from_file(path), read_json(Path(path)).get("speaker_id_map"))
+        config = read_json(Path(path))
+        return cls(PiperTokenizer.from_file(path), config.get("speaker_id_map"), config.get("default_speaker_id") or 0)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the files that `from_directory` reads: Hugging Face's, or Piper's."""
         if isinstance(self.tokenizer, PiperTokenizer):
-            self.tokenizer.save(directory, self.speakers)
+            self.tokenizer.save(directory, speaker_id_map=self.speakers, default_speaker_id=self.default_speaker)
         else:
             self.tokenizer.save(directory)
 

@@ -186,14 +186,18 @@ class Seq2Seq(Objective):
         end = getattr(tokenizer, "eos_token_id", None)
         if end is not None and end not in labels[-1:]:  # Speech2Text2's tokenizer writes none
             labels = np.append(labels, np.int32(end))
-        known = getattr(config, "decoder", config).vocab_size
-        if labels.max(initial=0) >= known:
+        decoder = getattr(config, "decoder", config)
+        if labels.max(initial=0) >= (known := decoder.vocab_size):
             raise UsageError(
                 f"The tokenizer writes token {labels.max()}, and the model knows {known}: they do not fit."
             )
+        if self.features == "log_mel" and labels[0] == config.decoder_start_token_id:
+            labels = labels[1:]  # <|startoftranscript|>, the decoder's first input and no target
+        places = ("max_position_embeddings", "max_target_positions")
+        room = next((getattr(decoder, name) for name in places if hasattr(decoder, name)), len(labels))
+        if len(labels) > room:
+            raise UsageError(f"A text has {len(labels)} tokens, and the model has places for {room}.")
         if self.features == "log_mel":
-            # The tokenizer begins with <|startoftranscript|>, which is the decoder's first input and no target.
-            labels = labels[1:] if labels[0] == config.decoder_start_token_id else labels
             return {"waveform": waveform.astype(np.float32), "labels": labels}
         if self.features == "filterbank":
             return unprocessed_example(waveform) | {"labels": labels}

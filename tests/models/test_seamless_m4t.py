@@ -331,6 +331,7 @@ def test_long_texts_are_cut_behind_sentences():
     assert " ".join(endless) == ("word " * 400).strip()
     assert [len(piece) for piece in endless] == [899, 899, 199]
     assert [len(piece) for piece in pieces.sentence_cuts("好" * 2000)] == [900, 900, 200]
+    assert pieces.sentence_cuts("好" * 900 + " " + "好" * 899) == ["好" * 900, "好" * 899]
     assert pieces.sentence_cuts("好。" * 200) == ["好。" * 150, "好。" * 50]
     assert pieces.sentence_cuts(" \n ") == []
 

@@ -515,6 +515,11 @@ def test_long_recordings_in_one_shape(checkpoint, monkeypatch):
     assert shapes == {(3, 256, 80)}
     assert done[-1] == (14.0, 14.0)
     assert [s["start"] for s in found["segments"]][1:] == [s["end"] for s in found["segments"]][:-1]
+    twice = write_pieces(
+        model, processor, wave, longest=2.4, batch_size=3,
+        generate=lambda **inputs: np.repeat(model.generate(**inputs, batch_invariant=True, num_beams=1), 2, axis=0),
+    )  # fmt: skip
+    assert twice == found  # of several sequences of a piece the first
     alone = found["segments"][1]
     again = write_pieces(
         model, processor, wave[round(alone["start"] * 16_000) : round(alone["end"] * 16_000)], longest=3, batch_size=1,

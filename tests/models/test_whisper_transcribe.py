@@ -148,6 +148,7 @@ def test_overlapping_chunks(tiny_en: tuple, recordings: Path):
     assert seconds[-1] == (22.0, 22.0)
     clip = transcribe(*tiny_en, path, **options, clip_timestamps=[8.0], without_timestamps=True)
     assert clip["text"].strip() == "Ask what you can do for your country."
+    assert transcribe(*tiny_en, path, batch_size=2, clip_timestamps="0,0")["segments"] == []
     assert [(segment["start"], segment["end"]) for segment in clip["segments"]] == [(8.0, 11.0)]
 
 

@@ -73,6 +73,12 @@ def test_piper_voice(tmp_path):
     assert [text for text, _ in processor.sentences("a b. b? a")] == ["a b.", "b?", "a"]
     assert processor.sentences("b a.", is_phonemes=True) == [("b a.", [1, 0, 6, 0, 3, 0, 5, 0, 4, 0, 2])]
     assert processor.batch_decode(processor("ab")["input_ids"]) == ["ab"]
+    # Of phonemes that are known together the longest; they are so again after saving, and the default voice with them.
+    clusters = {"vowel_clusters": [["o", "o"], ["b", "\u0303"], ["a", "o"]], "default_speaker_id": 1}
+    VitsProcessor.from_directory(voice_file(tmp_path, **clusters)).save(tmp_path)
+    processor = VitsProcessor.from_directory(tmp_path)
+    assert processor("bbooa")["input_ids"][0].tolist() == [1, 0, 6, 0, 6, 0, 8, 9, 0, 5, 0, 2]
+    assert (processor.default_speaker, processor.speakers["Bob"]) == (1, 1)
 
 
 def test_where_a_sentence_ends(tmp_path):

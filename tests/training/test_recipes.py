@@ -381,6 +381,8 @@ def test_texts_are_written_in_their_language(corpus, tmp_path):
     assert labels(language="german")[:3] == ["<|de|>", "<|transcribe|>", "<|notimestamps|>"]
     assert labels(language="ja", task="translate")[:3] == ["<|ja|>", "<|translate|>", "<|notimestamps|>"]
     assert labels(language="de")[-1] == "<|endoftext|>"
+    with pytest.raises(UsageError, match=f"tokens, and the model has places for {config.max_target_positions}"):
+        labels(text="cafe " * config.max_target_positions, language="de")
     with pytest.raises(UsageError, match="writes many languages, and a recording has no language"):
         labels()
     with pytest.raises(UsageError, match="knows no language 'klingon'"):
