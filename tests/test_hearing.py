@@ -74,8 +74,8 @@ def test_classify_among_words(command, checkpoints):
     )
     assert sum(entry["score"] for entry in told) == pytest.approx(1.0)
     model, processor = audiozoo.load(checkpoints / "clap"), audiozoo.load_processor(checkpoints / "clap")
-    known = clap.zero_shot(model, processor, audiozoo.audio.read(file, RATE), ["a hum", "rain"], sampling_rate=RATE)
-    assert [(entry["label"], pytest.approx(entry["score"])) for entry in told] == known
+    known = clap.zero_shot(model, processor, audiozoo.audio.read(file, RATE), ["a_hum", "rain"], sampling_rate=RATE)
+    assert [(entry["label"].replace(" ", "_"), pytest.approx(entry["score"])) for entry in told] == known
 
 
 def test_classify_by_tags(command, checkpoints):

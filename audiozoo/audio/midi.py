@@ -14,13 +14,31 @@ PEDAL = 64  # number and middle of the sustaining pedal's controller
 LOUDEST = 0.8  # peak of what is played
 
 
+def table_of(notes: Any) -> Float[np.ndarray, "notes 4"]:
+    """Notes as rows of onset, offset, pitch and velocity.
+
+    Raises:
+        UsageError: for anything else.
+    """
+    try:
+        table = np.asarray(notes, np.float64)
+    except (TypeError, ValueError):
+        table = np.full(1, np.nan)
+    if table.size and (table.ndim != 2 or table.shape[1] != 4 or not np.isfinite(table).all()):
+        raise UsageError("Each note is four numbers: onset, offset, pitch and velocity.")
+    return table.reshape(-1, 4)
+
+
 def notes_of(midi: Any) -> Float[np.ndarray, "notes 4"]:
     """The notes of a `pretty_midi.PrettyMIDI`: onset, offset, pitch, velocity; times in seconds, in order of onset.
 
-    A note that is let go while the pedal is down ends with the pedal, or where the same key is struck again.
+    A note that is let go while the pedal is down ends with the pedal, or where the same key is struck again. Drums,
+    whose numbers are no pitches, are left out.
     """
     rows: list[list[float]] = []
     for instrument in midi.instruments:
+        if instrument.is_drum:
+            continue
         struck = sorted(instrument.notes, key=lambda note: note.start)
         changes = [(c.time, c.value >= PEDAL) for c in instrument.control_changes if c.number == PEDAL]
         for index, note in enumerate(struck):
@@ -53,7 +71,7 @@ def played(
     if not any(instrument.notes for instrument in midi.instruments):
         return np.zeros(sampling_rate, np.float32)
     if soundfont is None:
-        sound = midi.synthesize(fs=sampling_rate)
+        sound = np.nan_to_num(midi.synthesize(fs=sampling_rate))  # drums alone, which it leaves out, are 0 / 0 there
     else:
         try:
             sound = midi.fluidsynth(fs=sampling_rate, synthesizer=os.fspath(soundfont))

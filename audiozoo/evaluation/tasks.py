@@ -447,14 +447,12 @@ class ZeroShot(Classification):
 
     def prepare(self, items: Sequence[Item], wanted: Sequence[Any]) -> None:
         """See `Task`."""
-        from audiozoo.models.clap import embed_text
+        from audiozoo.models.clap import embed_text, sentences
 
-        if "{}" not in self.template:
-            raise UsageError(f"The template {self.template!r} has no {{}} where the label goes.")
         found = {label for given in wanted for label in labels_of(given, [str(given)])}
         self._given = sorted(found) if self.labels is None else [str(label) for label in self.labels]
         super().prepare(items, wanted)
-        words = [self.template.replace("{}", name.replace("_", " ")) for name in self._given]
+        words = sentences(self._given, self.template)
         self._words = embed_text(self.model, self.processor, words).astype(np.float64)
 
     def names(self) -> list[str]:

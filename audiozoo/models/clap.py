@@ -26,7 +26,7 @@ shrunk, and through three windows, fused by attention.
 | §3.4, feature fusion for variable-length input | `FeatureFusion`, `MelFusion` |
 | §3.4, attentional (arXiv 2009.14082) | `AttentionalFusion`, `PointwiseAttention` |
 | §2, label template (§3.5's captions improve on it) | `caption_of_labels` |
-| §4.2 and §4.3, retrieval and zero-shot classification | `embed_audio`, `embed_text`, `zero_shot` |
+| §4.2 and §4.3, retrieval and zero-shot classification | `embed_audio`, `embed_text`, `sentences`, `zero_shot` |
 | §4.1, Adam, warm-up and cosine decay | `ClapRecipe` |
 | §4.3, supervised classification on what is heard | `LinearProbe`, `fit_probe` |
 | not in the paper; in the released code: a loss of four terms | `EmbeddingMLP`, `mlp_contrastive_loss` |
@@ -1086,6 +1086,17 @@ def embed_text(model: ClapModel, processor: Any, texts: Sequence[str]) -> Float[
     return np.concatenate([np.asarray(row, np.float32) for row in rows])
 
 
+def sentences(labels: Sequence[str], template: str = PROMPT) -> list[str]:
+    """§4.3: labels put into the template at {}; the underscores that names of data sets have are spaces.
+
+    Raises:
+        UsageError: for a template without {}.
+    """
+    if "{}" not in template:
+        raise UsageError(f"The template {template!r} has no {{}} where the label goes.")
+    return [template.replace("{}", label.replace("_", " ")) for label in labels]
+
+
 def zero_shot(
     model: ClapModel,
     processor: Any,
@@ -1102,7 +1113,7 @@ def zero_shot(
         model: both towers.
         processor: of the same checkpoint.
         audio: mono waveform in [-1, 1], of any length; see `embed_audio`.
-        labels: what to choose from, each put into the template.
+        labels: what to choose from, each put into the template; see `sentences`.
         top: how many to return.
         template: the paper's "This is a sound of {}."; "{}" leaves labels as they are.
         sampling_rate: Hz of `audio`, to be checked.
@@ -1119,9 +1130,7 @@ def zero_shot(
         raise UsageError("A label is empty; say in words what may be heard.")
     if top < 1:
         raise UsageError(f"top is {top}; at least one label is to be named.")
-    if "{}" not in template:
-        raise UsageError(f"The template {template!r} has no {{}} where the label goes.")
-    texts = embed_text(model, processor, [template.replace("{}", label) for label in labels])
+    texts = embed_text(model, processor, sentences(labels, template))
     sound = embed_audio(model, processor, audio, sampling_rate=sampling_rate)
     logits = float(np.exp(np.float64(model.logit_scale_a[...]))) * texts.astype(np.float64) @ sound.astype(np.float64)
     scores = np.exp(logits - logits.max())

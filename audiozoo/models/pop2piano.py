@@ -55,6 +55,7 @@ from jaxtyping import Array, Float, Int
 from audiozoo.audio import beats as tracking
 from audiozoo.audio.features import hann_window
 from audiozoo.audio.files import resample
+from audiozoo.audio.midi import table_of
 from audiozoo.decoding import GenerateOutput, GenerationConfig, Growing, Shared, generate
 from audiozoo.errors import UsageError
 from audiozoo.layers import Embed, KeyValues, Linear
@@ -413,7 +414,7 @@ def synchronised(
     Raises:
         UsageError: if there is no note.
     """
-    notes = np.asarray(notes, np.float64).reshape(-1, 4)
+    notes = table_of(notes)
     if not len(notes):
         raise UsageError("A cover without a note cannot be brought together with a song.")
     heard = chroma_of_song(resample(song, sampling_rate, RATE))
@@ -438,7 +439,7 @@ def quantised(
     notes: Float[np.ndarray, "notes 4"], half_beats: Float[np.ndarray, " times"]
 ) -> Int[np.ndarray, "quantised_notes 4"]:
     """§3.1: notes in seconds at the nearest half beats, each at least one long; of those that coincide, one."""
-    notes = np.asarray(notes, np.float64).reshape(-1, 4)
+    notes = table_of(notes)
     borders = (half_beats[1:] + half_beats[:-1]) / 2
     onsets, ends = (np.searchsorted(borders, notes[:, column], side="right") for column in (0, 1))
     table = np.column_stack([onsets, np.maximum(ends, onsets + 1), np.round(notes[:, 2:])]).astype(int)
@@ -457,7 +458,7 @@ def melody_chroma_accuracy(
         hop: seconds between frames.
     """
     at, highest = np.arange(len(melody)) * hop, np.full(len(melody), -np.inf)
-    for onset, end, pitch, _ in np.asarray(notes, np.float64).reshape(-1, 4):
+    for onset, end, pitch, _ in table_of(notes):
         sounding = (at >= onset) & (at < end)
         highest[sounding] = np.maximum(highest[sounding], pitch)
     sung = np.isfinite(melody)
@@ -495,7 +496,7 @@ def paired(
         UsageError: if the cover's length is another than the song's by more than a fifth of it, or if the cover has
             another melody.
     """
-    notes = np.asarray(notes, np.float64).reshape(-1, 4)
+    notes = table_of(notes)
     length, played = len(song) / sampling_rate, float(np.max(notes[:, 1], initial=0.0))
     if abs(length - played) > Pop2PianoRecipe.length_difference * length:
         raise UsageError(

@@ -13,11 +13,13 @@ from jaxtyping import Float, Int
 from audiozoo.audio import beats as tracking
 from audiozoo.audio.features import hann_window, mel_filterbank
 from audiozoo.audio.files import check_waveform, resample
+from audiozoo.audio.midi import table_of
 from audiozoo.errors import CheckpointError, UsageError
 from audiozoo.processors import FeatureExtractor, check_return_tensors, extractor_settings, read_json, write_json
 
 SPECIAL, NOTE, VELOCITY, TIME = "TOKEN_SPECIAL", "TOKEN_NOTE", "TOKEN_VELOCITY", "TOKEN_TIME"
 KINDS = {SPECIAL: 4, NOTE: 128, VELOCITY: 2, TIME: 100}  # how many of each, in the order of their numbers
+QUIETEST = 1e-6  # energy of silence, below which no band falls
 STEPS_PER_BAR = 4  # half beats that a "bar" of num_bars has: two bars are eight of them
 
 
@@ -100,7 +102,7 @@ class Pop2PianoFeatureExtractor(FeatureExtractor):
             scale="htk",
             norm=None,
         )
-        return np.log(np.maximum(power @ filters, 1e-6)).astype(np.float32)
+        return np.log(np.maximum(power @ filters, QUIETEST)).astype(np.float32)
 
     def segments(
         self, samples: np.ndarray, beat_times: np.ndarray, steps_per_beat: int
@@ -280,9 +282,7 @@ class Pop2PianoTokenizer:
         Raises:
             UsageError: for notes that are not of that form, or begin before `offset`.
         """
-        table = (
-            np.round(np.asarray(notes, np.float64)).astype(int).reshape(-1, 4) if len(notes) else np.zeros((0, 4), int)
-        )
+        table = np.round(table_of(notes)).astype(int)
         if len(table) and (table[:, 0].min() < offset or (table[:, 1] < table[:, 0]).any()):
             raise UsageError(f"A note begins before the segment, at half beat {offset}, or ends before it begins.")
         table[:, 1] = np.maximum(table[:, 1], table[:, 0] + 1)

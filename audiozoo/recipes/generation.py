@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from audiozoo.audio.midi import table_of
 from audiozoo.errors import SourceError, UsageError
 from audiozoo.layers.losses import IGNORED_LABEL
 from audiozoo.models import bark, musicgen, pop2piano, seamless_m4t, speecht5, wav2vec2
 from audiozoo.processors.musicgen import MusicgenMelodyFeatureExtractor
-from audiozoo.processors.pop2piano import STEPS_PER_BAR
+from audiozoo.processors.pop2piano import QUIETEST, STEPS_PER_BAR
 from audiozoo.recipes.objectives import (
     CTC,
     LABELS,
@@ -376,18 +378,24 @@ class Arrangement(Objective):
 
     A recording is known by the times of its `beats` in seconds, by `notes` as `[onset, offset, pitch, velocity]` with
     times in half beats from the first beat on, both as `pop2piano.paired` finds them (§3.1), and by its `composer`.
+    What is shorter than a batch's longest is followed by silence that is heard, as in the authors' code and in use.
+
+    Attributes:
+        arrangers: the checkpoint's, which knows their names.
     """
+
+    arrangers: pop2piano.Pop2PianoGenerationConfig = field(default_factory=pop2piano.Pop2PianoGenerationConfig)
 
     def padding(self, processor: Any) -> dict[str, Padding]:
         """See `Objective`."""
-        return {"input_features": Padding(0.0, 32), "attention_mask": Padding(0, 32), "labels": LABELS}
+        return {"input_features": Padding(math.log(QUIETEST), 32), "labels": LABELS}
 
     def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
         """See `Objective`."""
         beats = np.asarray(_needed(fields, "beats", "the times of beats"), np.float64)
-        notes = np.round(np.asarray(_needed(fields, "notes", "notes in half beats"), np.float64).reshape(-1, 4))
+        notes = np.round(table_of(_needed(fields, "notes", "notes in half beats")))
         composer = str(_needed(fields, "composer", "arrangers"))
-        row = pop2piano.Pop2PianoGenerationConfig().row(composer)
+        row = self.arrangers.row(composer)
         if row >= config.composer_vocab_size:
             raise UsageError(f"The model has {config.composer_vocab_size} arrangers, and {composer} is none of them.")
         steps = processor.feature_extractor.num_bars * STEPS_PER_BAR  # half beats of a segment
@@ -401,7 +409,6 @@ class Arrangement(Objective):
         labels = processor.tokenizer.encode(inside, begin, add_eos=True)
         return {
             "input_features": features,
-            "attention_mask": np.ones(len(features), np.int32),
             "labels": labels.astype(np.int32),
             "composer": np.asarray(row, np.int32),
         }
@@ -411,8 +418,8 @@ class Arrangement(Objective):
 
         def loss(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
             model, labels = networks["model"], batch["labels"]
-            x, mask = model.condition(batch["input_features"], batch["composer"], batch["attention_mask"])
-            output = model(x, mask, labels=labels, key=turn.key if turn.training else None)
+            x, _ = model.condition(batch["input_features"], batch["composer"])
+            output = model(x, labels=labels, key=turn.key if turn.training else None)
             count = (labels != IGNORED_LABEL).sum()
             right = ((output.logits.argmax(axis=-1) == labels) & (labels != IGNORED_LABEL)).sum()
             return Loss(output.loss * count, count, {"accuracy": right})

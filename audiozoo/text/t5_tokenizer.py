@@ -17,7 +17,7 @@ from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.text.batches import padded, texts_of
 
 PAD, EOS = "<pad>", "</s>"
-SENTINEL = re.compile(r"<extra_id_(\d+)>")
+SENTINEL = re.compile(r"<extra_id_\d+>")
 
 
 class T5Tokenizer:
@@ -70,10 +70,12 @@ class T5Tokenizer:
         special |= {t: i for t in (PAD, EOS, "<unk>") if backend.id_to_piece(i := backend.piece_to_id(t)) == t}
 
         def encode(text: str) -> list[int]:
-            ids: list[int] = []
-            for index, part in enumerate(SENTINEL.split(text)):
-                ids += backend.encode(part) if index % 2 == 0 else [special[f"<extra_id_{part}>"]]
-            return ids
+            ids, start = [], 0
+            for match in SENTINEL.finditer(text):
+                if match[0] in special:
+                    ids += [*backend.encode(text[start : match.start()]), special[match[0]]]
+                    start = match.end()
+            return ids + backend.encode(text[start:])
 
         return cls(encode, lambda ids: backend.decode(ids), special, {"spiece.model": model}, **settings)
 

@@ -364,11 +364,15 @@ def test_notes_of_midi_hold_with_the_pedal():
     for pitch, start, end in ((60, 0.0, 0.5), (64, 0.5, 1.0), (60, 1.5, 1.8), (67, 3.0, 3.5)):
         piano.notes.append(pretty_midi.Note(80, pitch, start, end))
     piano.control_changes += [pretty_midi.ControlChange(64, v, t) for v, t in ((100, 0.2), (10, 2.0), (127, 3.4))]
-    midi.instruments.append(piano)
+    drums = pretty_midi.Instrument(0, is_drum=True)
+    drums.notes.append(pretty_midi.Note(80, 36, 0.0, 0.1))
+    midi.instruments += [piano, drums]
     np.testing.assert_allclose(
         rendering.notes_of(midi), [[0, 1.5, 60, 80], [0.5, 2.0, 64, 80], [1.5, 2.0, 60, 80], [3.0, 3.5, 67, 80]]
     )
-    assert rendering.notes_of(pretty_midi.PrettyMIDI()).shape == (0, 4)
+    midi.instruments.remove(piano)
+    assert rendering.notes_of(midi).shape == (0, 4)
+    assert not rendering.played(midi, 8000).any()
 
 
 # --- processor -------------------------------------------------------------------------------------------------------
@@ -378,6 +382,8 @@ def test_notes_of_midi_hold_with_the_pedal():
     ("call", "kind", "message"),
     [
         (lambda p: p(), UsageError, "audio, notes, or both"),
+        (lambda p: p(notes=[[0, 2, 60]] * 4), UsageError, "four numbers"),
+        (lambda p: p(notes=[[0, 2, 60], [0, 2, 64, 77]]), UsageError, "four numbers"),
         (lambda p: p(notes=[[0, 2, 60, 77]], beats=[0.3, 1.0]), UsageError, "'beats' is an option of audio"),
         (lambda p: p(clicks(3)), UsageError, "sampling_rate"),
         (lambda p: p(np.zeros(0, np.float32), RATE), AudioError, "empty"),

@@ -710,7 +710,7 @@ def test_processor_is_the_originals(tokenizer_directory, tmp_path):
     audio = [rng.uniform(-1, 1, 90).astype(np.float32), rng.uniform(-1, 1, 60).astype(np.float32)]
     text = [
         "a slow  folk song",
-        "fiddle<extra_id_3> and Drums\t",
+        "fiddle<extra_id_3> and <extra_id_100>Drums\t",  # there are a hundred sentinels
     ]
     one = theirs(text=text, audio=audio, sampling_rate=800, padding=True, return_tensors="np")
     other = ours(text=text, audio=audio, sampling_rate=800)

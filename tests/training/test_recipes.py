@@ -43,7 +43,7 @@ from audiozoo.recipes.generation import Music
 from audiozoo.recipes.settings import SCHEDULES, Settings
 from audiozoo.text import WhisperTokenizer
 from audiozoo.training import checkpointing
-from audiozoo.training.data import Item, find_items
+from audiozoo.training.data import Item, collate, find_items
 from audiozoo.training.loop import Options, Trainer, Turn
 from audiozoo.training.parameters import Lora, partition
 from tests.text.vocabularies import SMALL_SPECIALS, small_backend
@@ -447,6 +447,24 @@ def test_what_a_recording_must_bring_is_named(corpus):
     row, model, processor = tiny.small(recipe("pop2piano"))
     with pytest.raises(UsageError, match="more than the 3 beats"):
         row.objective.prepare(processor, model.config, np.zeros(3200), {**fields, "beats": [0.0, 0.1, 0.2]}, rng)
+
+
+def test_arrangers_are_the_checkpoints_and_what_follows_a_segment_is_silence(corpus):
+    row, model, processor = tiny.small(recipe("pop2piano"))
+    model.generation_config = dataclasses.replace(
+        model.generation_config, composer_to_feature_token=(("ann", 7), ("bob", 8))
+    )
+    items = find_items(corpus)
+    objective = run.build(row, items, model=model, processor=processor).recipe.objective
+    fields = {**items[0].fields, "composer": "bob"}
+    one = objective.prepare(processor, model.config, np.ones(8000, np.float32), fields, np.random.default_rng(0))
+    assert one["composer"] == 1
+    heard = collate([one], objective.padding(processor), 0)["input_features"][0]
+    silence = processor.feature_extractor.log_mel(np.zeros(4096))
+    assert len(heard) > len(one["input_features"])
+    np.testing.assert_array_equal(heard[len(one["input_features"]) :] == silence[0], True)
+    with pytest.raises(UsageError, match="no composer 'composer1'; there are ann, bob"):
+        objective.prepare(processor, model.config, np.ones(8000), {**fields, "composer": "composer1"}, None)
 
 
 def test_rare_sounds_are_drawn_more_often():
