@@ -71,7 +71,8 @@ def played(
     if not any(instrument.notes for instrument in midi.instruments):
         return np.zeros(sampling_rate, np.float32)
     if soundfont is None:
-        sound = np.nan_to_num(midi.synthesize(fs=sampling_rate))  # drums alone, which it leaves out, are 0 / 0 there
+        with np.errstate(invalid="ignore"):  # drums alone, which it leaves out, are 0 / 0 there
+            sound = np.nan_to_num(midi.synthesize(fs=sampling_rate))
     else:
         try:
             sound = midi.fluidsynth(fs=sampling_rate, synthesizer=os.fspath(soundfont))
