@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from audiozoo.errors import UsageError
 from audiozoo.layers.alignment import monotonic_alignment
+from audiozoo.layers.basic import at_least_float32
 from audiozoo.layers.weight_norm import fold_weight_norm
 
 LONGEST = 600  # seconds that are said at once
@@ -38,7 +39,7 @@ class Speech:
 
     Attributes:
         text: what was said, if it came from text.
-        waveform: float32 samples.
+        waveform: samples, in float32 at least.
         sampling_rate: Hz.
         input_ids: symbols.
         durations: samples of each symbol.
@@ -85,7 +86,8 @@ class Synthesizer:
 
         def piece(state: Any, z: jax.Array, lengths: jax.Array, speaker: Any) -> jax.Array:
             model = nnx.merge(graphdef, state)
-            return model.decode(z, lengths, model.speaker_embedding(speaker))
+            waveform = model.decode(z, lengths, model.speaker_embedding(speaker))
+            return at_least_float32(waveform)  # half precision is no sound file's
 
         self._first = jax.jit(first)
         self._latents = jax.jit(second, static_argnums=1)

@@ -93,7 +93,7 @@ from audiozoo.layers import (
     sinusoids,
     split_heads,
 )
-from audiozoo.layers.basic import unit_vectors
+from audiozoo.layers.basic import at_least_float32, unit_vectors
 from audiozoo.layers.batch_norm import BatchNorm
 from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy, ctc_loss, shift_tokens_right
 from audiozoo.layers.positions import interleaved_sinusoids
@@ -1107,8 +1107,8 @@ def guided_attention_loss(
         scale: $\lambda$.
     """
     tokens = jnp.ones((len(steps), attentions.shape[3]), bool) if tokens is None else tokens
-    down = jnp.arange(steps.shape[1]) / steps.sum(axis=1, keepdims=True)
-    across = jnp.arange(tokens.shape[1]) / tokens.sum(axis=1, keepdims=True)
+    down = jnp.arange(steps.shape[1]) / jnp.maximum(steps.sum(axis=1, keepdims=True), 1)
+    across = jnp.arange(tokens.shape[1]) / jnp.maximum(tokens.sum(axis=1, keepdims=True), 1)
     weights = 1 - jnp.exp(-jnp.square(across[:, None, :] - down[:, :, None]) / (2 * sigma**2))
     inside = (steps[:, :, None] & tokens[:, None, :])[:, None]
     total = jnp.where(inside, weights[:, None] * attentions, 0).sum()
@@ -1392,7 +1392,8 @@ def _finish(graphdef: Any, state: Any, spectrogram: jax.Array, lengths: jax.Arra
     """The post-net's convolutions and, if there is one, the vocoder."""
     net, vocoder = nnx.merge(graphdef, state)
     refined = net.postnet(spectrogram, lengths)
-    return refined if vocoder is None else vocoder(refined, lengths=lengths)
+    # Half precision is no sound file's.
+    return refined if vocoder is None else at_least_float32(vocoder(refined, lengths=lengths))
 
 
 class SpeechT5ForTextToSpeech(SpeechT5Speaking):

@@ -159,6 +159,15 @@ def spectrogram_target():
     return labels
 
 
+def test_a_row_of_padding_alone_guides_no_attention():
+    attentions, steps = jnp.full((2, 1, 4, 3), 1 / 3), jnp.asarray([[True] * 3 + [False], [False] * 4])
+    loss, gradient = jax.value_and_grad(speecht5.guided_attention_loss)(attentions, None, steps)
+    alone = speecht5.guided_attention_loss(attentions[:1], None, steps[:1])
+    np.testing.assert_allclose(loss, alone, rtol=1e-6)
+    assert np.isfinite(gradient).all()
+    assert not np.any(gradient[1])
+
+
 @pytest.mark.slow
 def test_a_voice_learns():
     model = build("ForTextToSpeech", hidden_dropout=0.1, decoder_layerdrop=0.1, speech_decoder_postnet_dropout=0.1)
@@ -437,6 +446,9 @@ def test_bfloat16_and_jit(voice):
     np.testing.assert_allclose(
         np.asarray(found, np.float32), wanted, rtol=allowed.rtol, atol=allowed.atol * float(jnp.abs(wanted).max())
     )
+    nets = jax.tree.map(lambda array: array.astype(jnp.bfloat16), (low.speech_decoder_postnet, vocoder()))
+    frames, lengths = jnp.zeros((1, 4, 8), jnp.bfloat16), jnp.asarray([4])
+    assert jax.eval_shape(lambda: speecht5._finish(*nnx.split(nets), frames, lengths)).dtype == jnp.float32
     one = jax.vmap(lambda ids, who: half(ids[None], None, labels[:1, ::2], speaker_embeddings=who[None]).spectrogram)
     many = jax.jit(one)(jnp.asarray(IDS), jnp.asarray(WHO))
     alone = jax.jit(lambda ids, who: one(ids, who))(jnp.asarray(IDS[1:]), jnp.asarray(WHO[1:]))

@@ -186,6 +186,9 @@ def test_speak_goes_sentence_by_sentence():
     assert [s.text for s in spoken] == ["one", "two"]
     assert all(np.array_equal(a.waveform, b.waveform) for a, b in zip(spoken, again, strict=True))
     assert not np.array_equal(spoken[0].waveform, spoken[1].waveform)  # each sentence has noise of its own
+    half = synthesis.Synthesizer(jax.tree.map(lambda array: array.astype(jnp.bfloat16), build()))
+    z, lengths = jnp.zeros((1, 16, 8), jnp.bfloat16), jnp.asarray([16])
+    assert jax.eval_shape(half._piece, half._state, z, lengths, lengths * 0).dtype == jnp.float32
 
 
 def test_mistakes_get_a_sentence():
