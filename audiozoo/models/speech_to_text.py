@@ -29,7 +29,8 @@ of the last checkpoints; and one model for many target languages, told which by 
 
 What differs from `transformers`: a position is right also where padding is not token 1; convolutions can be told where
 the padding begins (`batch_invariant=True`), so that an item of a padded batch gives what it gives alone, where the
-original's biases leak into its last frames; labels can be smoothed; and silence has features (its are infinite).
+original's biases leak into its last frames; labels can be smoothed; a text that is cut short ends all the same, as in
+fairseq; and silence has features (its are infinite).
 
 Checkpoints: `facebook/s2t-{small,medium,large}-librispeech-asr`, `facebook/s2t-medium-mustc-multilingual-st`,
 `facebook/s2t-small-mustc-en-{de,es,fr,it,nl,pt,ro,ru}-st`, `facebook/s2t-small-covost2-{ca,de,es,fr}-en-st` and
@@ -622,7 +623,7 @@ class Speech2TextForConditionalGeneration(nnx.Module):
         defaults: dict[str, Any] = {
             "eos_token_id": ids.eos_token_id,
             "pad_token_id": ids.pad_token_id,
-            "forced_eos_token_id": ids.eos_token_id,  # what is cut short ends all the same
+            "forced_eos_token_id": ids.eos_token_id,
             "num_beams": search.num_beams,
             "early_stopping": search.early_stopping,
             "forced_bos_token_id": search.forced_bos_token_id,
@@ -731,7 +732,7 @@ def simultaneous(
         k: pieces of `pre_decision_ratio` encoder frames to be ahead by.
         pre_decision_ratio: encoder frames of a piece; of 40 ms each.
         max_new_tokens: write at most that many.
-        forced_bos_token_id: the language to translate into; it is not waited for.
+        forced_bos_token_id: the language to translate into, by default the checkpoint's; it is not waited for.
         bucket: input frames that shapes are rounded up to, so that few programs are compiled.
 
     Yields:
@@ -739,12 +740,14 @@ def simultaneous(
     """
     wait_k_mask(1, 1, k, pre_decision_ratio)
     ids, source = model.config, iter(pieces)
+    if forced_bos_token_id is None:
+        forced_bos_token_id = model.generation_config.forced_bos_token_id
     graphdef, state = nnx.split(model)
     heard = np.zeros((0, ids.input_feat_per_channel * ids.input_channels), np.float32)
     ended = False
     text = [ids.decoder_start_token_id] + ([] if forced_bos_token_id is None else [forced_bos_token_id])
     first, step = len(text), pre_decision_ratio * 2**ids.num_conv_layers
-    room = first + max_new_tokens
+    room, read = first + max_new_tokens, 0
 
     def listen(frames: int) -> int:
         """Hear pieces until there are so many frames, or no more come; how many of those wanted there are."""
@@ -756,7 +759,7 @@ def simultaneous(
         return min(frames, len(heard))
 
     while len(text) < room:
-        read = listen((k + len(text) - first) * step)
+        read = max(read, listen((k + len(text) - first) * step))
         read = len(heard) if ended else read
         if read == 0:
             return

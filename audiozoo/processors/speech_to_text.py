@@ -24,6 +24,7 @@ from audiozoo.processors import (
     pad_batch,
     padded_labels,
     read_json,
+    tidied,
     token_lists,
     waveform_batch,
     write_json,
@@ -175,7 +176,14 @@ class GlobalCMVN:
             raise SourceError(f"{path} is no file of statistics (.npz with `mean` and `std`).") from None
 
     def __call__(self, features: Float[np.ndarray, "frames mels"]) -> Float[np.ndarray, "frames mels"]:
-        """Normalised frames."""
+        """Normalised frames.
+
+        Raises:
+            UsageError: if they have another number of bands.
+        """
+        if np.shape(self.mean) != features.shape[1:]:
+            bands = features.shape[1]
+            raise UsageError(f"Frames of {bands} bands cannot be normalised by statistics of {np.size(self.mean)}.")
         return ((features - self.mean) / self.std).astype(np.float32)
 
 
@@ -373,6 +381,7 @@ class Speech2TextTokenizer:
         lang_codes: "mustc" for the multilingual checkpoint, whose texts begin with a language; "all" for all that the
             vocabulary has, of which `transformers` does not know.
         tgt_lang: the language of the texts.
+        clean_up_tokenization_spaces: decoded text has no space before a full stop, a comma and so on.
 
     Raises:
         SourceError: if there is no such file.
@@ -388,6 +397,7 @@ class Speech2TextTokenizer:
         do_lower_case: bool = False,
         lang_codes: str | None = None,
         tgt_lang: str | None = None,
+        clean_up_tokenization_spaces: bool = False,
     ) -> None:
         import sentencepiece
 
@@ -400,6 +410,7 @@ class Speech2TextTokenizer:
         self.file = Path(model)
         self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
         self.do_upper_case, self.do_lower_case = do_upper_case, do_lower_case
+        self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
         self.bos_token_id, self.pad_token_id = encoder["<s>"], encoder["<pad>"]
         self.eos_token_id, self.unk_token_id = encoder["</s>"], encoder["<unk>"]
         self.lang_codes = lang_codes
@@ -429,6 +440,7 @@ class Speech2TextTokenizer:
                 bool(config.get("do_lower_case", False)),
                 config.get("lang_codes"),
                 target_lang or config.get("tgt_lang"),
+                bool(config.get("clean_up_tokenization_spaces", False)),
             )
         models = [model for model in sorted(folder.glob("*.model")) if model.with_suffix(".txt").is_file()]
         named = Path(str(_fairseq_settings(folder).get("vocab_filename", ""))).stem
@@ -450,6 +462,7 @@ class Speech2TextTokenizer:
         (folder / "sentencepiece.bpe.model").write_bytes(self.file.read_bytes())
         fields = {"do_upper_case": self.do_upper_case, "do_lower_case": self.do_lower_case, "tgt_lang": self.tgt_lang}
         fields |= {"lang_codes": self.lang_codes, "tokenizer_class": type(self).__name__}
+        fields |= {"clean_up_tokenization_spaces": self.clean_up_tokenization_spaces}
         write_json(folder / "tokenizer_config.json", fields)
 
     def __len__(self) -> int:
@@ -502,7 +515,8 @@ class Speech2TextTokenizer:
             elif not skip_special_tokens:
                 text += spoken() + token + " "
                 pieces = []
-        return (text + spoken()).strip()
+        text = (text + spoken()).strip()
+        return tidied(text) if self.clean_up_tokenization_spaces else text
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False) -> list[str]:
         """`decode` of every row."""

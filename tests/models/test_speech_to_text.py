@@ -239,6 +239,20 @@ def test_wait_k(model):
     assert list(speech_to_text.simultaneous(model, [], 1)) == []
 
 
+def test_what_was_read_stays_read(model, monkeypatch):
+    """An early end of the text makes it listen on; the next token sees no less than the last one."""
+    said = lambda graphdef, state, features, read, tokens, count: jnp.where(read < 40, 2, 7)  # noqa: E731
+    monkeypatch.setattr(speech_to_text, "_next_token", said)
+    options = {"pre_decision_ratio": 2, "max_new_tokens": 5}
+    written = [item.frames for item in speech_to_text.simultaneous(model, [frames(99)], 2, **options)]
+    assert written == [40, 40, 40, 40, 48]
+    # A checkpoint's own language stands in front, as when all has been said.
+    monkeypatch.setattr(speech_to_text, "_next_token", lambda g, s, features, read, tokens, count: tokens[0, 1])
+    monkeypatch.setattr(model, "generation_config", Speech2TextGenerationConfig(forced_bos_token_id=9))
+    written = [item.token for item in speech_to_text.simultaneous(model, [frames(99)], 2, **options)]
+    assert written == [9] * 5
+
+
 def test_average_lagging():
     assert speech_to_text.average_lagging([1, 2, 3, 4, 5], 5) == pytest.approx(
         1.0
@@ -277,6 +291,8 @@ def test_features_while_someone_speaks(model, tmp_path):
     np.testing.assert_array_equal(np.concatenate(list(stream_filterbanks(blocks, cmvn))), whole)
     assert np.abs(whole.mean()) < 0.1
     assert np.isfinite(cmvn(np.zeros((2, 80)))).all()
+    with pytest.raises(UsageError, match="Frames of 40 bands"):
+        cmvn(np.zeros((2, 40)))
     options = {"k": 2, "pre_decision_ratio": 2, "max_new_tokens": 5, "bucket": 128}
     spoken = list(speech_to_text.simultaneous(model, stream_filterbanks(blocks, cmvn), **options))
     assert spoken == list(speech_to_text.simultaneous(model, [whole], **options))

@@ -116,7 +116,7 @@ def vocabulary(tmp_path_factory):
 def test_pieces_of_words(vocabulary, case, tmp_path):
     options = {
         "one language": {},
-        "capitals": {"do_upper_case": True},
+        "capitals": {"do_upper_case": True, "clean_up_tokenization_spaces": True},
         "small letters": {"do_lower_case": True},
         "eight languages": {"lang_codes": "mustc", "tgt_lang": "de"},
     }[case]
