@@ -24,8 +24,11 @@ from audiozoo.evaluation import TASKS, evaluate, task_for
 from audiozoo.evaluation.tasks import mel_distance, normaliser
 from audiozoo.models import audio_spectrogram_transformer as ast
 from audiozoo.models import clap, musicgen, wav2vec2
+from audiozoo.models.seamless_m4t import SeamlessM4TForSpeechToSpeech
+from audiozoo.processors.seamless_m4t import SeamlessM4TFeatureExtractor
 from audiozoo.training import metrics
 from audiozoo.training.data import find_items
+from tests.models import test_seamless_m4t as seamless
 from tests.models.random_model import random_model
 from tests.training import tiny
 
@@ -136,6 +139,16 @@ def test_translation(items, waves):
         evaluate(model, words, wanted, tokenize="xx")
     with pytest.raises(UsageError, match="leave the normalisation out"):
         evaluate(model, words, wanted, normalise="basic")
+
+
+def test_a_translator_that_speaks_is_asked_for_text(items, waves):
+    model, words = seamless.make(SeamlessM4TForSpeechToSpeech), Words(SeamlessM4TFeatureExtractor())
+    model.generation_config = dataclasses.replace(seamless.TABLES, vocoder_lang_code_to_id=())
+    x = words(waves[:1], 16_000, pad_to_multiple_of=256)
+    options = {"attention_mask": x.pop("attention_mask"), "batch_invariant": True}
+    said = words.decode(model.write_text(x, "spa", **options)[0].sequences[0])
+    wanted = with_fields(items[:1], [said], "translation")
+    assert evaluate(model, words, wanted, language="spa").predictions[0]["hypothesis"] == said
 
 
 def test_classification(items, waves):

@@ -142,19 +142,15 @@ def seamless(model: Any, processor: Any, request: Request, progress: Callable[[f
     options: dict[str, Any] = {"tgt_lang": request.target, "batch_invariant": True}
     if request.beams is not None:
         options["num_beams"] = request.beams
-    if request.speak:
-        options |= {"return_intermediate_token_ids": True, "speaker_id": request.speaker}
-    elif len(parts) == 3:
-        options["generate_speech"] = False
-    elif "vocoder" in parts:
-        options["return_intermediate_token_ids"] = True
     spoken: list[Any] = []
 
     def generate(**inputs: Any) -> Any:
-        found = model.generate(**inputs, **options)
-        if "return_intermediate_token_ids" in options:
-            spoken.extend(w[:n] for w, n in zip(found.waveform, found.waveform_lengths, strict=True))
-        return getattr(found, "sequences", found)
+        if not request.speak:  # a model that speaks also writes languages that it has no voice for
+            source = {name: inputs.pop(name) for name in ("input_features", "input_ids") if name in inputs}
+            return model.write_text(source, **inputs, **options)[0].sequences
+        found = model.generate(**inputs, **options, speaker_id=request.speaker, return_intermediate_token_ids=True)
+        spoken.extend(w[:n] for w, n in zip(found.waveform, found.waveform_lengths, strict=True))
+        return found.sequences
 
     if request.file is not None:
         if request.source is not None:

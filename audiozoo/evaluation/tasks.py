@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -168,22 +169,15 @@ def _written(
     elif language is not None:  # SeamlessM4T
         chosen = {"tgt_lang": language} | chosen
     if kind.startswith("SeamlessM4T"):
-        speaks = "vocoder" in type(model).parts
-        if len(type(model).parts) == 3:
-            chosen["generate_speech"] = False
-        elif speaks:
-            chosen["return_intermediate_token_ids"] = True
-        chosen["generate"] = _sequences(model.generate, {"batch_invariant": True} | chosen)
+        chosen = {"generate": partial(_tokens, model, {"tgt_lang": None, "batch_invariant": True} | chosen)}
     texts = [write_pieces(model, processor, wave, batch_size=batch_size, **chosen)["text"] for wave in waveforms]
     return [(text, None) for text in texts]
 
 
-def _sequences(generate: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
-    def tokens(**inputs: Any) -> Any:
-        found = generate(**(dict(options) | inputs))
-        return getattr(found, "sequences", found)
-
-    return tokens
+def _tokens(model: Any, options: Mapping[str, Any], *, input_features: Any, attention_mask: Any) -> Any:
+    """What a SeamlessM4T writes of speech, also in languages that it has no voice for."""
+    heard = {"input_features": input_features}
+    return model.write_text(heard, attention_mask=attention_mask, **options)[0].sequences
 
 
 @dataclass

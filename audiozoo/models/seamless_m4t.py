@@ -29,9 +29,10 @@ states and writes units, a phonetic alphabet learnt from speech; a vocoder speak
 What is not here: how w2v-BERT 2.0 and NLLB were trained beforehand, and the extractor of units (XLS-R and k-means).
 
 What differs from `transformers`: an item of a batch gives what it gives alone; of speech, with `batch_invariant=True`,
-for without it the padding of a batch reaches an item's last state through the length adaptor, as there. There also, a
-text that ends early in a beam search is filled up with its end instead of padding (0 is taken for "no padding"), and
-those ends are spoken too.
+for without it the padding of a batch reaches an item's last state through the length adaptor, as there. There also,
+behind the first of several layers of the adaptor padding counts as speech; and a text that ends early in a beam search
+is filled up with its end instead of padding (0 is taken for "no padding"), and those ends are spoken too. As there, the
+text-to-unit model also reads the state of a text's end, which the authors cut off, in training too.
 
 Checkpoints: `facebook/hf-seamless-m4t-medium`, `facebook/hf-seamless-m4t-large`, and the authors' own
 `multitask_unity_medium.pt` and `multitask_unity_large.pt`, with `vocoder_36langs.pt` beside them.
@@ -271,9 +272,10 @@ class SeamlessM4TAdapterLayer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch time hidden"],
-        dropout: Dropout,
         lengths: Int[Array, " batch"] | None = None,
         real: Bool[Array, "batch time"] | None = None,
+        *,
+        dropout: Dropout,  # by name: what changes the number of frames is no block of a stack
     ) -> Float[Array, "batch frames hidden"]:
         """Fewer frames; `lengths` says how many of them are speech, and outside `real` the convolutions see zeros."""
 
@@ -353,7 +355,7 @@ class SeamlessM4TSpeechEncoder(nnx.Module):
             if lengths is not None:
                 real = jnp.arange(x.shape[1]) < lengths[:, None] if batch_invariant else None
                 lengths = self.config.pooled(lengths)
-            x = layer(x, dropout, lengths, real)
+            x = layer(x, lengths, real, dropout=dropout)
         x = self.inner_layer_norm(x)
         states = encoded.hidden_states
         return BaseModelOutput(x, None if states is None else (*states[:-1], x), encoded.attentions)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])\s*")
-# Behind the marks of Arabic, Urdu, Hindi, Amharic, Armenian, Greek, Burmese and Khmer too.
-_SPOKEN_END = re.compile(r"(?<=[.!?؟۔।॥።፧։\u037e။។])\s+|(?<=[。！？])\s*|\s*\n\s*\n\s*")
+_MARKS = r".!?؟۔।॥።፧։\u037e။។"  # of Arabic, Urdu, Hindi, Amharic, Armenian, Greek, Burmese and Khmer too
+SENTENCE_END = re.compile(rf"(?<=[{_MARKS}…])\s+|(?<=[。！？])\s*")
+_SPOKEN_END = re.compile(rf"(?<=[{_MARKS}])\s+|(?<=[。！？])\s*|\s*\n\s*\n\s*")
 
 
 def sentences(text: str) -> list[str]:

@@ -21,6 +21,7 @@ from audiozoo.decoding import pieces
 from audiozoo.errors import CheckpointError, UsageError
 from audiozoo.layers import abstract
 from audiozoo.layers.batch_norm import writable
+from audiozoo.layers.stacking import scanned
 from audiozoo.models import conformer, nllb, seamless_m4t, speech_resynthesis
 from audiozoo.models.conformer import ConformerConfig
 from audiozoo.models.nllb import NllbConfig
@@ -115,6 +116,10 @@ def test_annotations_hold(model, monkeypatch):
     with pytest.raises(UsageError, match=r"\(1, 20, 80\); \(batch, frames, 160\)"):
         model(input_features=jnp.zeros((1, 20, 80)), decoder_input_ids=ids[:1])
     jax.eval_shape(lambda m: m.t2u_model(jnp.zeros((2, 4, 16)), labels=ids).loss, model)
+    # Layers of the adaptor are as many frames long as each of them says, and stay apart in a stacked model.
+    config = dataclasses.replace(TINY, num_adapter_layers=2, adaptor_kernel_size=2, adaptor_stride=2)
+    stacked = scanned(abstract(lambda rngs: SeamlessM4TForSpeechToText(config, rngs=rngs)))
+    jax.eval_shape(lambda m: m(jnp.zeros((2, 20, 160)), decoder_input_ids=ids).logits, stacked)
 
 
 def test_published_sizes_are_the_papers():
@@ -316,6 +321,15 @@ def test_from_the_command_line(model, tmp_path):
         failed = run(*arguments)
         assert failed.exit_code == 1
         assert message in str(failed.exception)
+    # What is only written needs no voice.
+    for name, changes in (
+        ("config.json", {"architectures": ["SeamlessM4TForTextToSpeech"]}),
+        ("generation_config.json", {"vocoder_lang_code_to_id": {"eng": 0}}),
+    ):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changes))
+    written = run("abc", "--to", "spa", "--from", "eng")
+    assert written.exit_code == 0, written.output
+    assert written.stdout.strip() == texts[0][0]
 
 
 def test_long_texts_are_cut_behind_sentences():
@@ -333,6 +347,7 @@ def test_long_texts_are_cut_behind_sentences():
     assert [len(piece) for piece in pieces.sentence_cuts("好" * 2000)] == [900, 900, 200]
     assert pieces.sentence_cuts("好" * 900 + " " + "好" * 899) == ["好" * 900, "好" * 899]
     assert pieces.sentence_cuts("好。" * 200) == ["好。" * 150, "好。" * 50]
+    assert [len(piece) for piece in pieces.sentence_cuts("यह है। " * 60)] == [293, 125]  # by the mark of Hindi
     assert pieces.sentence_cuts(" \n ") == []
 
 
