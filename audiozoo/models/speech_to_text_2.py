@@ -51,6 +51,7 @@ from jaxtyping import Array, Float, Int
 
 from audiozoo.decoding import GenerateOutput, GenerationConfig
 from audiozoo.errors import UsageError
+from audiozoo.layers.basic import at_least_float32
 from audiozoo.models.mbart import (
     DecoderStep,
     MBartCache,
@@ -247,9 +248,9 @@ def with_language_model(
         written = MBartCache(past.self_attention[blocks:], (None,) * len(read))
         said, heard = decode(tokens, rows, heard, position)
         liked = language(tokens, past_key_values=written, cache_position=position)
-        opinion = jax.nn.log_softmax(liked.logits[:, -said.shape[1] :])
+        opinion = jax.nn.log_softmax(at_least_float32(liked.logits[:, -said.shape[1] :]))
         opinion = jnp.pad(opinion, ((0, 0), (0, 0), (0, said.shape[2] - opinion.shape[2])))
-        scores = jax.nn.log_softmax(said) + weight * opinion
+        scores = jax.nn.log_softmax(at_least_float32(said)) + weight * opinion
         missing = 1 - jnp.exp(scores).sum(axis=-1, keepdims=True)
         scores = jnp.concatenate([scores, jnp.log(jnp.maximum(missing, 1e-30))], axis=-1)
         states = (*heard.self_attention, *liked.past_key_values.self_attention)

@@ -124,6 +124,13 @@ def test_a_language_model_has_a_say(model, author):
     assert (np.asarray(loud) < DECODER.vocab_size).all()
     with pytest.raises(UsageError, match="weight of at least 0"):
         speech_to_text_2.translate(model, **x, fusion=LanguageModelFusion(author, -1.0))
+    # Scores of models in bfloat16 still add up to 1, token by token.
+    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), author)
+    said = jax.random.normal(jax.random.key(0), (1, 1, 12), jnp.bfloat16)
+    start = half.model.decoder.start(jnp.zeros((1, 2, 12), jnp.bfloat16), 3)
+    step, cache = speech_to_text_2.with_language_model(lambda *given: (said, given[2]), start, half, 0.5)
+    scores, _ = step(jnp.asarray([[2]]), None, cache, 0)
+    assert abs(float(jax.nn.logsumexp(scores.astype(jnp.float32)))) < 1e-5
 
 
 def test_directories_and_the_command_line(model, audiozoo_command, monkeypatch, tmp_path):  # noqa: F811
