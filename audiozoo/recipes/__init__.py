@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from audiozoo.errors import UsageError
 from audiozoo.models.audio_spectrogram_transformer import ASTRecipe
 from audiozoo.models.musicgen import MusicgenRecipe
+from audiozoo.models.speech_to_text import SpecAugmentPolicy
 from audiozoo.recipes.generation import Arrangement, Languages, Music, Speaking, SpeechAndText, Stages, Translated
 from audiozoo.recipes.objectives import (
     CTC,
@@ -319,7 +320,7 @@ ROWS = [
         "xls_r_translation",
         "xls_r",
         "SpeechEncoderDecoderModel",
-        Seq2Seq(),
+        Seq2Seq(texts=("translation", "text")),
         _TRANSLATION,
         "xls_r_300m",
         new="enc_to_dec_proj",
@@ -328,7 +329,7 @@ ROWS = [
         "speech_to_text_2",
         "speech_to_text_2",
         "SpeechEncoderDecoderModel",
-        Seq2Seq(),
+        Seq2Seq(texts=("translation", "text")),
         dataclasses.replace(
             _TRANSLATION,
             source="Speech2Text2's numbers are not published: " + _TRANSLATION.source,
@@ -340,11 +341,16 @@ ROWS = [
         "speech_to_text",
         "speech_to_text",
         "Speech2TextForConditionalGeneration",
-        Seq2Seq(features="filterbank", smoothing=0.1),
+        Seq2Seq(
+            features="filterbank",
+            smoothing=0.1,
+            augmentation=SpecAugmentPolicy.ld(),
+            texts=("text", "translation"),
+        ),
         Settings(
             source="fairseq S2T, its authors' librispeech_example.md (`Speech2TextRecipe`): Adam, 2e-3 for the small "
             "model after 10,000 updates, then with the inverse square root, gradients of at most 10, 300,000 updates "
-            "of 320,000 frames (260 recordings)",
+            "of 320,000 frames (260 recordings), under SpecAugment's LD",
             steps=300_000,
             batch_size=260,
             learning_rate=2e-3,

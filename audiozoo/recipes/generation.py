@@ -81,7 +81,7 @@ class Translated(Objective):
     def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
         """See `Objective`."""
         language = str(_needed(fields, "language", "texts whose language is known"))
-        text = str(fields.get("translation") or text_of(fields))
+        text = text_of(fields, ("translation", "text"))
         # </s>, the language, the text, </s>: the first is the decoder's first input and no target.
         labels = np.asarray(processor.tokenizer(text_target=text, tgt_lang=language)["input_ids"][0][1:], np.int32)
         return unprocessed_example(waveform) | {"labels": labels}

@@ -23,6 +23,7 @@ from audiozoo.errors import UsageError
 from audiozoo.layers.losses import IGNORED_LABEL, ctc_loss
 from audiozoo.models import audio_spectrogram_transformer as ast
 from audiozoo.models import clap, encodec, hifigan, unispeech_sat, vits, wav2vec2, wavlm
+from audiozoo.models.speech_to_text import SpecAugmentPolicy, spec_augment
 from audiozoo.processors import zero_mean_unit_variance
 from audiozoo.recipes.settings import Settings
 from audiozoo.training.data import Example, Item, Padding, labels_of
@@ -33,13 +34,13 @@ LABELS = Padding(IGNORED_LABEL, 16)
 Fields = Mapping[str, Any]
 
 
-def text_of(fields: Fields) -> str:
-    """The text of a recording.
+def text_of(fields: Fields, names: Sequence[str] = ("text",)) -> str:
+    """The text of a recording, by the first of these names that it has.
 
     Raises:
         UsageError: if it has none.
     """
-    text = fields.get("text")
+    text = next((fields[name] for name in names if fields.get(name)), None)
     if not isinstance(text, str) or not text.strip():
         raise UsageError("This recipe learns from recordings with texts, and a recording has none.")
     return text
@@ -165,10 +166,14 @@ class Seq2Seq(Objective):
     Attributes:
         features: "log_mel" (Whisper) or "filterbank" (S2T), computed on the device, or "waveform" (wav2vec 2.0's).
         smoothing: label smoothing.
+        augmentation: what is masked of filterbanks (S2T, §2).
+        texts: the fields that hold a text, the one to learn first.
     """
 
     features: str = "waveform"
     smoothing: float = 0.0
+    augmentation: SpecAugmentPolicy | None = None
+    texts: tuple[str, ...] = ("text",)
 
     def padding(self, processor: Any) -> dict[str, Padding]:
         """See `Objective`."""
@@ -182,7 +187,7 @@ class Seq2Seq(Objective):
     def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
         """See `Objective`."""
         tokenizer = in_language(processor.tokenizer, fields)
-        labels = np.asarray(tokenizer(text_of(fields))["input_ids"], np.int32).reshape(-1)
+        labels = np.asarray(tokenizer(text_of(fields, self.texts))["input_ids"], np.int32).reshape(-1)
         end = getattr(tokenizer, "eos_token_id", None)
         if end is not None and end not in labels[-1:]:  # Speech2Text2's tokenizer writes none
             labels = np.append(labels, np.int32(end))
@@ -218,8 +223,14 @@ class Seq2Seq(Objective):
                 batch["input_features"] = log_mel_spectrogram(waveform, model.config.num_mel_bins)
                 options["allow_short"] = batch["input_features"].shape[-1] < frames
             elif self.features == "filterbank":
-                features = processor.feature_extractor.in_jax(batch.pop("waveform"), batch.pop("length"))
-                batch["input_features"], batch["attention_mask"] = features
+                x, mask = processor.feature_extractor.in_jax(batch.pop("waveform"), batch.pop("length"))
+                if turn.training and self.augmentation is not None:
+                    options["key"], of_masks = jax.random.split(turn.key)  # type: ignore[arg-type]
+                    x = spec_augment(x, self.augmentation, of_masks, mask)
+                batch["input_features"], batch["attention_mask"] = x, mask
+                if getattr(processor.tokenizer, "lang_code_to_id", None):  # S2T, §3: a language is given, not learnt
+                    options["ignore_prefix_size"] = 1
+                    labels = labels.at[:, 0].set(IGNORED_LABEL)
             if self.smoothing and turn.training:
                 options["label_smoothing"] = self.smoothing
             output = model(**batch, **options)

@@ -30,6 +30,7 @@ from audiozoo.models import audio_spectrogram_transformer as ast
 from audiozoo.models import encodec, hifigan, whisper
 from audiozoo.models.audio_spectrogram_transformer import ASTRecipe
 from audiozoo.models.musicgen import MusicgenRecipe
+from audiozoo.models.speech_to_text import SpecAugmentPolicy
 from audiozoo.models.wav2vec2 import Wav2Vec2Config
 from audiozoo.processors.audio_spectrogram_transformer import ASTFeatureExtractor
 from audiozoo.processors.clap import ClapFeatureExtractor
@@ -38,7 +39,7 @@ from audiozoo.processors.speech_to_text import Speech2TextFeatureExtractor
 from audiozoo.processors.speech_to_text_2 import Speech2Text2Tokenizer
 from audiozoo.processors.vits import VitsProcessor, VitsTokenizer
 from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
-from audiozoo.recipes import RECIPES, ROWS, plan, recipe, run
+from audiozoo.recipes import RECIPES, ROWS, objectives, plan, recipe, run
 from audiozoo.recipes.generation import Music
 from audiozoo.recipes.settings import SCHEDULES, Settings
 from audiozoo.text import WhisperTokenizer
@@ -363,7 +364,7 @@ def test_languages_are_learnt_from_the_data(corpus):
         row.objective.prepare(processor, model.config, np.zeros(3200, np.float32), fields, None)
 
 
-def test_texts_are_written_in_their_language(corpus, tmp_path):
+def test_texts_are_written_in_their_language(corpus, tmp_path, monkeypatch):
     """Of Whisper, and its task; of the tokenizers that put a language in front; the tokenizer itself stays as it is."""
     backend = small_backend()
     backend.add_special_tokens(SMALL_SPECIALS)
@@ -402,12 +403,23 @@ def test_texts_are_written_in_their_language(corpus, tmp_path):
     )
     assert example["labels"][0] == 41
     assert processor.tokenizer.start == 40
+    # It is read and not learnt; in training alone bands and stretches are masked.
+    labels = jnp.asarray([[41, 5, 2]])
+    batch = {"waveform": jnp.ones((1, 8000)), "length": jnp.asarray([8000]), "labels": labels}
+    seen = []
+    monkeypatch.setattr(objectives, "spec_augment", lambda x, *arguments: seen.append(arguments) or x)
+    for training in (True, False):
+        turn = Turn(jax.random.key(0), jnp.asarray(0), training=training)
+        made = row.objective.loss(processor)
+        assert jax.jit(lambda m, made=made, turn=turn: made({"model": m}, batch, turn).count)(model) == 2
+    assert [policy for policy, *_ in seen] == [SpecAugmentPolicy.ld()]
     # Speech2Text2's tokenizer writes no end, which its decoder has to learn.
     row, model, processor = tiny.small(recipe("speech_to_text_2"))
     pieces = {piece: index for index, piece in enumerate(["<s>", "<pad>", "</s>", "<unk>", "a", "b"])}
     processor.tokenizer = Speech2Text2Tokenizer(pieces, merges=[])
-    example = row.objective.prepare(processor, model.config, np.ones(800, np.float32), {"text": "a b"}, None)
-    assert example["labels"].tolist() == [4, 5, 2]
+    for fields in ({"text": "a b"}, {"text": "b", "translation": "a b"}):  # what it is measured by, too
+        example = row.objective.prepare(processor, model.config, np.ones(800, np.float32), fields, None)
+        assert example["labels"].tolist() == [4, 5, 2]
     item = find_items(corpus)[0]
     assert run._with_language(item, "fra").fields["language"] == "deu"
     assert run._with_language(dataclasses.replace(item, fields={}), "fra").fields == {"language": "fra"}
