@@ -48,17 +48,18 @@ class Fsdp:
     """The fallback that `fsdp` makes."""
 
     min_size: int
-    axis: str
+    axis: str | None
     combine: bool = False
     whole: str | None = None
 
 
-def fsdp(min_size: int = 1 << 16, axis: str = "data", combine: bool = False, whole: str | None = None) -> Fsdp:
+def fsdp(min_size: int = 1 << 16, axis: str | None = None, combine: bool = False, whole: str | None = None) -> Fsdp:
     """Fully sharded data parallelism for what no rule has divided: the longer of its last two axes that divides.
 
     Args:
         min_size: parameters with fewer elements stay replicated; gathering them costs more than it saves.
-        axis: the mesh axis to split over. If the mesh does not have it, parameters are replicated.
+        axis: the mesh axis to split over; by default `fsdp` if the mesh has it, else `data`. If the mesh does not have
+            it, parameters are replicated.
         combine: also split what a rule has divided already, along another of its axes.
         whole: a regular expression that finds the parameters that stay replicated whatever their size.
     """
@@ -170,6 +171,7 @@ def shardings_for(params: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> dict
             parameter has axes.
     """
     checked, fallback = _checked(rules, mesh)
+    axis = (fallback and fallback.axis) or ("fsdp" if "fsdp" in mesh.shape else "data")
     matched: set[Rule] = set()
     if isinstance(params, nnx.Module):
         params = nnx.state(params, nnx.Not(nnx.RngState))
@@ -187,10 +189,10 @@ def shardings_for(params: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> dict
             entries = _divide(path, shape, rule, mesh)
         divided = any(entries) and not (fallback and fallback.combine)
         divided = divided or bool(fallback and fallback.whole and re.search(fallback.whole, path))
-        if fallback and not divided and fallback.axis in mesh.shape and math.prod(shape) >= fallback.min_size:
+        if fallback and not divided and axis in mesh.shape and math.prod(shape) >= fallback.min_size:
             for i in sorted(_divisible(shape), key=lambda i: -shape[i]):
-                if not entries[i] and shape[i] % mesh.shape[fallback.axis] == 0:
-                    entries[i] = (fallback.axis,)
+                if not entries[i] and shape[i] % mesh.shape[axis] == 0:
+                    entries[i] = (axis,)
                     break
         return NamedSharding(mesh, _spec(entries))
 

@@ -228,6 +228,12 @@ assert fallback((16, 3, 7)) == P(None, None, None)
 kept = {name: jax.ShapeDtypeStruct((31, 1, 128), "float32") for name in ("depthwise_conv.kernel", "conv.kernel")}
 specs = {name: place.spec for name, place in shardings_for(kept, mesh, [fsdp(64, whole="(^|\\\\.)depthwise")]).items()}
 assert specs == {"depthwise_conv.kernel": P(None, None, None), "conv.kernel": P(None, None, "data")}
+
+# Over the axis of that name where the mesh has one, else over data.
+both = {"data": 2, "fsdp": 4}
+for axes, wanted in ((both, "fsdp"), ({"fsdp": 8}, "fsdp"), ({"data": 8}, "data"), ({"tensor": 8}, None)):
+    place = shardings_for({"x": jax.ShapeDtypeStruct((8, 16), "float32")}, make_mesh(axes), [fsdp(64)])["x"]
+    assert place.spec == P(None, wanted), axes
 print("{}")
 """
     )
