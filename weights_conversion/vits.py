@@ -463,7 +463,8 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
         graph = PiperGraph(tensors)
         known = {"sampling_rate": 22_050} | graph.known() | _known_from_piper(path)
         config = config_from_tensors(graph, folded=True, **known)
-        return ForeignCheckpoint("VitsModel", config, graph, original_table(config, folded=True), path)
+        folded = not any(name.endswith(".weight_g") for name in graph.names())  # as the export's constants were
+        return ForeignCheckpoint("VitsModel", config, graph, original_table(config, folded=folded), path)
     prefix = next((p for p in ("model_g.", "model.", "") if f"{p}enc_p.emb.weight" in tensors), None)
     if prefix is None:
         raise CheckpointError(f"{path} holds no VITS model: there is no enc_p.emb.weight in it.")

@@ -623,9 +623,8 @@ def test_files_of_the_projects_load(piper, tmp_path):
     harness.assert_close(written["decoder.upsampler.0.weight"], folded, name="folded kernel")
 
 
-def exported(reference, path):
-    """The graph that Piper makes of a voice: synthesis alone, weight normalisation folded."""
-    reference.float().dec.remove_weight_norm()
+def exported(reference, path, folding=True):
+    """The graph that Piper makes of a voice: synthesis alone, the flow's weight normalisation folded with constants."""
 
     def infer(text, text_lengths, scales, sid=None):
         options = {"noise_scale": scales[0], "length_scale": scales[1], "noise_scale_w": scales[2], "sid": sid}
@@ -639,6 +638,7 @@ def exported(reference, path):
         path,
         opset_version=15,
         dynamo=False,
+        do_constant_folding=folding,
         input_names=["input", "input_lengths", "scales", "sid"],
         output_names=["output"],
         dynamic_axes={"input": {1: "phonemes"}, "output": {2: "time"}},
@@ -650,6 +650,7 @@ def test_an_exported_graph_of_several_voices(piper, tmp_path):
     """Every parameter that synthesis needs is found by the graph, as today's PyTorch exports it; rates and scales."""
     pytest.importorskip("onnx", reason="onnx is part of the extra `reference`")
     reference, model, _ = authors.__wrapped__(piper)  # one of its own to change
+    reference.float().dec.remove_weight_norm()
     exported(reference, tmp_path / "voice.onnx")
     side = {"audio": {"sample_rate": 16_000}, "inference": {"noise_scale": 0.5, "length_scale": 2, "noise_w": 0.25}}
     (tmp_path / "voice.onnx.json").write_text(json.dumps(side))
@@ -665,3 +666,9 @@ def test_an_exported_graph_of_several_voices(piper, tmp_path):
     assert len(found) > 100
     for name, leaf in found.items():
         np.testing.assert_allclose(leaf[...], wanted[name][...], rtol=2e-5, atol=2e-6, err_msg=name)
+    exported(reference, tmp_path / "voice.onnx", folding=False)
+    with jax.enable_x64(False):
+        apart = audiozoo.loading.variables(fold_weight_norm(audiozoo.load(tmp_path / "voice.onnx")))
+    assert set(apart) == set(found)
+    for name, leaf in apart.items():
+        np.testing.assert_allclose(leaf[...], found[name][...], rtol=2e-5, atol=2e-6, err_msg=name)
