@@ -48,6 +48,9 @@ def scan_layers(stacked: nnx.Module, call: Callable[[nnx.Module, Any], Any], x: 
     return jax.lax.scan(lambda carry, layer: (call(layer, carry), None), x, stacked)[0]
 
 
+_NO_CACHE = "Stacked layers have no attention weights and no cache: load the model unstacked."
+
+
 @dataclass(frozen=True)
 class _Later:
     """A call of a part of every block, made when the block's turn comes."""
@@ -58,6 +61,11 @@ class _Later:
 
     def of(self, block: Any) -> Any:
         return getattr(getattr(block, self.part), self.method)(*self.args)
+
+    @property
+    def key(self) -> Any:
+        """The keys that a cache would be made of."""
+        raise UsageError(_NO_CACHE)
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,7 @@ class Scanned(nnx.Module):
         """
         given = inspect.signature(type(self.stacked).__call__).bind(self.stacked, x, *args, **kwargs).arguments
         if given.get("need_weights") is True or given.get("past") is not None:
-            raise UsageError("Stacked layers have no attention weights and no cache: load the model unstacked.")
+            raise UsageError(_NO_CACHE)
         dropout = next((a for a in (*args, *kwargs.values()) if isinstance(a, Dropout)), None)
         key = None if dropout is None else dropout.next_key()
         more, moved = 0, False

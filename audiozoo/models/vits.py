@@ -908,7 +908,7 @@ class VitsModel(nnx.Module):
         if prior_noise is None:
             prior_noise = jax.random.normal(_key(key, 1), means.shape, means.dtype)
         scale = self.config.noise_scale if noise_scale is None else noise_scale
-        # A text without a frame still has one, of silence.
+        # A text without a frame still has one, of the prior's noise.
         lengths = jnp.maximum(jnp.sum(durations, axis=-1), 1).astype(jnp.int32)
         mask = frame_mask(lengths, frames, means.dtype)
         z = means + prior_noise.astype(means.dtype) * jnp.exp(log_deviations) * scale

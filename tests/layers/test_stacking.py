@@ -12,10 +12,11 @@ from flax import nnx
 import audiozoo
 from audiozoo import loading, registry, sharding
 from audiozoo.errors import UsageError
-from audiozoo.layers import Dropout
+from audiozoo.layers import Dropout, abstract
 from audiozoo.layers.stacking import Scanned, rematerialise, scanned, stacks, unscanned
 from audiozoo.models import unispeech_sat
 from audiozoo.models.conformer import ConformerConfig, ConformerEncoder
+from audiozoo.models.speecht5 import SpeechT5Config, SpeechT5Decoder
 from audiozoo.models.whisper import WhisperForConditionalGeneration
 from audiozoo.recipes import plan
 from audiozoo.training.loop import Options
@@ -232,3 +233,6 @@ def test_a_stacked_model_loads_and_is_saved_as_any_other(tmp_path):
         stacked(**inputs, output_attentions=True)
     with pytest.raises(UsageError, match="no attention weights and no cache"):
         stacked.generate(inputs["input_features"], decoder_input_ids=np.zeros((1, 1), int), max_new_tokens=2)
+    decoder = abstract(lambda rngs: SpeechT5Decoder(SpeechT5Config(), dtype=None, param_dtype=jnp.float32, rngs=rngs))
+    with pytest.raises(UsageError, match="no attention weights and no cache"):
+        scanned(decoder).start(jnp.zeros((1, 3, 768)), 2)
