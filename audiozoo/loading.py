@@ -51,16 +51,16 @@ def paper_of(path: Path) -> Paper:
     if path.is_dir() and (path / "config.json").is_file():
         config = read_json(path / "config.json")
         native = config.get("audiozoo")
-        names = [native["model_class"]] if isinstance(native, Mapping) else config.get("architectures") or []
-        for name in names:
+        named = native.get("model_class") if isinstance(native, Mapping) else config.get("architectures") or []
+        for name in named if isinstance(named, list) else [named]:
             try:
                 return paper_of_class(str(name))
             except UsageError as error:
                 raise SourceError(f"{path / 'config.json'} names the class {name}. {error}") from None
         for entry in PAPERS:
-            named = config.get("model_type")
+            kind = config.get("model_type")
             types = getattr(entry.conversion, "MODEL_TYPES", (entry.conversion.MODEL_TYPE,))
-            if named in types or (named is None and entry.conversion.recognise(path)):
+            if kind in types or (kind is None and entry.conversion.recognise(path)):
                 return entry
     elif path.exists():
         for entry in PAPERS:
@@ -209,6 +209,8 @@ def _load_native(
     if model_class not in (None, saved["model_class"]):
         raise CheckpointError(f"{path} holds a {saved['model_class']}, not a {model_class}.")
     cls = paper.model_class(saved["model_class"])
+    if not isinstance(saved.get("config"), Mapping):
+        raise CheckpointError(f"{path / 'config.json'} does not hold the model's configuration.")
     config = from_dict(getattr(cls, "config_class", paper.config_class), saved["config"])
     model = abstract(lambda rngs: cls(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs))
     expected = variables(model)

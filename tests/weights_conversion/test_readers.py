@@ -580,6 +580,22 @@ def test_equal_to_torch_load(tmp_path, legacy):
         assert actual.tobytes() == tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_numpy_arrays_in_any_order_of_axes(tmp_path, protocol):
+    base = ramp(2, 3, 4)
+    arrays = {
+        "c": base,
+        "fortran": base[0].T,
+        "turned": base.transpose(1, 2, 0),
+        "stepped": base[:, ::2],
+        "one": base[0, 0, 0],
+    }
+    source = open_tensors(archive(tmp_path / "x.pt", pickle.dumps(arrays, protocol)))
+    for name in ("c", "fortran", "turned", "stepped"):
+        same(source.read(name), arrays[name])
+    assert source.metadata["one"] == arrays["one"]
+
+
 @pytest.mark.reference
 def test_sharded_pytorch_bin(tmp_path):
     torch = pytest.importorskip("torch", reason="writes the shards")

@@ -302,8 +302,16 @@ def test_what_is_not_a_checkpoint(exported, tmp_path):
     refuse(UsageError, "No paper of the zoo has a class 'Whisper'", exported, model_class="Whisper")
     (exported / "model.safetensors").unlink()
     refuse(SourceError, str(exported), exported)
-    (exported / "config.json").write_text("{")
-    refuse(CheckpointError, "is not valid JSON", exported)
+    for text in ("{", "[" * 100_000, '{"d_model": ' + "1" * 5000 + "}"):
+        (exported / "config.json").write_text(text)
+        refuse(CheckpointError, "is not valid JSON", exported)
+    for text, sentence in (
+        ('{"audiozoo": {"format": 1}}', "names the class None"),
+        ('{"architectures": 3}', "names the class 3"),
+        ('{"audiozoo": {"format": 1, "model_class": "WhisperModel"}}', "does not hold the model's configuration"),
+    ):
+        (exported / "config.json").write_text(text)
+        refuse((SourceError, CheckpointError), sentence, exported)
     refuse(SourceError, "nowhere", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     refuse(SourceError, "is no checkpoint of a model that audiozoo runs", tmp_path / "empty")

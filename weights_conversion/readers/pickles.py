@@ -85,6 +85,7 @@ class _NumpyDtype:
 @dataclass(eq=False)
 class _NumpyArray:
     state: Any = None
+    axes: tuple[int, ...] | None = None  # in which order they lie, where that is neither C's nor Fortran's
 
     def resolve(self) -> np.ndarray:
         _, shape, dtype, fortran, raw = self.state
@@ -93,7 +94,8 @@ class _NumpyArray:
         kind, sizes = dtype.resolve(), checked_shape(shape, "a NumPy array in it")
         if math.prod(sizes) * kind.itemsize != len(raw):
             raise Damaged("it holds a NumPy array whose bytes do not fill its shape")
-        return np.frombuffer(raw, kind).reshape(sizes, order="F" if fortran else "C").copy()
+        values = np.frombuffer(raw, kind).reshape(sizes, order="F" if fortran else "C")
+        return (values if self.axes is None else values.transpose(self.axes)).copy()
 
 
 # --- names that may stand in a pickle --------------------------------------------------------------------------------
@@ -115,6 +117,11 @@ def _numpy_scalar(dtype: Any, raw: Any) -> Any:
     if not isinstance(dtype, _NumpyDtype) or not isinstance(raw, bytes):
         raise Damaged("it holds a NumPy scalar of a Python object")
     return np.frombuffer(raw, dtype.resolve(), count=1)[0].item()
+
+
+def _from_buffer(raw: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> _NumpyArray:
+    """`numpy.core.numeric._frombuffer`: how protocol 5 writes an array."""
+    return _NumpyArray((1, shape, dtype, order == "F", raw), axes)
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
@@ -147,6 +154,7 @@ CONSTRUCTORS: Mapping[str, Callable[..., Any]] = {
     "numpy.dtype": lambda code, *_: _NumpyDtype(spelled(code)),
     "numpy.core.multiarray.scalar": _numpy_scalar,
     "numpy.core.multiarray._reconstruct": lambda *_: _NumpyArray(),
+    "numpy.core.numeric._frombuffer": _from_buffer,
 }
 # Projects whose checkpoints carry their configuration as objects: these become inert `Record`s.
 _INERT_PACKAGES = {
