@@ -77,7 +77,7 @@ def transcribe(
     ] = None,
     padding: Annotated[str, typer.Option(help="of the last window: silence or zeros")] = "silence",
     allow_short: Annotated[
-        bool, typer.Option("--allow-short", help="encode a short last window as it is: sooner, but not as trained")
+        bool, typer.Option("--allow-short", help="windows shorter than 30 s: sooner, as whisper_short trains")
     ] = False,
     seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
     language_model: Annotated[

@@ -384,7 +384,9 @@ class Search:
 
 def row_keys(key: Array, rows: int) -> Array:
     """One key per row: those given, or `fold_in(key, row)` of a single one."""
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    if not jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
+        if jnp.ndim(key) == 0:
+            raise UsageError("A number is no key: give jax.random.key(number).")
         key = jax.random.wrap_key_data(key)
     if key.ndim == 0:
         return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))

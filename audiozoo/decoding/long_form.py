@@ -60,7 +60,6 @@ from audiozoo.errors import AudioError, UsageError
 __all__ = ["Recording", "TranscriptionOptions", "align", "detect_language", "quiet_pieces", "transcribe"]
 
 SHORTEST_FRAMES = 3  # the spectrogram looks through windows of 25 ms
-_SHORT_WINDOW_FRAMES = 500  # with `allow_short`, windows are padded to multiples of 5 s
 
 Audio = str | os.PathLike[str] | bytes | BinaryIO | np.ndarray | Iterable[np.ndarray]
 Progress = Callable[[float, float], None]
@@ -261,10 +260,8 @@ class _Stream:
                 f"The prompt has {len(prompt)} tokens, and this model has {positions} positions in all; "
                 "give a shorter prefix."
             )
-        width = self.decoder.window_frames
-        if options.allow_short:
-            width = min(width, -(-size // _SHORT_WINDOW_FRAMES) * _SHORT_WINDOW_FRAMES)
-        return Window(self.recording.window(seek, size, width, options.padding), prompt, start, limit, seek)
+        features = self.recording.window(seek, size, self.decoder.width(size), options.padding)
+        return Window(features, prompt, start, limit, seek)
 
     def run(self) -> Generator[Window | Alignment, Any, None]:
         """Ask for windows and alignments, one at a time, and collect segments from the answers."""
@@ -661,7 +658,7 @@ def _language_probabilities(recordings: Sequence[Recording], decoder: WindowDeco
     # One at a time: a batch would gain little, and here every recording may be the only one.
     found = []
     for recording in recordings:
-        beginning = recording.features[:, : decoder.window_frames]
+        beginning = recording.features[:, : decoder.width(recording.frames)]
         found += decoder.language_probabilities(decoder.encode([beginning]))
     return found
 
@@ -733,7 +730,8 @@ def align(model: Any, processor: Any, audio: Audio, text: str, **options: Any) -
         part = [piece for piece in part if piece[2]]
         if not part:
             continue
-        features = [recording.window(start, end - start, decoder.window_frames, "silence") for start, end, _ in part]
+        width = decoder.width(max(end - start for start, end, _ in part))
+        features = [recording.window(start, end - start, width, "silence") for start, end, _ in part]
         requests = [
             Alignment(encoded, tuple(tokens), recording.sot_sequence, end - start, recording.language)
             for encoded, (start, end, tokens) in zip(decoder.encode(features), part, strict=True)

@@ -47,6 +47,7 @@ from audiozoo.text.whisper_tokenizer import language_code
 
 FRAMES_PER_SECOND = 100  # of the log-mel spectrogram
 FRAMES_PER_TIMESTAMP = 2
+_SHORT_FRAMES = 500  # with `allow_short`, windows last multiples of 5 s
 _PROMPT_LENGTHS = (8, 64, 256, 448)
 _ALIGNMENT_LENGTHS = (32, 64, 128, 256, 512)
 
@@ -100,7 +101,8 @@ class TranscriptionOptions:
     chunk_length_s: float | None = None  # s, at most 30
     stride_length_s: float | tuple[float, float] | None = None  # s shared with the chunk before and after; a sixth each
     seed: int = 0  # of the sampling at temperatures above 0
-    allow_short: bool = False  # encode a last, shorter window as it is (in steps of 5 s): faster, but not as trained
+    # Encode what is shorter than 30 s in a window of 5, 10 … s: faster, but only the recipe `whisper_short` trains so.
+    allow_short: bool = False
 
     def __post_init__(self) -> None:
         def require(holds: bool, sentence: str) -> None:
@@ -250,6 +252,11 @@ class Alignment:
     language: str | None
 
 
+def short_window(frames: int, most: int) -> int:
+    """The frames of the window in which `frames` are heard with `allow_short`; `most` are those of 30 s."""
+    return min(most, -(-frames // _SHORT_FRAMES) * _SHORT_FRAMES)
+
+
 def compression_ratio(text: str) -> float:
     """How many times zlib makes the text's bytes shorter."""
     data = text.encode("utf-8")
@@ -267,7 +274,7 @@ class _Programs:
         self.encode = jax.jit(self._encode)
         self.languages = jax.jit(self._languages, static_argnames="tokens")
         self.decode = jax.jit(self._decode, static_argnames=("config", "rules", "no_speech_token_id"))
-        self.align = jax.jit(self._align, static_argnames=("heads", "text_end"))
+        self.align = jax.jit(self._align, static_argnames=("heads", "width", "text_end"))
 
     def _encode(self, state: Any, features: Float[Array, "batch mels frames"]) -> Any:
         """The decoder's cache, with the keys and values of the audio and no room for tokens yet."""
@@ -361,6 +368,7 @@ class _Programs:
         frames: Int[Array, " batch"],
         *,
         heads: tuple[tuple[int, int], ...],
+        width: int,
         text_end: int,
     ) -> tuple[Array, Array]:
         """The alignment matrix of each window, and the probability of every token among the text tokens.
@@ -372,13 +380,14 @@ class _Programs:
             count: how many are real.
             frames: encoder frames that hold audio.
             heads: (layer, head) of the alignment heads.
+            width: of the median filter.
             text_end: smaller ids are text.
         """
         model = nnx.merge(self._graphdef, state)
         output = model.model.decoder(tokens, past_key_values=_with_room(cache, tokens.shape[1]), output_attentions=True)
         weights = jnp.stack([output.cross_attentions[layer][:, head] for layer, head in heads], axis=1)
         weights = at_least_float32(weights)
-        matrices = jax.vmap(alignment_matrix)(weights, count, frames)
+        matrices = jax.vmap(partial(alignment_matrix, width=width))(weights, count, frames)
         logits = model.head(output.last_hidden_state[:, :-1])[..., :text_end]
         chosen = jnp.take_along_axis(logits, jnp.minimum(tokens[:, 1:], text_end - 1)[..., None], axis=-1)[..., 0]
         return matrices, jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1))
@@ -469,6 +478,10 @@ class WindowDecoder:
         return tuple(sorted(found))
 
     # -------------------------------------------------------------------------------------------------------- encoding
+
+    def width(self, frames: int) -> int:
+        """The frames of the window in which `frames` are heard: those of 30 s, unless shorter ones are wanted."""
+        return short_window(frames, self.window_frames) if self.options.allow_short else self.window_frames
 
     def encode(self, features: Sequence[Float[np.ndarray, "mels frames"]]) -> list[Encoded]:
         """Encode windows of equal length in one call."""
@@ -561,7 +574,7 @@ class WindowDecoder:
                 padding,
                 start,
                 np.int32(windows[0].limit),
-                np.float32(temperature),
+                temperature,
                 seeds,
                 config=config,
                 rules=rules,
@@ -636,7 +649,11 @@ class WindowDecoder:
         """When each token begins, in seconds from the start of the window, and after them all when the last one ends;
         and each token's probability.
         """
-        tokens = self.tokenizer
+        tokens, width = self.tokenizer, self.config.median_filter_width
+        if not self.ids.alignment_heads:
+            raise UsageError("The generation_config of this model names no alignment_heads, which words are timed by.")
+        if width < 1 or width % 2 == 0:
+            raise UsageError(f"This model's median_filter_width is {width}; it must be an odd number of frames.")
         answers = [(np.zeros(1), np.zeros(0)) for _ in requests]
         wanted = [i for i, r in enumerate(requests) if r.text_tokens]
         by_length: dict[int, list[int]] = {}
@@ -664,7 +681,14 @@ class WindowDecoder:
                 count[row], frames[row] = len(sequences[row]), max(1, requests[i].frames // FRAMES_PER_TIMESTAMP)
             matrices, probabilities = jax.device_get(
                 self.programs.align(
-                    self.state, cache, batch, count, frames, heads=self.ids.alignment_heads, text_end=tokens.eot
+                    self.state,
+                    cache,
+                    batch,
+                    count,
+                    frames,
+                    heads=self.ids.alignment_heads,
+                    width=width,
+                    text_end=tokens.eot,
                 )
             )
             for row, i in enumerate(group):

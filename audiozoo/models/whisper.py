@@ -116,6 +116,7 @@ class WhisperConfig:
     mask_feature_prob: float = 0.0  # share of mel channels under channel spans
     mask_feature_length: int = 10  # channels a span
     mask_feature_min_masks: int = 0  # spans at least, whatever the share
+    median_filter_width: int = 7  # encoder frames, odd: of the filter over the attention that times words
     use_weighted_layer_sum: bool = False  # classification reads a learned mix of all layers
     classifier_proj_size: int = 256  # width before the classifier
     id2label: tuple[str, ...] = ("LABEL_0", "LABEL_1")  # names of the classifier's classes
@@ -317,7 +318,7 @@ class WhisperEncoder(nnx.Module):
             input_features: log-mel spectrogram, 10 ms a frame, channels first as the processor gives it.
             output_attentions: return every block's attention weights.
             output_hidden_states: return the input of every block, and the output.
-            allow_short: accept fewer frames than 30 s, which is faster; the model was trained on 30 s only.
+            allow_short: accept fewer frames than 30 s, which is faster; released models were trained on 30 s only.
             key: switches dropout and layer drop on.
 
         Returns:
@@ -849,6 +850,8 @@ class WhisperForConditionalGeneration(WhisperLanguageModel):
         if return_timestamps is None:
             return_timestamps = ids.return_timestamps
         source: Any = input_features if encoder_outputs is None else encoder_outputs.last_hidden_state
+        if not len(source):
+            raise UsageError("There is nothing to generate from: the batch is empty.")
         if decoder_input_ids is None:
             decoder_input_ids = self.prompt(
                 len(source), language=language, task=task, return_timestamps=return_timestamps, prompt_ids=prompt_ids

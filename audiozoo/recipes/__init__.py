@@ -183,6 +183,20 @@ _SPEECHT5 = Settings(
     clip=5.0,
     seconds=15.6,
 )
+_WHISPER = Settings(
+    source="Whisper, Table 17: AdamW with betas 0.9 and 0.98, epsilon 1e-6, weight decay 0.1, gradients of at most 1, "
+    "a linear decay; the rate, a fraction of the one of Table 18, is for tuning a trained model and not in the paper",
+    steps=5000,
+    batch_size=32,
+    learning_rate=1e-5,
+    schedule="linear",
+    warmup=0.1,
+    beta2=0.98,
+    epsilon=1e-6,
+    weight_decay=0.1,
+    clip=1.0,
+    seconds=30.0,
+)
 _SEAMLESS = Settings(
     source="SeamlessM4T, its authors' trainer (`SeamlessM4TRecipe`): Adam with betas 0.9 and 0.98, 1e-5 after 100 "
     "updates, then with the inverse square root, 5 sentences an update, label smoothing 0.2; the number of updates is "
@@ -299,20 +313,18 @@ ROWS = [
         "whisper",
         "WhisperForConditionalGeneration",
         Seq2Seq(features="log_mel"),
-        Settings(
-            source="Whisper, Table 17: AdamW with betas 0.9 and 0.98, epsilon 1e-6, weight decay 0.1, gradients of at "
-            "most 1, a linear decay; the rate, a fraction of the one of Table 18, is for tuning a trained model and "
-            "not in the paper",
-            steps=5000,
-            batch_size=32,
-            learning_rate=1e-5,
-            schedule="linear",
-            warmup=0.1,
-            beta2=0.98,
-            epsilon=1e-6,
-            weight_decay=0.1,
-            clip=1.0,
-            seconds=30.0,
+        _WHISPER,
+        "tiny_en",
+    ),
+    Recipe(
+        "whisper_short",
+        "whisper",
+        "WhisperForConditionalGeneration",
+        Seq2Seq(features="log_mel", allow_short=True),
+        dataclasses.replace(
+            _WHISPER,
+            source="our choice for short recordings on a small machine: windows of 5, 10 … s, not of 30 s, in use, too "
+            "(allow_short); the rest as " + _WHISPER.source,
         ),
         "tiny_en",
     ),

@@ -19,6 +19,7 @@ from flax import nnx
 
 from audiozoo.audio.features import log_mel_spectrogram
 from audiozoo.decoding.units import cepstra
+from audiozoo.decoding.windows import short_window
 from audiozoo.errors import UsageError
 from audiozoo.layers.losses import IGNORED_LABEL, ctc_loss
 from audiozoo.models import audio_spectrogram_transformer as ast
@@ -168,12 +169,14 @@ class Seq2Seq(Objective):
         smoothing: label smoothing.
         augmentation: what is masked of filterbanks (S2T, §2).
         texts: the fields that hold a text, the one to learn first.
+        allow_short: whether Whisper hears windows as short as those of `transcribe(…, allow_short=True)`, not of 30 s.
     """
 
     features: str = "waveform"
     smoothing: float = 0.0
     augmentation: SpecAugmentPolicy | None = None
     texts: tuple[str, ...] = ("text",)
+    allow_short: bool = False
 
     def padding(self, processor: Any) -> dict[str, Padding]:
         """See `Objective`."""
@@ -216,12 +219,14 @@ class Seq2Seq(Objective):
             labels = batch["labels"]
             options: dict[str, Any] = {"key": turn.key if turn.training else None}
             if self.features == "log_mel":
-                # On the device; the encoder reads two frames for each of its positions.
-                frames = 2 * model.config.max_source_positions
-                waveform = batch.pop("waveform")[:, : 160 * frames]
-                waveform = jnp.pad(waveform, ((0, 0), (0, -waveform.shape[1] % 320)))
+                # On the device, the silence behind a recording included; the encoder reads two frames a position.
+                waveform, frames = batch.pop("waveform"), 2 * model.config.max_source_positions
+                if self.allow_short:
+                    frames = short_window(-(-waveform.shape[1] // 160), frames)
+                waveform = waveform[:, : 160 * frames]
+                waveform = jnp.pad(waveform, ((0, 0), (0, 160 * frames - waveform.shape[1])))
                 batch["input_features"] = log_mel_spectrogram(waveform, model.config.num_mel_bins)
-                options["allow_short"] = batch["input_features"].shape[-1] < frames
+                options["allow_short"] = self.allow_short
             elif self.features == "filterbank":
                 x, mask = processor.feature_extractor.in_jax(batch.pop("waveform"), batch.pop("length"))
                 if turn.training and self.augmentation is not None:

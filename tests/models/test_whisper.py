@@ -474,7 +474,7 @@ def test_every_field_of_the_configuration_is_read():
         return model(x, labels=ids, key=key).loss, classifier(x).logits
 
     jax.eval_shape(train, jax.random.key(0), features(), tokens())
-    assert fields - read == {"bos_token_id"}
+    assert fields - read == {"bos_token_id", "median_filter_width"}  # the latter by what times words
     exported = hugging_face(build(config=dataclasses.replace(TINY, bos_token_id=33))).files["config.json"]
     assert exported["bos_token_id"] == 33
 
@@ -493,6 +493,7 @@ def test_wrong_features(model):
     refuse("input_features, or encoder_outputs", model, decoder_input_ids=tokens())
     refuse(r"have shape \(8, 24\); \(batch, mels, frames\)", model.generate, features()[0])
     refuse("input_features, or encoder_outputs", model.generate)
+    refuse("the batch is empty", model.generate, features()[:0])
     refuse("input_features, or encoder_outputs", build("WhisperForAudioClassification"))
 
 
@@ -511,6 +512,7 @@ def test_wrong_options(model):
     x = features(1)
     refuse("option 'num_beam'; did you mean num_beams", model.generate, x, num_beam=3)
     refuse("max_new_tokens=0 must be at least 1", model.generate, x, max_new_tokens=0)
+    refuse("A number is no key", model.generate, x, do_sample=True, key=0)
     refuse("English-only", model.generate, x, language="de")
     refuse("English-only", model.generate, x, task="translate")
     refuse("English-only", model.detect_language, x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import audiozoo
 from audiozoo import UsageError
 from audiozoo.audio import files
-from audiozoo.decoding.windows import TranscriptionOptions, WindowDecoder
+from audiozoo.decoding.windows import Alignment, Encoded, TranscriptionOptions, WindowDecoder
 from audiozoo.models.whisper import align, transcribe
 
 # What CTranslate2 and `transformers`, both in float32, make of the same spectrograms: greedy search, with timestamps.
@@ -183,10 +184,43 @@ def test_the_search_of_the_file_is_for_generate(tiny_en: tuple, monkeypatch: pyt
     assert [WindowDecoder(model, processor.tokenizer, options)._search(t) for t in (0.0, 0.4)] == searches
 
 
-def test_short_windows(tiny_en: tuple, recordings: Path):
-    """Encoding 15 s instead of 30 s still hears the words."""
+def test_short_windows(tiny_en: tuple, recordings: Path, monkeypatch: pytest.MonkeyPatch):
+    """Encoding 15 s instead of 30 s still hears the words, and knows when they are said."""
+    widths, encode = [], WindowDecoder.encode
+    monkeypatch.setattr(
+        WindowDecoder, "encode", lambda self, rows: (widths.extend(row.shape[1] for row in rows), encode(self, rows))[1]
+    )
     result = transcribe(*tiny_en, recordings / "jfk.flac", allow_short=True)
     assert "ask not what your country can do for you" in result["text"]
+    words = align(*tiny_en, recordings / "jfk.flac", "And so, my fellow Americans", allow_short=True)
+    assert words[-1]["word"] == " Americans"
+    assert 1.5 < words[-1]["end"] < 3.0
+    assert widths == [1500, 1500]
+
+
+def test_what_times_words(tiny_en: tuple, monkeypatch: pytest.MonkeyPatch):
+    """The heads of the generation config, and the filter of the config; not without them."""
+    model, processor = tiny_en
+    decoder = WindowDecoder(model, processor.tokenizer, TranscriptionOptions())
+    cache = SimpleNamespace(cross_attention=[SimpleNamespace(key=np.zeros((1, 6, 1500, 64)))])
+    request, asked = Alignment(Encoded(cache, 0), (2,), (50257,), 3000, "en"), []
+
+    def program(*_, **static):
+        asked.append((static["heads"], static["width"]))
+        return np.eye(32, 1500)[None], np.ones((1, 31))
+
+    monkeypatch.setattr(decoder, "programs", SimpleNamespace(align=program))
+    for width in (7, 3):
+        monkeypatch.setattr(decoder, "config", dataclasses.replace(model.config, median_filter_width=width))
+        decoder.align([request])
+    heads = model.generation_config.alignment_heads
+    assert asked == [(heads, 7), (heads, 3)]
+    monkeypatch.setattr(decoder, "config", dataclasses.replace(model.config, median_filter_width=4))
+    with pytest.raises(UsageError, match="median_filter_width is 4; it must be an odd"):
+        decoder.align([request])
+    monkeypatch.setattr(decoder, "ids", dataclasses.replace(model.generation_config, alignment_heads=()))
+    with pytest.raises(UsageError, match="names no alignment_heads"):
+        decoder.align([request])
 
 
 def test_blocks_and_arrays_are_like_files(tiny_en: tuple, recordings: Path):

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 import audiozoo
 from audiozoo.cli import app
 from audiozoo.commands.recognition import speak_language
+from audiozoo.decoding.windows import TranscriptionOptions, WindowDecoder
 from audiozoo.errors import AudioError, AudiozooError, CheckpointError, UsageError
 from audiozoo.layers import Dropout
 from audiozoo.loading import variables
@@ -313,6 +314,23 @@ def test_a_vocoder_learns_of_its_own_spectrograms(monkeypatch):
     assert wanted.shape == (1, 512 // 32, 20)
     np.testing.assert_allclose(given["spectrogram"], wanted, atol=1e-4)
     assert (given["n_fft"], given["num_mels"]) == (processor.n_fft, processor.num_mels) == (128, 20)
+
+
+def test_whisper_learns_from_windows_as_it_hears_them():
+    """Of 30 s, the silence behind a recording included; or, with `allow_short`, as short as `transcribe` makes them."""
+    heard = []
+
+    def network(input_features, labels, key, allow_short):
+        heard.append((input_features.shape, allow_short))
+        return SimpleNamespace(loss=0.0, logits=jnp.zeros((1, 2, 4)))
+
+    network.config = whisper.WhisperConfig()
+    for name, seconds, frames in [("whisper", 6, 3000), ("whisper_short", 6, 1000), ("whisper_short", 29, 3000)]:
+        batch = {"waveform": np.ones((1, 16_000 * seconds), np.float32), "labels": np.ones((1, 2))}
+        recipe(name).objective.loss(None)({"model": network}, batch, Turn(None, 0, training=False))
+        assert heard.pop() == ((1, 80, frames), name == "whisper_short")
+        decoder = SimpleNamespace(window_frames=3000, options=TranscriptionOptions(allow_short=name == "whisper_short"))
+        assert WindowDecoder.width(decoder, 100 * seconds) == frames
 
 
 def test_numbers_are_learnt_as_they_are_spoken(corpus):
