@@ -87,8 +87,8 @@ def read_wav_header(file: BinaryIO) -> tuple[SampleFormat, int | None]:
 
 
 def wav_header(sampling_rate: int, channels: int, samples: int | None = None) -> bytes:
-    """The front of a WAV file of 16 bits; with `samples` None, of one whose length is not known yet."""
-    size = 0xFFFF_FFFF if samples is None else 2 * channels * samples
+    """The front of a WAV file of 16 bits; with `samples` None, or too many, of one whose length is not known."""
+    size = 0xFFFF_FFFF if samples is None else min(2 * channels * samples, 0xFFFF_FFFF)
     layout = struct.pack("<HHIIHH", _PCM, channels, sampling_rate, 2 * channels * sampling_rate, 2 * channels, 16)
     whole = min(size + 36, 0xFFFF_FFFF)
     return (

@@ -81,7 +81,7 @@ def read_header(reader: BitReader) -> Header:
         fields = json.loads(reader.take(length).decode())
     except EndOfStream as problem:
         raise CheckpointError(f"This .ecdc file is cut short within its header: {problem}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as problem:
+    except (ValueError, RecursionError) as problem:  # no UTF-8, no JSON, endless digits or brackets
         raise CheckpointError(f"This .ecdc file is damaged: its header is not JSON ({problem}).") from None
     kinds = {"m": str, "al": int, "nc": int, "lm": bool}
     for name, kind in kinds.items():

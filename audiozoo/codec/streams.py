@@ -78,7 +78,7 @@ class _Bits:
 
 def _check_stream(compiled: Compiled) -> None:
     if not compiled.config.can_stream:
-        raise UsageError("This model looks ahead, or normalises over time; only a causal one can code a stream.")
+        raise UsageError("This model looks ahead, normalises, or cuts into chunks; a causal one can code a stream.")
 
 
 def compress_stream(
@@ -108,6 +108,8 @@ def compress_stream(
     for piece in pieces:
         if piece.shape[0] != config.audio_channels:
             raise AudioError(f"The waveform has {piece.shape[0]} channels; this model codes {config.audio_channels}.")
+        if not np.isfinite(piece).all():
+            raise AudioError("The waveform holds NaN or infinite samples.")
         waiting = np.concatenate([waiting, piece], axis=1)
         while waiting.shape[1] >= wanted:
             codes, state = compiled.run("encode_chunk", waiting[None, :, :wanted], state, bandwidth=bandwidth)

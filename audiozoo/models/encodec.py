@@ -167,8 +167,9 @@ class EncodecConfig:
 
     @property
     def can_stream(self) -> bool:
-        """Whether every layer looks back only."""
-        return self.use_causal_conv and self.norm_type == "weight_norm" and self.trim_right_ratio == 1.0
+        """Whether every layer looks back only, and recordings are coded in one piece, as loud as they are."""
+        causal = self.use_causal_conv and self.norm_type == "weight_norm" and self.trim_right_ratio == 1.0
+        return causal and self.chunk_length_s is None and not self.normalize
 
     def quantizers_for(self, bandwidth: float | None) -> int:
         """Codebooks that a bandwidth in kbit/s pays for; by default the smallest of `target_bandwidths`.
@@ -1001,6 +1002,10 @@ class EncodecModel(nnx.Module):
 
     def _encode_next(self, x: jax.Array, state: Any, bandwidth: float | None) -> tuple[jax.Array, Any]:
         self._check_stream()
+        if x.ndim != 3 or x.shape[1] != self.config.audio_channels:
+            raise AudioError(
+                f"The chunk has shape {x.shape}; (batch, {self.config.audio_channels}, samples) is expected."
+            )
         if not x.shape[-1]:
             raise AudioError("The chunk is empty (0 samples).")
         self._check_start(state, x.shape[-1])
@@ -1012,13 +1017,15 @@ class EncodecModel(nnx.Module):
     ) -> tuple[Float[Array, "batch channels samples"], Any]:
         """The waveform of what comes next in a stream, and the state after it; `state` as in `encode_chunk`."""
         self._check_stream()
+        if audio_codes.ndim != 3:
+            raise UsageError(f"audio_codes has shape {audio_codes.shape}; (batch, quantizers, frames) is expected.")
         self._check_start(state, audio_codes.shape[-1] * self.config.hop_length)
         values, state = self.decoder.stream(self.quantizer.decode(audio_codes), state)
         return values.swapaxes(1, 2), state
 
     def _check_stream(self) -> None:
         if not self.config.can_stream:
-            raise UsageError("This model looks ahead, or normalises over time; only a causal one can code a stream.")
+            raise UsageError("This model looks ahead, normalises, or cuts into chunks; a causal one can code a stream.")
 
     def _check_start(self, state: Any, samples: int) -> None:
         if state is None and samples < self.shortest_start():

@@ -123,8 +123,17 @@ def test_streams_that_cannot_be():
         model.encode_chunk(jnp.zeros((1, 1, 12)))
     with pytest.raises(AudioError, match="multiple of 2"):
         model.encode_chunk(jnp.zeros((1, 1, 43)))
-    with pytest.raises(UsageError, match="looks ahead"):
-        tiny(STEREO).initial_state()
+    for changes in ({}, {"normalize": True}, {"chunk_length_s": 0.05, "overlap": 0.1}):
+        other = tiny(dataclasses.replace(TINY, **changes) if changes else STEREO)
+        with pytest.raises(UsageError, match="looks ahead, normalises, or cuts into chunks"):
+            other.initial_state()
+    silence = model.initial_state()
+    with pytest.raises(AudioError, match=r"shape \(1, 2, 40\); \(batch, 1, samples\)"):
+        model.encode_chunk(jnp.zeros((1, 2, 40)), silence["encoder"])
+    with pytest.raises(AudioError, match=r"shape \(1, 41\)"):
+        model.encode_last_chunk(jnp.zeros((1, 41)), silence["encoder"])
+    with pytest.raises(UsageError, match=r"shape \(2, 40\); \(batch, quantizers, frames\)"):
+        model.decode_chunk(jnp.zeros((2, 40), jnp.int32), silence["decoder"])
     with pytest.raises(AudioError, match="2 channels"):
         model.encode(jnp.zeros((1, 2, 60)))
     with pytest.raises(UsageError, match=r"1\.2, 2\.4 kbit/s, not at 6"):
@@ -236,6 +245,8 @@ def header(**changes) -> bytes:
         (b"ECDC\1" + bytes(60), "version 1"),
         (b"ECDC\0\xff\xff\xff\xff" + bytes(60), "4294967295 bytes long"),
         (b"ECDC\0\0\0\0\2[]" + bytes(60), "no str 'm'"),
+        (b"ECDC\0\0\0\xea\x60" + b"[" * 60_000, "its header is not JSON"),
+        (b"ECDC\0\0\0\x13\x88" + b"1" * 5000, "its header is not JSON"),
         (header(al=-3), "-3 samples"),
         (header(al="90"), "no int 'al'"),
         (header(lm=1), "no bool 'lm'"),
@@ -327,6 +338,7 @@ def test_streams_that_are_cut_or_cannot_be():
         (compiled(lm=True), [sound(1, 30)], "without a language model"),
         (compiled(STEREO), [sound(2, 30)], "looks ahead"),
         (compiled(), [sound(2, 30)], "2 channels"),
+        (compiled(), [sound(1, 9) * np.nan], "NaN"),
         (compiled(), [], "empty"),
     ):
         with pytest.raises(AudiozooError, match=message):
