@@ -417,15 +417,14 @@ def _open_hugging_face(path: Path, model_class: str | None) -> ForeignCheckpoint
     raw = read_json(path / "config.json")
     side = path / "generation_config.json"
     generation = generation_from_hugging_face(read_json(side) if side.is_file() else {}, str(side))
-    tensors = open_tensors(path)
+    tensors, attributes = open_tensors(path), {"generation_config": generation}
     alone = {kind: name for name, (kind, _, _) in STAGES.items()}.get(str(raw.get("model_type")))
     if alone is not None:
         if model_class not in (None, alone):
             raise CheckpointError(f"{path} holds a {alone}, not a {model_class}.")
         stage = stage_config(raw, alone, where)
-        return ForeignCheckpoint(alone, stage, tensors, hugging_face_table(stage, alone), path)
+        return ForeignCheckpoint(alone, stage, tensors, hugging_face_table(stage, alone), path, attributes)
     config, name = config_from_hugging_face(raw, where), model_class or WHOLE
-    attributes = {"generation_config": generation}
     if name in STAGES:
         stage = getattr(config, STAGES[name][2])
         return ForeignCheckpoint(name, stage, tensors, stage_of_whole_table(config, name), path, attributes)

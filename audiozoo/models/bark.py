@@ -1174,7 +1174,17 @@ class BarkModel(nnx.Module):
         self.fine_acoustics = BarkFineModel(config.fine_acoustics_config, **kwargs)
         self.codec_model = EncodecModel(config.codec_config, **kwargs)
         self.config = config
-        self.generation_config = BarkGenerationConfig()
+
+    @property
+    def generation_config(self) -> BarkGenerationConfig:
+        """What `generation_config.json` says; one for all stages, which also learn by it and run alone by it."""
+        return self.semantic.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: BarkGenerationConfig) -> None:
+        """Every stage's."""
+        for stage in (self.semantic, self.coarse_acoustics, self.fine_acoustics):
+            stage.generation_config = value
 
     def codec_decode(
         self,

@@ -47,6 +47,8 @@ class Recipe:
         size: the configuration to start from where there is no checkpoint.
         new: a regular expression that finds the parameters that a checkpoint of another task lacks.
         config: what the recipe changes in the model's configuration.
+        adapted: a regular expression that finds the parameters among which LoRA looks for its own; all by default,
+            those too that the recipe freezes.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Recipe:
     size: str
     new: str | None = None
     config: dict = dataclasses.field(default_factory=dict)
+    adapted: str = ""
 
 
 _CTC = Settings(
@@ -494,6 +497,7 @@ ROWS = [
             average=0.99,
         ),
         "small",
+        adapted=r"^decoder\.",
     ),
     Recipe(
         "musicgen_melody",
@@ -515,6 +519,7 @@ ROWS = [
             average=0.99,
         ),
         "medium",
+        adapted=r"^decoder\.",
     ),
     Recipe(
         "pop2piano",

@@ -27,7 +27,7 @@ from audiozoo.models import audio_spectrogram_transformer as ast
 from audiozoo.processors.audio_spectrogram_transformer import ASTFeatureExtractor
 from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor
 from audiozoo.recipes import Recipe
-from audiozoo.recipes.generation import Arrangement, Languages
+from audiozoo.recipes.generation import Arrangement, Languages, Stages
 from audiozoo.recipes.objectives import CTC, Contrastive, Pretraining, Spectrogram, Utterance, Vocoder, labels_in
 from audiozoo.recipes.settings import Settings
 from audiozoo.training import hosts
@@ -197,9 +197,13 @@ def build(
     if isinstance(recipe.objective, Arrangement):
         named = dataclasses.replace(recipe.objective, arrangers=model.generation_config)
         recipe = dataclasses.replace(recipe, objective=named)
+    if isinstance(recipe.objective, Stages):
+        numbered = dataclasses.replace(recipe.objective, ids=model.generation_config)
+        recipe = dataclasses.replace(recipe, objective=numbered)
     frozen = numbers.frozen
     trainable = Trainable(frozen=frozen)
     if lora is not None:
+        lora = dataclasses.replace(lora, within=lora.within or recipe.adapted)
         trainable = Trainable(pattern=recipe.new, frozen=frozen, lora=lora)
     task = recipe.objective.task(model, processor, numbers, trainable, dtype)
     return Run(recipe, numbers, model, processor, Trainer(task, with_average(options, numbers), mesh=mesh))

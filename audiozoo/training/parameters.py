@@ -69,15 +69,21 @@ class Lora:
         rank: $r$.
         alpha: $\alpha$.
         pattern: the kernels that are adapted; queries and values, as in §4.2 there, by default.
+        within: of those, the ones whose name this finds as well; all by default.
     """
 
     rank: int = 8
     alpha: float = 16.0
     pattern: str = r"(^|\.)(q_proj|v_proj|query|value|q|v)\.kernel$"
+    within: str = ""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise UsageError(f"LoRA's factors have a rank of at least 1, not {self.rank}.")
+
+    def adapts(self, name: str) -> bool:
+        """Whether a parameter of this name gets factors."""
+        return bool(re.search(self.pattern, name) and re.search(self.within, name))
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ class Trainable:
         trained = {name: value for name, value in params.items() if self._trained(name)}
         others = {name: value for name, value in params.items() if name not in trained} | rest
         if self.lora is not None:
-            for index, name in enumerate(n for n in params if re.search(self.lora.pattern, n)):
+            for index, name in enumerate(filter(self.lora.adapts, params)):
                 *stack, inputs, outputs = params[name].shape  # a stack of blocks has an axis in front
                 dtype = params[name].dtype
                 draw = jax.random.normal(jax.random.fold_in(key, index), (*stack, inputs, self.lora.rank), dtype)

@@ -32,8 +32,6 @@ def model() -> bark.BarkModel:
     config = config_from_hugging_face(CONFIG)
     made = random_model(lambda rngs: bark.BarkModel(config, rngs=rngs))
     made.generation_config = generation_from_hugging_face(GENERATION)
-    for stage in (made.semantic, made.coarse_acoustics, made.fine_acoustics):
-        stage.generation_config = made.generation_config
     return made
 
 

@@ -57,8 +57,6 @@ def pair(seed: int = 0, dtype=None, **changes):
     table = hugging_face_table(config)
     model = harness.ported(reference, lambda: BarkModel(config, param_dtype=dtype, rngs=nnx.Rngs(0)), table)
     model.generation_config = generation_from_hugging_face(whole.to_dict())
-    for stage in (model.semantic, model.coarse_acoustics, model.fine_acoustics):
-        stage.generation_config = model.generation_config
     return reference, model, table
 
 

@@ -159,12 +159,22 @@ def test_low_rank_factors_find_queries_and_values():
     for row in papers.values():
         row, model, _ = tiny.small(row)
         _, params, rest = partition(model)
-        trainable = run.Trainable(pattern=row.new, lora=Lora(rank=1))
+        trainable = run.Trainable(pattern=row.new, lora=Lora(rank=1, within=row.adapted))
         trained, _ = jax.eval_shape(trainable.split, params, rest, jax.random.key(0))
         factors = [name for name in trained if name.endswith((".lora_a", ".lora_b"))]
         assert len(factors) >= 4, row.name
         small = sum(trained[name].size for name in factors)
         assert small < sum(value.size for value in params.values()) / 4, row.name
+
+
+def test_low_rank_factors_leave_the_reader_of_texts_alone():
+    """MusicGen's T5 stays as it is (§2.3): LoRA is the decoder's, unless it is asked for elsewhere."""
+    row, model, processor = tiny.small(recipe("musicgen"))
+    _, params, rest = partition(model)
+    for lora, part in ((Lora(1), "decoder."), (Lora(1, within="^text_encoder"), "text_encoder.")):
+        ready = run.build(row, [], model=model, processor=processor, lora=lora)
+        trained, _ = ready.trainer.task.phases[0].trainable.split(params, rest, jax.random.key(0))
+        assert {name[: len(part)] for name in trained} == {part}
 
 
 def test_the_table_is_whole():
@@ -293,6 +303,9 @@ def test_bark_learns_from_texts_as_it_reads_them():
             processor, model.config, np.zeros(800, np.float32), fields, np.random.default_rng(0)
         )
         assert example["input_ids"].tolist() == wanted
+    # Numbers are the checkpoint's, also where the recipe's are others.
+    ready = run.build(recipe("bark"), [], model=model, processor=processor)
+    assert ready.recipe.objective.ids == model.coarse_acoustics.generation_config == tiny.GENERATION
 
 
 def test_a_vocoder_learns_of_its_own_spectrograms(monkeypatch):

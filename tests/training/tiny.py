@@ -335,8 +335,7 @@ def bark_model() -> tuple[Any, Any]:
     fine = tiny_bark.FINE | {"n_codes_total": 3}
     config = bark.BarkConfig(**tiny_bark.CONFIG | {"codec_config": codec, "fine_acoustics_config": fine})
     model = random_model(lambda rngs: bark.BarkModel(config, rngs=rngs))
-    for part in (model, model.semantic, model.coarse_acoustics, model.fine_acoustics):
-        part.generation_config = GENERATION
+    model.generation_config = GENERATION
     return model, Words()
 
 
