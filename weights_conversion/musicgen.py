@@ -23,7 +23,7 @@ from audiozoo.models.t5 import T5Config
 from audiozoo.processors.encodec import EncodecFeatureExtractor
 from audiozoo.processors.musicgen import MusicgenMelodyFeatureExtractor, MusicgenMelodyProcessor, MusicgenProcessor
 from audiozoo.text.t5_tokenizer import T5Tokenizer
-from weights_conversion import ForeignCheckpoint, HuggingFaceForm, encodec, read_json, take
+from weights_conversion import ForeignCheckpoint, HuggingFaceForm, encodec, read_json, search_options, take
 from weights_conversion.hifigan import WEIGHT_NORM_RENAMES
 from weights_conversion.readers import TensorSource, open_tensors
 from weights_conversion.rules import Ignore, Rule, Table, Tensors, Tied, fuse, split, transpose
@@ -224,8 +224,9 @@ def config_from_hugging_face(config: Mapping[str, Any], where: str = "config.jso
 
 def generation_from_hugging_face(generation: Mapping[str, Any], where: str) -> MusicgenGenerationConfig:
     """Our settings from a `generation_config.json`; what it does not say is as in the paper."""
-    defaults = {f.name: f.default for f in dataclasses.fields(MusicgenGenerationConfig)}
-    return MusicgenGenerationConfig(**take(generation, defaults, where))
+    named = {f.name: f.default for f in dataclasses.fields(MusicgenGenerationConfig) if f.name != "others"}
+    others = search_options(generation, where, named)
+    return MusicgenGenerationConfig(**take(generation, named, where), others=others)
 
 
 def hugging_face(model: Any) -> HuggingFaceForm:
@@ -260,6 +261,7 @@ def hugging_face(model: Any) -> HuggingFaceForm:
             config["segment_duration"] = ours.segment_duration
     config["architectures"] = [name]
     generation = dataclasses.asdict(model.generation_config) | ids
+    generation |= dict(generation.pop("others"))
     files = {"config.json": config, "generation_config.json": generation}
     return HuggingFaceForm(files, hugging_face_table(ours, name))
 

@@ -295,10 +295,12 @@ class MusicgenGenerationConfig:
     temperature: float = 1.0  # of the distribution
     top_p: float = 1.0  # probability of the codes to draw from
     guidance_scale: float = 3.0  # of classifier-free guidance; 1 is without
+    others: tuple[tuple[str, Any], ...] = ()  # the rest of the search, as for `transformers.GenerationConfig`
 
     def options(self) -> dict[str, Any]:
         """As `audiozoo.decoding.GenerationConfig` takes them."""
-        return {name: value for name, value in vars(self).items() if name != "guidance_scale"}
+        named = {name: value for name, value in vars(self).items() if name not in ("guidance_scale", "others")}
+        return named | dict(self.others)
 
 
 # --- what models return ----------------------------------------------------------------------------------------------
@@ -700,7 +702,7 @@ class MusicgenForCausalLM(nnx.Module):
             UsageError: for options that contradict each other.
         """
         model, defaults = self.config, self.generation_config
-        config = GenerationConfig(**(defaults.options() | options))
+        config = GenerationConfig.over(defaults.options(), options)
         if config.num_beams > 1:
             raise UsageError("MusicGen draws codes or takes the most probable ones; it has no beams (num_beams=1).")
         scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
@@ -891,7 +893,16 @@ class MusicgenForConditionalGeneration(nnx.Module):
         projection = None if same else Linear(config.text_encoder.d_model, config.hidden_size, **kwargs)
         self.enc_to_dec_proj = projection
         self.config, self.dtype = config, dtype
-        self.generation_config = MusicgenGenerationConfig()
+
+    @property
+    def generation_config(self) -> MusicgenGenerationConfig:
+        """How codes are drawn by default: the decoder's."""
+        return self.decoder.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: MusicgenGenerationConfig) -> None:
+        """The decoder's."""
+        self.decoder.generation_config = value
 
     # --- conditions ---
 
@@ -1106,13 +1117,12 @@ class MusicgenForConditionalGeneration(nnx.Module):
         if input_ids is not None:
             check_ids(input_ids, self.config.text_encoder.vocab_size)
         condition, null = _conditions(*nnx.split(self), input_ids, attention_mask, given, hide=hide, alone=alone)
-        settings = self.generation_config
         return self.decoder.generate(
             decoder_input_ids,
             encoder_hidden_states=condition.states,
             encoder_attention_mask=condition.mask,
             null_condition=null,
-            **({"guidance_scale": settings.guidance_scale} | settings.options() | options),
+            **options,
         )
 
     def generate(

@@ -32,7 +32,14 @@ from audiozoo.processors.musicgen import MusicgenMelodyFeatureExtractor, Musicge
 from audiozoo.text.t5_tokenizer import T5Tokenizer
 from tests.parity import generation, harness
 from weights_conversion import encodec as codec_conversion
-from weights_conversion.musicgen import MELODY, WHOLE, config_from_hugging_face, hugging_face, hugging_face_table
+from weights_conversion.musicgen import (
+    MELODY,
+    WHOLE,
+    config_from_hugging_face,
+    generation_from_hugging_face,
+    hugging_face,
+    hugging_face_table,
+)
 
 TEXT = {
     "vocab_size": 40,
@@ -368,6 +375,12 @@ def test_options_of_generate(plain, options):
     with generation.biases_in_single():
         ours = compare_music(reference, model, texts(), max_new_tokens=10, **options)
     assert (ours.audio_codes != without).any()
+    # Likewise where the checkpoint asks for them, and a longer search than the caller.
+    file = vars(model.generation_config) | options | {"max_new_tokens": 30}
+    plainly, model.generation_config = model.generation_config, generation_from_hugging_face(file, "a file")
+    found = model.generate(**jaxed(texts()), max_length=11, return_dict_in_generate=True)
+    model.generation_config = plainly
+    np.testing.assert_array_equal(found.audio_codes, ours.audio_codes)
 
 
 @pytest.mark.parametrize(("name", "value"), [("repetition_penalty", 1.5), ("no_repeat_ngram_size", 2)])
@@ -505,11 +518,11 @@ def test_mutations_are_noticed(plain):
 def test_directories_there_and_back(tmp_path, melody):
     with harness.precision("float32"):
         reference, _, _ = make(melody)
-        reference.generation_config.update(do_sample=True, guidance_scale=2.0, max_length=30)
+        reference.generation_config.update(do_sample=True, guidance_scale=2.0, max_length=30, min_p=0.05)
         reference.save_pretrained(tmp_path / "theirs")
         model = audiozoo.load(tmp_path / "theirs")
         assert type(model).__name__ == (MELODY if melody else WHOLE)
-        settings = musicgen.MusicgenGenerationConfig(max_length=30, guidance_scale=2.0)
+        settings = musicgen.MusicgenGenerationConfig(max_length=30, guidance_scale=2.0, others=(("min_p", 0.05),))
         assert model.generation_config == settings
         x = texts() | {"decoder_input_ids": codes()}
         with torch.no_grad():
@@ -526,7 +539,7 @@ def test_directories_there_and_back(tmp_path, melody):
             for key, value in getattr(reference.config, part).to_dict().items():
                 if key in LM | AUDIO | TEXT and key != "max_position_embeddings":  # of a table that grows
                     assert getattr(getattr(back.config, part), key) == value, (part, key)
-        assert back.generation_config.guidance_scale == 2.0
+        assert (back.generation_config.guidance_scale, back.generation_config.min_p) == (2.0, 0.05)
         audiozoo.save(model, tmp_path / "native")
         native = audiozoo.load(tmp_path / "native")
         assert (native.config, native.generation_config) == (model.config, settings)
