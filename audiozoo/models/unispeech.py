@@ -171,7 +171,8 @@ class UniSpeechForPreTraining(_WithBackbone):
             mask_time_indices: frames to mask and to predict; drawn if there is a `key`.
             sampled_negative_indices: distractors of each frame, counted through the batch; drawn from all frames of
                 the utterance if there is a `key`. With neither there is no contrastive loss.
-            labels: phonemes; -100 and the blank (`pad_token_id`) are left out. Without them there is no CTC loss.
+            labels: phonemes; -100 and the blank (`pad_token_id`) are left out. Without them, and of an utterance that
+                has none, there is no CTC loss.
             replaced: frames of which the CTC head reads the code; drawn with probability $r$ if there is a `key`.
             temperature: $\tau$ of the Gumbel softmax (see `audiozoo.models.wav2vec2.gumbel_temperature`).
             gumbel_noise: for the codes of the masked frames; drawn if there is a `key`.
@@ -221,14 +222,17 @@ class UniSpeechForPreTraining(_WithBackbone):
             loss = contrastive + config.diversity_loss_weight * diversity + features_pen_weight * features_pen * count
         if labels is not None:
             check_labels(labels, config.num_ctc_classes, f"the pre-training head has {config.num_ctc_classes} classes")
-            ctc = ctc_loss(
+            phonemes = jnp.asarray(labels)
+            losses = ctc_loss(
                 ctc_logits,
-                jnp.asarray(labels),
+                phonemes,
                 valid.sum(axis=1),
                 blank=config.pad_token_id,
-                reduction="sum",
+                reduction="none",
                 zero_infinity=config.ctc_zero_infinity,
             )
+            known = ((phonemes >= 0) & (phonemes != config.pad_token_id)).any(axis=1)
+            ctc = jnp.where(known, losses, 0).sum()
             own = config.multitask_weight * ctc
             loss = own if loss is None else own + (1.0 - config.multitask_weight) * loss
         return UniSpeechForPreTrainingOutput(

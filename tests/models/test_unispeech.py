@@ -11,6 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
+from audiozoo.layers.losses import ctc_loss
 from audiozoo.models import unispeech, unispeech_sat
 from audiozoo.models.wavlm import draw_mixes
 from tests.models.random_model import random_model
@@ -80,6 +81,16 @@ def test_replacement():
     mixed = unispeech.replace_states(context, codes, jnp.asarray([[True, False, True]]))
     np.testing.assert_array_equal(mixed[0, :, 0], [1, 0, 1])
     assert unispeech.replace_states(context, codes, None) is context
+
+
+def test_speech_without_phonemes_is_not_silence():
+    """An utterance that nobody labelled has no CTC loss; that of no phonemes would teach blanks."""
+    small = dataclasses.replace(UNISPEECH, num_hidden_layers=1)
+    model = build(unispeech, unispeech_conversion, "UniSpeechForPreTraining", small)
+    labels = jnp.asarray([[3, 4, -100], [-100, -100, -100]])
+    output = jax.jit(lambda m: m(waves(2, 400), labels=labels))(model)
+    alone = ctc_loss(output.ctc_logits[:1], labels[:1], blank=small.pad_token_id)
+    np.testing.assert_allclose(output.ctc_loss, alone, rtol=1e-6)
 
 
 @pytest.mark.slow
