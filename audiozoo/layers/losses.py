@@ -103,6 +103,7 @@ def ctc_loss(
     at_label = jnp.take_along_axis(alpha, jnp.maximum(last - 1, 0), axis=1)[:, 0]
     losses = -jnp.logaddexp(at_blank, jnp.where(counts > 0, at_label, LOG_ZERO))
     repeats = ((targets[:, 1:] == targets[:, :-1]) & valid[:, 1:]).sum(axis=1)
+    losses = jnp.where(logit_lengths > 0, losses, 0.0)  # that no frame says nothing is certain
     losses = jnp.where(counts + repeats <= logit_lengths, losses, 0.0 if zero_infinity else jnp.inf)
     if reduction == "sum":
         return losses.sum()

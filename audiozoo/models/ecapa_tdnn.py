@@ -101,7 +101,7 @@ def moments(
 def uniform(x: Float[Array, "batch frames channels"], mask: Mask) -> Float[Array, "batch frames 1"]:
     """Equal weights of the frames of each recording."""
     counted = jnp.ones((*x.shape[:2], 1), x.dtype) if mask is None else mask.astype(x.dtype)
-    return counted / counted.sum(axis=1, keepdims=True)
+    return counted / jnp.maximum(counted.sum(axis=1, keepdims=True), 1)
 
 
 class ConvReluNorm(nnx.Module):

@@ -228,13 +228,11 @@ class MMSForCTC(Wav2Vec2ForCTC):
         logits = jnp.where(letters, output.logits, jnp.finfo(output.logits.dtype).min)
         loss = None
         if labels is not None:
-            samples = jnp.full((batch,), input_values.shape[1])
-            if attention_mask is not None:
-                samples = attention_mask.astype(jnp.int32).sum(axis=-1)
+            spoken = attention_mask is not None
             loss = ctc_loss(
                 logits,
                 jnp.asarray(labels),
-                self.backbone.frame_lengths(samples),
+                self.backbone.frame_mask(attention_mask, logits.shape[1]).sum(axis=1) if spoken else None,
                 blank=config.pad_token_id,
                 reduction=config.ctc_loss_reduction,
                 zero_infinity=config.ctc_zero_infinity,

@@ -287,7 +287,7 @@ class TimeGroupNorm(nnx.Module):
             variance = jnp.square(wide - mean).mean(axis=1, keepdims=True)
         else:
             inside = (jnp.arange(x.shape[1]) < lengths[:, None])[..., None]
-            count = lengths[:, None, None]
+            count = jnp.maximum(lengths, 1)[:, None, None]
             mean = jnp.where(inside, wide, 0).sum(axis=1, keepdims=True) / count
             variance = jnp.where(inside, jnp.square(wide - mean), 0).sum(axis=1, keepdims=True) / count
         factor = scale * jax.lax.rsqrt(variance + 1e-5)
@@ -1182,13 +1182,11 @@ class Wav2Vec2ForCTC(_WithBackbone):
         logits = self.lm_head(x)
         loss = None
         if labels is not None:
-            samples = jnp.full((len(logits),), input_values.shape[1])
-            if attention_mask is not None:
-                samples = attention_mask.astype(jnp.int32).sum(axis=-1)
+            spoken = attention_mask is not None
             loss = ctc_loss(
                 logits,
                 jnp.asarray(labels),
-                self.backbone.frame_lengths(samples),
+                self.backbone.frame_mask(attention_mask, logits.shape[1]).sum(axis=1) if spoken else None,
                 blank=config.pad_token_id,
                 reduction=config.ctc_loss_reduction,
                 zero_infinity=config.ctc_zero_infinity,
@@ -1278,7 +1276,7 @@ class Wav2Vec2ForSequenceClassification(_WithLayerSum):
             pooled = x.mean(axis=1)
         else:
             mask = self.backbone.frame_mask(attention_mask, x.shape[1])[..., None]
-            pooled = jnp.where(mask, x, 0).sum(axis=1) / mask.sum(axis=1)
+            pooled = jnp.where(mask, x, 0).sum(axis=1) / jnp.maximum(mask.sum(axis=1), 1)
         logits = self.classifier(pooled)
         return SequenceClassifierOutput(
             loss=None if labels is None else cross_entropy(logits, jnp.asarray(labels)),
@@ -1414,7 +1412,7 @@ class Wav2Vec2ForXVector(_WithLayerSum):
             lengths = jnp.minimum(lengths, x.shape[1])
         # Statistics pooling: mean and (unbiased) standard deviation over time.
         mask = (jnp.arange(x.shape[1]) < lengths[:, None])[..., None]
-        count = lengths[:, None].astype(x.dtype)
+        count = jnp.maximum(lengths, 2)[:, None].astype(x.dtype)  # fewer are padding's, in a compiled call
         mean = jnp.where(mask, x, 0).sum(axis=1) / count
         variance = jnp.where(mask, jnp.square(x - mean[:, None]), 0).sum(axis=1) / (count - 1)
         # Where a channel is silent, its deviation is 0 and has no slope.
