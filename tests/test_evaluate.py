@@ -219,6 +219,7 @@ def test_verification(items, waves, tmp_path):
     same = np.asarray([SPEAKERS[a] == SPEAKERS[b] for a, b in pairs])
     assert result.metrics["eer"] == metrics.equal_error_rate(same, np.asarray(cosines))[0]
     assert [row["score"] for row in result.predictions] == pytest.approx(cosines, abs=1e-5)
+    assert TASKS["verification"].fits(type("WavLMForSpeakerVerification", (), {})())
     (tmp_path / "trials.txt").write_text("1 0.wav 1.wav\n0 0.wav 3.wav\n")
     tried = evaluate(model, tiny.PROCESSOR, items, trials=tmp_path / "trials.txt")
     assert [row["score"] for row in tried.predictions] == pytest.approx([cosines[0], cosines[2]], abs=1e-5)

@@ -146,16 +146,21 @@ def _items(data: str) -> list[Any]:
 def _in_language(subject: Any, processor: Any, source: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The model that speaks the language, and the options that make it write in it."""
     name, language = type(subject).__name__, options.get("language")
-    if name.endswith("ForCTC") and getattr(subject.config, "adapter_attn_dim", None) is not None:
+    if name.endswith("ForCTC"):
         from audiozoo.commands.recognition import speak_language
+        from audiozoo.processors.mms import AlignmentTokenizer
 
-        return speak_language(subject, processor, source, language), options
+        tokenizer = processor.tokenizer
+        read = isinstance(tokenizer, AlignmentTokenizer) or tokenizer.phonemizer_lang is not None
+        if (read and language is not None) or getattr(subject.config, "adapter_attn_dim", None) is not None:
+            subject = speak_language(subject, processor, source, language)
+        return subject, options
     if name in ("Speech2TextForConditionalGeneration", "SpeechEncoderDecoderModel"):
-        from audiozoo.commands.translation import language_token
+        from audiozoo.decoding.pieces import in_language
 
-        codes = getattr(processor.tokenizer, "lang_code_to_id", {})
-        token = language_token(processor, source, language, "--language") if codes else None
-        return subject, options if token is None else options | {"generate": {"forced_bos_token_id": token}}
+        if getattr(processor.tokenizer, "lang_code_to_id", {}):
+            options = options | {"generate": in_language(subject, processor, language, source, "--language")}
+        return subject, options
     if name.startswith("SeamlessM4T") and language is None:
         raise UsageError(f"{source} writes many languages; say which with --language.")
     return subject, options

@@ -65,7 +65,7 @@ class Fusion:
         if self.word_bonus is not None and not (ctc and (self.language_model or self.lexicon)):
             raise UsageError("--word-bonus is for CTC models with a --language-model or a --lexicon.")
 
-    def weights(self, **names: str) -> dict[str, float]:
+    def weights(self, **names: str) -> dict[str, Any]:
         """Those that were given, under the names of what they are for."""
         given = {name: getattr(self, own) for own, name in names.items()}
         return {name: weight for name, weight in given.items() if weight is not None}
@@ -134,12 +134,11 @@ def writer(
         UsageError: for an option that only Whisper has.
     """
     from audiozoo import audio
-    from audiozoo.commands.translation import language_token
-    from audiozoo.decoding.pieces import write_pieces
+    from audiozoo.decoding.pieces import in_language, write_pieces
 
     refuse_whispers(model, options, {"language", "length_penalty", "beam_size", "batch_size"})
     chosen = {"num_beams": options["beam_size"], "length_penalty": options["length_penalty"]}
-    chosen["forced_bos_token_id"] = language_token(processor, "This checkpoint", language, "--language")
+    chosen |= in_language(model, processor, language, "This checkpoint", "--language")
     if hasattr(model, "speecht5"):
         chosen |= {"masked_group_norm": True, "ctc_weight": fusion.ctc_weight}
         chosen["fusion"] = _language_model(fusion, processor)
@@ -191,11 +190,11 @@ def speak_language(model: Any, processor: Any, source: str, language: str | None
     Raises:
         UsageError: if the model knows one language only, or holds several and none, or another, is asked for.
     """
-    if (held := getattr(model.config, "languages", ())) and hasattr(model, "speaking"):
-        if language is None and len(held) > 1:
-            raise UsageError(f"{source} holds {', '.join(held)}; say which with --language.")
-        model = model.speaking(language or held[0])
-        processor.set_target_lang(language or held[0])
+    if hasattr(model, "speaking"):
+        from audiozoo.decoding.ctc import in_one_language
+
+        model, own = in_one_language(model, processor, language, source, "--language")
+        processor.set_target_lang(own.tokenizer.target_lang)
         return model
     if language is None:
         return model

@@ -67,37 +67,13 @@ class Translation:
 Translator = Callable[[Any, Any, Request, Callable[[float, float], None]], Translation]
 
 
-def language_token(processor: Any, source: str, target: str | None, option: str = "--to") -> int | None:
-    """The token of a language by its code, or by a code's first part: "de" also finds "de_DE".
-
-    Args:
-        processor: of a model that writes.
-        source: where it is from.
-        target: the code.
-        option: what asks for it.
-
-    Raises:
-        UsageError: if the model does not know the language, has no choice, or has a choice and none was made.
-    """
-    codes: dict[str, int] = getattr(processor.tokenizer, "lang_code_to_id", {})
-    if not codes:
-        if target is not None:
-            raise UsageError(f"{source} writes one language, whichever it is; leave {option} out.")
-        return None
-    if target is None:
-        raise UsageError(f"{source} writes {', '.join(codes)}; say which with {option}.")
-    found = [code for code in codes if code == target] or [c for c in codes if c.split("_")[0] == target]
-    if len(found) != 1:
-        raise UsageError(f"{source} does not write {target!r}; it knows {', '.join(codes)}.")
-    return codes[found[0]]
-
-
 def speech_to_text(
     model: Any, processor: Any, request: Request, progress: Callable[[float, float], None]
 ) -> Translation:
     """Translate speech into text with fairseq S2T, Speech2Text2 or XLS-R."""
     from audiozoo import audio
-    from audiozoo.decoding.pieces import write_pieces
+    from audiozoo.decoding.encoders import without_padding
+    from audiozoo.decoding.pieces import in_language, write_pieces
 
     name = type(model).__name__
     if request.file is None:
@@ -107,13 +83,11 @@ def speech_to_text(
     if request.source is not None:
         raise UsageError(f"A {name} hears the language it was trained on; leave --from out.")
     options: dict[str, Any] = {}
-    token = language_token(processor, "This checkpoint", request.target)
-    if token is not None:
-        options["forced_bos_token_id"] = token
+    options |= in_language(model, processor, request.target, "This checkpoint", "--to")
     if request.beams is not None:
         options["num_beams"] = request.beams
     if name == "SpeechEncoderDecoderModel":
-        options = model.generation_config.for_sentences() | options
+        options = model.generation_config.for_sentences() | without_padding(model.config.encoder) | options
     elif model.generation_config.max_length is None:
         options["max_new_tokens"] = 200
     if name == "Speech2TextForConditionalGeneration":
@@ -193,6 +167,7 @@ def while_speaking(
     """
     from audiozoo import audio
     from audiozoo.audio import read_stream
+    from audiozoo.decoding.pieces import in_language
     from audiozoo.models.speech_to_text import average_lagging, simultaneous
     from audiozoo.processors.speech_to_text import GlobalCMVN, stream_filterbanks
 
@@ -209,12 +184,12 @@ def while_speaking(
     if own:
         frames = list(pieces)
         pieces = map(GlobalCMVN.of(frames), frames)
-    token = language_token(processor, "This checkpoint", request.target)
+    token = in_language(model, processor, request.target, "This checkpoint", "--to")
     tokens: list[int] = []
     segments: list[dict[str, Any]] = []
     done, heard, lags = "", 0.0, []
     limit = model.generation_config.max_length or 200
-    for found in simultaneous(model, pieces, wait_k, forced_bos_token_id=token, max_new_tokens=limit):
+    for found in simultaneous(model, pieces, wait_k, **token, max_new_tokens=limit):
         tokens.append(found.token)
         before, heard = heard, found.frames / 100
         lags.append(heard)

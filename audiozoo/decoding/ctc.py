@@ -10,10 +10,12 @@ r"""Connectionist temporal classification (Graves et al., ICML 2006), from score
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gzip
 import math
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +29,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
-from audiozoo.decoding.encoders import in_pieces, rounded
+from audiozoo.decoding.encoders import alone, in_pieces, rounded, without_padding
 from audiozoo.errors import SourceError, UsageError
 from audiozoo.layers.losses import LOG_ZERO
 
@@ -162,8 +164,8 @@ class NgramModel:
             line = line.strip()
             if not line or line in ("\\data\\", "\\end\\") or line.startswith("ngram "):
                 continue
-            if line.startswith("\\") and line.endswith("-grams:"):
-                order = int(line[1:-7])
+            if section := re.fullmatch(r"\\(\d+)-grams:", line):
+                order = int(section[1])
                 continue
             parts = line.split()
             try:
@@ -704,6 +706,7 @@ def forced_alignment(
         UsageError: for an item with too few frames for its tokens, or a target that is the blank.
     """
     scored, tokens = np.asarray(log_probs), np.asarray(targets)
+    scored = scored.astype(np.promote_types(scored.dtype, np.float32))  # sums of many frames in bfloat16 are none
     batch, frames, _ = scored.shape
     spoken = np.full(batch, frames) if input_lengths is None else np.asarray(input_lengths)
     written = np.full(batch, tokens.shape[1]) if target_lengths is None else np.asarray(target_lengths)
@@ -757,10 +760,10 @@ def _single(width: int, blank: int) -> Callable[..., tuple[jax.Array, ...]]:
 # --- whole recordings ------------------------------------------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnames=("graphdef", "masked"))
-def _forward(graphdef: Any, state: Any, values: jax.Array, mask: jax.Array | None, *, masked: bool) -> jax.Array:
+@partial(jax.jit, static_argnames="graphdef")
+def _forward(graphdef: Any, state: Any, values: jax.Array, mask: jax.Array | None) -> jax.Array:
     model = nnx.merge(graphdef, state)
-    return model(values, mask, **({"masked_group_norm": True} if masked else {})).logits
+    return model(values, mask, **without_padding(model.config)).logits
 
 
 def _samples_a_frame(model: Any) -> int:
@@ -794,14 +797,9 @@ def chunked_logits(
     Raises:
         UsageError: if the strides leave nothing of a piece.
     """
-    graphdef, state = nnx.split(model)
-    grouped = model.config.feat_extract_norm == "group"
-
-    def call(values: np.ndarray, mask: np.ndarray | None) -> jax.Array:
-        return _forward(graphdef, state, values, mask, masked=grouped and mask is not None)
-
+    graphdef, state = nnx.split(alone(model))
     return in_pieces(
-        call,
+        partial(_forward, graphdef, state),
         input_values,
         int(model.backbone.frame_lengths(len(input_values))),
         _samples_a_frame(model),
@@ -865,6 +863,32 @@ class Transcription:
         ]
 
 
+def in_one_language(
+    model: Any, processor: Any, language: str | None, source: str = "The model", option: str = "language"
+) -> tuple[Any, Any]:
+    """The recogniser and the processor of one language, of those that a model holds; others as they are (MMS).
+
+    Args:
+        model: a CTC model.
+        processor: its processor.
+        language: one of the model's; may be None where it holds one.
+        source: where the model is from, for messages.
+        option: what names the language there.
+
+    Raises:
+        UsageError: if the model holds several and none, or another, is asked for.
+    """
+    held = getattr(model.config, "languages", ())
+    if held and hasattr(model, "speaking"):
+        if language is None and len(held) > 1:
+            raise UsageError(f"{source} holds {', '.join(held)}; say which with {option}.")
+        model, processor = model.speaking(language or held[0]), copy.deepcopy(processor)
+        processor.set_target_lang(language or held[0])
+    elif language is not None and language != processor.tokenizer.target_lang:
+        raise UsageError(f"{source} does not hold several languages; load the adapters of {language} into it.")
+    return model, processor
+
+
 def _prepared(processor: Any, audio: Any) -> np.ndarray:
     return np.asarray(processor(audio, sampling_rate=processor.feature_extractor.sampling_rate)["input_values"][0])
 
@@ -884,6 +908,7 @@ def transcribe_ctc(
     hotwords: Sequence[str] = (),
     hotword_weight: float = 10.0,
     lexicon: Mapping[str, Sequence[str]] | None = None,
+    language: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Transcription:
     """Transcribe a recording of any length with a CTC model.
@@ -903,8 +928,10 @@ def transcribe_ctc(
         hotwords: words that are likely to be said.
         hotword_weight: how likely, in natural logarithms.
         lexicon: the only words that there are, by their spelling; see `read_lexicon`.
+        language: that is spoken, for a model that holds several; see `in_one_language`.
         progress: called with the pieces done and the pieces in all.
     """
+    model, processor = in_one_language(model, processor, language)
     search = None
     if language_model is not None or hotwords or lexicon or (beam_width or 1) > 1:
         weights = {"alpha": alpha, "beta": beta, "hotword_weight": hotword_weight}
@@ -965,6 +992,7 @@ def align(
     stride_length_s: float = 5.0,
     batch_size: int = 4,
     window: int = 4096,
+    language: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """When the words of a known text are said.
@@ -980,6 +1008,7 @@ def align(
         stride_length_s: seconds thrown away at each inner edge.
         batch_size: pieces at a time.
         window: see `forced_alignment`.
+        language: that is spoken, for a model that holds several; see `in_one_language`.
         progress: called with the pieces done and the pieces in all.
 
     Returns:
@@ -989,6 +1018,7 @@ def align(
     Raises:
         UsageError: if no word is left, or the recording is too short for the text.
     """
+    model, processor = in_one_language(model, processor, language)
     tokenizer = processor.tokenizer
     vocabulary = tokenizer.tokens()
     delimiter = tokenizer.word_delimiter_token

@@ -5,6 +5,7 @@ For the models of the wav2vec 2.0 family, whose call they have in common.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -62,7 +63,7 @@ def in_pieces(
     samples = len(input_values)
     chunk = round(chunk_length_s * sampling_rate / ratio)  # in frames
     stride = round(stride_length_s * sampling_rate / ratio)
-    if chunk <= 2 * stride:
+    if not 0 <= 2 * stride < chunk:
         raise UsageError(f"Pieces of {chunk_length_s} s with {stride_length_s} s cut off on both sides leave nothing.")
     reach = samples - (count - 1) * ratio  # samples that the last frame sees, and a rest
     if count <= chunk:
@@ -104,6 +105,25 @@ def in_pieces(
     return result
 
 
+def alone(model: Any) -> Any:
+    """The model as it hears every item of a padded batch as if it were alone, by whatever rules it was trained."""
+    rules = {"frame_rule": "lengths", "squeeze_rule": "floor"}
+    rules = {name: rule for name, rule in rules.items() if getattr(model.config, name, rule) != rule}
+    if rules:
+        model = nnx.merge(*nnx.split(model))
+        backbone = getattr(model, "backbone", model)
+        for part in (backbone, backbone.encoder):
+            part.config = dataclasses.replace(part.config, **rules)
+    return model
+
+
+def without_padding(config: Any) -> dict[str, bool]:
+    """Options of a call that keep a batch's padding out of all that looks beyond a frame; see `Wav2Vec2Model`."""
+    asked = {"masked_group_norm": getattr(config, "feat_extract_norm", "layer") == "group"}
+    asked["masked_adapter"] = getattr(config, "add_adapter", False)
+    return {name: True for name, needed in asked.items() if needed}
+
+
 @partial(jax.jit, static_argnames=("graphdef", "options"))
 def _call(graphdef: Any, state: Any, values: jax.Array, mask: jax.Array | None, *, options: tuple) -> Any:
     return nnx.merge(graphdef, state)(values, mask, **dict(options))
@@ -115,9 +135,8 @@ def _run(model: Any, processor: Any, audios: list[np.ndarray], **options: Any) -
     rate = extractor.sampling_rate
     inputs = extractor(audios, sampling_rate=rate, pad_to_multiple_of=rate // 2, return_attention_mask=True)
     values, mask = jnp.asarray(inputs["input_values"]), jnp.asarray(inputs["attention_mask"])
-    if getattr(model.config, "feat_extract_norm", "layer") == "group":
-        options["masked_group_norm"] = True
-    graphdef, state = nnx.split(model)
+    options |= without_padding(model.config)
+    graphdef, state = nnx.split(alone(model))
     return _call(graphdef, state, values, mask, options=tuple(sorted(options.items())))
 
 
@@ -125,7 +144,7 @@ def _over_pieces(model: Any, processor: Any, audio: np.ndarray, field: str) -> n
     """A field of the output for a recording in equal pieces of at most `LONGEST_S`, averaged: `(1, width)`."""
     rate = getattr(processor, "feature_extractor", processor).sampling_rate
     pieces = np.array_split(np.asarray(audio), max(math.ceil(len(audio) / (LONGEST_S * rate)), 1))
-    found = [np.asarray(getattr(_run(model, processor, [piece]), field)) for piece in pieces]
+    found = [np.asarray(getattr(_run(model, processor, [piece]), field), np.float64) for piece in pieces]
     return np.mean(found, axis=0)
 
 
@@ -176,11 +195,10 @@ def embed(
         frames = np.asarray(state_of(output)[0, :count], np.float32)
         speaker = getattr(output, "embeddings", None)
     else:
-        graphdef, state = nnx.split(backbone)
-        grouped = model.config.feat_extract_norm == "group"
+        graphdef, state = nnx.split(alone(backbone))
+        options = tuple((without_padding(model.config) | {"output_hidden_states": True}).items())
 
         def call(values: np.ndarray, mask: np.ndarray | None) -> jax.Array:
-            options = (("masked_group_norm", grouped and mask is not None), ("output_hidden_states", True))
             return state_of(_call(graphdef, state, values, mask, options=options))
 
         values = extractor([audio], sampling_rate=rate)["input_values"][0]

@@ -42,6 +42,38 @@ def quiet_cuts(waveform: Float[np.ndarray, " samples"], sampling_rate: int, long
     return [*pieces, (start, len(waveform))]
 
 
+def in_language(
+    model: Any, processor: Any, language: str | None, source: str = "The model", option: str = "language"
+) -> dict[str, int]:
+    """Options of `generate` that make a model write a language.
+
+    Args:
+        model: gives tokens by `generate`.
+        processor: its processor, which knows the languages' tokens.
+        language: a code, or a code's first part: "de" also finds "de_DE"; None is what the checkpoint says.
+        source: where the model is from, for messages.
+        option: what names the language there.
+
+    Raises:
+        UsageError: if the model does not know the language, has no choice, or has a choice and none was made.
+    """
+    codes: dict[str, int] = getattr(processor.tokenizer, "lang_code_to_id", {})
+    if not codes:
+        if language is not None:
+            raise UsageError(f"{source} writes one language, whichever it is; leave {option} out.")
+        return {}
+    if language is None:
+        search, name = model.generation_config, "forced_bos_token_id"
+        own = dict(search.options).get(name, getattr(search, name, None))
+        if own is None:
+            raise UsageError(f"{source} writes {', '.join(codes)}; say which with {option}.")
+        return {name: own}
+    found = [code for code in codes if code == language] or [c for c in codes if c.split("_")[0] == language]
+    if len(found) != 1:
+        raise UsageError(f"{source} does not write {language!r}; it knows {', '.join(codes)}.")
+    return {"forced_bos_token_id": codes[found[0]]}
+
+
 def write_pieces(
     model: Any,
     processor: Any,

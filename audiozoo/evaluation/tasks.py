@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from audiozoo.audio import files as audio
+from audiozoo.decoding.ctc import in_one_language
+from audiozoo.decoding.pieces import in_language
 from audiozoo.errors import AudioError, SourceError, UsageError
 from audiozoo.text.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 from audiozoo.training import metrics
@@ -146,6 +148,7 @@ def _written(
 ) -> list[tuple[str, str | None]]:
     """What a model writes of recordings of any length, and in which language, if it says so."""
     from audiozoo.decoding.ctc import transcribe_ctc
+    from audiozoo.decoding.encoders import without_padding
     from audiozoo.decoding.long_form import transcribe
     from audiozoo.decoding.pieces import write_pieces
 
@@ -160,7 +163,7 @@ def _written(
     if beams is not None:
         chosen["num_beams"] = beams
     if kind == "SpeechEncoderDecoderModel":
-        chosen = model.generation_config.for_sentences() | chosen
+        chosen = model.generation_config.for_sentences() | without_padding(model.config.encoder) | chosen
     elif kind == "SpeechT5ForSpeechToText":
         chosen = {"masked_group_norm": True} | chosen
     elif kind == "Speech2TextForConditionalGeneration":
@@ -213,6 +216,20 @@ class Transcription(Task):
         """See `Task`."""
         if self.normalise is not None:
             normaliser(self.normalise, self.language)
+        self.choose_language()
+
+    def choose_language(self) -> None:
+        """A model of several languages hears, or writes, the one that is asked for.
+
+        Raises:
+            UsageError: if it does not know it, or none is asked for.
+        """
+        kind, tokenizer = _kind(self.model), cast(Any, getattr(self.processor, "tokenizer", None))
+        if kind.endswith("ForCTC") and (hasattr(self.model, "speaking") or (self.language and tokenizer.languages)):
+            self.model, self.processor = in_one_language(self.model, self.processor, self.language)
+        writes_several = kind in _WRITERS and getattr(tokenizer, "lang_code_to_id", {})
+        if writes_several and "forced_bos_token_id" not in self.generate:
+            self.generate = in_language(self.model, self.processor, self.language) | dict(self.generate)
 
     def predict(self, batch: Sequence[Heard]) -> list[Row]:
         """See `Task`."""
@@ -284,6 +301,7 @@ class Translation(Transcription):
         """See `Task`."""
         if self.normalise not in (None, "none"):
             raise UsageError("Translations are compared as they are written; leave the normalisation out.")
+        self.choose_language()
         metrics.translation_scores(["a"], ["a"], tokenize=self.tokenize)  # what is missing is missed now
 
     def score(self, rows: Sequence[Row]) -> dict[str, float]:
@@ -519,7 +537,7 @@ class Verification(Task):
     @classmethod
     def fits(cls, model: Any) -> bool:
         """See `Task`."""
-        return _kind(model).endswith("ForXVector")
+        return _kind(model).endswith(("ForXVector", "ForSpeakerVerification"))
 
     def reference(self, item: Item) -> Any:
         """See `Task`; with trials nobody need be known."""
@@ -850,7 +868,7 @@ class Alignment(Task):
     """When the words of a known text are said: how far beginnings and ends are off, in seconds.
 
     Attributes:
-        language: of the text, for Whisper.
+        language: of the text, for Whisper and for a recogniser of several languages.
     """
 
     name: ClassVar[str] = "alignment"
@@ -866,6 +884,11 @@ class Alignment(Task):
     def reference(self, item: Item) -> Any:
         """See `Task`: words with `text`, `start` and `end`."""
         return _spans(super().reference(item), item.name, "words")
+
+    def prepare(self, items: Sequence[Item], wanted: Sequence[Any]) -> None:
+        """See `Task`."""
+        if hasattr(self.model, "speaking"):
+            self.model, self.processor = in_one_language(self.model, self.processor, self.language)
 
     def predict(self, batch: Sequence[Heard]) -> list[Row]:
         """See `Task`."""

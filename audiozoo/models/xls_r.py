@@ -23,7 +23,8 @@ drawn more often than their hours say), and what is built on it: with mBART's de
 
 What differs from wav2vec 2.0's LARGE: nothing but width, depth and the width of the codebooks. Heads of attention have
 64, 80 and 120 channels. Of a padded batch the strided convolutions see the padding too, as in `transformers`;
-`masked_adapter=True` translates each item as if it were alone.
+`masked_adapter=True` translates each item as if it were alone, as commands do; behind an encoder with GroupNorm
+`masked_group_norm=True` is needed too.
 
 Checkpoints: `facebook/wav2vec2-xls-r-{300m,1b,2b}-{21-to-en,en-to-15}` and `-2b-22-to-16`, which translate, and
 fairseq's files of the same, `xls_r_{300m,1b,2b}_{21_en,en_15}.pt` and `xls_r_2b_22_16.pt`. The pre-trained
@@ -314,6 +315,7 @@ class SpeechEncoderDecoderModel(nnx.Module):
         attention_mask: Int[Array, "batch samples"] | None = None,
         *,
         decoder_input_ids: Any = None,
+        masked_group_norm: bool = False,
         masked_adapter: bool = False,
         key: jax.Array | None = None,
         streamer: Streamer | None = None,
@@ -325,7 +327,9 @@ class SpeechEncoderDecoderModel(nnx.Module):
             input_values: waveforms at 16 kHz.
             attention_mask: 1 for a sample of the recording, 0 for padding behind it.
             decoder_input_ids: the text's beginning; by default `decoder_start_token_id`.
-            masked_adapter: translate a padded batch as its items one by one; see `Wav2Vec2Model`.
+            masked_group_norm: together with the next translate a padded batch as its items one by one; see
+                `Wav2Vec2Model`.
+            masked_adapter: see `Wav2Vec2Model`.
             key: randomness for `do_sample=True`.
             streamer: called on the host with every token.
             options: as for `transformers.generate`, by default those of the checkpoint; `forced_bos_token_id` is the
@@ -340,6 +344,7 @@ class SpeechEncoderDecoderModel(nnx.Module):
             decoder_input_ids = np.full((len(input_values), 1), config.decoder_start_token_id)
         check_ids(decoder_input_ids, config.decoder.vocab_size)
         mask = None if attention_mask is None else jnp.asarray(attention_mask)
+        masked = {"masked_group_norm": masked_group_norm, "masked_adapter": masked_adapter}
         output = _generate(
             *nnx.split(self),
             jnp.asarray(input_values),
@@ -348,12 +353,12 @@ class SpeechEncoderDecoderModel(nnx.Module):
             key,
             config=chosen,
             streamer=streamer,
-            masked_adapter=masked_adapter,
+            masked=tuple(masked.items()),
         ).trim()
         return output if chosen.return_dict_in_generate else np.asarray(output.sequences)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "config", "streamer", "masked_adapter"))
+@partial(jax.jit, static_argnames=("graphdef", "config", "streamer", "masked"))
 def _generate(
     graphdef: Any,
     state: Any,
@@ -364,11 +369,10 @@ def _generate(
     *,
     config: GenerationConfig,
     streamer: Streamer | None,
-    masked_adapter: bool,
+    masked: tuple[tuple[str, bool], ...],
 ) -> GenerateOutput:
     model = nnx.merge(graphdef, state)
-    options = {"masked_adapter": True} if masked_adapter else {}
-    encoded, mask = model.encode(input_values, attention_mask, **options)
+    encoded, mask = model.encode(input_values, attention_mask, **dict(masked))
     decoder = model.decoder.model.decoder
     cache = decoder.start(encoded.last_hidden_state, prompt.shape[1] + config.new_tokens(prompt.shape[1]))
 

@@ -106,9 +106,10 @@ def test_arpa_files(tmp_path):
         assert ctc.NgramModel.from_arpa(tmp_path / name).score(("A",), "B")[0] == pytest.approx(-0.5 * math.log(10))
     with pytest.raises(FileNotFoundError, match="no language model"):
         ctc.NgramModel.from_arpa(tmp_path / "other.arpa")
-    (tmp_path / "bad.arpa").write_text("\\1-grams:\nminus one A\n")
-    with pytest.raises(FileNotFoundError, match="line 2 is not in ARPA format"):
-        ctc.NgramModel.from_arpa(tmp_path / "bad.arpa")
+    for line, text in enumerate(("\\one-grams:\n", "\\1-grams:\nminus one A\n"), 1):
+        (tmp_path / "bad.arpa").write_text(text)
+        with pytest.raises(FileNotFoundError, match=f"line {line} is not in ARPA format"):
+            ctc.NgramModel.from_arpa(tmp_path / "bad.arpa")
 
 
 # --- beam search -----------------------------------------------------------------------------------------------------
@@ -335,6 +336,14 @@ def speech_like(frames: int, tokens: int, size: int, seed: int) -> tuple[np.ndar
     logits[places, 0] -= 4
     logits[places, targets] += 6
     return (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)).astype(np.float32), targets.tolist()
+
+
+def test_an_alignment_of_few_bits_is_that_of_its_numbers():
+    rng = np.random.default_rng(0)
+    scores = jnp.asarray(random_log_probs(300, 12, 0)[None], jnp.bfloat16)
+    targets = rng.integers(1, 12, (1, 60))
+    found, wanted = (ctc.forced_alignment(s, targets) for s in (scores, scores.astype(jnp.float32)))
+    np.testing.assert_array_equal(found.states, wanted.states)
 
 
 def test_a_window_finds_the_same_alignment():

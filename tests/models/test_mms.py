@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from audiozoo.commands.evaluation import _in_language
 from audiozoo.models import mms
 from audiozoo.models.mms import MMSConfig
 from audiozoo.processors.mms import AlignmentTokenizer, MMSProcessor
@@ -27,6 +28,10 @@ def test_the_aligners_alphabet(dictionary):
     assert [LETTERS[i] for i in tokenizer.word_ids("Don’t!")] == list("don't")
     assert tokenizer.word_ids("42") == []
     assert tokenizer.decode([4, 4, 0, 4, 5]) == "aai"
+    # `audiozoo evaluate --language` says how a text is romanised, as `audiozoo align` does.
+    aligner = type("Wav2Vec2ForCTC", (), {"config": MMSConfig()})()
+    assert _in_language(aligner, processor, "the aligner", {"language": "rus"})[0] is aligner
+    assert tokenizer.language == "rus"
     (dictionary / "dictionary.txt").write_text("a\nb\n")
     with pytest.raises(FileNotFoundError, match="no <blank>"):
         MMSProcessor.from_directory(dictionary)

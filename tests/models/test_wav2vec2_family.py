@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from audiozoo.decoding import ctc, encoders
+from audiozoo.errors import UsageError
+from audiozoo.evaluation.tasks import Heard, Transcription
+from audiozoo.layers.losses import ctc_loss
 from audiozoo.models import hubert, mms, wav2vec2, xls_r
+from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
+from audiozoo.training.data import Item
 from tests.models.random_model import random_model
 from tests.shapes import enforce
 from tests.tolerances import tolerance
@@ -57,6 +66,63 @@ def test_vmap_and_a_batch_agree(paper):
     np.testing.assert_allclose(rows, batch, rtol=limit.rtol, atol=limit.atol)
 
 
+ALONE = {
+    "half a pair": ("sew", "SEWForCTC", {}),
+    "blocks of samples": ("hubert", "HubertForCTC", {"frame_rule": "samples"}),
+    "strided convolutions": ("wav2vec2", "Wav2Vec2ForCTC", {"add_adapter": True, "num_adapter_layers": 2}),
+}
+
+
+@pytest.mark.parametrize("why", ALONE)
+def test_a_recording_is_heard_as_if_alone(why):
+    """Commands fill it up to one of few lengths; by the rules of training its end would hear what it is filled with."""
+    paper, name, changes = ALONE[why]
+    model = tiny.family(paper, name, **changes)
+    wave = np.random.default_rng(5).standard_normal(2980).astype(np.float32)  # 9 frames, and a good part of one
+    filled, mask = np.zeros((1, 4000), np.float32), np.zeros((1, 4000), np.int32)
+    filled[0, : len(wave)], mask[0, : len(wave)] = wave, 1
+    labels = jnp.asarray([[5, 7]])
+
+    @jax.jit
+    def run(model):
+        alone = model(wave[None], output_hidden_states=True)
+        return alone.logits[0], alone.hidden_states[-1][0], model(filled, mask, labels, masked_group_norm=True)
+
+    logits, states, trained = run(model)
+    limit = tolerance("sharded", "float32")
+    close = {"rtol": limit.rtol, "atol": limit.atol + limit.rtol * float(jnp.sqrt(jnp.square(logits).mean()))}
+    np.testing.assert_allclose(ctc.chunked_logits(model, wave), logits, **close)
+    processor = Wav2Vec2Processor(Wav2Vec2FeatureExtractor(do_normalize=False))
+    np.testing.assert_allclose(encoders.embed(model, processor, wave)["frames"], states, **close)
+    assert np.abs(trained.logits[0, : len(logits)] - logits).max() > 1e-3
+    # The loss counts the frames that the Transformer heard.
+    counted = model.backbone.frame_mask(mask, trained.logits.shape[1]).sum(axis=1)
+    assert (int(counted[0]) > len(logits)) == (why == "blocks of samples")
+    wanted = ctc_loss(trained.logits, labels, counted, reduction=model.config.ctc_loss_reduction)
+    np.testing.assert_allclose(trained.loss, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForXVector", "ForSpeakerVerification", "ForCTC"])
+def test_a_row_of_padding_harms_nobody(head):
+    """Nor do a few samples that make no frame: numbers and gradients stay finite."""
+    small = {"tdnn_dim": (6, 6), "tdnn_kernel": (3, 1), "tdnn_dilation": (2, 1), "xvector_output_dim": 5}
+    model = tiny.family("wav2vec2", f"Wav2Vec2{head}", **small)
+    mask = jnp.asarray(np.arange(SAMPLES) < np.array([[SAMPLES], [7], [0]]), jnp.int32)
+    labels = {"ForCTC": jnp.asarray([[5], [-100], [-100]]), "ForSpeakerVerification": None}
+    given = labels.get(head, jnp.asarray([1, -100, -100]))
+    graphdef, state, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(state, mask):
+        model = nnx.merge(graphdef, state, rest)
+        more = {} if given is None else {"labels": given}
+        output = model(waves() * mask, mask, masked_group_norm=True, **more)
+        return output.embeddings.sum() if given is None else output.loss
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(state, mask)
+    assert np.isfinite(value)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
 def test_each_item_has_its_own_language_and_mask():
     model, x = languages_model(), waves()
     spans = jnp.asarray(np.random.default_rng(1).random((3, model.backbone.frame_lengths(SAMPLES))) < 0.5)
@@ -67,6 +133,32 @@ def test_each_item_has_its_own_language_and_mask():
         model.language_index([0, 2, 1], 3)
     with pytest.raises(ValueError, match="go up to 9; eng has 8 letters"):
         model(x[:2], labels=jnp.asarray([[9], [9]]), languages=["fra", "eng"])
+
+
+def test_several_languages_are_transcribed_one_at_a_time():
+    model, wave = languages_model(), np.asarray(waves()[0])
+    model.lm_head.bias[...] = model.lm_head.bias[...].at[:, :5].add(-1e3)  # letters alone
+    alphabets = {"eng": "abc", "fra": "defghij"}
+    vocabulary = {
+        language: {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", "|", *letters])}
+        for language, letters in alphabets.items()
+    }
+    processor = Wav2Vec2Processor(Wav2Vec2FeatureExtractor(), Wav2Vec2CTCTokenizer(vocabulary, target_lang="eng"))
+    french = ctc.transcribe_ctc(model, processor, wave, language="fra")
+    assert processor.tokenizer.target_lang == "eng"
+    processor.set_target_lang("fra")
+    assert french == ctc.transcribe_ctc(model.speaking("fra"), processor, wave)
+    assert set(french.text) & set(alphabets["fra"])
+    (word,) = ctc.align(model, processor, wave, "de", language="fra")
+    assert word["text"] == "de"
+    item = Item("clip", Path("clip.wav"), None, {"text": french.text})
+    task = Transcription(model, processor, language="fra", normalise="none")
+    task.prepare([item], [french.text])
+    assert task.predict([Heard("clip", wave, french.text)])[0]["hypothesis"] == french.text
+    with pytest.raises(UsageError, match="holds eng, fra; say which with language"):
+        ctc.transcribe_ctc(model, processor, wave)
+    with pytest.raises(UsageError, match="load the adapters of eng"):
+        ctc.align(model.speaking("fra"), processor, wave, "de", language="eng")
 
 
 def test_annotations_of_wav2vec2_and_hubert_hold(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ import torch
 import transformers
 from flax import nnx
 
+from audiozoo.decoding.encoders import without_padding
+from audiozoo.decoding.pieces import in_language
 from audiozoo.errors import CheckpointError, UsageError
 from audiozoo.models import wav2vec2, xls_r
 from audiozoo.models.xls_r import (
@@ -187,14 +190,19 @@ def test_generated_tokens(translator, beams):
         model.generate(jnp.asarray(x), jnp.asarray(mask), max_new_tokens=31)
 
 
-def test_a_padded_batch_equals_its_items():
-    """With `masked_adapter`, and without it not."""
-    reference, model, _ = translators(num_adapter_layers=2, output_hidden_size=24)
+@pytest.mark.parametrize("norm", ["layer", "group"])
+def test_a_padded_batch_equals_its_items(norm):
+    """With `masked_adapter`, behind GroupNorm also with `masked_group_norm`, and without them not."""
+    reference, model, _ = translators(num_adapter_layers=2, output_hidden_size=24, feat_extract_norm=norm)
+    options = without_padding(model.config.encoder)
+    assert set(options) == {"masked_adapter"} | ({"masked_group_norm"} if norm == "group" else set())
     x, mask = padded()
     length = int(mask[1].sum())
     with torch.no_grad():
         alone = reference.encoder(torch.tensor(x[1:, :length])).last_hidden_state[0].numpy()
-    run = jax.jit(lambda m, masked: m.encode(x, mask, masked_adapter=masked)[0].last_hidden_state, static_argnums=1)
+    run = jax.jit(
+        lambda m, masked: m.encode(x, mask, **dict.fromkeys(options, masked))[0].last_hidden_state, static_argnums=1
+    )
     found = run(model, True)[1, : len(alone)]
     harness.assert_close(found, alone, name="the shorter item")
     assert np.abs(np.asarray(run(model, False))[1, : len(alone)] - alone).max() > 1e-3
@@ -337,6 +345,17 @@ def test_pieces_of_words(tmp_path):
     assert processor.batch_decode(batch["input_ids"], skip_special_tokens=True) == text
     with pytest.raises(ValueError, match="no language 'xx'"):
         ours.set_target_lang("xx")
+    # Which to write: the one that is asked for, or else the checkpoint's.
+    into_english = SpeechEncoderDecoderGenerationConfig((("forced_bos_token_id", ours.lang_code_to_id["en_XX"]),))
+    for search, code, wanted in (
+        (into_english, None, "en_XX"),
+        (into_english, "de", "de_DE"),
+        (None, "sv_SE", "sv_SE"),
+    ):
+        model = types.SimpleNamespace(generation_config=search or SpeechEncoderDecoderGenerationConfig())
+        assert in_language(model, processor, code) == {"forced_bos_token_id": ours.lang_code_to_id[wanted]}
+    with pytest.raises(UsageError, match="xh_ZA, gl_ES, sl_SI; say which with language"):
+        in_language(model, processor, None)
 
 
 def test_labels_shifted():

@@ -78,13 +78,13 @@ FAMILY: dict[str, tuple[Any, dict[str, Any]]] = {
 PROCESSOR = Wav2Vec2Processor(Wav2Vec2FeatureExtractor(), Wav2Vec2CTCTokenizer(LETTERS))
 
 
-def family(paper: str, name: str) -> Any:
+def family(paper: str, name: str, **changes: Any) -> Any:
     cls, more = FAMILY[paper]
     known = {f.name for f in dataclasses.fields(cls)}
     sizes = SPEECH | more
     if name.endswith("ForSequenceClassification"):  # a head over a frozen body learns little where half is masked
         sizes |= {"mask_time_prob": 0.0}
-    config = cls(**{n: v for n, v in sizes.items() if n in known})
+    config = cls(**{n: v for n, v in (sizes | changes).items() if n in known})
     module = {"wav2vec2": wav2vec2, "hubert": hubert, "wavlm": wavlm, "sew": sew}.get(paper) or {
         "unispeech": unispeech,
         "unispeech_sat": unispeech_sat,
