@@ -18,6 +18,7 @@ import optax
 from flax import nnx
 
 from audiozoo.audio.features import log_mel_spectrogram
+from audiozoo.decoding.encoders import without_padding
 from audiozoo.decoding.units import cepstra
 from audiozoo.decoding.windows import short_window
 from audiozoo.errors import UsageError
@@ -150,9 +151,10 @@ class CTC(Objective):
         def loss(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
             model, labels, mask = networks["model"], batch["labels"], batch["attention_mask"]
             key = turn.key if turn.training else None
-            more = {"languages": batch["languages"]} if "languages" in batch else {}
+            more: dict[str, Any] = {"languages": batch["languages"]} if "languages" in batch else {}
+            more |= without_padding(model.config)
             logits = model(batch["input_values"], mask, key=key, **more).logits
-            lengths = model.backbone.frame_lengths(mask.sum(axis=1))
+            lengths = model.backbone.frame_mask(mask, logits.shape[1]).sum(axis=1)
             blank = model.config.pad_token_id
             losses = ctc_loss(logits, labels, lengths, blank=blank, reduction="none", zero_infinity=True)
             return Loss(losses.sum(), ((labels != IGNORED_LABEL) & (labels != blank)).sum())
@@ -236,6 +238,8 @@ class Seq2Seq(Objective):
                 if getattr(processor.tokenizer, "lang_code_to_id", None):  # S2T, §3: a language is given, not learnt
                     options["ignore_prefix_size"] = 1
                     labels = labels.at[:, 0].set(IGNORED_LABEL)
+            else:
+                options |= without_padding(getattr(model.config, "encoder", model.config))
             if self.smoothing and turn.training:
                 options["label_smoothing"] = self.smoothing
             output = model(**batch, **options)
@@ -301,7 +305,7 @@ class Pretraining(Objective):
         def loss(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
             model, values, present = networks["model"], batch["input_values"], batch["attention_mask"]
             mask_key, mix_key, negative_key, key = jax.random.split(turn.key, 4)  # type: ignore[arg-type]
-            backbone, options = model.backbone, {}
+            backbone, options = model.backbone, dict[str, Any](without_padding(model.config))
             frames = backbone.frame_lengths(values.shape[1], adapter=False)
             valid = backbone.frame_mask(present, frames, adapter=False)
             spans, _ = backbone.draw_masks(mask_key, len(values), frames, valid)
@@ -315,13 +319,16 @@ class Pretraining(Objective):
                 options["mixes"] = wavlm.draw_mixes(
                     mix_key, *values.shape, probability=self.mixing, lengths=present.sum(axis=1)
                 )
+                options["normalize"] = getattr(processor, "feature_extractor", processor).do_normalize
             if not turn.training and self.end_temperature is not None:
                 if self.units:  # UniSpeech-SAT
                     count = model.config.cross_sample_instances
                     options["instances"] = unispeech_sat.sample_instances(negative_key, spans & valid, count)
                 else:
-                    count = model.config.num_negatives
-                    options["sampled_negative_indices"] = wav2vec2.sample_negative_indices(negative_key, spans, count)
+                    among = valid if self.phonemes else spans  # UniSpeech's are not of masked frames alone
+                    options["sampled_negative_indices"] = wav2vec2.sample_negative_indices(
+                        negative_key, among, model.config.num_negatives
+                    )
             output = model(
                 values,
                 present,
@@ -442,8 +449,8 @@ class Utterance(Objective):
         """See `Objective`."""
 
         def loss(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
-            output = networks["model"](**batch, key=turn.key if turn.training else None)
-            labels = batch["labels"]
+            model, labels = networks["model"], batch["labels"]
+            output = model(**batch, **without_padding(model.config), key=turn.key if turn.training else None)
             right = (output.logits.argmax(axis=-1) == labels).sum()
             return Loss(output.loss * len(labels), len(labels), {"accuracy": right})
 

@@ -30,6 +30,7 @@ from audiozoo.loading import variables
 from audiozoo.models import audio_spectrogram_transformer as ast
 from audiozoo.models import encodec, hifigan, whisper
 from audiozoo.models.audio_spectrogram_transformer import ASTRecipe
+from audiozoo.models.hubert import HubertForPreTrainingOutput
 from audiozoo.models.musicgen import MusicgenRecipe
 from audiozoo.models.speech_to_text import SpecAugmentPolicy
 from audiozoo.models.wav2vec2 import Wav2Vec2Config
@@ -288,6 +289,34 @@ def test_units_follow_the_part_that_is_heard(corpus, tmp_path):
     assert hearing.clusters.centroids.shape == (3, 39)
     with pytest.raises(AudioError, match="Of 1 recordings none can be read"):
         run._clusters(hearing, [Item("broken", broken)], SimpleNamespace(num_clusters=3))
+
+
+def test_pretraining_hears_what_use_hears():
+    """Without padding, and normalised after mixing; UniSpeech's distractors are any frames, in evaluation as well."""
+
+    class Listening:
+        def __init__(self, model):
+            self.config, self.backbone = model.config, model.backbone
+
+        def __call__(self, values, present, **options):
+            self.options = options
+            return HubertForPreTrainingOutput(loss=jnp.zeros(()))
+
+    for name, training in (("wavlm_pretraining", True), ("unispeech_pretraining", False)):
+        row, model, processor = tiny.small(recipe(name))
+        batch = {"input_values": jnp.ones((2, 3200)), "attention_mask": jnp.ones((2, 3200), jnp.int32)}
+        listening = Listening(model)
+        row.objective.loss(processor)(
+            {"model": listening}, batch, Turn(jax.random.key(0), jnp.zeros(()), None, training)
+        )
+        told = listening.options
+        assert told["masked_group_norm"]
+        if training:
+            assert told["normalize"]
+        else:
+            masked = np.asarray(told["mask_time_indices"]).reshape(-1)
+            assert masked.any()
+            assert not masked[np.asarray(told["sampled_negative_indices"])[told["mask_time_indices"]]].all()
 
 
 def test_bark_learns_from_texts_as_it_reads_them():
