@@ -1,10 +1,11 @@
 """What loading, converting and exporting cost in memory: at most 1.3 times the checkpoint and half a gigabyte; and
 what a long recording costs: no more than a short one.
 
-Each command runs in a process of its own, whose peak the kernel keeps. The checkpoint here has 0.6 GB; another size of
-`WhisperConfig` is measured by hand, with its files written below DIRECTORY:
+Each command runs in a process of its own, whose peak the kernel keeps. The checkpoint here has 0.6 GB; others, of a
+class and a published size, are measured by hand, with their files written below DIRECTORY:
 
-    python -m tests.weights_conversion.test_memory DIRECTORY large_v3
+    python -m tests.weights_conversion.test_memory DIRECTORY WhisperForConditionalGeneration large_v3
+    python -m tests.weights_conversion.test_memory DIRECTORY SeamlessM4Tv2Model large
 """
 
 from __future__ import annotations
@@ -17,25 +18,24 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from flax import nnx
 
 from audiozoo import packaged
 from audiozoo.layers.abstract import abstract
 from audiozoo.loading import variables
 from audiozoo.models.seamless_m4t import SeamlessM4TConfig, SeamlessM4TModel
-from audiozoo.models.whisper import WhisperConfig, WhisperForConditionalGeneration
+from audiozoo.models.whisper import WhisperConfig
+from audiozoo.registry import paper_of_class
 from tests.seamless_names import fairseq2_names, fairseq_names
 from tests.weights_conversion.test_readers import Persistent, archive, assemble, rebuilt
 from weights_conversion import seamless_m4t
 from weights_conversion.readers import write_safetensors
 from weights_conversion.readers.tensors import c_strides
-from weights_conversion.whisper import hugging_face_table
 
 ROOT = Path(__file__).resolve().parents[2]
-NAME = "WhisperForConditionalGeneration"
 
 PEAK = """
 import re
@@ -43,6 +43,16 @@ from pathlib import Path
 print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024)
 """
 LOAD = "import sys, audiozoo; audiozoo.load(sys.argv[1])"
+LOAD_INTO_SHARDS = """
+import os, sys
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+import audiozoo
+from audiozoo import loading, sharding
+model = audiozoo.load(sys.argv[1], mesh=sharding.make_mesh({"fsdp": 8}))
+arrays = [variable[...] for variable in loading.variables(model).values()]
+first = sum(array.addressable_shards[0].data.nbytes for array in arrays)
+assert first < sum(array.nbytes for array in arrays) / 7, first
+"""
 # The command line exits at its end; its peak is printed all the same.
 COMMAND = """
 import sys
@@ -102,25 +112,25 @@ assert done[-1] == (seconds // 2, seconds // 2), done
 ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
 
 
-def write_checkpoint(directory: Path, config: WhisperConfig) -> int:
-    """A random float32 checkpoint as `save_pretrained` writes it; returns the bytes of its tensors."""
-    table = hugging_face_table(config, NAME)
-    expected = variables(nnx.eval_shape(lambda: WhisperForConditionalGeneration(config, rngs=nnx.Rngs(0))))
+def write_checkpoint(directory: Path, name: str, config: Any) -> int:
+    """A random float32 checkpoint of a class as `save_pretrained` writes it; returns the bytes of its tensors."""
+    paper = paper_of_class(name)
+    model = abstract(lambda rngs: paper.model_class(name)(config, rngs=rngs))
+    expected, form = variables(model), paper.conversion.hugging_face(model)
     random = np.random.default_rng(0)
     total = 0
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         nonlocal total
-        for step in table.steps_for(expected):
+        for step in form.table.steps_for(expected):
             blank = tuple(np.broadcast_to(np.float32(0), tuple(expected[path].shape)) for path in step.ours)
-            for name, array in zip(step.foreign, step.operation.inverse(blank), strict=True):
+            for tensor, array in zip(step.foreign, step.operation.inverse(blank), strict=True):
                 total += 4 * math.prod(array.shape)
-                yield name, random.random(array.shape, np.float32)
+                yield tensor, random.random(array.shape, np.float32)
 
     write_safetensors(directory, tensors())
-    settings = {"architectures": [NAME], "model_type": "whisper", **dataclasses.asdict(config)}
-    del settings["id2label"]
-    (directory / "config.json").write_text(json.dumps(settings))
+    for file, content in form.files.items():
+        (directory / file).write_text(json.dumps(content))
     return total
 
 
@@ -168,6 +178,8 @@ def commands(source: Path, out: Path) -> dict[str, tuple]:
         "convert": (COMMAND, "convert", source, out / "native"),
         "export": (COMMAND, "export", source, out / "hugging_face"),
         "load native": (LOAD, out / "native"),
+        "load into shards": (LOAD_INTO_SHARDS, source),
+        "load native into shards": (LOAD_INTO_SHARDS, out / "native"),
     }
 
 
@@ -178,7 +190,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason=
 @pytest.mark.slow
 def test_peak_memory(tmp_path):
     config = dataclasses.replace(WhisperConfig.medium(), encoder_layers=3, decoder_layers=3)
-    size = write_checkpoint(tmp_path / "source", config)
+    size = write_checkpoint(tmp_path / "source", "WhisperForConditionalGeneration", config)
     assert 4.5e8 < size < 7e8
     assert (tmp_path / "source" / "model.safetensors").stat().st_size > size
     for name, command in commands(tmp_path / "source", tmp_path).items():
@@ -225,8 +237,9 @@ def test_a_song_of_three_minutes_needs_no_more_memory_than_one_of_half_a_minute(
 
 
 def main() -> None:
-    directory, size_name = Path(sys.argv[1]), sys.argv[2]
-    size = write_checkpoint(directory / "source", getattr(WhisperConfig, size_name)())
+    directory, name, published = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    config = getattr(paper_of_class(name).config_class, published)()
+    size = write_checkpoint(directory / "source", name, config)
     for name, command in commands(directory / "source", directory).items():
         peak = peak_of(*command)
         print(
