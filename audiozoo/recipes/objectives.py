@@ -569,6 +569,8 @@ class Voice(Objective):
         """See `Objective`."""
         text = processor(text_of(fields))
         example = {name: text[name][0] for name in ("input_ids", "attention_mask")}
+        if not example["attention_mask"].any():
+            raise UsageError(f"The text {text_of(fields)!r} has no symbol that this voice knows.")
         hop, least = config.hop_length, max(self.segment_frames, len(example["input_ids"])) + 1
         waveform = np.pad(waveform, (0, max(0, least * hop - len(waveform)))).astype(np.float32)
         example |= {"waveform": waveform[: len(waveform) // hop * hop]}

@@ -516,6 +516,9 @@ def test_what_a_recording_must_bring_is_named(corpus):
     wrong = {**fields, "speaker_embedding": [1.0, 2.0]}
     with pytest.raises(UsageError, match="has 2 numbers; the model's have 6"):
         row.objective.prepare(processor, model.config, np.zeros(6400, np.float32), wrong, rng)
+    voice, config = VitsProcessor(VitsTokenizer(tiny.LETTERS, phonemize=False)), SimpleNamespace(hop_length=8)
+    with pytest.raises(UsageError, match="'1995' has no symbol that this voice knows"):
+        recipe("vits").objective.prepare(voice, config, np.zeros(800, np.float32), {"text": "1995"}, rng)
     row, model, processor = tiny.small(recipe("pop2piano"))
     with pytest.raises(UsageError, match="more than the 3 beats"):
         row.objective.prepare(processor, model.config, np.zeros(3200), {**fields, "beats": [0.0, 0.1, 0.2]}, rng)
