@@ -12,7 +12,7 @@ import pytest
 import audiozoo
 from audiozoo import cli
 from audiozoo.audio.files import write
-from audiozoo.commands import terminal
+from audiozoo.commands import hearing, terminal
 from audiozoo.errors import AudioError
 from audiozoo.models import clap
 from audiozoo.processors.audio_spectrogram_transformer import ASTFeatureExtractor
@@ -130,6 +130,9 @@ def test_search_looks_once(command, checkpoints, monkeypatch, tmp_path):
     assert again.out == first.out
     told = json.loads(command(*arguments, "--json").out)
     assert [f"{entry['score']:+.3f}  {entry['file']}" for entry in told] == lines
+    here, gone = checkpoints / "sounds" / "hum.wav", tmp_path / "gone.wav"  # since the directory was looked through
+    found, _ = hearing.embeddings_of([gone, here], lambda file: np.ones(3), tmp_path / "other.npz")
+    assert found == [here]
 
 
 @pytest.mark.parametrize(

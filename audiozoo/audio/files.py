@@ -130,7 +130,9 @@ def _open(source: Source) -> Iterator[_Decoder]:
     file, reason = None, "it is several Ogg streams in one file"
     if not chained:
         try:
-            file = _FromFrontToBack(content)
+            # A file's name is bytes, which need be no letters; on Windows it is letters.
+            in_bytes = isinstance(content, str) and sys.platform != "win32"
+            file = _FromFrontToBack(os.fsencode(content) if in_bytes else content)
         except soundfile.LibsndfileError as problem:
             reason = str(problem.error_string)
             if not isinstance(content, str):

@@ -187,17 +187,17 @@ def embeddings_of(
     found, rows, fresh = [], [], 0
     with progress_bar("embedding", len(files), "files") as update:
         for count, file in enumerate(files, 1):
-            status = file.stat()
-            key = f"{file.resolve()}\n{status.st_size}\n{status.st_mtime_ns}"
-            if key not in known:
-                try:
+            try:
+                status = file.stat()
+                key = f"{file.resolve()}\n{status.st_size}\n{status.st_mtime_ns}"
+                if key not in known:
                     known[key] = compute(file)
-                except AudiozooError as error:
-                    say(f"left out: {file}: {error}", "yellow")
-                    continue
-                fresh += 1
-                if fresh % SAVE_EVERY == 0:
-                    _write_cache(cache, known)
+                    fresh += 1
+                    if fresh % SAVE_EVERY == 0:
+                        _write_cache(cache, known)
+            except (AudiozooError, OSError) as error:  # it may be gone by now
+                say(f"left out: {file}: {error}", "yellow")
+                continue
             found.append(file)
             rows.append(known[key])
             update(count, len(files))

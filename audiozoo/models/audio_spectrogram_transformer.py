@@ -75,6 +75,7 @@ from audiozoo.layers import (
 )
 from audiozoo.layers.basic import at_least_float32
 from audiozoo.layers.losses import cross_entropy
+from audiozoo.layers.stacking import unscanned
 from audiozoo.outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
 
 SPECIAL_TOKENS = 2  # [CLS] and DeiT's distillation token stand before the patches
@@ -548,9 +549,9 @@ def resized(
         frequency_stride: mel bands between patches.
 
     Returns:
-        A new model of the same class, with its position embeddings cut or interpolated.
+        A new model of the same class, with its position embeddings cut or interpolated; its layers are not stacked.
     """
-    old = model.config
+    model, old = unscanned(model), model.config
     wanted: dict[str, Any] = {
         "max_length": max_length,
         "num_mel_bins": num_mel_bins,

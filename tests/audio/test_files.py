@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import tracemalloc
 
@@ -90,6 +91,9 @@ def test_the_source_may_be_bytes_a_file_a_pipe_or_standard_input(tmp_path, monke
         np.testing.assert_array_equal(audio.read(source), expected)
     with open(path, "rb") as file:
         np.testing.assert_array_equal(audio.read(file), expected)
+    if sys.platform == "linux":  # where a name is any bytes: an old one in Latin-1
+        old = path.rename(tmp_path / os.fsdecode(b"caf\xe9.flac"))
+        np.testing.assert_array_equal(audio.read(old), expected)
 
 
 @pytest.mark.parametrize("mono", [True, False])

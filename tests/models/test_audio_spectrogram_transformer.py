@@ -22,6 +22,7 @@ import audiozoo
 from audiozoo import sharding
 from audiozoo.audio.files import write
 from audiozoo.errors import AudioError, CheckpointError, SourceError, UsageError
+from audiozoo.layers.stacking import scanned
 from audiozoo.models import audio_spectrogram_transformer as ast
 from audiozoo.processors.audio_spectrogram_transformer import ASTFeatureExtractor
 from audiozoo.recipes import small_ast
@@ -112,7 +113,7 @@ def test_dropout_needs_a_key(model):
 
 
 def test_resized(model):
-    same = ast.resized(model)
+    same = ast.resized(scanned(model))
     np.testing.assert_array_equal(audiozoo.jit(same)(features()).logits, audiozoo.jit(model)(features()).logits)
     longer = ast.resized(model, max_length=64, time_stride=4, frequency_stride=4)
     assert longer.config.grid == (3, 15)
