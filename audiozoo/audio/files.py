@@ -131,8 +131,8 @@ def _open(source: Source) -> Iterator[_Decoder]:
     if not chained:
         try:
             # A file's name is bytes, which need be no letters; on Windows it is letters.
-            in_bytes = isinstance(content, str) and sys.platform != "win32"
-            file = _FromFrontToBack(os.fsencode(content) if in_bytes else content)
+            named = isinstance(content, str) and sys.platform != "win32"
+            file = _FromFrontToBack(os.fsencode(str(content)) if named else content)
         except soundfile.LibsndfileError as problem:
             reason = str(problem.error_string)
             if not isinstance(content, str):
