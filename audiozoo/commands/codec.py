@@ -108,9 +108,15 @@ def encode(
     config.quantizers_for(bandwidth)  # refused before the sound is read
     mono = config.audio_channels == 1
     layout = None if raw is None else SampleFormat(raw, config.audio_channels)
+
+    def fitted(samples: np.ndarray) -> np.ndarray:
+        """In the model's channels: the first ones of many, mono in both of stereo."""
+        samples = samples[None] if samples.ndim == 1 else samples[: config.audio_channels]
+        return samples.repeat(config.audio_channels // len(samples), axis=0)
+
     if stream:
         with _opened(source) as file:
-            pieces = read_stream(file, config.sampling_rate, mono=mono, raw=layout)
+            pieces = (fitted(piece) for piece in read_stream(file, config.sampling_rate, mono=mono, raw=layout))
             size = _write_on(out, compress_stream(compiled, pieces, bandwidth))
         say(f"{size} bytes")
         return
@@ -120,9 +126,7 @@ def encode(
         samples = samples[0] if mono else samples
     else:
         samples = read(source, config.sampling_rate, mono=mono)
-    samples = samples[None] if samples.ndim == 1 else samples[: config.audio_channels]
-    if len(samples) < config.audio_channels:
-        samples = samples.repeat(config.audio_channels, axis=0)
+    samples = fitted(samples)
     with progress_bar("encoding", None, "frames") as update:
         content = compress(compiled, samples, bandwidth, progress=update)
     _write_on(out, [content])

@@ -644,6 +644,15 @@ def test_codec_on_the_command_line(tmp_path, monkeypatch):
     told = json.loads(run("info", "-", "--json", stdin=second + bytes(375)).stdout)
     assert (told["seconds"], "missing_bytes" in told) == (1.0, False)
     assert "missing bytes   5" in run("info", "-", stdin=second + bytes(370)).stdout
+    # Mono is the same in both channels of a stereo model, and of many channels the first two are taken.
+    audiozoo.save(tiny(dataclasses.replace(TINY, audio_channels=2)), tmp_path / "two")
+    for channels in (1, 3):
+        soundfile.write(tmp_path / "other.wav", sound(200, channels), 800)
+        one, other = (
+            run("encode", str(tmp_path / "other.wav"), "-", "--model", str(tmp_path / "two"), *how).stdout_bytes
+            for how in ([], ["--stream"])
+        )
+        assert other[-75 // 2 :] == one[-75 // 2 :] != b""
     streamed = run("encode", sound_file, "-", "--model", where["model"], "--bandwidth", "2.4", "--stream").stdout_bytes
     assert streamed[-len(content) + len(header(al=200)) :] == content[len(header(al=200)) :]
     piped = run("decode", "-", "-", "--model", where["model"], "--raw", stdin=streamed)
