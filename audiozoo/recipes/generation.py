@@ -24,6 +24,7 @@ from audiozoo.recipes.objectives import (
     LABELS,
     Fields,
     Objective,
+    in_channels,
     speech_example,
     text_of,
     unprocessed_example,
@@ -330,6 +331,10 @@ class Music(Objective):
         """See `Objective`."""
         return {"waveform": Padding(), "input_ids": Padding(0, 16), "attention_mask": Padding(0, 16)}
 
+    def mono(self, config: Any) -> bool:
+        """See `Objective`."""
+        return bool(config.audio_channels == 1)
+
     def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
         """See `Objective`; of what is known besides, strings count as tags: `genre`, `key` …"""
         text = fields.get("text")
@@ -337,15 +342,15 @@ class Music(Objective):
         text = musicgen.augmented(text, tags, rng, self.recipe)
         tokens = processor.tokenizer([text or ""])
         ids, mask = (np.asarray(tokens[name][0], np.int32) for name in ("input_ids", "attention_mask"))
-        hop = config.audio_encoder.hop_length
+        hop, channels = config.audio_encoder.hop_length, in_channels(waveform, config.audio_channels)
         example = {
-            "waveform": waveform.astype(np.float32),
-            "frames": np.asarray(-(-len(waveform) // hop), np.int32),
+            "waveform": channels.T.astype(np.float32),  # padded along its first axis
+            "frames": np.asarray(-(-channels.shape[1] // hop), np.int32),
             "input_ids": ids,
             "attention_mask": mask if text else 0 * mask,
         }
         if isinstance(processor.feature_extractor, MusicgenMelodyFeatureExtractor):
-            melody = processor.melody(example["waveform"], processor.feature_extractor.sampling_rate)[0]
+            melody = processor.melody(example["waveform"].mean(axis=1), processor.feature_extractor.sampling_rate)[0]
             example["input_features"] = np.resize(melody, (config.chroma_length, melody.shape[1]))
         return example
 
@@ -354,7 +359,7 @@ class Music(Objective):
 
         def loss(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
             model = networks["model"]
-            codes = jax.lax.stop_gradient(model.audio_to_codes(batch["waveform"][:, None]))
+            codes = jax.lax.stop_gradient(model.audio_to_codes(batch["waveform"].swapaxes(1, 2)))
             real = jnp.arange(codes.shape[2]) < batch["frames"][:, None]
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "input_features") if name in batch}
             if "input_features" in batch:

@@ -106,6 +106,10 @@ class Objective:
         """How often to draw each recording, where they are not drawn alike."""
         return None
 
+    def mono(self, config: Any) -> bool:
+        """Whether recordings are brought to one channel."""
+        return True
+
     def loss(self, processor: Any) -> Callable[[dict[str, Any], Any, Turn], Loss]:
         """The loss of the only phase."""
         raise NotImplementedError
@@ -122,6 +126,12 @@ def speech_example(processor: Any, waveform: np.ndarray) -> Example:
     if extractor.do_normalize:
         waveform = zero_mean_unit_variance(waveform)
     return {"input_values": waveform.astype(np.float32), "attention_mask": np.ones(len(waveform), np.int32)}
+
+
+def in_channels(waveform: np.ndarray, channels: int) -> np.ndarray:
+    """A recording, `(time,)` or `(channels, time)`, in as many channels as a model has: mono is the same in all."""
+    rows = np.atleast_2d(waveform)[:channels]
+    return np.repeat(rows[:1], channels, axis=0) if len(rows) < channels else rows
 
 
 def unprocessed_example(waveform: np.ndarray) -> Example:
@@ -716,11 +726,14 @@ class Codec(Objective):
 
     def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
         """See `Objective`; a mono recording is the same in both channels of a stereo model."""
-        length = round(self.segment * config.sampling_rate)
-        start = int(rng.integers(max(len(waveform) - length, 0) + 1))
-        cut = waveform[start : start + length].astype(np.float32)
-        cut = np.pad(cut, (0, length - len(cut)))
-        return {"input_values": np.repeat(cut[None], config.audio_channels, axis=0)}
+        length, waveform = round(self.segment * config.sampling_rate), in_channels(waveform, config.audio_channels)
+        start = int(rng.integers(max(waveform.shape[1] - length, 0) + 1))
+        cut = waveform[:, start : start + length].astype(np.float32)
+        return {"input_values": np.pad(cut, ((0, 0), (0, length - cut.shape[1])))}
+
+    def mono(self, config: Any) -> bool:
+        """See `Objective`."""
+        return bool(config.audio_channels == 1)
 
     def task(self, model: Any, processor: Any, settings: Settings, trainable: Trainable, dtype: Any = None) -> Task:
         """See `Objective`."""

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from audiozoo import hub, loading, registry, sharding
+from audiozoo.checkpoints import is_native
 from audiozoo.decoding.units import KMeans, cepstra
 from audiozoo.errors import AudioError, AudiozooError, CheckpointError, UsageError
 from audiozoo.layers.abstract import abstract
@@ -73,6 +75,7 @@ class Run:
             process=(jax.process_index(), jax.process_count()),
             whole=self.recipe.objective.whole,
             odds=odds,
+            mono=self.recipe.objective.mono(self.model.config),
             seed=self.trainer.options.seed,
             **options,
         )
@@ -92,8 +95,10 @@ def sampling_rate(model: Any, processor: Any) -> int:
     return 16_000
 
 
-def resized(model: Any, *, dtype: Any = None, **changes: Any) -> Any:
+def resized(model: Any, *, cls: Any = None, dtype: Any = None, **changes: Any) -> Any:
     """The model with another configuration: parameters that keep their shape keep their values, the others are new.
+
+    With `cls` it is of that class, of the same configuration, and keeps the parameters of the same names.
 
     It computes in `dtype`, or in the model's own where that can be read off it; many a model hands it on to its layers.
     AST's positions are cut or interpolated for spectrograms of another size, as in its §2.2.
@@ -101,13 +106,13 @@ def resized(model: Any, *, dtype: Any = None, **changes: Any) -> Any:
     sizes = {n: changes[n] for n in ("max_length", "num_mel_bins", "time_stride", "frequency_stride") if n in changes}
     if sizes and isinstance(model, ast.ASTModel | ast.ASTForAudioClassification):
         model = ast.resized(model, **sizes)
-    cls, config = type(model), dataclasses.replace(model.config, **changes)
+    kind, config = cls or type(model), dataclasses.replace(model.config, **changes)
     values = {name: leaf[...] for name, leaf in loading.variables(model).items()}
     dtype = getattr(model, "dtype", None) if dtype is None else dtype
     param_dtype = next(iter(values.values())).dtype
 
     def create(rngs: Any) -> Any:
-        return cls(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        return kind(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     new = abstract(create)
     shapes = {name: leaf.shape for name, leaf in loading.variables(new).items()}
@@ -118,7 +123,8 @@ def resized(model: Any, *, dtype: Any = None, **changes: Any) -> Any:
 
     # Compiled, so that what is kept is not drawn as well.
     new = loading.with_variables(new, kept | jax.jit(draw)())
-    return loading.finish(new, {n: getattr(model, n) for n in ("generation_config",) if hasattr(model, n)})
+    same = ("generation_config",) if kind is type(model) and hasattr(model, "generation_config") else ()
+    return loading.finish(new, {name: getattr(model, name) for name in same})
 
 
 def drawn(create: Callable[[Any], Any], seed: int, mesh: Mesh | None) -> Any:
@@ -219,15 +225,36 @@ def _begun(
         sizes = {name: getattr(wanted, name) for name in changes}
         model = drawn(lambda rngs: ast_files.from_deit(path, rngs=rngs, dtype=dtype, **sizes), seed, mesh)
         return model, ast_files.features_of(model.config)
+    rules = None if mesh is None else sharding.TRAINING_RULES  # straight into the shards that it is trained in
+    if path.is_dir() and is_native(path):  # what `train` or `save` wrote
+        model = loading.load(path, dtype=dtype, mesh=mesh, rules=rules)
+        return _headed(recipe, model, path, dtype), loading.processor_of(path, paper)
     model = loading.load(
         path,
         model_class=recipe.model_class,
         initialize=recipe.new and f".*(?:{recipe.new}).*",  # which finds a part of a name
         dtype=dtype,
         mesh=mesh,
-        rules=None if mesh is None else sharding.TRAINING_RULES,  # straight into the shards that it is trained in
+        rules=rules,
     )
     return model, loading.processor_of(path, paper)
+
+
+def _headed(recipe: Recipe, model: Any, path: Path, dtype: Any) -> Any:
+    """A model of the recipe's class with the body of `model`, where that is one below another head.
+
+    Raises:
+        CheckpointError: more than `recipe.new` would be new.
+    """
+    paper, kind = registry.paper(recipe.paper), type(model).__name__
+    if kind == recipe.model_class:
+        return model
+    if type(model.config) is paper.config_class:
+        cls, known = paper.model_class(recipe.model_class), loading.variables(model)
+        wanted = loading.variables(abstract(lambda rngs: cls(model.config, rngs=rngs)))
+        if all(name in known or (recipe.new and re.search(recipe.new, name)) for name in wanted):
+            return resized(model, cls=cls, dtype=dtype)
+    raise CheckpointError(f"{path} holds a {kind}, which is not the body of a {recipe.model_class}.")
 
 
 def with_average(options: Options | None, settings: Settings) -> Options:
@@ -264,6 +291,8 @@ def _changed(base: Any, changes: Mapping[str, Any], what: str) -> Any:
 
 def _check_mesh(mesh: Mesh | None, batch_size: int) -> None:
     if mesh is None:
+        if jax.process_count() > 1:
+            raise UsageError("Several processes train one model on a mesh of all their devices: give one, as data=-1.")
         return
     parts = sharding.shards(sharding.batch_sharding(mesh, ("data", "fsdp")))
     if batch_size % parts:
@@ -317,7 +346,7 @@ def _learnt(recipe: Recipe, items: Sequence[Item], processor: Any, config: Any) 
     if isinstance(recipe.objective, Languages):
         return _languages(items, processor, config)
     if isinstance(recipe.objective, CTC):
-        texts = [str(item.fields["text"]) for item in items if "text" in item.fields]
+        texts = [item.fields["text"] for item in items if isinstance(item.fields.get("text"), str)]
         if not texts:
             raise UsageError("This recipe learns from recordings with texts, and there is none.")
         if getattr(processor, "_tokenizer", None) is None:
@@ -358,7 +387,7 @@ def _languages(items: Sequence[Item], processor: Any, config: Any) -> dict[str, 
 
 def _clusters(processor: Any, items: Sequence[Item], config: Any, recordings: int = 100) -> None:
     """HuBERT, §IV-B: without given units, clusters of MFCCs of some of the recordings."""
-    if all("units" in item.fields for item in items):
+    if any("units" in item.fields for item in items):  # which have other numbers; what has none is left out
         return
     from audiozoo.audio import files
 
@@ -472,20 +501,35 @@ def train(
                 report=told,
                 checkpoints=checkpoints,
             )
-        except BaseException:  # Ctrl-C too: what is being written becomes whole
+        except BaseException as error:  # Ctrl-C too: what is being written becomes whole
             checkpoints.close()
+            if console is not None and isinstance(error, KeyboardInterrupt):
+                console.print("stopped: the same command goes on from the last checkpoint", highlight=False)
             raise
-    if console is not None and (batches.unreadable or batches.left_out):
-        console.print(f"left out: {batches.report()}", highlight=False)
-    best = checkpoints.best()
-    if best is not None and best != int(state.step) and best in checkpoints.steps():
-        state = checkpoints.restore(run.trainer.abstract(), step=best)
+    for part in (batches, judged) if console is not None else ():
+        if part is not None and (part.unreadable or part.left_out):
+            where = "" if part is batches else " in evaluation"
+            console.print(f"left out{where}: {part.report()}", markup=False, highlight=False)  # type: ignore[union-attr]
+    state = _best(checkpoints, run.trainer, state, console)
     checkpoints.close()
     model = hosts.whole(run.trained(state))
     if first:
         _save(model, run.processor, out / "model")
     hosts.wait("saved")
     return model
+
+
+def _best(checkpoints: Checkpoints, trainer: Trainer, state: State, console: Console | None) -> State:
+    """The state of the best checkpoint; `state`, the last, if there is none, or none that can be read."""
+    best = checkpoints.best()
+    if best is None or best == int(state.step) or best not in checkpoints.steps():
+        return state
+    try:
+        return checkpoints.restore(trainer.abstract(), step=best)
+    except CheckpointError as error:
+        if console is not None:
+            console.print(f"{error} The last one's model is saved in its place.", style="yellow", highlight=False)
+        return state
 
 
 def _divided(data: str | Path, evaluation: str | Path | None, held_out: float) -> tuple[list[Item], list[Item]]:

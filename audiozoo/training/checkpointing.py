@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import tempfile
 import threading
@@ -109,7 +110,7 @@ class Checkpoints:
             step: its name.
             state: any pytree of arrays.
             data: an iterator with `get_state`, whose position is kept.
-            metrics: an evaluation's.
+            metrics: an evaluation's; where `watch` is no number among them, it is not the best.
 
         Raises:
             CheckpointError: this one, or the one before it, could not be written.
@@ -122,7 +123,7 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(**{_STATE: ocp.args.PyTreeSave(_named(state)), _RUN: ocp.args.JsonSave(run)}),
-                metrics=metrics or None,
+                metrics=metrics if metrics and math.isfinite(metrics[self.watch]) else None,
                 force=True,
             )
 
@@ -158,7 +159,9 @@ class Checkpoints:
             except Exception as error:
                 reason = first_line(error, most=160)
                 sentence = f"The checkpoint of step {number} in {self.directory} is damaged ({reason})"
-                if step is not None or number == steps[-1]:
+                if step is not None:
+                    raise CheckpointError(f"{sentence}.") from None
+                if number == steps[-1]:
                     raise CheckpointError(f"{sentence}, and there is no other.") from None
                 self.messages.append(f"{sentence}; it is set aside, and the one before it is taken.")
                 self._set_aside(number)

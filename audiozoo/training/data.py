@@ -80,8 +80,8 @@ class Item:
 def find_items(source: str | Path) -> list[Item]:
     """The recordings of a folder, a manifest or tar shards, in a fixed order.
 
-    - A folder: its sound files. The text is in a `.txt` of the same name or in LibriSpeech's `*.trans.txt`; a `.json`
-      of the same name holds any fields; the label is the name of the folder that the file lies in.
+    - A folder: its sound files, but for hidden ones. The text is in a `.txt` of the same name or in LibriSpeech's
+      `*.trans.txt`; a `.json` of the same name holds any fields; the label is the name of the folder that it lies in.
     - A `.tsv`: fairseq's (the root in the first line, then `path<TAB>samples`, with the lines of a `.wrd`, `.ltr` or
       `.km` of the same name beside it), or one with a head, such as Common Voice's.
     - A `.jsonl`: an object a line, with `audio` (or `path`, `audio_filepath` …), `text`, `label`, `duration` …
@@ -94,7 +94,7 @@ def find_items(source: str | Path) -> list[Item]:
     path = Path(source)
     tars = sorted(map(Path, glob.glob(str(source)))) if any(c in str(source) for c in "*?[") else []
     if path.is_dir():
-        tars = sorted(path.glob("*.tar"))
+        tars = sorted(tar for tar in path.glob("*.tar") if not _hidden(tar.name))
         items = _of_tars(tars) if tars else _of_folder(path)
     elif tars or path.suffix == ".tar":
         items = _of_tars(tars or [path])
@@ -111,14 +111,20 @@ def find_items(source: str | Path) -> list[Item]:
     return items
 
 
+def _hidden(name: str | Path) -> bool:
+    """Whether a file, or a folder around it, is hidden: macOS lays `._name` beside every file of another system."""
+    return any(part.startswith(".") for part in Path(name).parts)
+
+
 def _of_folder(root: Path) -> list[Item]:
     texts: dict[Path, str] = {}
-    for path in sorted(root.rglob("*.trans.txt")):
+    files = sorted(path for path in root.rglob("*") if not _hidden(path.relative_to(root)))
+    for path in (path for path in files if path.name.endswith(".trans.txt")):
         for line in _lines(path):
             name, _, text = line.partition(" ")
             texts[path.parent / name] = text
     items = []
-    for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES):
+    for path in (path for path in files if path.suffix.lower() in SUFFIXES):
         fields: dict[str, Any] = {} if path.parent == root else {"label": path.parent.name}
         stem = path.with_suffix("")
         if stem in texts:
@@ -209,7 +215,7 @@ def _groups(path: Path) -> dict[str, dict[str, Member]]:
     try:
         with tarfile.open(path, "r:") as file:
             for member in file:
-                if member.isfile():
+                if member.isfile() and not _hidden(member.name):
                     stem, dot, suffix = member.name.rpartition(".")
                     found = Member(path, member.offset_data, member.size)
                     groups.setdefault(stem, {})[(dot + suffix).lower()] = found
@@ -323,6 +329,7 @@ class Batches:
         process: `(index, count)` of this host; it reads its own rows only.
         whole: whether what is longer is left out, text or not.
         odds: `items` to how often each is to be drawn, in relation to the others; without, each comes once a pass.
+        mono: whether `prepare` is given one channel `(time,)`, or all of them `(channels, time)`.
 
     Raises:
         AudioError: too many recordings cannot be read, or none is of a length that is wanted.
@@ -345,12 +352,13 @@ class Batches:
         process: tuple[int, int] = (0, 1),
         whole: bool | None = None,
         odds: Callable[[Sequence[Item]], np.ndarray | None] | None = None,
+        mono: bool = True,
     ):
         if batch_size % process[1]:
             raise UsageError(f"A batch of {batch_size} cannot be divided among {process[1]} hosts.")
         self.prepare, self.batch_size, self.sampling_rate = prepare, batch_size, sampling_rate
         self.padding, self.seed, self.seconds = dict(padding or {}), seed, seconds
-        self.limit, self.threads, self.process, self.whole = limit, threads, process, whole
+        self.limit, self.threads, self.process, self.whole, self.mono = limit, threads, process, whole, mono
         self.unreadable: dict[str, str] = {}
         self.left_out: list[str] = []  # too long for their text, or too short
         self._lock = threading.Lock()
@@ -467,14 +475,14 @@ class Batches:
         return batch
 
     def _example(self, item: Item, rng: np.random.Generator) -> Example:
-        waveform = audio.read(item.source(), self.sampling_rate)
-        most, fields = int(self.seconds * self.sampling_rate), item.fields
-        if len(waveform) > most + self.sampling_rate // 10 and self._kept_whole(item):
-            length = len(waveform) / self.sampling_rate
+        waveform = audio.read(item.source(), self.sampling_rate, self.mono)
+        most, fields, samples = int(self.seconds * self.sampling_rate), item.fields, waveform.shape[-1]
+        if samples > most + self.sampling_rate // 10 and self._kept_whole(item):
+            length = samples / self.sampling_rate
             raise AudioError(f"{item.name} lasts {length:.1f} s, not {item.seconds} s; {self.seconds} s may be heard.")
-        if len(waveform) > most:
-            start = int(rng.integers(len(waveform) - most + 1))
-            waveform = waveform[start : start + most]
+        if samples > most:
+            start = int(rng.integers(samples - most + 1))
+            waveform = waveform[..., start : start + most]
             fields = {**fields, "crop": (start / self.sampling_rate, (start + most) / self.sampling_rate)}
         return self.prepare(waveform, fields, rng)
 

@@ -49,6 +49,9 @@ def batches(items, **options):
 
 def test_a_folder_has_texts_labels_and_fields(folder):
     (folder / "low" / "00.json").write_text('{"speaker": "a", "duration": 0.2}')
+    (folder / ".trash").mkdir()
+    for name in ("low/._00.wav", "._shard.tar", "low/._a.trans.txt", ".trash/01.wav"):
+        (folder / name).write_bytes(b"\xff")
     items = find_items(folder)
     assert len(items) == 12
     assert items[0].fields == {"label": "high", "text": "tone 1"}

@@ -1,6 +1,8 @@
 """What goes wrong in a long run: a process is killed, a disk full, a checkpoint damaged, the machine another one."""
 
 import contextlib
+import dataclasses
+import io
 import json
 import os
 import shutil
@@ -13,8 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from audiozoo.errors import CheckpointError
+from audiozoo.recipes import run
 from audiozoo.training.checkpointing import Checkpoints
 from audiozoo.training.loop import Trainer
 from tests import processes
@@ -222,7 +226,7 @@ def test_a_directory_that_may_only_be_read(saved):
 def test_the_last_few_and_the_best_are_kept(tmp_path):
     trainer = Trainer(task())
     checkpoints, state = Checkpoints(tmp_path, keep=2), trainer.init()
-    for step, value in enumerate([5.0, 1.0, 3.0, 4.0, 2.0], 1):
+    for step, value in enumerate([np.nan, 1.0, 3.0, 4.0, np.nan], 1):
         checkpoints.save(step, state, None, {"loss": value})
     checkpoints.wait()
     assert checkpoints.steps() == [2, 4, 5]
@@ -230,4 +234,12 @@ def test_the_last_few_and_the_best_are_kept(tmp_path):
     restored = checkpoints.restore(trainer.abstract(), step=2)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     assert isinstance(trainer.network(restored, "model"), Net)
+    # A run whose best checkpoint is damaged at its end has its last one.
+    state = dataclasses.replace(state, step=jnp.asarray(5))
+    assert run._best(checkpoints, trainer, state, None) is not state
+    shutil.rmtree(tmp_path / "2" / "state")
+    said = Console(file=io.StringIO(), width=1000)
+    assert run._best(checkpoints, trainer, state, said) is state
+    assert "step 2" in said.file.getvalue()
+    assert "The last one's model is saved in its place." in said.file.getvalue()
     checkpoints.close()

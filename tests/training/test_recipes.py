@@ -289,6 +289,9 @@ def test_units_follow_the_part_that_is_heard(corpus, tmp_path):
     assert hearing.clusters.centroids.shape == (3, 39)
     with pytest.raises(AudioError, match="Of 1 recordings none can be read"):
         run._clusters(hearing, [Item("broken", broken)], SimpleNamespace(num_clusters=3))
+    # Beside units of another making they are none.
+    run._clusters(without := SimpleNamespace(), [whole, find_items(corpus)[0]], SimpleNamespace(num_clusters=3))
+    assert not hasattr(without, "clusters")
 
 
 def test_pretraining_hears_what_use_hears():
@@ -399,6 +402,25 @@ def test_tags_join_the_text_of_music():
     fields = {"caption": "a reel", "text": "a reel", "genre": "folk", "label": "x", "bpm": 120}
     Music(always).prepare(processor, model.config, np.zeros(80, np.float32), fields, np.random.default_rng(0))
     assert read == ["a reel. genre: folk"]
+
+
+@pytest.mark.parametrize("name", ["encodec", "musicgen"])
+def test_stereo_is_learnt_in_stereo(name, tmp_path):
+    """Left and right as they are recorded, a mono recording in both; a model of one channel hears their mean."""
+    row, model, processor = tiny.small(recipe(name))
+    rate, numbers = run.sampling_rate(model, processor), dataclasses.replace(row.settings, batch_size=1)
+    sides = np.random.default_rng(0).uniform(-1, 1, (rate // 5, 2)).astype(np.float32)
+    for recorded in (sides, sides[:, :1]):
+        soundfile.write(tmp_path / "a.wav", recorded, rate, subtype="FLOAT")
+        items = [dataclasses.replace(item, fields={"text": "a"}) for item in find_items(tmp_path)]
+        for channels in (1, 2):
+            config = dataclasses.replace(model.config, audio_channels=channels)
+            ready = run.Run(row, numbers, SimpleNamespace(config=config), processor, SimpleNamespace(options=Options()))
+            batch = ready.batches(items).batch(0)
+            heard = batch["input_values"] if name == "encodec" else batch["waveform"].swapaxes(1, 2)
+            wanted = recorded.mean(axis=1)[None] if channels == 1 else np.broadcast_to(recorded, sides.shape).T
+            assert heard.shape[1] == channels
+            np.testing.assert_allclose(heard[0, :, : len(sides)], wanted, atol=1e-6)
 
 
 def test_languages_are_learnt_from_the_data(corpus):
@@ -734,7 +756,7 @@ def test_a_speaker_is_given_by_number_or_name(given, number):
         recipe("vits").objective.prepare(*arguments)
 
 
-def test_what_cannot_be_trained_says_so(corpus, tmp_path):
+def test_what_cannot_be_trained_says_so(corpus, tmp_path, monkeypatch):
     items = find_items(corpus)
     ctc, ast = recipe("wav2vec2_ctc"), recipe("ast")
     bare = [dataclasses.replace(item, fields={}) for item in items]
@@ -767,6 +789,10 @@ def test_what_cannot_be_trained_says_so(corpus, tmp_path):
     }.items():
         with pytest.raises(UsageError, match=match):
             run.build(ctc, items, **how)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UsageError, match="Several processes train one model on a mesh"):
+        run.build(ctc, items)
+    monkeypatch.undo()
     for match, how in {
         "there is nothing to evaluate on": {"patience": 2},
         "give one of the two": {"evaluation": corpus, "held_out": 0.5},
@@ -845,6 +871,13 @@ def fairseq_file(folder, leave_out=()):
     return write_pt(folder / "wav2vec_small.pt", tensors, root="model", cfg={"model": settings}), values_of(model)
 
 
+def pretrained(folder):
+    """A small HuBERT as `audiozoo train hubert_pretraining` leaves it."""
+    model = tiny.family("hubert", "HubertForPreTraining")
+    run._save(model, Wav2Vec2Processor(Wav2Vec2FeatureExtractor()), folder / "pretrained")
+    return folder / "pretrained", values_of(model)
+
+
 def ast_file(folder):
     """A small AST of three classes as its authors have it."""
     sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
@@ -879,10 +912,15 @@ def whisper_file(folder):
     return write_pt(folder / "tiny.pt", tensors, root="model_state_dict", dims=dims), values_of(model)
 
 
+CLASSES = {"projector.kernel": (16, 5), "projector.bias": (5,), "classifier.kernel": (5, 2), "classifier.bias": (2,)}
+
+
 @pytest.mark.parametrize(
     ("name", "make", "new", "more"),
     [
         ("wav2vec2_ctc", fairseq_file, {"lm_head.kernel": (16, 17), "lm_head.bias": (17,)}, []),
+        ("hubert_ctc", pretrained, {"lm_head.kernel": (16, 17), "lm_head.bias": (17,)}, []),
+        ("hubert_classification", pretrained, CLASSES, []),
         ("ast", ast_file, {"classifier.dense.kernel": (64, 2), "classifier.dense.bias": (2,)}, []),
         (
             "ast_tagging",
@@ -929,6 +967,10 @@ def test_an_authors_file_that_does_not_fit(corpus, tmp_path):
         with pytest.raises(AudiozooError, match=match) as caught:
             run.build(recipe(name), items, init=file)
         assert "\n" not in str(caught.value)
+    path, _ = pretrained(tmp_path)
+    for name in ("wav2vec2_ctc", "ast", "whisper"):
+        with pytest.raises(CheckpointError, match="holds a HubertForPreTraining, which is not the body of a "):
+            run.build(recipe(name), items, init=path)
     path, _ = whisper_file(tmp_path)
     shutil.copy(make_whisper_pt.PATH, path)  # whose vocabulary is smaller than the tokenizer beside it
     row, texts = (
