@@ -209,9 +209,7 @@ def _load_native(
     if model_class not in (None, saved["model_class"]):
         raise CheckpointError(f"{path} holds a {saved['model_class']}, not a {model_class}.")
     cls = paper.model_class(saved["model_class"])
-    if not isinstance(saved.get("config"), Mapping):
-        raise CheckpointError(f"{path / 'config.json'} does not hold the model's configuration.")
-    config = from_dict(getattr(cls, "config_class", paper.config_class), saved["config"])
+    config, _ = native_config(path, paper)
     model = abstract(lambda rngs: cls(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs))
     expected = variables(model)
     values = checkpoints.restore(path, expected, _shardings(expected, mesh, rules))
@@ -220,6 +218,15 @@ def _load_native(
         kind = type(_attribute_of(cls, config, "generation_config"))
         attributes["generation_config"] = from_dict(kind, saved["generation_config"])
     return finish(with_variables(model, values), attributes)
+
+
+def native_config(path: Path, paper: Paper) -> tuple[Any, str]:
+    """The configuration in a native directory, and the name of the class that it is of."""
+    saved = checkpoints.read_config(path)
+    cls = paper.model_class(saved["model_class"])
+    if not isinstance(saved.get("config"), Mapping):
+        raise CheckpointError(f"{path / 'config.json'} does not hold the model's configuration.")
+    return from_dict(getattr(cls, "config_class", paper.config_class), saved["config"]), saved["model_class"]
 
 
 def _attribute_of(cls: Any, config: Any, name: str) -> Any:

@@ -335,6 +335,9 @@ def test_what_cannot_be_measured_says_so(items, letters, corpus):
             letters, tiny.PROCESSOR, with_fields(items, ["x"] * 4, "mood"), "transcription"
         ),
         "At least one recording": lambda: evaluate(letters, tiny.PROCESSOR, items, limit=0),
+        "'width' is no option of the decoding of a Wav2Vec2ForCTC": lambda: evaluate(
+            letters, tiny.PROCESSOR, items[:1], generate={"width": 2}
+        ),
         "no normalisation 'french'": lambda: evaluate(letters, tiny.PROCESSOR, items, normalise="french"),
     }.items():
         with pytest.raises(UsageError, match=match):

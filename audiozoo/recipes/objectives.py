@@ -28,6 +28,7 @@ from audiozoo.models import clap, encodec, hifigan, unispeech_sat, vits, wav2vec
 from audiozoo.models.speech_to_text import SpecAugmentPolicy, spec_augment
 from audiozoo.processors import zero_mean_unit_variance
 from audiozoo.recipes.settings import Settings
+from audiozoo.text.whisper_tokenizer import WITHOUT_SPACES
 from audiozoo.training.data import Example, Item, Padding, labels_of
 from audiozoo.training.loop import Loss, Phase, Task, Turn
 from audiozoo.training.parameters import Trainable
@@ -80,6 +81,12 @@ def in_language(tokenizer: Any, fields: Fields) -> Any:
         tokenizer = copy.copy(tokenizer)
         tokenizer.set_target_lang(str(language))
     return tokenizer
+
+
+def as_whisper_writes(text: str, tokenizer: Any) -> str:
+    """A text with a space before its first word, as before any other: what follows a window is joined as it is."""
+    language = None if getattr(tokenizer, "task", None) == "translate" else getattr(tokenizer, "language", None)
+    return text.strip() if language in WITHOUT_SPACES else " " + text.strip()
 
 
 @dataclass(frozen=True)
@@ -201,8 +208,9 @@ class Seq2Seq(Objective):
 
     def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
         """See `Objective`."""
-        tokenizer = in_language(processor.tokenizer, fields)
-        labels = np.asarray(tokenizer(text_of(fields, self.texts))["input_ids"], np.int32).reshape(-1)
+        tokenizer, text = in_language(processor.tokenizer, fields), text_of(fields, self.texts)
+        text = as_whisper_writes(text, tokenizer) if self.features == "log_mel" else text
+        labels = np.asarray(tokenizer(text)["input_ids"], np.int32).reshape(-1)
         end = getattr(tokenizer, "eos_token_id", None)
         if end is not None and end not in labels[-1:]:  # Speech2Text2's tokenizer writes none
             labels = np.append(labels, np.int32(end))

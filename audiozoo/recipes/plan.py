@@ -27,6 +27,7 @@ from jax.sharding import Mesh
 
 import audiozoo
 from audiozoo import loading, registry, sharding
+from audiozoo.checkpoints import is_native
 from audiozoo.errors import UsageError
 from audiozoo.layers.abstract import abstract
 from audiozoo.layers.stacking import scanned
@@ -88,9 +89,13 @@ def choose(model: str, model_class: str | None = None, config: Mapping[str, Any]
     """
     found = _published(model)
     if found is None and Path(model).exists():
-        paper = loading.paper_of(Path(model))
-        foreign = paper.conversion.open_checkpoint(Path(model), model_class)
-        name, whole, model_class = Path(model).name, foreign.config, foreign.model_class
+        name, paper = Path(model).name, loading.paper_of(Path(model))
+        if is_native(model):
+            whole, own = loading.native_config(Path(model), paper)
+            model_class = model_class or own
+        else:
+            foreign = paper.conversion.open_checkpoint(Path(model), model_class)
+            whole, model_class = foreign.config, foreign.model_class
     elif found is None:
         raise UsageError(
             f"There is no model {model!r}: give a published checkpoint (audiozoo show PAPER lists them), PAPER:SIZE or "

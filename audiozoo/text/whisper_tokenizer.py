@@ -81,7 +81,7 @@ TASKS = ("transcribe", "translate")
 TIMESTAMP_SECONDS = 0.02  # between two neighbouring timestamp tokens
 TIMESTAMPS = 1501  # 0.00 … 30.00 s
 _WINDOW_POSITIONS = 1500  # timestamp steps in one 30 s window
-_WITHOUT_SPACES = {"zh", "ja", "th", "lo", "my", "yue"}
+WITHOUT_SPACES = {"zh", "ja", "th", "lo", "my", "yue"}
 
 # Annotations of what is not speech start with one of these.
 _SINGLE_SYMBOLS = '"#()*+/:;<=>@[\\]^_`{|}~「」『』'
@@ -716,7 +716,7 @@ class WhisperTokenizer:
                 split at every character, other languages before spaces, punctuation and special tokens.
         """
         code = language_code(language) if language is not None else self.language
-        if code in _WITHOUT_SPACES:
+        if code in WITHOUT_SPACES:
             return self.split_tokens_on_unicode(tokens)
         return self.split_tokens_on_spaces(tokens)
 

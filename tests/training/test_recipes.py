@@ -466,6 +466,9 @@ def test_texts_are_written_in_their_language(corpus, tmp_path, monkeypatch):
     assert labels(language="de")[-1] == "<|endoftext|>"
     with pytest.raises(UsageError, match=f"tokens, and the model has places for {config.max_target_positions}"):
         labels(text="cafe " * config.max_target_positions, language="de")
+    written = {"de": "transcribe", "ja": "transcribe", "th": "translate"}
+    texts = ["".join(labels(language=language, task=task)[3:-1]) for language, task in written.items()]
+    assert texts == ["Ġcafe", "cafe", "Ġcafe"]  # as it writes them itself: a space before words, where there are any
     with pytest.raises(UsageError, match="writes many languages, and a recording has no language"):
         labels()
     with pytest.raises(UsageError, match="knows no language 'klingon'"):
@@ -849,7 +852,7 @@ def test_the_command_takes_every_kind_of_recipe(name, corpus, tmp_path, still, m
     for a, b in zip(jax.tree.leaves(nnx.state(trained)), jax.tree.leaves(nnx.state(model)), strict=True):
         np.testing.assert_array_equal(a, b)
     # And `audiozoo plan --recipe NAME` plans a step on such a batch.
-    choice = plan.Choice(audiozoo.registry.paper(row.paper), row.model_class, model.config, name)
+    choice = plan.choose(str(tmp_path / "init"))
     assert plan.recipe_of(choice, name) is row
     amount = plan.Amount(2, 0.4, 8)
     planned = plan.example(row, choice, plan._processor(choice, amount), amount)
