@@ -504,7 +504,7 @@ def train(
         except BaseException as error:  # Ctrl-C too: what is being written becomes whole
             checkpoints.close()
             if console is not None and isinstance(error, KeyboardInterrupt):
-                console.print("stopped: the same command goes on from the last checkpoint", highlight=False)
+                console.print("stopped: the same command goes on from the last checkpoint, if any", highlight=False)
             raise
     for part in (batches, judged) if console is not None else ():
         if part is not None and (part.unreadable or part.left_out):
