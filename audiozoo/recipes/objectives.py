@@ -226,6 +226,8 @@ class Seq2Seq(Objective):
         if len(labels) > room:
             raise UsageError(f"A text has {len(labels)} tokens, and the model has places for {room}.")
         if self.features == "log_mel":
+            if len(waveform) > (heard := 320 * config.max_source_positions):
+                raise UsageError(f"A recording has {len(waveform)} samples, and the model hears {heard} at once.")
             return {"waveform": waveform.astype(np.float32), "labels": labels}
         if self.features == "filterbank":
             return unprocessed_example(waveform) | {"labels": labels}

@@ -469,6 +469,9 @@ def test_texts_are_written_in_their_language(corpus, tmp_path, monkeypatch):
     written = (("de", "transcribe"), ("ja", "transcribe"), ("ja", "translate"))
     texts = ["".join(labels(language=language, task=task)[3:-1]) for language, task in written]
     assert texts == ["Ġcafe", "cafe", "Ġcafe"]  # as it writes them itself: a space before words, where there are any
+    heard = 320 * config.max_source_positions
+    with pytest.raises(UsageError, match=f"{heard + 1} samples, and the model hears {heard} at once"):
+        row.objective.prepare(processor, config, np.zeros(heard + 1), {"text": "cafe", "language": "de"}, None)
     with pytest.raises(UsageError, match="writes many languages, and a recording has no language"):
         labels()
     with pytest.raises(UsageError, match="knows no language 'klingon'"):
@@ -908,7 +911,7 @@ def whisper_file(folder):
     backend = small_backend()
     backend.add_special_tokens(SMALL_SPECIALS)
     backend.save(str(folder / "tokenizer.json"))
-    dims = make_whisper_pt.DIMS | {"n_vocab": backend.get_vocab_size()}
+    dims = make_whisper_pt.DIMS | {"n_vocab": backend.get_vocab_size(), "n_text_ctx": 32, "n_audio_ctx": 100}
     config = whisper_files.config_from_openai(dims)
     model = tiny.random_model(lambda rngs: whisper.WhisperForConditionalGeneration(config, rngs=rngs))
     tensors = dict(whisper_files.OPENAI_TABLE.write(values_of(model)))
