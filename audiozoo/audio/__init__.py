@@ -13,7 +13,7 @@ from audiozoo.audio.features import (
     spectrogram,
     stft,
 )
-from audiozoo.audio.files import AudioInfo, blocks, check_waveform, info, read, resample, write
+from audiozoo.audio.files import AudioInfo, blocks, check_waveform, in_channels, info, read, resample, write
 from audiozoo.audio.streams import SampleFormat, read_stream, to_pcm, wav_header
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "frame",
     "hann_window",
     "hertz_to_mel",
+    "in_channels",
     "info",
     "kaldi_fbank",
     "kaldi_window",

@@ -303,6 +303,12 @@ def info(source: Source) -> AudioInfo:
         return header
 
 
+def in_channels(waveform: np.ndarray, channels: int) -> np.ndarray:
+    """A recording, `(time,)` or `(channels, time)`, in as many channels as a model has: mono is the same in all."""
+    rows = np.atleast_2d(waveform)[:channels]
+    return np.repeat(rows[:1], channels, axis=0) if len(rows) < channels else rows
+
+
 def resample(waveform: ArrayLike, from_rate: int, to_rate: int, axis: int = -1) -> np.ndarray:
     """`waveform` at another rate (Hz), by soxr's HQ polyphase filter; same dtype, of half precision float32.
 

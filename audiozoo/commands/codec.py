@@ -100,7 +100,7 @@ def encode(
     keep_compiled_programs()
     import numpy as np
 
-    from audiozoo.audio import SampleFormat, read, read_stream
+    from audiozoo.audio import SampleFormat, in_channels, read, read_stream
     from audiozoo.codec import compress, compress_stream
 
     compiled = _open(model or "facebook/encodec_24khz", language_model)
@@ -109,15 +109,11 @@ def encode(
     mono = config.audio_channels == 1
     layout = None if raw is None else SampleFormat(raw, config.audio_channels)
 
-    def fitted(samples: np.ndarray) -> np.ndarray:
-        """In the model's channels: the first ones of many, mono in both of stereo."""
-        samples = samples[None] if samples.ndim == 1 else samples[: config.audio_channels]
-        return samples.repeat(config.audio_channels // len(samples), axis=0)
-
     if stream:
         with _opened(source) as file:
-            pieces = (fitted(piece) for piece in read_stream(file, config.sampling_rate, mono=mono, raw=layout))
-            size = _write_on(out, compress_stream(compiled, pieces, bandwidth))
+            pieces = read_stream(file, config.sampling_rate, mono=mono, raw=layout)
+            fitted = (in_channels(piece, config.audio_channels) for piece in pieces)
+            size = _write_on(out, compress_stream(compiled, fitted, bandwidth))
         say(f"{size} bytes")
         return
     if layout is not None:
@@ -126,7 +122,7 @@ def encode(
         samples = samples[0] if mono else samples
     else:
         samples = read(source, config.sampling_rate, mono=mono)
-    samples = fitted(samples)
+    samples = in_channels(samples, config.audio_channels)
     with progress_bar("encoding", None, "frames") as update:
         content = compress(compiled, samples, bandwidth, progress=update)
     _write_on(out, [content])

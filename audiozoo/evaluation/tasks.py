@@ -720,9 +720,7 @@ class Coding(Vocoding):
         """See `Vocoding`."""
         from audiozoo.codec import compress, decompress
 
-        channels = self.model.config.audio_channels
-        samples = np.atleast_2d(waveform)[:channels]
-        samples = samples if len(samples) == channels else samples.repeat(channels, axis=0)
+        samples = audio.in_channels(waveform, self.model.config.audio_channels)
         content = compress(self._compiled, samples, self.bandwidth)
         return decompress(content, self._compiled), {"bytes": len(content)}
 

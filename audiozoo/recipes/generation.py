@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from audiozoo.audio.files import in_channels
 from audiozoo.audio.midi import table_of
 from audiozoo.errors import SourceError, UsageError
 from audiozoo.layers.losses import IGNORED_LABEL
@@ -24,7 +26,6 @@ from audiozoo.recipes.objectives import (
     LABELS,
     Fields,
     Objective,
-    in_channels,
     speech_example,
     text_of,
     unprocessed_example,
@@ -250,6 +251,10 @@ class Stages(Objective):
     ids: bark.BarkGenerationConfig = field(default_factory=bark.BarkGenerationConfig)
     multiple: int = 64
 
+    def knowing(self, model: Any) -> Objective:
+        """See `Objective`."""
+        return dataclasses.replace(self, ids=model.generation_config)
+
     def padding(self, processor: Any) -> dict[str, Padding]:
         """See `Objective`."""
         return {"semantic": Padding(IGNORED_LABEL, self.multiple)}
@@ -331,10 +336,6 @@ class Music(Objective):
         """See `Objective`."""
         return {"waveform": Padding(), "input_ids": Padding(0, 16), "attention_mask": Padding(0, 16)}
 
-    def mono(self, config: Any) -> bool:
-        """See `Objective`."""
-        return bool(config.audio_channels == 1)
-
     def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
         """See `Objective`; of what is known besides, strings count as tags: `genre`, `key` …"""
         text = fields.get("text")
@@ -390,6 +391,10 @@ class Arrangement(Objective):
     """
 
     arrangers: pop2piano.Pop2PianoGenerationConfig = field(default_factory=pop2piano.Pop2PianoGenerationConfig)
+
+    def knowing(self, model: Any) -> Objective:
+        """See `Objective`."""
+        return dataclasses.replace(self, arrangers=model.generation_config)
 
     def padding(self, processor: Any) -> dict[str, Padding]:
         """See `Objective`."""

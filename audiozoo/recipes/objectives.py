@@ -18,6 +18,7 @@ import optax
 from flax import nnx
 
 from audiozoo.audio.features import log_mel_spectrogram
+from audiozoo.audio.files import in_channels
 from audiozoo.decoding.encoders import without_padding
 from audiozoo.decoding.units import cepstra
 from audiozoo.decoding.windows import short_window
@@ -114,8 +115,12 @@ class Objective:
         return None
 
     def mono(self, config: Any) -> bool:
-        """Whether recordings are brought to one channel."""
-        return True
+        """Whether recordings are brought to one channel, as for all models that do not have two."""
+        return bool(getattr(config, "audio_channels", 1) == 1)
+
+    def knowing(self, model: Any) -> Objective:
+        """The objective, with what only the checkpoint tells."""
+        return self
 
     def loss(self, processor: Any) -> Callable[[dict[str, Any], Any, Turn], Loss]:
         """The loss of the only phase."""
@@ -133,12 +138,6 @@ def speech_example(processor: Any, waveform: np.ndarray) -> Example:
     if extractor.do_normalize:
         waveform = zero_mean_unit_variance(waveform)
     return {"input_values": waveform.astype(np.float32), "attention_mask": np.ones(len(waveform), np.int32)}
-
-
-def in_channels(waveform: np.ndarray, channels: int) -> np.ndarray:
-    """A recording, `(time,)` or `(channels, time)`, in as many channels as a model has: mono is the same in all."""
-    rows = np.atleast_2d(waveform)[:channels]
-    return np.repeat(rows[:1], channels, axis=0) if len(rows) < channels else rows
 
 
 def unprocessed_example(waveform: np.ndarray) -> Example:
@@ -740,10 +739,6 @@ class Codec(Objective):
         start = int(rng.integers(max(waveform.shape[1] - length, 0) + 1))
         cut = waveform[:, start : start + length].astype(np.float32)
         return {"input_values": np.pad(cut, ((0, 0), (0, length - cut.shape[1])))}
-
-    def mono(self, config: Any) -> bool:
-        """See `Objective`."""
-        return bool(config.audio_channels == 1)
 
     def task(self, model: Any, processor: Any, settings: Settings, trainable: Trainable, dtype: Any = None) -> Task:
         """See `Objective`."""

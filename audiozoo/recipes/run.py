@@ -29,7 +29,7 @@ from audiozoo.models import audio_spectrogram_transformer as ast
 from audiozoo.processors.audio_spectrogram_transformer import ASTFeatureExtractor
 from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor
 from audiozoo.recipes import Recipe
-from audiozoo.recipes.generation import Arrangement, Languages, Stages
+from audiozoo.recipes.generation import Languages
 from audiozoo.recipes.objectives import CTC, Contrastive, Pretraining, Spectrogram, Utterance, Vocoder, labels_in
 from audiozoo.recipes.settings import Settings
 from audiozoo.training import hosts
@@ -200,12 +200,7 @@ def build(
         model = resized(model, dtype=dtype, **{n: getattr(base, n) for n in changes})
     if isinstance(recipe.objective, Pretraining) and recipe.objective.units:
         _clusters(processor, items, base)
-    if isinstance(recipe.objective, Arrangement):
-        named = dataclasses.replace(recipe.objective, arrangers=model.generation_config)
-        recipe = dataclasses.replace(recipe, objective=named)
-    if isinstance(recipe.objective, Stages):
-        numbered = dataclasses.replace(recipe.objective, ids=model.generation_config)
-        recipe = dataclasses.replace(recipe, objective=numbered)
+    recipe = dataclasses.replace(recipe, objective=recipe.objective.knowing(model))
     frozen = numbers.frozen
     trainable = Trainable(frozen=frozen)
     if lora is not None:
