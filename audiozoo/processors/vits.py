@@ -26,6 +26,8 @@ AUTHORS_SYMBOLS = (
 )
 # Arguments of `VitsTokenizer`, in `tokenizer_config.json`.
 _SETTINGS = ("language", "add_blank", "normalize", "phonemize", "is_uroman", "pad_token", "unk_token")
+_BLOCK = re.compile(r"\[\[(.*?)\]\]")  # phonemes in the midst of a text of Piper's
+_GIVEN_PHONEMES = ("hebrew", "japanese", "thai")  # of espeak's letters, each with an id of its own
 LONGEST = 600  # characters of a sentence that is said at once; what attention needs grows with the square
 
 
@@ -217,7 +219,8 @@ class PiperTokenizer:
     Args:
         phoneme_ids: ids of each phoneme, from the `.onnx.json`.
         voice: espeak-ng's name of the language.
-        phoneme_type: "espeak", or "text" for voices that read characters.
+        phoneme_type: "espeak"; "text" for voices that read characters; or one of those whose phonemes must be given,
+            because nothing here makes them of a text: "hebrew", "japanese" and "thai".
         phoneme_map: phonemes to be replaced, each by several.
         vowel_clusters: phonemes that have one id where they follow one another, as those of a diphthong.
     """
@@ -233,7 +236,7 @@ class PiperTokenizer:
         for mark in ("_", "^", "$"):
             if not phoneme_ids.get(mark):
                 raise CheckpointError(f"The voice's phoneme_id_map has no {mark!r}.")
-        if phoneme_type not in ("espeak", "text"):
+        if phoneme_type not in ("espeak", "text", *_GIVEN_PHONEMES):
             raise CheckpointError(
                 f"This voice reads phonemes of the kind '{phoneme_type}'; audiozoo makes those of espeak, or takes ids."
             )
@@ -271,7 +274,23 @@ class PiperTokenizer:
         """The phonemes of a text, all sentences of it."""
         if self.phoneme_type == "text":
             return unicodedata.normalize("NFD", text)
-        return " ".join(phonemes.sentences(text, self.voice))
+        return " ".join(self._spoken(text))
+
+    def _spoken(self, text: str) -> list[str]:
+        """The phonemes of each sentence. `[[ … ]]` in a text holds phonemes, which belong to the sentence before."""
+        if self.phoneme_type in _GIVEN_PHONEMES:
+            raise UsageError(
+                f"This voice reads phonemes of the kind '{self.phoneme_type}', which audiozoo cannot make of a text: "
+                "give the phonemes or input_ids instead."
+            )
+        parts = _BLOCK.split(text)  # texts, and a block between each two
+        found = phonemes.sentences(parts[0], self.voice)
+        for index in range(1, len(parts), 2):
+            before, block, after = parts[index - 1 : index + 2]
+            lead, trail = " " * before.endswith(" "), " " * after.startswith(" ")
+            first, *others = phonemes.sentences(after, self.voice) or [""]
+            found[-1:] = ["".join([*found[-1:], lead, block.strip(), trail, first]), *others]
+        return found
 
     def encode(self, prepared: str) -> list[int]:
         """Ids of phonemes, with the marks for the beginning and the end."""
@@ -291,7 +310,7 @@ class PiperTokenizer:
         if self.phoneme_type == "text":
             spoken = [self.prepare(sentence) for sentence in written]
         else:
-            spoken = phonemes.sentences(text, self.voice)
+            spoken = self._spoken(text)
             # An abbreviation ends a sentence for espeak-ng and not here; then the phonemes have to do.
             written = written if len(written) == len(spoken) else spoken
         found = zip(written, spoken, strict=True)

@@ -5,6 +5,8 @@ Deterministic: the noise is switched off. Float32 by the voice's nature.
 
 from __future__ import annotations
 
+import importlib
+import json
 from pathlib import Path
 
 import jax
@@ -118,6 +120,17 @@ def test_text_becomes_the_phonemes_of_piper(voice_file):
     for mark in ".!?,;:…—–\u037e\u0387՝،؛؟۔።፣፤፧、，：；。．！？।॥։":
         written = f"one{mark} two"
         assert phonemes.sentences(written) == ["".join(s) for s in theirs.phonemize("en-us", written)], mark
+    piper = importlib.import_module("piper.voice")
+    settings = piper.PiperConfig.from_dict(json.loads(Path(f"{voice_file}.json").read_text(encoding="utf-8")))
+    reader = piper.PiperVoice(session=None, config=settings)
+    for written in (
+        "[[ bˈætmæn ]]",
+        "I am, [[bˈætmæn]]not [[ bɹˈuːs ]] Wayne. Are you?",
+        "Hello. [[ a. b ]] [[x]], you. [[y]]",
+        "[[]] One. Two? [[",
+    ):
+        wanted = [reader.phonemes_to_ids(sentence) for sentence in reader.phonemize(written)]
+        assert [ids for _, ids in processor.sentences(written)] == wanted, written
 
 
 def test_is_understood(tmp_path, monkeypatch, capsys):

@@ -112,6 +112,11 @@ def test_what_cannot_be_read(tmp_path):
         PiperTokenizer({"_": [0], "^": [1]})
     with pytest.raises(CheckpointError, match="'pinyin'"):
         PiperTokenizer({"_": [0], "^": [1], "$": [2]}, phoneme_type="pinyin")
+    given = VitsProcessor(PiperTokenizer({"_": [0], "^": [1], "$": [2], "a": [3]}, phoneme_type="japanese"))
+    assert given.sentences("a", is_phonemes=True) == [("a", [1, 0, 3, 0, 2])]
+    for read in (given.sentences, given):
+        with pytest.raises(UsageError, match="kind 'japanese', which audiozoo cannot make of a text"):
+            read("a")
     (tmp_path / "broken.json").write_text('{"audio": {}}')
     with pytest.raises(CheckpointError, match="no phoneme_id_map"):
         PiperTokenizer.from_file(tmp_path / "broken.json")
