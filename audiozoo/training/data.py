@@ -8,7 +8,7 @@
 What comes as batch number $n$ depends on the items, the seed and $n$ alone: not on the number of threads, hosts or
 devices, nor on when the run was last stopped. Recordings of like lengths share a batch and are padded to one of a few
 lengths, so that few programs are compiled and little is computed for nothing. A recording that cannot be read is
-counted and named, and its neighbour in the batch takes its place, up to a limit.
+counted and named, and the next one of like length takes its place, up to a limit.
 """
 
 from __future__ import annotations
@@ -443,10 +443,9 @@ class Batches:
 
     def _load(self, rows: np.ndarray, bucket: int, seed: tuple[int, ...], first: int) -> Example:
         """Rows of a batch, of which `first` come before these: what is drawn for a row depends on its place in all."""
-        examples = [self._readable(row, [*seed, place]) for place, row in enumerate(rows, first)]
-        good = [example for example in examples if example is not None] or [self._another(rows[0], [*seed, first])]
-        filled = [example or good[offset % len(good)] for offset, example in enumerate(examples)]
-        return collate(filled, self.padding, self.edges[bucket])
+        seeds = [[*seed, place] for place in range(first, first + len(rows))]
+        examples = [self._readable(row, s) or self._another(row, s) for row, s in zip(rows, seeds, strict=True)]
+        return collate(examples, self.padding, self.edges[bucket])
 
     def _readable(self, row: int, seed: Sequence[int]) -> Example | None:
         try:
@@ -503,7 +502,7 @@ class Batches:
         return iter(batches.map(self._as_wide))  # by whoever asks, so that hosts do it in the same order
 
     def evaluation(self, parts: int = 1) -> Iterator[Example]:
-        """Every recording once, the shortest first; the last batch is smaller. Neighbours stand in for unreadable ones.
+        """Every recording once, the shortest first; the last batch is smaller. Others stand in for unreadable ones.
 
         Args:
             parts: that a mesh divides a batch into; what then is left of the last batch comes by itself, as `Whole`.

@@ -212,6 +212,8 @@ def test_hosts_read_their_own_rows_of_the_same_batches(folder):
     items = find_items(folder)
     whole = batches(items, batch_size=4)
     parts = [batches(items, batch_size=4, process=(p, 2)) for p in range(2)]
+    for name in ("high/03.wav", "low/08.wav"):
+        (folder / name).write_bytes(b"RIFF")  # after its length was read
     for index in range(6):
         for name in ("number", "draw"):
             both = np.concatenate([part.batch(index)[name] for part in parts])
@@ -285,7 +287,7 @@ def test_what_a_mesh_cannot_divide_is_evaluated_by_itself(folder):
 # --- what is broken --------------------------------------------------------------------------------------------------
 
 
-def test_broken_recordings_are_named_and_their_neighbour_takes_their_place(folder):
+def test_broken_recordings_are_named_and_the_next_takes_their_place(folder):
     (folder / "low" / "02.wav").write_bytes(b"not a sound")
     truncated = folder / "low" / "04.wav"
     items = find_items(folder)
@@ -294,7 +296,7 @@ def test_broken_recordings_are_named_and_their_neighbour_takes_their_place(folde
     truncated.write_bytes(b"RIFF")  # after its length was read
     batch = data.batch(0)
     assert batch["x"].shape[0] == 11
-    assert sorted(set(batch["number"])) == [0, 1, 3, 5, 6, 7, 8, 9, 10, 11]
+    assert sorted(batch["number"]) == [0, 1, 3, 5, 6, 6, 7, 8, 9, 10, 11]
     same(batch, data.batch(0))
     assert set(data.unreadable) == {str(folder / "low" / "02.wav"), str(truncated)}
     assert "2 unreadable" in data.report()
