@@ -505,7 +505,8 @@ def train(
         if part is not None and (part.unreadable or part.left_out):
             where = "" if part is batches else " in evaluation"
             console.print(f"left out{where}: {part.report()}", markup=False, highlight=False)  # type: ignore[union-attr]
-    state = _best(checkpoints, run.trainer, state, console)
+    if judged is not None:
+        state = _best(checkpoints, run.trainer, state, console)
     checkpoints.close()
     model = hosts.whole(run.trained(state))
     if first:
