@@ -347,6 +347,7 @@ def _learnt(recipe: Recipe, items: Sequence[Item], processor: Any, config: Any) 
         if getattr(processor, "_tokenizer", None) is None:
             processor._tokenizer = letters(texts)
         tokenizer = processor.tokenizer
+        _check_letters(tokenizer, texts)
         size = len(tokenizer.tokens())
         if size < config.vocab_size <= len(tokenizer.tokens(added=True)):
             size = config.vocab_size  # a head with columns for special tokens behind the vocabulary stays
@@ -362,6 +363,17 @@ def _learnt(recipe: Recipe, items: Sequence[Item], processor: Any, config: Any) 
     return {}
 
 
+def _check_letters(tokenizer: Wav2Vec2CTCTokenizer, texts: Sequence[str], some: int = 100) -> None:
+    """Capitals and small letters are different letters: what is unknown would be learnt as `<unk>`."""
+    ids = [index for row in tokenizer(texts[:some])["input_ids"] for index in row]
+    if 2 * np.isin(ids, tokenizer.special_ids()).sum() > len(ids):
+        known = [token for token in tokenizer.tokens() if token.isalpha()][:5]
+        raise UsageError(
+            f"Most letters of the texts, such as {texts[0][:40]!r}, are not in the vocabulary, which has "
+            f"{', '.join(known)} …: write them alike."
+        )
+
+
 def _languages(items: Sequence[Item], processor: Any, config: Any) -> dict[str, Any]:
     """The languages of the data, each with its own letters, where the model does not hold them all."""
     texts: dict[str, list[str]] = {}
@@ -371,6 +383,10 @@ def _languages(items: Sequence[Item], processor: Any, config: Any) -> dict[str, 
     if not texts:
         raise UsageError("This recipe learns from recordings with a text and a language, and there is none.")
     if set(texts) <= set(config.languages):
+        for name, written in texts.items():
+            tokenizer = copy.copy(processor.tokenizer)
+            tokenizer.set_target_lang(name)
+            _check_letters(tokenizer, written)
         return {}
     names = tuple(sorted(texts))
     if getattr(processor, "_tokenizer", None) is None or not set(names) <= set(processor.tokenizer.languages):

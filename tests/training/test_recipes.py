@@ -429,6 +429,9 @@ def test_languages_are_learnt_from_the_data(corpus):
     items = find_items(corpus)
     _, model, processor = tiny.small(row)
     assert run._learnt(row, items, processor, model.config) == {}
+    capitals = [dataclasses.replace(i, fields={**i.fields, "text": i.fields["text"].upper()}) for i in items]
+    with pytest.raises(UsageError, match="Most letters of the texts, such as 'A LOW HUM', are not in the vocabulary"):
+        run._learnt(row, capitals, processor, model.config)
     new = tiny.Wav2Vec2Processor(tiny.Wav2Vec2FeatureExtractor())
     found = run._learnt(row, items, new, dataclasses.replace(model.config, languages=("fra",), vocab_sizes=(9,)))
     assert found["languages"] == ("deu", "eng")
@@ -770,6 +773,7 @@ def test_what_cannot_be_trained_says_so(corpus, tmp_path, monkeypatch):
     items = find_items(corpus)
     ctc, ast = recipe("wav2vec2_ctc"), recipe("ast")
     bare = [dataclasses.replace(item, fields={}) for item in items]
+    capitals = [dataclasses.replace(item, fields={"text": item.fields["text"].upper()}) for item in items]
     _, model, processor = tiny.small(ctc)
     fusing = SimpleNamespace(feature_extractor=ClapFeatureExtractor(max_length_s=2, truncation="fusion"))
     for match, call in {
@@ -780,6 +784,7 @@ def test_what_cannot_be_trained_says_so(corpus, tmp_path, monkeypatch):
             ctc, items, size="base", model=model, processor=processor
         ),
         "recordings with texts": lambda: run.build(ctc, bare),
+        "which has a, b, c, d, e …": lambda: run.build(ctc, capitals, model=model, processor=processor),
         "no recording has one": lambda: run.build(ast, bare),
         "has no vocabulary": lambda: run.build(recipe("whisper"), items),
         "would learn no fusion": lambda: run.build(recipe("clap"), items, processor=fusing, settings={"seconds": 2}),
