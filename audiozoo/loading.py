@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -189,6 +190,48 @@ def _shardings(expected: Mapping[str, Any], mesh: Any, rules: Sequence[Any] | No
 
 
 # --- native directories ----------------------------------------------------------------------------------------------
+
+
+def speak_language(
+    model: Any, processor: Any, language: str | None, source: str | None = None, option: str = "--language"
+) -> tuple[Any, Any]:
+    """A CTC model and its processor for a language: with its adapters, of MMS; without any there is none to choose.
+
+    For the aligner, and for recognisers of phonemes, the language says how a text is read.
+
+    Args:
+        model: the model.
+        processor: its processor.
+        language: the language; None is the model's own.
+        source: where the model is from: adapters of other languages lie there, and messages name it.
+        option: what names the language there.
+
+    Raises:
+        UsageError: if the model knows one language only, or holds several and none, or another, is asked for.
+    """
+    from audiozoo import hub
+    from audiozoo.decoding.ctc import in_one_language
+    from audiozoo.processors.mms import AlignmentTokenizer
+    from weights_conversion.wav2vec2 import load_adapter
+
+    name = source or "The model"
+    if hasattr(model, "speaking"):
+        return in_one_language(model, processor, language, name, option)
+    if language is None:
+        return model, processor
+    processor = copy.deepcopy(processor)
+    if isinstance(processor.tokenizer, AlignmentTokenizer):
+        processor.set_target_lang(language)  # how the text is romanised
+    elif processor.tokenizer.phonemizer_lang is not None:
+        processor.tokenizer.phonemizer_lang = language  # how the text is pronounced
+    elif getattr(model.config, "adapter_attn_dim", None) is None:
+        raise UsageError(f"{name} has no adapters of languages; leave {option} out.")
+    elif source is None:
+        return in_one_language(model, processor, language, name, option)
+    else:
+        model = load_adapter(model, hub.resolve(source, patterns=(f"adapter.{language}.*",)), language)
+        processor.set_target_lang(language)
+    return model, processor
 
 
 def save(model: nnx.Module, directory: Path, *, files: Iterable[Path] = (), overwrite: bool = False) -> None:

@@ -146,9 +146,17 @@ def test_a_translator_that_speaks_is_asked_for_text(items, waves):
     model.generation_config = dataclasses.replace(seamless.TABLES, vocoder_lang_code_to_id=())
     x = words(waves[:1], 16_000, pad_to_multiple_of=256)
     options = {"attention_mask": x.pop("attention_mask"), "batch_invariant": True}
-    said = words.decode(model.write_text(x, "spa", **options)[0].sequences[0])
+    said = words.decode(model.generate_text("spa", **x, **options).sequences[0])
     wanted = with_fields(items[:1], [said], "translation")
-    assert evaluate(model, words, wanted, language="spa").predictions[0]["hypothesis"] == said
+    for chosen in ({"language": "spa"}, {"generate": {"tgt_lang": "spa"}}):
+        assert evaluate(model, words, wanted, **chosen).predictions[0]["hypothesis"] == said
+    for chosen, match in (
+        ({}, "The model writes many languages; say which with language"),
+        ({"source": "m4t/"}, "m4t/ writes many languages; say which with --language"),
+        ({"language": "spanish"}, "does not write 'spanish'; it has"),
+    ):
+        with pytest.raises(UsageError, match=match):
+            evaluate(model, words, with_fields(items, ["a"] * 4, "translation"), **chosen)
 
 
 def test_classification(items, waves):
@@ -275,6 +283,8 @@ def test_synthesis_is_what_the_judge_hears(items, letters):
     assert all(row["seconds"] > 0 for row in result.predictions)
     with pytest.raises(UsageError, match="'vocal' is no option of synthesis"):
         evaluate(model, processor, items, vocal=1)
+    with pytest.raises(UsageError, match="'width' is no option of the decoding of a VitsModel"):
+        evaluate(model, processor, items, generate={"width": 2, "seed": 1}, judge=(letters, tiny.PROCESSOR))
 
 
 def test_composition_is_how_well_the_music_fits_the_words(items):

@@ -62,6 +62,7 @@ def evaluate(
     evaluation.task_for(subject, items, task)  # what cannot be done is said before more is read
     processor = audiozoo.load_processor(model)
     options: dict[str, Any] = {
+        "source": model,
         "language": language,
         "normalise": normalise,
         "beams": beams,
@@ -78,11 +79,10 @@ def evaluate(
         "seed": seed,
     }
     options = {name: value for name, value in options.items() if value is not None}
-    subject, options = _in_language(subject, processor, model, options)
     if set_:
         from audiozoo.commands.training import values_of
 
-        options["generate"] = options.get("generate", {}) | values_of(set_)
+        options["generate"] = values_of(set_)
     if clusters is not None:
         options["clusters"] = _clusters(clusters)
     if judge is not None:
@@ -141,29 +141,6 @@ def _items(data: str) -> list[Any]:
     if not items:
         raise SourceError(f"{path} holds no text.")
     return items
-
-
-def _in_language(subject: Any, processor: Any, source: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The model that speaks the language, and the options that make it write in it."""
-    name, language = type(subject).__name__, options.get("language")
-    if name.endswith("ForCTC"):
-        from audiozoo.commands.recognition import speak_language
-        from audiozoo.processors.mms import AlignmentTokenizer
-
-        tokenizer = processor.tokenizer
-        read = isinstance(tokenizer, AlignmentTokenizer) or tokenizer.phonemizer_lang is not None
-        if (read and language is not None) or getattr(subject.config, "adapter_attn_dim", None) is not None:
-            subject = speak_language(subject, processor, source, language)
-        return subject, options
-    if name in ("Speech2TextForConditionalGeneration", "SpeechEncoderDecoderModel"):
-        from audiozoo.decoding.pieces import in_language
-
-        if getattr(processor.tokenizer, "lang_code_to_id", {}):
-            options = options | {"generate": in_language(subject, processor, language, source, "--language")}
-        return subject, options
-    if name.startswith("SeamlessM4T") and language is None:
-        raise UsageError(f"{source} writes many languages; say which with --language.")
-    return subject, options
 
 
 def _clusters(path: Path) -> Any:

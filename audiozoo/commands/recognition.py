@@ -182,41 +182,6 @@ def _language_model(fusion: Fusion, processor: Any) -> Any:
     return LanguageModelFusion(model, **fusion.weights(lm_weight="weight"))
 
 
-def speak_language(model: Any, processor: Any, source: str, language: str | None) -> Any:
-    """The model with the adapters of a language, of MMS; without adapters there is no language to choose.
-
-    For the aligner, and for recognisers of phonemes, the language says how a text is read.
-
-    Raises:
-        UsageError: if the model knows one language only, or holds several and none, or another, is asked for.
-    """
-    if hasattr(model, "speaking"):
-        from audiozoo.decoding.ctc import in_one_language
-
-        model, own = in_one_language(model, processor, language, source, "--language")
-        processor.set_target_lang(own.tokenizer.target_lang)
-        return model
-    if language is None:
-        return model
-    from audiozoo.processors.mms import AlignmentTokenizer
-
-    if isinstance(processor.tokenizer, AlignmentTokenizer):
-        processor.set_target_lang(language)  # how the text is romanised
-        return model
-    if processor.tokenizer.phonemizer_lang is not None:
-        processor.tokenizer.phonemizer_lang = language  # how the text is pronounced
-        return model
-    if getattr(model.config, "adapter_attn_dim", None) is None:
-        raise UsageError(f"{source} has no adapters of languages; leave --language out.")
-    from audiozoo import hub
-    from weights_conversion.wav2vec2 import load_adapter
-
-    path = hub.resolve(source, patterns=(f"adapter.{language}.*",))
-    model = load_adapter(model, path, language)
-    processor.set_target_lang(language)
-    return model
-
-
 def _load(source: str, wanted: str | tuple[str, ...], does: str) -> tuple[Any, Any]:
     terminal.keep_compiled_programs()
     import audiozoo
@@ -252,11 +217,12 @@ def align(
             raise SourceError(f"{text_file} cannot be read as UTF-8 text.") from None
     from audiozoo import audio
     from audiozoo.decoding import ctc
+    from audiozoo.loading import speak_language
 
     recogniser, processor = _load(model, ("ForCTC", "WhisperForConditionalGeneration"), "align")
     wave = audio.read(file, processor.feature_extractor.sampling_rate)
     if type(recogniser).__name__.endswith("ForCTC"):
-        recogniser = speak_language(recogniser, processor, model, language)
+        recogniser, processor = speak_language(recogniser, processor, language, model)
         with progress_bar(Path(file).name, None, "pieces") as update:
             words = ctc.align(recogniser, processor, wave, text or "", star=star, progress=update)
     else:

@@ -185,6 +185,7 @@ def _recogniser(
     """What transcribes a recording: `(path or bytes, progress) -> result`."""
     import audiozoo
     from audiozoo.decoding import long_form
+    from audiozoo.loading import speak_language
 
     model: Any = audiozoo.load(source, dtype=dtype if dtype != "float32" else None)
     name = type(model).__name__
@@ -194,7 +195,7 @@ def _recogniser(
     fusion.refuse(name, source)
     processor = audiozoo.load_processor(source)
     if name.endswith("ForCTC"):
-        model = recognition.speak_language(model, processor, source, options["language"])
+        model, processor = speak_language(model, processor, options["language"], source)
         return recognition.ctc_transcriber(model, processor, options, fusion)
     if writes:
         return recognition.writer(model, processor, options, options["language"], fusion)

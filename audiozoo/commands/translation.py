@@ -120,8 +120,7 @@ def seamless(model: Any, processor: Any, request: Request, progress: Callable[[f
 
     def generate(**inputs: Any) -> Any:
         if not request.speak:  # a model that speaks also writes languages that it has no voice for
-            source = {name: inputs.pop(name) for name in ("input_features", "input_ids") if name in inputs}
-            return model.write_text(source, **inputs, **options)[0].sequences
+            return model.generate_text(**inputs, **options).sequences
         found = model.generate(**inputs, **options, speaker_id=request.speaker, return_intermediate_token_ids=True)
         spoken.extend(w[:n] for w, n in zip(found.waveform, found.waveform_lengths, strict=True))
         return found.sequences

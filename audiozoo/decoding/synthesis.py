@@ -290,7 +290,9 @@ def speak_spectrograms(
     speaker_embedding: Float[np.ndarray, " speaker"],
     seed: int = 0,
     alignments: bool = False,
-    **options: Any,
+    threshold: float = 0.5,
+    minlenratio: float = 0.0,
+    maxlenratio: float = 20.0,
 ) -> Iterator[Speech]:
     """Speak a text, sentence by sentence, with a model that makes spectrograms (SpeechT5) and a vocoder.
 
@@ -301,7 +303,9 @@ def speak_spectrograms(
         speaker_embedding: x-vector of the wanted voice.
         seed: of the dropout that stays on when speaking.
         alignments: find out how long each symbol lasts; otherwise the last one has all samples.
-        options: of `model.generate`.
+        threshold: probability of the end at which a sentence ends.
+        minlenratio: least number of frames for each symbol.
+        maxlenratio: greatest number.
     """
     speaker = np.asarray(speaker_embedding, np.float32)[None]
     for index, (sentence, symbols) in enumerate(sentences):
@@ -312,7 +316,9 @@ def speak_spectrograms(
             vocoder=vocoder,
             output_cross_attentions=alignments,
             key=jax.random.fold_in(jax.random.key(seed), index),
-            **options,
+            threshold=threshold,
+            minlenratio=minlenratio,
+            maxlenratio=maxlenratio,
         )
         waveform, attentions = spoken if alignments else (spoken, None)
         durations = np.zeros(len(ids), np.int64)

@@ -12,7 +12,6 @@ is left out, counted and named.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -132,11 +131,6 @@ def _predicted(task: Task, batch: Sequence[Heard], unreadable: dict[str, str]) -
         return []
     try:
         rows = task.predict(batch)
-    except TypeError as error:
-        found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if found is None or found[1] not in getattr(task, "generate", {}):
-            raise
-        raise UsageError(f"{found[1]!r} is no option of the decoding of a {type(task.model).__name__}.") from None
     except AudioError as error:
         if len(batch) > 1:
             return [row for heard in batch for row in _predicted(task, [heard], unreadable)]

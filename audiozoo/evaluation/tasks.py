@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from audiozoo.audio import files as audio
-from audiozoo.decoding.ctc import in_one_language
+from audiozoo.decoding.ctc import transcribe_ctc
 from audiozoo.decoding.pieces import in_language
+from audiozoo.decoding.synthesis import Synthesizer, speak, speak_spectrograms
 from audiozoo.errors import AudioError, SourceError, UsageError
+from audiozoo.loading import speak_language
+from audiozoo.processors.mms import AlignmentTokenizer
 from audiozoo.text.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 from audiozoo.training import metrics
 from audiozoo.training.data import Item, labels_of
@@ -40,6 +43,7 @@ class Task:
         model: what is measured.
         processor: its processor.
         batch_size: recordings at a time.
+        source: where the model is from, if a command loaded it: its messages name it, and its adapters lie there.
     """
 
     name: ClassVar[str] = ""
@@ -49,6 +53,7 @@ class Task:
     model: Any
     processor: Any
     batch_size: int = field(default=8, kw_only=True)
+    source: str | None = field(default=None, kw_only=True)
 
     @classmethod
     def fits(cls, model: Any) -> bool:
@@ -99,6 +104,30 @@ def _kind(model: Any) -> str:
     return type(model).__name__
 
 
+def check_options(model: Any, options: Mapping[str, Any], function: Callable[..., Any]) -> None:
+    """Refuse what a function has no default for, before anything is computed.
+
+    Raises:
+        UsageError: naming the first such option.
+    """
+    known = {p.name for p in inspect.signature(function).parameters.values() if p.default is not p.empty}
+    if unknown := sorted(set(options) - known):
+        raise UsageError(f"{unknown[0]!r} is no option of the decoding of a {_kind(model)}.")
+
+
+def _named(task: Task) -> tuple[str, str]:
+    """Where a model is from, and what chooses its language there, for messages."""
+    return ("The model", "language") if task.source is None else (task.source, "--language")
+
+
+def _speak(task: Task, language: str | None) -> None:
+    """Let a CTC model of several languages, or one that is told how texts are read, speak one."""
+    model, tokenizer = task.model, task.processor.tokenizer
+    reads = isinstance(tokenizer, AlignmentTokenizer) or tokenizer.phonemizer_lang is not None
+    if reads or hasattr(model, "speaking") or getattr(model.config, "adapter_attn_dim", None) is not None:
+        task.model, task.processor = speak_language(model, task.processor, language, task.source, _named(task)[1])
+
+
 def _is_encoder(model: Any) -> bool:
     return hasattr(getattr(model, "backbone", model), "frame_lengths")
 
@@ -147,7 +176,6 @@ def _written(
     options: Mapping[str, Any],
 ) -> list[tuple[str, str | None]]:
     """What a model writes of recordings of any length, and in which language, if it says so."""
-    from audiozoo.decoding.ctc import transcribe_ctc
     from audiozoo.decoding.encoders import without_padding
     from audiozoo.decoding.long_form import transcribe
     from audiozoo.decoding.pieces import write_pieces
@@ -169,18 +197,11 @@ def _written(
     elif kind == "Speech2TextForConditionalGeneration":
         most = {} if model.generation_config.max_length is not None else {"max_new_tokens": 200}
         chosen = {"batch_invariant": True} | most | chosen
-    elif language is not None:  # SeamlessM4T
-        chosen = {"tgt_lang": language} | chosen
-    if kind.startswith("SeamlessM4T"):
-        chosen = {"generate": partial(_tokens, model, {"tgt_lang": None, "batch_invariant": True} | chosen)}
+    elif kind.startswith("SeamlessM4T"):
+        given = {"tgt_lang": language, "batch_invariant": True} | chosen
+        chosen = {"generate": lambda **heard: model.generate_text(**heard, **given).sequences}
     texts = [write_pieces(model, processor, wave, batch_size=batch_size, **chosen)["text"] for wave in waveforms]
     return [(text, None) for text in texts]
-
-
-def _tokens(model: Any, options: Mapping[str, Any], *, input_features: Any, attention_mask: Any) -> Any:
-    """What a SeamlessM4T writes of speech, also in languages that it has no voice for."""
-    heard = {"input_features": input_features}
-    return model.write_text(heard, attention_mask=attention_mask, **options)[0].sequences
 
 
 @dataclass
@@ -217,6 +238,8 @@ class Transcription(Task):
         if self.normalise is not None:
             normaliser(self.normalise, self.language)
         self.choose_language()
+        if _kind(self.model).endswith("ForCTC"):
+            check_options(self.model, self.generate, transcribe_ctc)
 
     def choose_language(self) -> None:
         """A model of several languages hears, or writes, the one that is asked for.
@@ -224,12 +247,16 @@ class Transcription(Task):
         Raises:
             UsageError: if it does not know it, or none is asked for.
         """
-        kind, tokenizer = _kind(self.model), cast(Any, getattr(self.processor, "tokenizer", None))
-        if kind.endswith("ForCTC") and (hasattr(self.model, "speaking") or (self.language and tokenizer.languages)):
-            self.model, self.processor = in_one_language(self.model, self.processor, self.language)
-        writes_several = kind in _WRITERS and getattr(tokenizer, "lang_code_to_id", {})
-        if writes_several and "forced_bos_token_id" not in self.generate:
-            self.generate = in_language(self.model, self.processor, self.language) | dict(self.generate)
+        kind, given = _kind(self.model), _named(self)
+        if kind.endswith("ForCTC"):
+            _speak(self, self.language)
+        elif kind in _WRITERS and getattr(self.processor.tokenizer, "lang_code_to_id", {}):
+            if "forced_bos_token_id" not in self.generate:
+                self.generate = in_language(self.model, self.processor, self.language, *given) | dict(self.generate)
+        elif kind.startswith("SeamlessM4T") and not {"tgt_lang", "decoder_input_ids"} & set(self.generate):
+            if self.language is None:
+                raise UsageError(f"{given[0]} writes many languages; say which with {given[1]}.")
+            self.model.generation_config.text_language(self.language)
 
     def predict(self, batch: Sequence[Heard]) -> list[Row]:
         """See `Task`."""
@@ -758,8 +785,6 @@ class Synthesis(Transcription):
 
     def prepare(self, items: Sequence[Item], wanted: Sequence[Any]) -> None:
         """See `Task`."""
-        from audiozoo.decoding.synthesis import Synthesizer
-
         super().prepare(items, wanted)
         if _kind(self.model) == "SpeechT5ForTextToSpeech" and (self.speaker_embedding is None or self.vocoder is None):
             raise UsageError("SpeechT5 speaks with a speaker_embedding and a vocoder; give both.")
@@ -768,18 +793,20 @@ class Synthesis(Transcription):
             from audiozoo import packaged
 
             self.judge = audiozoo.load(packaged.whisper()), audiozoo.load_processor(packaged.whisper())
+        if _kind(self.model) != "BarkModel":
+            check_options(self.model, self.generate, speak if _kind(self.model) == "VitsModel" else speak_spectrograms)
         self._voice = Synthesizer(self.model) if _kind(self.model) == "VitsModel" else self.model
 
     def said(self, text: str) -> tuple[np.ndarray, int]:
         """A text as a waveform, and its rate."""
-        from audiozoo.decoding.synthesis import speak, speak_spectrograms
         from audiozoo.models import bark
 
         kind = _kind(self.model)
         pieces: list[Any]
         sentences = self.processor.sentences(text)
         if kind == "VitsModel":
-            pieces = list(speak(self._voice, sentences, speaker_id=self.speaker, seed=self.seed, **self.generate))
+            options: dict[str, Any] = {"speaker_id": self.speaker, "seed": self.seed} | dict(self.generate)
+            pieces = list(speak(self._voice, sentences, **options))
         elif kind == "BarkModel":
             options = {"sampling": "original", "key": jax.random.key(self.seed)} | dict(self.generate)
             pieces = list(bark.speak(self.model, self.processor, sentences, self.voice_preset, **options))
@@ -885,8 +912,8 @@ class Alignment(Task):
 
     def prepare(self, items: Sequence[Item], wanted: Sequence[Any]) -> None:
         """See `Task`."""
-        if hasattr(self.model, "speaking"):
-            self.model, self.processor = in_one_language(self.model, self.processor, self.language)
+        if _kind(self.model).endswith("ForCTC"):
+            _speak(self, self.language)
 
     def predict(self, batch: Sequence[Heard]) -> list[Row]:
         """See `Task`."""

@@ -652,6 +652,20 @@ class SeamlessM4TPreTrainedModel(nnx.Module):
         )
         return output.trim(), memory, mask
 
+    def generate_text(
+        self, tgt_lang: str | None = None, *, input_ids: Any = None, input_features: Any = None, **options: Any
+    ) -> GenerateOutput:
+        """§4.2: the translated text alone; a model that speaks also writes languages that it has no voice for.
+
+        Args:
+            tgt_lang: into which language.
+            input_ids: the text to translate.
+            input_features: speech, in place of text.
+            options: of `write_text`.
+        """
+        inputs = {"input_ids": input_ids} if input_features is None else {"input_features": input_features}
+        return self.write_text(inputs, tgt_lang, **options)[0]
+
     def _speak(
         self,
         inputs: dict[str, Any],
@@ -856,7 +870,7 @@ class SeamlessM4TForTextToText(SeamlessM4TPreTrainedModel):
             Tokens, the end-of-text token and the language in front; with `return_dict_in_generate=True` a
             `GenerateOutput`.
         """
-        output, *_ = self.write_text({"input_ids": input_ids}, tgt_lang, **options)
+        output = self.generate_text(tgt_lang, input_ids=input_ids, **options)
         return output if options.get("return_dict_in_generate") else np.asarray(output.sequences)
 
 
@@ -882,7 +896,7 @@ class SeamlessM4TForSpeechToText(SeamlessM4TPreTrainedModel):
         self, input_features: Float[Array, "batch time bands"], tgt_lang: str | None = None, **options: Any
     ) -> Int[np.ndarray, "rows tokens"] | GenerateOutput:
         """Recognise (into the language spoken) or translate; see `SeamlessM4TForTextToText`."""
-        output, *_ = self.write_text({"input_features": input_features}, tgt_lang, **options)
+        output = self.generate_text(tgt_lang, input_features=input_features, **options)
         return output if options.get("return_dict_in_generate") else np.asarray(output.sequences)
 
 
@@ -975,9 +989,10 @@ class SeamlessM4TModel(SeamlessM4TPreTrainedModel):
         The arguments are those of `SeamlessM4TForTextToSpeech`. Text comes back as a `GenerateOutput`, as there.
         """
         speaker = options.pop("speaker_id", spkr_id)
-        inputs = {"input_features": input_features} if input_features is not None else {"input_ids": input_ids}
         if not generate_speech:
-            return self.write_text(inputs, tgt_lang, key=key, **split_options(options)[0])[0]
+            of_text = split_options(options)[0]
+            return self.generate_text(tgt_lang, input_ids=input_ids, input_features=input_features, key=key, **of_text)
+        inputs = {"input_features": input_features} if input_features is not None else {"input_ids": input_ids}
         return self._speak(inputs, tgt_lang, speaker, return_intermediate_token_ids, key, **options)
 
 

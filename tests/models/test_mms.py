@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from audiozoo.commands.evaluation import _in_language
+from audiozoo.evaluation import TASKS
 from audiozoo.models import mms
 from audiozoo.models.mms import MMSConfig
 from audiozoo.processors.mms import AlignmentTokenizer, MMSProcessor
@@ -30,8 +30,10 @@ def test_the_aligners_alphabet(dictionary):
     assert tokenizer.decode([4, 4, 0, 4, 5]) == "aai"
     # `audiozoo evaluate --language` says how a text is romanised, as `audiozoo align` does.
     aligner = type("Wav2Vec2ForCTC", (), {"config": MMSConfig()})()
-    assert _in_language(aligner, processor, "the aligner", {"language": "rus"})[0] is aligner
-    assert tokenizer.language == "rus"
+    task = TASKS["alignment"](aligner, processor, language="rus")
+    task.prepare([], [])
+    assert task.model is aligner
+    assert (task.processor.tokenizer.language, tokenizer.language) == ("rus", None)
     (dictionary / "dictionary.txt").write_text("a\nb\n")
     with pytest.raises(FileNotFoundError, match="no <blank>"):
         MMSProcessor.from_directory(dictionary)

@@ -17,9 +17,8 @@ from flax import nnx
 from safetensors.torch import save_file
 
 import audiozoo
-from audiozoo.commands.recognition import speak_language
 from audiozoo.layers.losses import ctc_loss
-from audiozoo.loading import variables
+from audiozoo.loading import speak_language, variables
 from audiozoo.models import mms, wav2vec2
 from audiozoo.models.mms import MMSConfig, MMSForCTC
 from audiozoo.processors.mms import romanised
@@ -265,7 +264,7 @@ def test_fairseqs_file_of_all_languages(directory, tmp_path, monkeypatch):
         # The file alone will do: it speaks the language of its network, and others when asked.
         processor = audiozoo.load_processor(path)
         assert (processor.tokenizer.target_lang, processor.tokenizer.languages) == ("eng", tuple(LETTERS))
-        spoken = speak_language(audiozoo.load(path), processor, str(path), "fra")
+        spoken, processor = speak_language(audiozoo.load(path), processor, "fra", str(path))
         np.testing.assert_array_equal(spoken.lm_head.kernel[...], switched.lm_head.kernel[...])
         assert processor.tokenizer.target_lang == "fra"
         with pytest.raises(FileNotFoundError, match="no adapter for ita"):

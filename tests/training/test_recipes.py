@@ -22,11 +22,10 @@ from typer.testing import CliRunner
 
 import audiozoo
 from audiozoo.cli import app
-from audiozoo.commands.recognition import speak_language
 from audiozoo.decoding.windows import TranscriptionOptions, WindowDecoder
 from audiozoo.errors import AudioError, AudiozooError, CheckpointError, UsageError
 from audiozoo.layers import Dropout
-from audiozoo.loading import variables
+from audiozoo.loading import speak_language, variables
 from audiozoo.models import audio_spectrogram_transformer as ast
 from audiozoo.models import encodec, hifigan, whisper
 from audiozoo.models.audio_spectrogram_transformer import ASTRecipe
@@ -440,10 +439,10 @@ def test_languages_are_learnt_from_the_data(corpus):
         assert set(new.tokenizer.vocab[language]) > set("".join(texts)) - {" "}
     # Of what was learnt, `transcribe`, `align` and `evaluate` take the language that they are asked for.
     with pytest.raises(UsageError, match="run/model holds deu, eng; say which with --language"):
-        speak_language(model, processor, "run/model", None)
-    spoken = speak_language(model, processor, "run/model", "deu")
+        speak_language(model, processor, None, "run/model")
+    spoken, of_it = speak_language(model, processor, "deu", "run/model")
     np.testing.assert_array_equal(spoken.lm_head.kernel[...], model.lm_head.kernel[0])
-    assert (type(spoken).__name__, processor.tokenizer.target_lang) == ("Wav2Vec2ForCTC", "deu")
+    assert (type(spoken).__name__, of_it.tokenizer.target_lang) == ("Wav2Vec2ForCTC", "deu")
     fields = {"text": "a", "language": "ita"}
     with pytest.raises(UsageError, match="holds no 'ita'"):
         row.objective.prepare(processor, model.config, np.zeros(3200, np.float32), fields, None)
