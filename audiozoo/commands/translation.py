@@ -161,7 +161,8 @@ def while_speaking(
         processor: its.
         request: a file, or "-" for WAV on standard input, as it comes.
         wait_k: k.
-        cmvn: statistics that features are normalised by; by default those of the file, which a speaker would not know.
+        cmvn: statistics that features are normalised by; by default those of the checkpoint's corpus or, which a
+            speaker would not know, of the file.
         write: called with each word, and the space before it, as soon as it is whole.
     """
     from audiozoo import audio
@@ -171,7 +172,7 @@ def while_speaking(
     from audiozoo.processors.speech_to_text import GlobalCMVN, stream_filterbanks
 
     extractor, rate, piece = processor.feature_extractor, processor.feature_extractor.sampling_rate, 0.28
-    statistics = None if cmvn is None else GlobalCMVN.from_npz(cmvn)
+    statistics = extractor.of_corpus if cmvn is None else GlobalCMVN.from_npz(cmvn)
     own = statistics is None and extractor.do_ceptral_normalize
     if request.file == "-":
         if own:
@@ -181,8 +182,7 @@ def while_speaking(
         blocks = [audio.read(str(request.file), rate)] if own else audio.blocks(str(request.file), rate, piece)
     pieces: Any = stream_filterbanks(blocks, statistics, extractor.num_mel_bins, rate)
     if own:
-        frames = list(pieces)
-        pieces = map(GlobalCMVN.of(frames), frames)
+        pieces = map(extractor.normalised, pieces)
     token = in_language(model, processor, request.target, "This checkpoint", "--to")
     tokens: list[int] = []
     segments: list[dict[str, Any]] = []
@@ -272,7 +272,9 @@ def translate(
     ] = None,
     cmvn: Annotated[
         Path | None,
-        typer.Option(help="for --wait-k: .npz with the mean and std of each band, by default the file's own"),
+        typer.Option(
+            help="for --wait-k: .npz with the mean and std of each band, by default the model's or the file's own"
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help=terminal.COMPUTED_IN)] = "float32",
 ) -> None:

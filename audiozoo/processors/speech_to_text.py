@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from audiozoo.processors import (
 VARIANCE_FLOOR = 1e-10  # of fairseq
 CHUNK = 512  # frames that one row of a compiled program transforms
 ROWS = 16  # such rows at a time, at most
+STATISTICS = ("mean", "std")  # of a corpus, by their names in files
 LANGUAGES = {"mustc": ("pt", "fr", "ru", "nl", "ro", "it", "es", "de")}
 
 
@@ -223,6 +224,8 @@ class Speech2TextFeatureExtractor(FeatureExtractor):
         do_ceptral_normalize: whether to normalise at all (so spelt in the files).
         normalize_means: bring each band to mean 0.
         normalize_vars: bring each band to variance 1.
+        global_cmvn: `mean` and `std` of each band over a corpus, to normalise by; from fairseq's files, and unknown to
+            `transformers`.
     """
 
     def __init__(
@@ -235,6 +238,7 @@ class Speech2TextFeatureExtractor(FeatureExtractor):
         do_ceptral_normalize: bool = True,
         normalize_means: bool = True,
         normalize_vars: bool = True,
+        global_cmvn: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         self.feature_size = feature_size
         self.sampling_rate = sampling_rate
@@ -244,6 +248,18 @@ class Speech2TextFeatureExtractor(FeatureExtractor):
         self.do_ceptral_normalize = do_ceptral_normalize
         self.normalize_means = normalize_means
         self.normalize_vars = normalize_vars
+        self.global_cmvn = global_cmvn
+
+    @property
+    def of_corpus(self) -> GlobalCMVN | None:
+        """The statistics of the corpus, if features are normalised by them."""
+        return None if self.global_cmvn is None else GlobalCMVN(*(np.asarray(self.global_cmvn[n]) for n in STATISTICS))
+
+    def normalised(self, features: Float[np.ndarray, "frames mels"]) -> Float[np.ndarray, "frames mels"]:
+        """The frames of one utterance, by its own statistics, those of the corpus, or none."""
+        if self.do_ceptral_normalize:
+            features = utterance_cmvn(features, self.normalize_means, self.normalize_vars)
+        return features if self.of_corpus is None else self.of_corpus(features)
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike[str]) -> Speech2TextFeatureExtractor:
@@ -266,6 +282,8 @@ class Speech2TextFeatureExtractor(FeatureExtractor):
         wanted = {"means": self.do_ceptral_normalize and self.normalize_means}
         wanted["variances"] = self.do_ceptral_normalize and self.normalize_vars
         x, real = padded_filterbanks(waveforms, lengths, self.num_mel_bins, self.sampling_rate, **wanted)
+        if self.of_corpus is not None:
+            x = (x - jnp.asarray(self.of_corpus.mean, x.dtype)) / jnp.asarray(self.of_corpus.std, x.dtype)
         return jnp.where(real[..., None], x, self.padding_value), real.astype(jnp.int32)
 
     def __call__(
@@ -311,8 +329,7 @@ class Speech2TextFeatureExtractor(FeatureExtractor):
                 max_length if not pad_to_multiple_of else -(-max_length // pad_to_multiple_of) * pad_to_multiple_of
             )
             features = [x[:longest] for x in features]
-        if self.do_ceptral_normalize:
-            features = [utterance_cmvn(x, self.normalize_means, self.normalize_vars) for x in features]
+        features = [self.normalised(x) for x in features]
         batch, mask = pad_batch(
             features,
             padding,
@@ -347,7 +364,7 @@ def _fairseq_features(folder: Path) -> dict[str, Any]:
     """The settings of the features in fairseq's words.
 
     Raises:
-        CheckpointError: for normalisation by a corpus, which no single recording has.
+        CheckpointError: for normalisation by a corpus whose statistics are not there.
     """
     settings = _fairseq_settings(folder)
     transforms = settings.get("transforms") or {}
@@ -355,11 +372,17 @@ def _fairseq_features(folder: Path) -> dict[str, Any]:
     if settings:
         of_tests = transforms.get("_eval")
         used = (transforms.get("*") if of_tests is None else of_tests) or []
+    of_corpus = None
     if "global_cmvn" in used:
-        raise CheckpointError(
-            f"The model in '{folder}' was trained on features that its corpus normalises: give it frames of "
-            "stream_filterbanks with GlobalCMVN.from_npz, in place of a processor's."
-        )
+        named = Path(str((settings.get("global_cmvn") or {}).get("stats_npz_path", "gcmvn.npz")))
+        found = next((path for path in (folder / named.name, folder / named) if path.is_file()), None)
+        if found is None:
+            raise CheckpointError(
+                f"The model in '{folder}' was trained on features that its corpus normalises; put the statistics "
+                f"beside it, as {named.name}."
+            )
+        statistics = GlobalCMVN.from_npz(found)
+        of_corpus = {name: getattr(statistics, name).tolist() for name in STATISTICS}
     bands, cmvn = int(settings.get("input_feat_per_channel") or 80), settings.get("utterance_cmvn") or {}
     return {
         "num_mel_bins": bands,
@@ -367,6 +390,7 @@ def _fairseq_features(folder: Path) -> dict[str, Any]:
         "do_ceptral_normalize": "utterance_cmvn" in used,
         "normalize_means": bool(cmvn.get("norm_means", True)),
         "normalize_vars": bool(cmvn.get("norm_vars", True)),
+        "global_cmvn": of_corpus,
     }
 
 

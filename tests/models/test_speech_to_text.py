@@ -308,8 +308,17 @@ def test_features_while_someone_speaks(model, tmp_path):
         assert extractor.items() >= (normal | {"num_mel_bins": 40}).items()
     (tmp_path / "config.yaml").write_text(json.dumps({"vocab_filename": "x.txt"}))
     assert not Speech2TextFeatureExtractor.from_directory(tmp_path).do_ceptral_normalize
-    (tmp_path / "config.yaml").write_text(json.dumps({"transforms": {"*": ["global_cmvn"]}}))
-    with pytest.raises(CheckpointError, match="its corpus normalises"):
+    settings = {"transforms": {"*": ["global_cmvn"]}, "global_cmvn": {"stats_npz_path": "/there/gcmvn.npz"}}
+    (tmp_path / "config.yaml").write_text(json.dumps(settings))
+    extractor = Speech2TextFeatureExtractor.from_directory(tmp_path)
+    extractor.save(tmp_path / "saved")
+    extractor = Speech2TextFeatureExtractor.from_directory(tmp_path / "saved")
+    np.testing.assert_array_equal(extractor(wave)["input_features"][0], whole)
+    in_jax, real = extractor.in_jax(jnp.asarray(wave)[None], jnp.asarray([len(wave)]))
+    np.testing.assert_allclose(in_jax[0], whole, atol=1e-3)
+    assert real.all()
+    (tmp_path / "gcmvn.npz").unlink()
+    with pytest.raises(CheckpointError, match=r"put the statistics beside it, as gcmvn\.npz"):
         Speech2TextFeatureExtractor.from_directory(tmp_path)
     (tmp_path / "config.yaml").write_text("a: [")
     with pytest.raises(CheckpointError, match="no YAML"):
