@@ -136,7 +136,7 @@ def test_align(run, checkpoints, tmp_path):
     assert rows[0] == ["start", "end", "score", "text"]
     assert [row[3] for row in rows[1:]] == ["abba", "cafe"]
     assert [float(row[0]) for row in rows[1:]] == [w["start"] for w in wanted]
-    (tmp_path / "text.txt").write_text("abba <star> cafe")
+    (tmp_path / "text.txt").write_text("abba <star> cafe", encoding="utf-8-sig")
     found = json.loads(run("align", sound, "--file", tmp_path / "text.txt", "--model", source, "--format", "json").out)
     assert [w["text"] for w in found["words"]] == ["abba", "cafe"]
     glued = run("align", sound, "abba<star>cafe", "--model", source, "--format", "json").out

@@ -212,7 +212,7 @@ def align(
     check_file(file)
     if text_file is not None:
         try:
-            text = text_file.read_text(encoding="utf-8")
+            text = text_file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError):
             raise SourceError(f"{text_file} cannot be read as UTF-8 text.") from None
     from audiozoo import audio

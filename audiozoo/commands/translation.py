@@ -233,7 +233,7 @@ def what_is_meant(source: str) -> tuple[str | None, str | None]:
         raise SourceError(f"{source} is a directory; name a file inside it.")
     if is_file and path.suffix.lower() == ".txt":
         try:
-            return None, path.read_text(encoding="utf-8")
+            return None, path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError):
             raise SourceError(f"{source} cannot be read as UTF-8 text.") from None
     if is_file:

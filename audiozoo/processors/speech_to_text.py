@@ -29,6 +29,7 @@ from audiozoo.processors import (
     waveform_batch,
     write_json,
 )
+from audiozoo.processors.wav2vec2 import fairseq_symbols
 
 VARIANCE_FLOOR = 1e-10  # of fairseq
 CHUNK = 512  # frames that one row of a compiled program transforms
@@ -472,7 +473,7 @@ class Speech2TextTokenizer:
         if len(models) != 1:
             count = "several files" if models else "no file"
             raise SourceError(f"'{folder}' has no vocab.json, and {count} X.model with an X.txt beside it.")
-        tokens = [line.rsplit(" ", 1)[0] for line in models[0].with_suffix(".txt").read_text("utf-8").splitlines()]
+        tokens = fairseq_symbols(models[0].with_suffix(".txt"))
         encoder = {token: i for i, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", *tokens])}
         languages = _languages(encoder)
         known = "mustc" if set(languages) <= set(LANGUAGES["mustc"]) else "all"

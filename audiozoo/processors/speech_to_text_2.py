@@ -12,7 +12,7 @@ import numpy as np
 
 from audiozoo.errors import CheckpointError, UsageError
 from audiozoo.processors import read_json, tidied, token_lists, write_json
-from audiozoo.processors.wav2vec2 import Wav2Vec2FeatureExtractor, Wav2Vec2Processor
+from audiozoo.processors.wav2vec2 import Wav2Vec2FeatureExtractor, Wav2Vec2Processor, fairseq_symbols
 
 CONTINUED, WORD_END = "@@ ", "</w>"
 
@@ -52,8 +52,8 @@ class Speech2Text2Tokenizer:
         """From `vocab.json` and, if it is there, `merges.txt`; or from fairseq's `dict.X.txt`, which only decodes."""
         folder = Path(directory)
         if (dictionary := _fairseq_dictionary(folder)) is not None:
-            pieces = [line.rsplit(" ", 1)[0] for line in dictionary.read_text(encoding="utf-8").splitlines()]
-            return cls({piece: i for i, piece in enumerate(["<s>", "<pad>", "</s>", "<unk>", *pieces])})
+            pieces = ["<s>", "<pad>", "</s>", "<unk>", *fairseq_symbols(dictionary)]
+            return cls({piece: i for i, piece in enumerate(pieces)})
         config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
         merges = None
         if (folder / "merges.txt").is_file():

@@ -133,7 +133,8 @@ class CTCOutput:
 
 def fairseq_symbols(path: Path) -> list[str]:
     """The entries of a fairseq dictionary: an entry and its count a line."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    with path.open(encoding="utf-8") as file:  # read by the line: an entry may be one of Unicode's separators
+        lines = [line.rstrip("\n") for line in file]
     return [re.sub(r" \d+( #fairseq:overwrite)?$", "", line) for line in lines if line.strip()]
 
 

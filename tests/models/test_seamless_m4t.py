@@ -293,7 +293,7 @@ def test_from_the_command_line(model, tmp_path):
     assert spoken.stdout == "".join(segment["text"] + "\n" for segment in found["segments"])
     np.testing.assert_allclose(audio.read(tmp_path / "long.wav", 16_000), np.concatenate(made), atol=1e-4)
     # A text of many lines: a piece for each, however many are translated at a time.
-    (tmp_path / "lines.txt").write_text("abc\n\nx y\nabcd efg\n")
+    (tmp_path / "lines.txt").write_text("abc\n\nx y\nabcd efg\n", encoding="utf-8-sig")
     told = [
         json.loads(run(tmp_path / "lines.txt", "--to", "spa", "--from", "eng", "--format", "json", *more).stdout)
         for more in ((), ("--batch-size", "1"), ("--speech", tmp_path / "lines.wav"))

@@ -177,7 +177,7 @@ def test_the_processor(vocabulary, tmp_path):
     (folder / "config_st.yaml").write_text("vocab_filename: spm_unigram.txt\n")
     assert Speech2TextProcessor.from_directory(folder, "de")(text=TEXTS) == ours(text=TEXTS)
     # Other corpora have other languages, CoVoST such as zh-CN.
-    with (folder / "spm_unigram.txt").open("a") as file:
-        file.write("<lang:zh-CN> 1\n")
+    with (folder / "spm_unigram.txt").open("a", encoding="utf-8") as file:
+        file.write("\u2028 1 #fairseq:overwrite\n<lang:zh-CN> 1\n")
     chinese = Speech2TextTokenizer.from_directory(folder, "zh-CN")
-    assert chinese(TEXTS[0])["input_ids"] == [len(encoder), *ours(text=TEXTS[0])["input_ids"][1:]]
+    assert chinese(TEXTS[0])["input_ids"] == [len(encoder) + 1, *ours(text=TEXTS[0])["input_ids"][1:]]
