@@ -1015,6 +1015,7 @@ def finetuning_losses(
     input_features: Float[Array, "batch time bands"] | None = None,
     input_ids: Int[Array, "batch time"] | None = None,
     attention_mask: Int[Array, "batch time"] | None = None,
+    batch_invariant: bool = False,
     label_smoothing: float = 0.2,
     freeze_text: bool = False,
     key: jax.Array | None = None,
@@ -1031,12 +1032,15 @@ def finetuning_losses(
         input_features: speech.
         input_ids: text, in place of speech.
         attention_mask: 1 where the input is real.
+        batch_invariant: of speech, keep the padding out of the length adaptor too.
         label_smoothing: $\epsilon$, which fairseq spreads over all tokens but the right one.
         freeze_text: only the text-to-unit model learns (the authors' mode TEXT_TO_SPEECH).
         key: switches dropout on.
     """
     config, keys = model.config, [None] * 4 if key is None else list(jax.random.split(key, 4))
-    encoded, mask = model.encode(input_ids, input_features, attention_mask, key=keys[0])
+    encoded, mask = model.encode(
+        input_ids, input_features, attention_mask, batch_invariant=batch_invariant, key=keys[0]
+    )
     tokens = inputs_of(labels, config.pad_token_id, config.decoder_start_token_id)
     states = model.text_decoder(tokens, None, encoded.last_hidden_state, mask, key=keys[1]).last_hidden_state
     logits = model.text_decoder.embed_tokens.attend(states)

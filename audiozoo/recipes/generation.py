@@ -98,6 +98,7 @@ class Translated(Objective):
                 batch["labels"],
                 input_features=features,
                 attention_mask=mask,
+                batch_invariant=True,
                 label_smoothing=self.smoothing,
                 key=turn.key if turn.training else None,
             )

@@ -527,6 +527,20 @@ def test_features_on_the_device_are_the_processors(extractor):
     np.testing.assert_allclose(features, wanted["input_features"], atol=2e-3)
 
 
+@pytest.mark.parametrize("name", ["speech_to_text", "seamless_m4t"])
+def test_padding_changes_no_translators_loss(name):
+    """As it changes nothing of what `audiozoo translate` writes."""
+    row, model, processor = tiny.small(recipe(name))
+    waveform = jnp.asarray(np.random.default_rng(0).normal(0, 0.1, (1, 8000)), jnp.float32)
+    batch = {"length": jnp.asarray([8000]), "labels": jnp.asarray([[4, 5, 2]])}
+    turn, made = Turn(jax.random.key(0), jnp.asarray(0), training=False), row.objective.loss(processor)
+    alone, padded = (
+        jax.jit(lambda m, x=x: made({"model": m}, batch | {"waveform": x}, turn).total)(model)
+        for x in (waveform, jnp.pad(waveform, ((0, 0), (0, 4000))))
+    )
+    assert padded == pytest.approx(float(alone), rel=1e-5)
+
+
 def test_what_a_recording_must_bring_is_named(corpus):
     fields = find_items(corpus)[0].fields
     rng = np.random.default_rng(0)
