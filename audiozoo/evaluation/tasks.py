@@ -123,7 +123,7 @@ def _named(task: Task) -> tuple[str, str]:
 def _speak(task: Task, language: str | None) -> None:
     """Let a CTC model of several languages, or one that is told how texts are read, speak one."""
     model, tokenizer = task.model, task.processor.tokenizer
-    reads = isinstance(tokenizer, AlignmentTokenizer) or tokenizer.phonemizer_lang is not None
+    reads = isinstance(tokenizer, AlignmentTokenizer) or getattr(tokenizer, "phonemizer_lang", None) is not None
     if reads or hasattr(model, "speaking") or getattr(model.config, "adapter_attn_dim", None) is not None:
         task.model, task.processor = speak_language(model, task.processor, language, task.source, _named(task)[1])
 
@@ -247,10 +247,10 @@ class Transcription(Task):
         Raises:
             UsageError: if it does not know it, or none is asked for.
         """
-        kind, given = _kind(self.model), _named(self)
+        kind, given, tokenizer = _kind(self.model), _named(self), getattr(self.processor, "tokenizer", None)
         if kind.endswith("ForCTC"):
             _speak(self, self.language)
-        elif kind in _WRITERS and getattr(self.processor.tokenizer, "lang_code_to_id", {}):
+        elif kind in _WRITERS and getattr(tokenizer, "lang_code_to_id", {}):
             if "forced_bos_token_id" not in self.generate:
                 self.generate = in_language(self.model, self.processor, self.language, *given) | dict(self.generate)
         elif kind.startswith("SeamlessM4T") and not {"tgt_lang", "decoder_input_ids"} & set(self.generate):
