@@ -229,6 +229,8 @@ class Speech2TextFeatureExtractor(FeatureExtractor):
             `transformers`.
     """
 
+    global_cmvn: Mapping[str, Sequence[float]] | None = None
+
     def __init__(
         self,
         feature_size: int = 80,
@@ -249,7 +251,8 @@ class Speech2TextFeatureExtractor(FeatureExtractor):
         self.do_ceptral_normalize = do_ceptral_normalize
         self.normalize_means = normalize_means
         self.normalize_vars = normalize_vars
-        self.global_cmvn = global_cmvn
+        if global_cmvn is not None:  # a file without it is the one that `transformers` writes
+            self.global_cmvn = global_cmvn
 
     @property
     def of_corpus(self) -> GlobalCMVN | None:
@@ -270,7 +273,7 @@ class Speech2TextFeatureExtractor(FeatureExtractor):
         kind = config.get("feature_extractor_type", cls.__name__)
         if kind != cls.__name__:
             raise CheckpointError(f"'{folder}' holds the settings of a {kind}, not of fairseq S2T's features.")
-        return cls(**{name: config[name] for name in vars(cls()) if name in config})
+        return cls(**{name: config[name] for name in (*vars(cls()), "global_cmvn") if name in config})
 
     def saved_besides(self) -> dict[str, Any]:
         """What `transformers` also writes into `preprocessor_config.json`."""
