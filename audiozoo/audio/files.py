@@ -9,8 +9,10 @@ with the same result.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import os
+import struct
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ import soundfile
 import soxr
 from numpy.typing import ArrayLike
 
+from audiozoo.audio.streams import LOWEST_RATE, read_wav_header
 from audiozoo.errors import AudioError, SourceError, UsageError
 
 Source = str | os.PathLike[str] | bytes | BinaryIO
@@ -30,7 +33,7 @@ Source = str | os.PathLike[str] | bytes | BinaryIO
 
 _DECODE_FRAMES = 1 << 16  # frames decoded at a time
 _UNKNOWN_FRAMES = (1 << 63) - 1  # libsndfile's number for a FLAC file whose writer did not know
-LOWEST_RATE = 100  # Hz; a damaged header may say 1, at which 16,000 samples become a gigabyte
+_SEVERAL_FRAMES = 4096  # bytes; an MP3 frame has 1441 at most
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,8 @@ def _open(source: Source) -> Iterator[_Decoder]:
             reason = str(problem.error_string)
             if not isinstance(content, str):
                 content.seek(0)
-    with _open_with_av(content, name, reason) if file is None else _open_with_libsndfile(file, name) as decoder:
+    opened = _open_with_av(content, name, reason) if file is None else _open_with_libsndfile(file, name, content)
+    with opened as decoder:
         if chained:
             decoder.info = replace(decoder.info, seconds=math.inf)
         if decoder.info.sampling_rate < LOWEST_RATE:
@@ -146,11 +150,18 @@ def _open(source: Source) -> Iterator[_Decoder]:
 
 
 @contextmanager
-def _open_with_libsndfile(file: soundfile.SoundFile, name: str) -> Iterator[_Decoder]:
+def _open_with_libsndfile(
+    file: soundfile.SoundFile, name: str, content: str | io.BytesIO | BinaryIO
+) -> Iterator[_Decoder]:
     with file:
-        seconds = math.inf if file.frames == _UNKNOWN_FRAMES else file.frames / file.samplerate
+        known, chunks = file.frames != _UNKNOWN_FRAMES, _sndfile_chunks(file, name)
+        if not file.frames and file.format in ("WAV", "WAVEX"):
+            known, chunks = False, _unfinished_chunks(content)
+        elif file.format == "MP3" and (rest := _behind_first_mp3(content)):
+            known, chunks = False, itertools.chain(chunks, _joined_chunks(rest, file, name))
+        seconds = file.frames / file.samplerate if known else math.inf
         info = AudioInfo(file.samplerate, file.channels, seconds, f"{file.format}/{file.subtype}")
-        yield _Decoder(name, info, _sndfile_chunks(file, name))
+        yield _Decoder(name, info, chunks)
 
 
 def _sndfile_chunks(file: soundfile.SoundFile, name: str) -> Iterator[np.ndarray]:
@@ -162,6 +173,68 @@ def _sndfile_chunks(file: soundfile.SoundFile, name: str) -> Iterator[np.ndarray
         if not len(chunk):
             return
         yield chunk
+
+
+def _unfinished_chunks(content: str | io.BytesIO | BinaryIO) -> Iterator[np.ndarray]:
+    """All that follows the header of a WAV file whose writer did not come back to say how much it is."""
+    if isinstance(content, str):
+        with open(content, "rb") as file:
+            yield from _unfinished_chunks(file)
+        return
+    size = content.seek(0, os.SEEK_END)
+    content.seek(4)
+    if struct.unpack("<I", content.read(4)) == (size - 8,):  # it is finished, and empty
+        return
+    content.seek(0)
+    layout, _ = read_wav_header(content)
+    while len(samples := layout.samples(content.read(_DECODE_FRAMES * layout.frame))):
+        yield samples
+
+
+def _behind_first_mp3(content: str | io.BytesIO | BinaryIO) -> bytes:
+    """What follows the frames that the Xing header in the first one counts, where libsndfile stops; if it is MP3."""
+    if isinstance(content, str):
+        with open(content, "rb") as file:
+            return _behind_first_mp3(file)
+    here = content.tell()
+    try:
+        content.seek(0)
+        start, tag = 0, content.read(10)
+        if tag.startswith(b"ID3") and len(tag) == 10:
+            start = 10 + sum(byte << 7 * place for place, byte in enumerate(reversed(tag[6:])))
+        content.seek(start)
+        first = content.read(64)
+        place = max(first.find(b"Xing"), first.find(b"Info"))
+        if place < 0 or len(first) < 64:
+            return b""
+        flags, *numbers = struct.unpack_from(">3I", first, place + 4)  # of frames with flag 1, of bytes with flag 2
+        if not flags & 2:
+            return b""
+        content.seek(start + numbers[flags & 1])
+        rest = content.read(_SEVERAL_FRAMES)
+        after = rest[128:] if rest.startswith(b"TAG") else rest  # ID3v1
+        begins = after.startswith(b"ID3") or (after[:1] == b"\xff" and after[1:2] >= b"\xe0")
+        return after + content.read() if begins and len(rest) == _SEVERAL_FRAMES else b""
+    finally:
+        content.seek(here)
+
+
+def _joined_chunks(rest: bytes, first: soundfile.SoundFile, name: str) -> Iterator[np.ndarray]:
+    """The samples of MP3 files that follow the first."""
+    while rest:
+        content = io.BytesIO(rest)
+        try:
+            file = _FromFrontToBack(content)
+        except soundfile.LibsndfileError:  # frames by chance
+            return
+        with file:
+            if (file.samplerate, file.channels) != (first.samplerate, first.channels):
+                raise AudioError(
+                    f"{name} is several MP3 files in one: one of {first.channels} channels at {first.samplerate} Hz, "
+                    f"another of {file.channels} at {file.samplerate} Hz; separate them."
+                )
+            rest = _behind_first_mp3(content)
+            yield from _sndfile_chunks(file, name)
 
 
 @contextmanager
@@ -319,7 +392,7 @@ def resample(waveform: ArrayLike, from_rate: int, to_rate: int, axis: int = -1) 
         samples = samples.astype(np.float32)
     if from_rate <= 0 or to_rate <= 0:
         raise UsageError(f"Cannot resample from {from_rate} Hz to {to_rate} Hz; sampling rates are positive.")
-    if from_rate == to_rate:
+    if from_rate == to_rate or not samples.size:
         return samples
     time_first = np.moveaxis(samples, axis, 0)
     flat = np.ascontiguousarray(time_first.reshape(len(time_first), -1))

@@ -16,9 +16,9 @@ from typing import BinaryIO
 import numpy as np
 import soxr
 
-from audiozoo.audio.files import LOWEST_RATE
 from audiozoo.errors import AudioError
 
+LOWEST_RATE = 100  # Hz; a damaged header may say 1, at which 16,000 samples become a gigabyte
 _UNKNOWN = 0x7FFF_F000  # programs that do not know the length write one that is at least this
 _PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE
 

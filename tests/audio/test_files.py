@@ -213,7 +213,7 @@ def test_a_truncated_file_is_read_as_far_as_it_goes_or_named(tmp_path):
 
 
 def test_lengths_that_headers_do_not_tell(tmp_path, monkeypatch):
-    """FLAC and webm as they are written to a pipe, Ogg files put one behind the other; and a rate that blows up."""
+    """FLAC, WAV and webm as written to a pipe, Ogg and MP3 files one behind the other; and a rate that blows up."""
     av = pytest.importorskip("av", reason="the optional package av reads webm and chained ogg")
     whole = tone(48_000, 1.5)
     audio.write(tmp_path / "a.flac", whole, 48_000)
@@ -241,6 +241,33 @@ def test_lengths_that_headers_do_not_tell(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(AudioError, match="several Ogg streams") as error:
         audio.read(one + one)
+    sentence(error)
+
+    for form, subtype in (("WAV", "PCM_16"), ("WAVEX", "PCM_24"), ("WAV", "FLOAT")):
+        soundfile.write(tmp_path / "a.wav", np.stack([whole, -whole], 1), 48_000, format=form, subtype=subtype)
+        wav = bytearray((tmp_path / "a.wav").read_bytes())
+        known = audio.read(bytes(wav), None, mono=False)
+        at = wav.index(b"data") + 4
+        wav[4:8] = wav[at : at + 4] = bytes(4)
+        (tmp_path / "piped.wav").write_bytes(wav)
+        for source in (tmp_path / "piped.wav", bytes(wav)):
+            np.testing.assert_array_equal(audio.read(source, None, mono=False), known)
+        assert audio.info(bytes(wav)).seconds == 1.5
+    soundfile.write(tmp_path / "a.wav", whole[:0], 48_000)
+    with pytest.raises(AudioError, match="holds no samples"):
+        audio.read(tmp_path / "a.wav")
+
+    audio.write(tmp_path / "a.mp3", whole, 48_000)
+    one, tags = (tmp_path / "a.mp3").read_bytes(), (b"ID3\3\0\0\0\0\2\1" + bytes(257), b"TAG" + bytes(125))
+    decoded = audio.read(one, None)
+    (tmp_path / "three.mp3").write_bytes(tags[0] + one + tags[1] + tags[0] + one + one)
+    np.testing.assert_array_equal(audio.read(tmp_path / "three.mp3", None), np.tile(decoded, 3))
+    assert audio.info(one + one).seconds == 2 * audio.info(one).seconds
+    for rest in (tags[1], bytes(9000), tags[1] + bytes(9000)):
+        np.testing.assert_array_equal(audio.read(one + rest, None), decoded)
+    audio.write(tmp_path / "b.mp3", whole, 44_100)
+    with pytest.raises(AudioError, match="several MP3 files in one: one of 1 channels at 48000 Hz") as error:
+        audio.read(one + (tmp_path / "b.mp3").read_bytes())
     sentence(error)
 
     soundfile.write(tmp_path / "slow.wav", whole, 1)
