@@ -33,7 +33,7 @@ from audiozoo.layers.weight_norm import fold_weight_norm
 MAGIC = b"ECDC"
 _START = struct.Struct("!4sBI")
 _LOUDNESS = struct.Struct("!f")
-_LONGEST_HEADER, _MOST_SAMPLES = 1 << 16, 1 << 36
+_LONGEST_HEADER, _MOST_SAMPLES = 1 << 8, 1 << 36
 MODELS = ("encodec_24khz", "encodec_48khz", "encodec_32khz", "audiogen_16khz")  # published sizes that files can name
 SECONDS = 10.0  # of audio that go through the model at once
 CHUNKS = 8  # chunks that go through a chunked model at once
@@ -78,15 +78,19 @@ def read_header(reader: BitReader) -> Header:
             raise CheckpointError(f"This .ecdc file has version {version}; only version 0 is known.")
         if length > _LONGEST_HEADER:
             raise CheckpointError(f"This .ecdc file is damaged: its header would be {length} bytes long.")
-        fields = json.loads(reader.take(length).decode())
+        content = reader.take(length)
     except EndOfStream as problem:
         raise CheckpointError(f"This .ecdc file is cut short within its header: {problem}") from None
-    except (ValueError, RecursionError) as problem:  # no UTF-8, no JSON, endless digits or brackets
+    try:
+        fields = json.loads(content.decode())
+    except ValueError as problem:  # no UTF-8, no JSON
         raise CheckpointError(f"This .ecdc file is damaged: its header is not JSON ({problem}).") from None
     kinds = {"m": str, "al": int, "nc": int, "lm": bool}
     for name, kind in kinds.items():
         if not isinstance(fields, dict) or type(fields.get(name)) is not kind:
             raise CheckpointError(f"This .ecdc file is damaged: its header has no {kind.__name__} '{name}'.")
+    if not fields["m"].isprintable():
+        raise CheckpointError("This .ecdc file is damaged: its model's name is no name.")
     if not 0 <= fields["al"] <= _MOST_SAMPLES or fields["nc"] < 1 or (fields["lm"] and not fields["al"]):
         raise CheckpointError(f"This .ecdc file is damaged: {fields['al']} samples in {fields['nc']} codebooks.")
     return Header(fields["m"], fields["al"], fields["nc"], fields["lm"])

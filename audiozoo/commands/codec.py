@@ -145,13 +145,15 @@ def decode(
 
     from audiozoo.audio import to_pcm, wav_header, write
     from audiozoo.codec import StreamReader, decompress, decompress_stream, read_header
+    from audiozoo.codec.ecdc import MODELS
 
     with _opened(source) as file:
         reader = StreamReader(file)
         header = read_header(reader)
         if model is None:
-            if not header.model.startswith("encodec_"):
-                raise UsageError(f"{source} was made with a model that has no name; say which with --model.")
+            # A name is looked up, so that no file chooses a directory to load.
+            if header.model not in MODELS or not header.model.startswith("encodec_"):
+                raise UsageError(f"{source} is from {header.model}, no model of facebook's; say which with --model.")
             model = f"facebook/{header.model}"
         if header.language_model and language_model is None:
             raise UsageError(f"{source} was written with a language model; give the same one with --lm.")

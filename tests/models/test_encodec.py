@@ -241,12 +241,14 @@ def header(**changes) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"RIFF" + bytes(60), "does not begin with ECDC"),
-        (b"ECDC\1" + bytes(60), "version 1"),
-        (b"ECDC\0\xff\xff\xff\xff" + bytes(60), "4294967295 bytes long"),
+        (b"RIFF" + bytes(60), r"^This is no \.ecdc file: it does not begin with ECDC"),
+        (b"ECDC\1" + bytes(60), r"^This \.ecdc file has version 1"),
+        (b"ECDC\0\xff\xff\xff\xff" + bytes(60), "damaged: its header would be 4294967295 bytes long"),
         (b"ECDC\0\0\0\0\2[]" + bytes(60), "no str 'm'"),
-        (b"ECDC\0\0\0\xea\x60" + b"[" * 60_000, "its header is not JSON"),
-        (b"ECDC\0\0\0\x13\x88" + b"1" * 5000, "its header is not JSON"),
+        (b"ECDC\0\0\0\xea\x60" + b"[" * 60_000, "60000 bytes long"),
+        (b"ECDC\0\0\0\0\xfa" + b"[" * 250, "its header is not JSON"),
+        (header(m="\x1b[2J"), "no name"),
+        (header(m="\ud800"), "no name"),
         (header(al=-3), "-3 samples"),
         (header(al="90"), "no int 'al'"),
         (header(lm=1), "no bool 'lm'"),
@@ -672,9 +674,14 @@ def test_codec_on_the_command_line(tmp_path, monkeypatch):
     assert (samples.shape, rate) == ((200,), 800)
 
     soundfile.write(tmp_path / "nan.wav", np.full(90, np.nan, np.float32), 800, subtype="FLOAT")
+    # A name in a file is no path: what lies at the end of this one is a model.
+    (tmp_path / "path.ecdc").write_bytes(header(m="encodec_/../../model"))
+    (tmp_path / "facebook" / "encodec_").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "half.ecdc").write_bytes(content[: len(content) // 2 + len(header(al=200)) // 2])
     for arguments, message in (
         (["decode", small, back], "say which with --model"),
+        (["decode", "path.ecdc", back], "no model of facebook's; say which with --model"),
         (["decode", sound_file, back], "does not begin with ECDC"),
         (["info", str(tmp_path / "no.ecdc")], "does not exist"),
         (["encode", sound_file, small, "--model", where["model"], "--bandwidth", "6"], "kbit/s, not at 6"),
