@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import os
 import re
@@ -147,14 +148,18 @@ def _cached(
     error: Exception,
 ) -> Path:
     """The snapshot in the cache, when the hub cannot be asked."""
-    why = (
-        "HF_HUB_OFFLINE is set"
-        if isinstance(error, OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE
-        else f"the hub cannot be reached ({_reason(error)})"
-    )
+    if isinstance(error, OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
+        why = "HF_HUB_OFFLINE is set"
+    elif isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        said = (error.server_message or _reason(error)).splitlines()[0].rstrip(".")
+        of_whom = ", the token in HF_TOKEN or of `hf auth login`" if status == 401 else ""
+        why = f"the hub answers {status} ({said}{of_whom})"
+    else:
+        why = f"the hub cannot be reached ({_reason(error)})"
     repository = Path(cache_dir or constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
     reference = repository / "refs" / (revision or "main")
-    commit = reference.read_text().strip() if reference.is_file() else revision or "main"
+    commit = (reference.read_text().strip() if reference.is_file() else "") or revision or "main"
     snapshot = repository / "snapshots" / commit
     if not snapshot.is_dir():
         raise SourceError(f"{at} is not in the local cache, and {why}.")
@@ -167,13 +172,17 @@ def _cached(
 
 
 def _remember(snapshot: Path, revision: str) -> None:
-    """Note which commit a branch or tag stands for, so that it is found without the hub."""
+    """Note which commit a branch or tag stands for, so that it is found without the hub.
+
+    A cache that cannot be written, one of a whole institute, say, is used as it is.
+    """
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return
     reference = snapshot.parent.parent / "refs" / revision
-    if not reference.is_file() or reference.read_text() != snapshot.name:
-        reference.parent.mkdir(parents=True, exist_ok=True)
-        reference.write_text(snapshot.name)
+    with contextlib.suppress(OSError):
+        if not reference.is_file() or reference.read_text() != snapshot.name:
+            reference.parent.mkdir(parents=True, exist_ok=True)
+            reference.write_text(snapshot.name)
 
 
 def _reason(error: BaseException) -> str:

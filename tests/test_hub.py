@@ -159,6 +159,24 @@ def test_a_server_that_is_gone(hub, get, tmp_path):
         resolve("zoo/other", endpoint=endpoint, cache_dir=tmp_path / "cache")
 
 
+def test_a_hub_that_refuses_a_token(hub, get, monkeypatch):
+    """It is there and says what is wrong; a model without any need of the token is still found in the cache."""
+    path = get()
+    said = "Invalid credentials in Authorization header"
+    monkeypatch.setattr(hub, "answer", lambda request, body: hub.fail(request, 401, "", said))
+    assert get() == path
+    with pytest.raises(SourceError, match=rf"and the hub answers 401 \({said}, the token in HF_TOKEN"):
+        get("zoo/other")
+
+
+def test_a_cache_that_cannot_be_written(get, tmp_path):
+    path = get()
+    reference = tmp_path / "cache" / "models--zoo--tiny" / "refs" / "main"
+    reference.unlink()
+    reference.mkdir()  # where root, too, cannot write a file
+    assert get() == path
+
+
 def test_missing_gated_and_unknown_revisions(hub, get):
     with pytest.raises(SourceError, match="zoo/absent is neither a path nor a repository of the hub"):
         get("zoo/absent")
