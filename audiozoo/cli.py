@@ -6,6 +6,7 @@ something could not be done (one sentence says what), 2 for a command that makes
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import sys
@@ -59,7 +60,10 @@ def _options(
 
 
 def main() -> None:
-    """Run a command; every expected error becomes one sentence and the exit code 1."""
+    """Run a command; every expected error becomes one sentence and the exit code 1.
+
+    An interruption ends it with 130, and a pipe that nobody reads any more with 1; Typer sees to both.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without a letter shows ? for it
@@ -68,11 +72,11 @@ def main() -> None:
     except AudiozooError as error:
         say(f"audiozoo: {error}", "red")
         sys.exit(1)
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        say(f"audiozoo: what was to be written cannot be ({error.strerror}).", "red")
         sys.exit(1)
-    except KeyboardInterrupt:
-        say("audiozoo: interrupted.", "red")
-        sys.exit(130)
 
 
 # --- list and show ---------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import itertools
 import json
@@ -153,6 +154,20 @@ def test_a_terminal_that_lacks_letters(monkeypatch):
     shown.flush()
     assert end.value.code == 1
     assert shown.buffer.getvalue() == b"audiozoo: There is no file caf? ?.wav.\n"
+
+
+def test_a_full_disk(monkeypatch, capsys):
+    def write(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    full = io.StringIO()
+    full.write = write
+    monkeypatch.setattr(sys, "stdout", full)
+    monkeypatch.setattr(sys, "argv", ["audiozoo", "list"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 1
+    assert "No space left on device" in capsys.readouterr().err
 
 
 def test_commands_that_make_no_sense(audiozoo_command):
