@@ -241,6 +241,7 @@ def test_identify(run, checkpoints):
     assert run(*pieces, "0.5").code == 0
     for seconds in ("0", "-1", "0.02"):
         assert_refused(run(*pieces, seconds), "too short for one frame")
+    assert_refused(run(*pieces[:4], "--crop-length", "2"), "say how many")
 
 
 def test_long_recordings_are_heard_in_pieces(checkpoints, monkeypatch):
@@ -306,6 +307,9 @@ def test_the_family_speaks_the_same_commands(run, checkpoints, tmp_path):
             assert kept["frames"].shape == ((99 if name == "wavlm" else 49), 16)
             assert len(kept["times"]) == len(kept["frames"])
             np.testing.assert_allclose(np.diff(kept["times"]), 0.02 if name == "wavlm" else 0.04)
+    layer = json.loads(run("embed", sound, "--layer", "0", "--model", tmp_path / "wavlm").out)["embedding"]
+    wanted = encoders.embed(audiozoo.load(tmp_path / "wavlm"), processor, audiozoo.audio.read(sound), layer=0)["mean"]
+    np.testing.assert_allclose(layer, wanted, atol=1e-5)  # not the speaker's vector, which is of no layer
     assert_refused(run("embed", sound, "--text", "a dog", "--model", tmp_path / "sew"), "no --text")
     assert_refused(run("embed", sound, "--layer", "5", "--model", tmp_path / "sew"), "no layer 5")
     soundfile.write(tmp_path / "short.wav", np.ones(4000) * 0.1, 16_000)

@@ -152,6 +152,7 @@ def test_mistakes_get_a_sentence(run, voice, tmp_path, monkeypatch):
         (("a", "--noise-scale", "inf"), "at least 0"),
         (("a", "--speaker", "3"), "voices 0 to 2"),
         (("a", "--speaker", "Alice"), "'Alice'"),
+        (("a", "--vocoder", "hifigan"), "--vocoder is for SpeechT5"),
         (("a", "--subtitles", "said.pdf"), "'pdf'"),
         (("a", "--subtitles", tmp_path / "no" / "said.srt"), "no directory"),
         (("a", "--model", tmp_path / "nowhere"), "nowhere"),
@@ -207,6 +208,8 @@ def test_voices_that_cannot_be_converted(run, voice, recording, tmp_path):
         (recording, "0", "Bob", "'Bob'"),
         (short, "0", "1", "too short"),
         (short, "0", "1", "at least 0", "--noise-scale", "nan"),
+        (recording, "0", "1", "are for SpeechT5", "--vocoder", "hifigan"),
+        (recording, "0", "1", "are for SpeechT5", "--speaker-embedding", "ann.npy"),
     ):
         done = run("convert-voice", source, "--from", start, "--to", end, "--model", voice, "-o", out, *more)
         assert_refused(done, sentence)

@@ -127,6 +127,7 @@ def test_convert_voice(run, zoo, tmp_path):
     np.testing.assert_allclose(read(out), expected, atol=1.5 / 2**15)
     assert_refused(run("convert-voice", zoo / "noise.wav", *changer, "--from", "1", "--to", "2"), "are for VITS")
     assert_refused(run("convert-voice", zoo / "noise.wav", *changer), "--speaker-embedding FILE.npy")
+    assert_refused(run("convert-voice", zoo / "noise.wav", *changer, "--noise-scale", "0"), "--noise-scale is for VITS")
 
 
 def test_transcribe_and_identify(run, zoo, tmp_path):

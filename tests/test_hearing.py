@@ -145,6 +145,7 @@ def test_search_looks_once(command, checkpoints, monkeypatch, tmp_path):
         (("classify", "{hum}", "--model", "{clap}"), "give it some with --labels"),
         (("classify", "{hum}", "--model", "{ast}", "--labels", "rain"), "leave --labels out"),
         (("classify", "{hum}", "--model", "{clap}", "--labels", "rain", "--template", "x"), "no {} where"),
+        (("classify", "{hum}", "--model", "{ast}", "--template", "{{}}"), "--template is the sentence"),
         (("embed",), "nothing to embed"),
         (("embed", "{hum}", "-o", "out.txt"), "should end in .npz"),
         (("embed", "{hum}", "-o", "nowhere/out.npz"), "there is no directory nowhere"),

@@ -32,13 +32,17 @@ def classify(
     model: Annotated[
         str | None, typer.Option(help=f"hub id, directory or file; by default {TAGGER} or {MATCHER}")
     ] = None,
-    template: Annotated[str, typer.Option(help="sentence that a label is put into, at {}")] = "This is a sound of {}.",
+    template: Annotated[
+        str | None, typer.Option(help="sentence that a label is put into, at {}; by default This is a sound of {}.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Say what is heard, by AudioSet's tags or by words given."""
     sound, *more = file
     if more and not labels:
         raise UsageError(f"classify takes one file; to choose among words, put --labels before {more[0]!r}.")
+    if template is not None and not labels:
+        raise UsageError("--template is the sentence that --labels are put into; give some.")
     if top < 1:
         raise UsageError(f"--top is {top}; at least one label is to be named.")
     check_file(sound)
@@ -52,12 +56,18 @@ def classify(
     if labels:
         if name != "ClapModel":
             raise UsageError(f"{source} holds a {name}, which has labels of its own; leave --labels out.")
-        from audiozoo.models.clap import zero_shot
+        from audiozoo.models.clap import PROMPT, zero_shot
 
         processor = audiozoo.load_processor(source)
         rate = processor.feature_extractor.sampling_rate
         found = zero_shot(
-            listener, processor, audio.read(sound, rate), [*labels, *more], top, template=template, sampling_rate=rate
+            listener,
+            processor,
+            audio.read(sound, rate),
+            [*labels, *more],
+            top,
+            template=PROMPT if template is None else template,
+            sampling_rate=rate,
         )
     elif name == "ASTForAudioClassification":
         from audiozoo.models.audio_spectrogram_transformer import classify as tags_of
@@ -118,7 +128,7 @@ def embed(
         for count, file in enumerate(files, 1):
             if kind == "speech":
                 more = _speech_embedding(embedder, processor, file, layer)
-                rows.append(more.get("embedding", more["mean"]))
+                rows.append(more["mean"] if layer is not None else more.get("embedding", more["mean"]))
             else:
                 rows.append(_embedding(embedder, processor, file))
             update(count, len(files))

@@ -37,6 +37,8 @@ def plan(
             raise UsageError(f"{name!r} is no dtype to plan with; take float32 or bfloat16.")
     if min(batch, tokens) < 1 or seconds <= 0:
         raise UsageError("A batch needs at least one recording, one token, and a length above 0 s.")
+    if not (train or recipe) and (accumulate != 1 or remat != "none" or average is not None):
+        raise UsageError("--accumulate, --remat and --average are of a step of training: add --train.")
     keep_compiled_programs()
     from audiozoo.recipes import plan as planning
     from audiozoo.training.loop import Options

@@ -249,19 +249,22 @@ def identify(
     model: Annotated[str, typer.Option(help="hub id, directory or file of a classifier")] = IDENTIFIER,
     top: Annotated[int, typer.Option(help="how many classes to name")] = 5,
     crops: Annotated[int, typer.Option(help="listen to that many pieces and average, instead of the whole")] = 1,
-    crop_length: Annotated[float, typer.Option(help="seconds a piece")] = 10.0,
+    crop_length: Annotated[float | None, typer.Option(help="seconds a piece, with --crops; by default 10")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Say which language, speaker or keyword is heard. The model's classes decide what is asked."""
     if top < 1 or crops < 1:
         raise UsageError("--top and --crops count from 1.")
+    if crop_length is not None and crops == 1:
+        raise UsageError("--crop-length is of the pieces that --crops counts; say how many.")
     check_file(file)
     from audiozoo import audio
     from audiozoo.decoding import encoders
 
     classifier, processor = _load(model, "ForSequenceClassification", "identify")
     wave = audio.read(file, getattr(processor, "feature_extractor", processor).sampling_rate)
-    found = encoders.identify(classifier, processor, wave, top_k=top, crops=crops, crop_length_s=crop_length)
+    length = 10.0 if crop_length is None else crop_length
+    found = encoders.identify(classifier, processor, wave, top_k=top, crops=crops, crop_length_s=length)
     if as_json:
         print(json.dumps([{"label": label, "probability": round(p, 6)} for label, p in found], ensure_ascii=False))
         return

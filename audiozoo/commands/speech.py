@@ -25,8 +25,11 @@ from audiozoo.errors import SourceError, UsageError
 Output = Annotated[Path, typer.Option("--output", "-o", help="sound file to write; - is standard output, as WAV")]
 Model = Annotated[str | None, typer.Option(help="hub id, directory or file of a voice")]
 Speaker = Annotated[Path | None, typer.Option(help="x-vector of the wanted voice, a .npy file; for SpeechT5")]
-Vocoder = Annotated[str, typer.Option(help="hub id or directory of what makes sound of spectrograms; for SpeechT5")]
 VOCODER = "microsoft/speecht5_hifigan"
+Vocoder = Annotated[
+    str | None,
+    typer.Option(help=f"hub id or directory of what makes sound of spectrograms; for SpeechT5, by default {VOCODER}"),
+]
 
 
 def speak(
@@ -46,7 +49,7 @@ def speak(
         Path | None, typer.Option(help="also write what is said when: a file ending in txt, srt, vtt, tsv or json")
     ] = None,
     speaker_embedding: Speaker = None,
-    vocoder: Vocoder = VOCODER,
+    vocoder: Vocoder = None,
     voice_preset: Annotated[str | None, typer.Option(help="Bark: a voice's name, or an .npz file")] = None,
     save_voice: Annotated[
         Path | None, typer.Option(help="Bark: write the voice as an .npz file, to go on from")
@@ -98,6 +101,8 @@ def speak(
     if speaker_embedding is not None and name != "SpeechT5ForTextToSpeech":
         chosen = "--speaker" if name == "VitsModel" else "--voice-preset"
         raise UsageError(f"{source} holds a {name}, whose voices are chosen by {chosen}.")
+    if vocoder is not None and name != "SpeechT5ForTextToSpeech":
+        raise UsageError(f"--vocoder is for SpeechT5; {source} holds a {name}, which makes its sound itself.")
     processor = audiozoo.load_processor(source)
     speaking: Iterator[Any]
     if name == "VitsModel":
@@ -125,7 +130,7 @@ def speak(
         else:
             speaking = speak_spectrograms(
                 voice,
-                load_vocoder(vocoder),
+                load_vocoder(vocoder or VOCODER),
                 sentences,
                 speaker_embedding=x_vector(speaker_embedding, voice),
                 seed=seed,
@@ -168,13 +173,15 @@ def convert_voice(
     ] = None,
     target_speaker: Annotated[str | None, typer.Option("--to", help="VITS: the wanted voice")] = None,
     output: Output = Path("speech.wav"),
-    noise_scale: Annotated[float, typer.Option(help="VITS: deviation about what was heard, 0 for none")] = 1.0,
+    noise_scale: Annotated[
+        float | None, typer.Option(help="VITS: deviation about what was heard, 0 for none; by default 1")
+    ] = None,
     seed: Annotated[int, typer.Option(help="of the noise, or of the dropout")] = 0,
     speaker_embedding: Speaker = None,
-    vocoder: Vocoder = VOCODER,
+    vocoder: Vocoder = None,
 ) -> None:
     """Say a recording again in another voice. It is one that VITS knows, or that of an x-vector for SpeechT5."""
-    if not 0 <= noise_scale < math.inf:
+    if noise_scale is not None and not 0 <= noise_scale < math.inf:
         raise UsageError(f"--noise-scale must be at least 0; it is {noise_scale}.")
     check_sound(output)
     if recording != "-" and not Path(recording).is_file():
@@ -196,14 +203,18 @@ def convert_voice(
     if name == "SpeechT5ForSpeechToSpeech":
         if source_speaker is not None or target_speaker is not None:
             raise UsageError(f"--from and --to are for VITS; {model} holds a {name}: give --speaker-embedding.")
+        if noise_scale is not None:
+            raise UsageError(f"--noise-scale is for VITS; {model} holds a {name}.")
         rate = processor.feature_extractor.sampling_rate
         heard: Any = sys.stdin.buffer.read() if recording == "-" else recording
         values = processor(audio.read(heard, rate), sampling_rate=rate)["input_values"]
-        embedding, maker = x_vector(speaker_embedding, voice)[None], load_vocoder(vocoder)
+        embedding, maker = x_vector(speaker_embedding, voice)[None], load_vocoder(vocoder or VOCODER)
         said = voice.generate_speech(values, embedding, vocoder=maker, key=jax.random.key(seed))
         write_sound(output, said, maker.config.sampling_rate)
         say(f"{said.size / maker.config.sampling_rate:.1f} s of speech in {output}")
         return
+    if speaker_embedding is not None or vocoder is not None:
+        raise UsageError(f"--speaker-embedding and --vocoder are for SpeechT5; {model} holds a {name}: give --to.")
     if source_speaker is None or target_speaker is None:
         raise UsageError("Give both voices: --from, the one that the recording is in, and --to, the wanted one.")
     config = voice.config
@@ -225,7 +236,7 @@ def convert_voice(
         spectrogram,
         *(np.asarray([number]) for number in speakers),
         lengths=np.asarray([frames]),
-        noise_scale=noise_scale,
+        noise_scale=1.0 if noise_scale is None else noise_scale,
         key=jax.random.key(seed),
     )
     result = np.asarray(converted.waveform)[0, : frames * config.hop_length]

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from audiozoo.commands import terminal
-from audiozoo.commands.terminal import check_sound, progress_bar, say, write_sound, write_whole
+from audiozoo.commands.terminal import check_output, check_sound, progress_bar, say, write_sound, write_whole
 from audiozoo.errors import SourceError, UsageError
 
 MODEL = "facebook/s2t-medium-mustc-multilingual-st"
@@ -290,13 +290,15 @@ def translate(
         raise UsageError("--batch-size counts from 1.")
     if speaker is not None and speech is None:
         raise UsageError("--speaker says who speaks the translation; say with --speech where to.")
-    if wait_k is not None and (beams or speech or wait_k < 1):
-        raise UsageError("--wait-k counts from 1, and goes without --beam-size and --speech.")
+    if wait_k is not None and (beams or speech or from_ or wait_k < 1):
+        raise UsageError("--wait-k counts from 1, and goes without --beam-size, --speech and --from.")
     if cmvn is not None and wait_k is None:
         raise UsageError("--cmvn belongs to --wait-k.")
     file, text = ("-", None) if wait_k is not None and source == "-" else what_is_meant(source)
     if speech is not None:
         check_sound(speech)
+    if output is not None:
+        check_output(output)
     terminal.keep_compiled_programs()
     import audiozoo
 

@@ -516,6 +516,8 @@ def test_translate_while_someone_speaks(run, checkpoint, tmp_path, monkeypatch):
     assert (click.code, click.out) == (0, "\n")  # too short for a frame: nothing is said
     assert_refused(run("translate", "-", "--wait-k", "3", *options), "--cmvn")
     assert_refused(run("translate", sound, "--wait-k", "0", *options), "counts from 1")
+    assert_refused(run("translate", sound, "--wait-k", "3", "--from", "en", *options), "goes without")
+    assert_refused(run("translate", sound, "-o", tmp_path / "no" / "out.txt", *options), "no directory")
     assert_refused(run("translate", sound, "--wait-k", "3", "--beams", "2", *options), "without --beam-size")
     assert_refused(run("translate", sound, "--cmvn", sound, *options), "belongs to --wait-k")
     assert_refused(run("translate", sound, "--wait-k", "3", "--cmvn", sound, *options), "no file of statistics")

@@ -109,6 +109,12 @@ def test_the_command_prints_what_one_chip_needs():
     assert "https://docs.cloud.google.com/tpu/docs/v5e" in done.stdout
 
 
+def test_what_is_of_training_is_not_of_a_forward_pass():
+    done = CliRunner().invoke(app, ["plan", "bark:bark_small", "--remat=layers"])
+    assert isinstance(done.exception, UsageError)
+    assert "add --train" in str(done.exception)
+
+
 def test_what_does_not_fit_is_told():
     """A batch that four chips of 16 GB cannot hold: the compiler's refusal is the answer, not an error."""
     made = plan.plan(
