@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -154,14 +157,11 @@ class GenerationConfig:
                 raise UsageError(f"Generation option {name}={getattr(self, name)!r} must be {wanted}.")
 
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            match str(field.type).removesuffix(" | None"):
-                case "bool":
-                    require(isinstance(value, bool), field.name, "True or False")
-                case "int":
-                    require(value is None or type(value) is int, field.name, "a whole number")
-                case "float":
-                    require(value is None or type(value) in (int, float), field.name, "a number")
+            wanted = _WANTED[str(field.type).removesuffix(" | None")]
+            require(_is_a(getattr(self, field.name), _KINDS[field.name]), field.name, wanted)
+        require(() not in (self.bad_words_ids or ()), "bad_words_ids", "without an empty list")
+        require(() not in [words for words, _ in self.sequence_bias or ()], "sequence_bias", "without an empty list")
+        require(math.isfinite(self.length_penalty), "length_penalty", "a finite number")
         for name in ("max_new_tokens", "max_length"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, "at least 1")
@@ -177,9 +177,7 @@ class GenerationConfig:
             value = getattr(self, name)
             require(value is None or 0 <= value <= 1, name, "between 0 and 1")
         require(self.typical_p is None or self.typical_p > 0, "typical_p", "greater than 0")
-        known = isinstance(self.early_stopping, bool) or self.early_stopping == "never"
-        require(known, "early_stopping", 'True, False or "never"')
-        require(self.patience is None or self.patience > 0, "patience", "greater than 0")
+        require(self.patience is None or 0 < self.patience < math.inf, "patience", "greater than 0, and finite")
         require(
             self.patience is None or (self.num_beams > 1 and not self.do_sample),
             "patience",
@@ -195,6 +193,36 @@ class GenerationConfig:
     def max_candidates(self) -> int:
         """How many finished hypotheses an example needs: round(num_beams * patience)."""
         return max(1, round(self.num_beams * (1.0 if self.patience is None else self.patience)))
+
+
+_KINDS = typing.get_type_hints(GenerationConfig)
+# What an option of a type must be, for messages.
+_WANTED = {
+    "bool": "True or False",
+    "bool | Literal['never']": 'True, False or "never"',
+    "int": "a whole number",
+    "float": "a number",
+    "int | tuple[int, ...]": "a token id, or a list of them",
+    "tuple[int, ...]": "a list of token ids",
+    "tuple[tuple[int, ...], ...]": "a list of lists of token ids",
+    "tuple[tuple[tuple[int, ...], float], ...]": "pairs of a list of token ids and a number",
+    "tuple[tuple[int, int], ...]": "pairs of an index and a token id",
+    "tuple[int, float]": "a pair of a whole number and a factor",
+}
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a value is of an annotated type; a whole number is a number, and True is none."""
+    origin, of = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_a(value, one) for one in of)
+    if origin is Literal:
+        return type(value) is str and value in of
+    if origin is tuple:
+        items = value if isinstance(value, tuple) else (None,)
+        of = of[:1] * len(items) if of[-1] is ... else of
+        return len(items) == len(of) and all(map(_is_a, items, of))
+    return type(value) in (int, float) if kind is float else type(value) is kind
 
 
 def _check_names(options: Mapping[str, Any]) -> None:

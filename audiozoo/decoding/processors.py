@@ -71,6 +71,8 @@ class ForcedTokens:
 
     def __call__(self, logits: Array, tokens: Array, length: Array) -> Array:
         for index, token in self.index_and_token:
+            if not all(0 <= one < logits.shape[-1] for one in _as_tuple(token)):
+                raise UsageError(f"The forced token {token} is not in the vocabulary of {logits.shape[-1]} tokens.")
             forced = jnp.where(_one_of(_as_tuple(token), logits.shape[-1]), 0.0, -jnp.inf).astype(logits.dtype)
             logits = jnp.where(length == index, forced, logits)
         return logits

@@ -420,6 +420,15 @@ def test_unknown_options_are_named_with_their_neighbours():
         ({"num_beams": "2"}, "num_beams='2' must be a whole number"),
         ({"top_p": "0.9"}, "top_p='0.9' must be a number"),
         ({"do_sample": "no"}, "do_sample='no' must be True or False"),
+        ({"suppress_tokens": 5}, "suppress_tokens=5 must be a list of token ids"),
+        ({"bad_words_ids": [1, 2]}, r"bad_words_ids=\(1, 2\) must be a list of lists"),
+        ({"bad_words_ids": [[]]}, "without an empty list"),
+        ({"sequence_bias": {5: 1.0}}, "must be pairs of a list of token ids"),
+        ({"forced_decoder_ids": [[1, None]]}, "must be pairs of an index and a token id"),
+        ({"exponential_decay_length_penalty": [1]}, "must be a pair of a whole number and a factor"),
+        ({"eos_token_id": "</s>"}, "must be a token id, or a list of them"),
+        ({"length_penalty": float("nan")}, "must be a finite number"),
+        ({"num_beams": 2, "patience": float("inf")}, "must be greater than 0, and finite"),
     ],
 )
 def test_impossible_values(options, message):
@@ -432,6 +441,8 @@ def test_impossible_calls():
         run(tables(), PROMPT, GenerationConfig(max_length=2))
     with pytest.raises(UsageError, match="needs a key"):
         run(tables(), PROMPT, GREEDY.replace(do_sample=True))
+    with pytest.raises(UsageError, match=f"forced token {VOCABULARY} is not in the vocabulary"):
+        run(tables(), PROMPT, GREEDY.replace(forced_eos_token_id=VOCABULARY))
     with pytest.raises(UsageError, match="streamer needs num_beams=1"):
         run(tables(), PROMPT, GREEDY.replace(num_beams=2), streamer=print)
     with pytest.raises(UsageError, match="2 random keys were given for 3 rows"):
