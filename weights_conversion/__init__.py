@@ -134,9 +134,15 @@ def search_options(
 
 
 def labels_from_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"id2label": names in order}` if the configuration names or counts its classes, else nothing."""
+    """`{"id2label": names in order}` if the configuration names or counts its classes, else nothing.
+
+    Raises:
+        CheckpointError: if it does not name them by their numbers.
+    """
     named = config.get("id2label")
     if isinstance(named, Mapping) and named:
+        if wrong := [key for key in named if not str(key).isdecimal()]:
+            raise CheckpointError(f"The configuration's id2label has {wrong[0]!r} for the number of a class.")
         return {"id2label": tuple(str(named[key]) for key in sorted(named, key=int))}
     if isinstance(config.get("num_labels"), int):
         return {"id2label": tuple(f"LABEL_{i}" for i in range(config["num_labels"]))}

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from audiozoo.errors import CheckpointError
-from weights_conversion import rules
+from weights_conversion import labels_from_hugging_face, rules
 from weights_conversion.readers import TensorSource
 from weights_conversion.readers.tensors import Slab
 from weights_conversion.rules import (
@@ -590,3 +590,9 @@ def test_any_missing_surplus_or_misshapen_tensor_is_named(case, data):
         damaged, named = tensors | {victim: numbers(*shape)}, [victim]
     text = "\n".join(complaint(table, File.of(damaged), wanted)[1:])
     assert any(name in text for name in named)
+
+
+def test_classes_are_named_by_their_numbers():
+    assert labels_from_hugging_face({"id2label": {"10": "c", "0": "a", "9": "b"}}) == {"id2label": ("a", "b", "c")}
+    with pytest.raises(CheckpointError, match="id2label has 'cat' for the number of a class"):
+        labels_from_hugging_face({"id2label": {"cat": 0, "dog": 1}})
