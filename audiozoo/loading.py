@@ -22,7 +22,7 @@ from audiozoo.layers.abstract import abstract
 from audiozoo.layers.stacking import unscanned
 from audiozoo.registry import PAPERS, Paper, paper_of_class
 from weights_conversion import ForeignCheckpoint, read_json
-from weights_conversion.readers import write_safetensors
+from weights_conversion.readers import open_tensors, write_safetensors
 
 Progress = Callable[[int, int], None]
 
@@ -48,6 +48,7 @@ def paper_of(path: Path) -> Paper:
 
     Raises:
         SourceError: if nothing there is a model of the zoo.
+        CheckpointError: if a file is damaged.
     """
     if path.is_dir() and (path / "config.json").is_file():
         config = read_json(path / "config.json")
@@ -69,6 +70,11 @@ def paper_of(path: Path) -> Paper:
                 return entry
     if not path.exists():
         raise SourceError(f"{path} does not exist.")
+    if path.is_file():
+        beside = path.parent / "config.json"
+        if beside.is_file() and {"architectures", "model_type"} & set(read_json(beside)):
+            raise SourceError(f"{path} is one file of a checkpoint; give the directory, {path.parent}.")
+        open_tensors(path)  # what is damaged, or no file of weights, is said to be that
     known = ", ".join(entry.title for entry in PAPERS)
     raise SourceError(f"{path} is no checkpoint of a model that audiozoo runs ({known}).")
 

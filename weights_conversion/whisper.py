@@ -436,9 +436,11 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
         SourceError: if files are missing.
         CheckpointError: if they are damaged or hold something else.
     """
-    if path.is_dir() and (architectures := _architectures(path)):
-        return _open_hugging_face(path, model_class or architectures[0])
     wanted = "WhisperForConditionalGeneration"
+    if path.is_dir() and (path / "config.json").is_file():
+        raw = read_json(path / "config.json")
+        if (architectures := raw.get("architectures")) or "model_type" in raw:
+            return _open_hugging_face(path, model_class or (architectures or [wanted])[0])
     if model_class not in (None, wanted):
         raise CheckpointError(f"{path} holds a whole Whisper model; it loads as {wanted}, not as {model_class}.")
     tensors = open_tensors(path)

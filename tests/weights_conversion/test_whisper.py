@@ -107,6 +107,23 @@ def test_round_trips_are_exact(name, tmp_path):
     assert json.loads((tmp_path / "exported" / "config.json").read_text())["architectures"] == [name]
     assert_same(audiozoo.load(tmp_path / "exported"), model)
     assert_same(audiozoo.load(tmp_path / "native"), model)
+    described = json.loads((tmp_path / "exported" / "config.json").read_text())
+    del described["architectures"]  # as a configuration that was saved alone
+    (tmp_path / "exported" / "config.json").write_text(json.dumps(described))
+    assert_same(audiozoo.load(tmp_path / "exported", model_class=name), model)
+
+
+def test_a_file_in_place_of_its_directory(tmp_path):
+    audiozoo.export(build(), tmp_path / "exported")
+    file = tmp_path / "exported" / "model.safetensors"
+    with pytest.raises(SourceError, match=r"is one file of a checkpoint; give the directory, .*exported\."):
+        audiozoo.load(file)
+    (tmp_path / "half.safetensors").write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="it is truncated"):
+        audiozoo.load(tmp_path / "half.safetensors")
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(CheckpointError, match="none of the known formats"):
+        audiozoo.load(tmp_path / "text.pt")
 
 
 def test_an_untied_head_keeps_its_own_weights(tmp_path):
