@@ -166,11 +166,15 @@ def _convert(
         raise UsageError(f"{param_dtype!r} is no dtype for parameters; take float32, bfloat16, float16 or float64.")
     if out.exists() and not overwrite:
         raise SourceError(f"{out} exists already; give another place, or --overwrite.")
+    if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
+        raise SourceError(f"{out} holds something else than a checkpoint, which is not replaced; give another place.")
     if param_dtype == "float64":
         import jax
 
         jax.config.update("jax_enable_x64", True)
     path = hub.resolve(source)
+    if path.resolve().is_relative_to(out.resolve()):
+        raise SourceError(f"{path} lies in {out} and would be lost; give another place.")
     with progress_bar("reading", None, "MB") as update:
         model = audiozoo.load(path, model_class=model_class, param_dtype=param_dtype, progress=megabytes(update))
     directory = path if path.is_dir() else path.parent

@@ -417,6 +417,8 @@ def test_conversions_that_cannot_be_done(audiozoo_command, directories, tmp_path
     (there / "file").write_text("kept")
     for command in ("convert", "export"):
         assert_refused(audiozoo_command(command, directories / "good", there), "exists already", "--overwrite")
+        assert_refused(audiozoo_command(command, directories / "good", there, "--overwrite"), "else than a checkpoint")
+        assert_refused(audiozoo_command(command, directories / "good", directories / "good", "--overwrite"), "be lost")
         for name, word in (("truncated", "model.safetensors"), ("bert", "BertModel"), ("nowhere", "nowhere")):
             assert_refused(audiozoo_command(command, directories / name, tmp_path / "out"), word)
     assert_refused(
