@@ -59,6 +59,8 @@ PROCESSOR_FILES = (
     "vocabulary.json",
     "vocab.txt",
     "dictionary.txt",
+    "dict.*.txt",
+    "*.tiktoken",
     "*.onnx.json",
     "*.model",
     "speaker_embeddings_path.json",

@@ -33,7 +33,7 @@ WEIGHTS: tuple[tuple[str, ...], ...] = (
 )
 
 # Configurations, tokenizers and vocabularies, all of them small, and the arrays of a native checkpoint.
-FILES: tuple[str, ...] = ("*.json", "*.txt", "*.model", "*.yaml", "*.onnx.json", "params/*")
+FILES: tuple[str, ...] = ("*.json", "*.txt", "*.model", "*.yaml", "*.tiktoken", "*.onnx.json", "params/*")
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 

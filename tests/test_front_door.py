@@ -54,6 +54,12 @@ def test_a_processor_that_is_not_there_is_missed_before_anything_is_written(writ
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_authors_vocabulary_goes_along(tmp_path):
+    for name in ("dict.ltr.txt", "multilingual.tiktoken", "notes.txt"):
+        (tmp_path / name).write_text("")
+    assert {file.name for file in audiozoo._processor_files(tmp_path)} == {"dict.ltr.txt", "multilingual.tiktoken"}
+
+
 def test_submodules_are_there_when_they_are_asked_for():
     wanted = "audiozoo.audio.read, audiozoo.sharding.make_mesh, audiozoo.packaged.whisper"
     program = f"import audiozoo; print(*(found.__name__ for found in ({wanted})))"
