@@ -105,8 +105,27 @@ QUANTIZER = (
 )
 _CLASSIFIER = (*linear("{part:projector|classifier}"), Rule("layer_weights", "layer_weights"))
 
-# Parts of other classes over the same backbone, which a file may hold beside it.
-_HEADS = r"(quantizer|project_hid|project_q|lm_head|projector|classifier|layer_weights|tdnn|objective)(\..*)?"
+# What classes hold beside the backbone: regular expressions of whole names.
+_OF_PRE_TRAINING = r"(quantizer|project_hid|project_q)(\..*)?"
+_OF_CTC = r"lm_head\..*"
+_OF_CLASSIFIERS = r"(projector|classifier)\..*|layer_weights"
+_OF_X_VECTORS = r"(tdnn|objective)\..*|feature_extractor\.(weight|bias)"
+
+
+def _left_behind(suffix: str) -> tuple[Ignore, ...]:
+    """What a class does not take over from a file of another one, as of a recogniser that becomes a classifier."""
+    own = {
+        "ForPreTraining": (_OF_PRE_TRAINING,),
+        "ForCTC": (_OF_CTC,),
+        "ForSequenceClassification": (_OF_CLASSIFIERS,),
+        "ForAudioFrameClassification": (_OF_CLASSIFIERS,),
+        "ForXVector": (_OF_CLASSIFIERS, _OF_X_VECTORS),
+        "Model": (),
+    }
+    if suffix not in own:
+        return (Ignore(_OF_PRE_TRAINING, "left over from pre-training"),)
+    heads = (_OF_PRE_TRAINING, _OF_CTC, _OF_CLASSIFIERS, _OF_X_VECTORS)
+    return tuple(Ignore(head, "of another class") for head in heads if head not in own[suffix])
 
 
 def _x_vector(config: Any) -> tuple[Rule, ...]:
@@ -156,18 +175,11 @@ def family_table(
     suffix = model_class.removeprefix(family)
     if not model_class.startswith(family):
         raise CheckpointError(f"{model_class} is not one of {family}'s classes.")
-    ignored: tuple[Ignore, ...]
+    ignored = _left_behind(suffix)
     if suffix == "Model":
-        ignored = (
-            Ignore(_HEADS, "heads of other classes"),
-            Ignore(r"feature_extractor\.(weight|bias)", "x-vector head"),
-        )
         return Table(backbone, renames=((rf"^{prefix}\.", ""), *OLD_WEIGHT_NORM), ignored=ignored)
     rules = heads[suffix] if heads and suffix in heads else head_rules(config, suffix)
     bare = r"^(feature_extractor\.conv_layers|feature_projection|masked_spec_embed|encoder|adapter)\b"
-    ignored = ()
-    if suffix != "ForPreTraining":
-        ignored = (Ignore(r"(quantizer|project_hid|project_q)(\..*)?", "left over from pre-training"),)
     return Table(
         (*(rule.prefixed(f"{prefix}.", f"{prefix}.") for rule in backbone), *rules),
         renames=((bare, rf"{prefix}.\1"), *OLD_WEIGHT_NORM),

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import audiozoo
 from audiozoo.decoding import ctc, encoders
-from audiozoo.errors import UsageError
+from audiozoo.errors import CheckpointError, UsageError
 from audiozoo.evaluation.tasks import Heard, Transcription
 from audiozoo.layers.losses import ctc_loss
+from audiozoo.loading import variables
 from audiozoo.models import hubert, mms, wav2vec2, xls_r
 from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 from audiozoo.training.data import Item
@@ -64,6 +66,20 @@ def test_vmap_and_a_batch_agree(paper):
     assert rows.shape == batch.shape
     limit = tolerance("sharded", "float32")
     np.testing.assert_allclose(rows, batch, rtol=limit.rtol, atol=limit.atol)
+
+
+def test_a_recogniser_becomes_a_classifier(tmp_path):
+    """Its own head is left behind; a new one has to be asked for."""
+    model = tiny.family("wav2vec2", "Wav2Vec2ForCTC")
+    audiozoo.export(model, tmp_path / "ctc")
+    wanted = {"model_class": "Wav2Vec2ForSequenceClassification"}
+    with pytest.raises(CheckpointError, match=r"0 unexpected \(\+\), 4 missing"):
+        audiozoo.load(tmp_path / "ctc", **wanted)
+    known = variables(model)
+    tuned = variables(audiozoo.load(tmp_path / "ctc", **wanted, initialize=r"(projector|classifier)\..*"))
+    assert {name.partition(".")[0] for name in set(known) ^ set(tuned)} == {"lm_head", "projector", "classifier"}
+    for name in set(known) & set(tuned):
+        np.testing.assert_array_equal(tuned[name][...], known[name][...])
 
 
 ALONE = {
