@@ -180,10 +180,20 @@ class Pop2PianoForConditionalGeneration(nnx.Module):
             composer: a style's name, or one row of the table an item.
             attention_mask: 1 for frames to be seen. An item whose first frame is hidden is a separator between songs:
                 it becomes zeros.
+
+        Raises:
+            UsageError: for an unknown style, or features, mask and rows whose shapes do not fit.
         """
+        shape, width = input_features.shape, self.config.d_model
+        if len(shape) != 3 or shape[2] != width or 0 in shape:
+            raise UsageError(f"The features have shape {shape}; (segments, frames, {width}) is expected, none of it 0.")
+        if attention_mask is not None and attention_mask.shape != shape[:2]:
+            raise UsageError(f"The attention mask has shape {attention_mask.shape}, the features {shape}.")
         rows: Any = composer
         if isinstance(composer, str):
             rows = jnp.full((len(input_features),), self.generation_config.row(composer), jnp.int32)
+        if rows.shape != shape[:1]:
+            raise UsageError(f"There are arrangers of shape {rows.shape} for {shape[0]} segments.")
         x = self.mel_conditioner(input_features, rows)
         if attention_mask is None:
             return x, None

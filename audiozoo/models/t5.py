@@ -43,6 +43,7 @@ from jaxtyping import Array, Bool, Float, Int
 from audiozoo.errors import UsageError
 from audiozoo.layers import Dropout, Embed, KeyValues, Linear, activation, attend, causal_mask, merge_heads, split_heads
 from audiozoo.layers.basic import at_least_float32, promote
+from audiozoo.layers.stacking import unseen
 from audiozoo.outputs import BaseModelOutput, DecoderOutput
 
 
@@ -63,6 +64,14 @@ class T5Config:
     layer_norm_epsilon: float = 1e-6  # of all normalisations
     gated: bool = False  # whether the feed-forward network has a gate (T5 v1.1)
     dense_act_fn: str = "relu"  # of the feed-forward network, or of its gate; gelu_new in T5 v1.1
+
+    def __post_init__(self) -> None:
+        buckets, most = self.relative_attention_num_buckets, self.relative_attention_max_distance
+        if buckets < 4 or most <= buckets // 2:
+            raise UsageError(
+                f"{buckets} buckets cannot tell distances up to {most} apart: at least 4 are there, for distances "
+                "beyond half their number."
+            )
 
     @classmethod
     def small(cls) -> T5Config:
@@ -339,7 +348,7 @@ class T5Stack(nnx.Module):
             elif memory is not None and block.cross_attention is not None:
                 seen_memory = block.cross_attention.key_values(memory)
             x, new, weights, cross_weights = block(x, mask, bias, dropout, past, position, seen_memory, shown)
-            hidden_states.append(x)
+            hidden_states += [*unseen(block), x]
             attentions.append(weights)
             cross_attentions.append(cross_weights)
             key_values.append(new)

@@ -273,7 +273,7 @@ class Pop2PianoTokenizer:
 
         Args:
             notes: `(notes, 4)`: onset, offset, pitch, velocity; times are rounded to half beats, of which a note lasts
-                one at least, as in the training data.
+                one at least, as in the training data, and at most until its key is struck again.
             offset: the half beat at which the segment begins.
             add_eos: end with the end token, as labels do.
             relative: write the time since the last event, as the model was trained; `transformers` writes the time
@@ -286,6 +286,11 @@ class Pop2PianoTokenizer:
         if len(table) and (table[:, 0].min() < offset or (table[:, 1] < table[:, 0]).any()):
             raise UsageError(f"A note begins before the segment, at half beat {offset}, or ends before it begins.")
         table[:, 1] = np.maximum(table[:, 1], table[:, 0] + 1)
+        for pitch in np.unique(table[:, 2]) if relative else ():
+            of_key = table[:, 2] == pitch
+            strikes = np.append(np.unique(table[of_key, 0]), table[:, 1].max())
+            following = strikes[np.searchsorted(strikes, table[of_key, 0], side="right")]
+            table[of_key, 1] = np.minimum(table[of_key, 1], following)
         events: dict[int, list[tuple[int, int]]] = {}
         for onset, end, pitch, velocity in table.tolist():
             events.setdefault(onset - offset, []).append((pitch, int(velocity > 0)))

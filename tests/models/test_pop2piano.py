@@ -159,6 +159,16 @@ def test_mistakes_get_a_sentence(model):
     x = jnp.zeros((1, 9, 16))
     with pytest.raises(UsageError, match="no composer 'bach'"):
         model.generate(x, composer="bach")
+    for features, mask, words in (
+        (x[:0], None, "none of it 0"),
+        (x[..., 1:], None, "16"),
+        (x, x[:, 1:, 0], "mask has"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            model.generate(features, mask)
+    for changes in ({"relative_attention_num_buckets": 2}, {"relative_attention_max_distance": 16}):
+        with pytest.raises(UsageError, match="cannot tell distances"):
+            tiny(**changes)
     with pytest.raises(UsageError, match="decoder_input_ids or labels"):
         jax.eval_shape(lambda: model(x))
     with pytest.raises(UsageError, match="input_features, or"):
@@ -423,6 +433,13 @@ def test_a_short_note_lasts_a_half_beat():
     tokenizer = Pop2PianoTokenizer()
     tokens = tokenizer.encode([[1.2, 1.4, 60, 77], [4, 4, 62, 77]], add_eos=True)
     np.testing.assert_array_equal(tokenizer.decode(tokens, 0, 12), [[1, 2, 60, 77], [4, 5, 62, 77]])
+
+
+def test_a_note_lasts_until_its_key_is_struck_again():
+    """Two hands on one key: the end of the first note is not that of the second."""
+    tokenizer = Pop2PianoTokenizer()
+    tokens = tokenizer.encode([[3, 9, 60, 77], [0, 5, 60, 77], [1, 12, 62, 77]])
+    np.testing.assert_array_equal(tokenizer.decode(tokens, 0, 12), [[0, 3, 60, 77], [1, 12, 62, 77], [3, 9, 60, 77]])
 
 
 def test_tokens_of_no_name_stay_in_the_song():
