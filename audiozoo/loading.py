@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from flax import nnx
 
 from audiozoo import checkpoints, sharding
 from audiozoo.configs import with_tuples
-from audiozoo.errors import CheckpointError, SourceError, UsageError
+from audiozoo.errors import AudiozooError, CheckpointError, SourceError, UsageError, first_line
 from audiozoo.layers.abstract import abstract
 from audiozoo.layers.stacking import unscanned
 from audiozoo.registry import PAPERS, Paper, paper_of_class
@@ -115,11 +116,23 @@ def load(
     param_dtype = jnp.dtype(param_dtype or jnp.float32)
     if path.is_dir() and checkpoints.is_native(path):
         return _load_native(path, paper, model_class, dtype, param_dtype, mesh, rules)
-    foreign = paper.conversion.open_checkpoint(path, model_class)
+    with _sizes_of(path):
+        foreign = paper.conversion.open_checkpoint(path, model_class)
     if foreign.model_class not in paper.classes:
         raise SourceError(f"{path} holds a {foreign.model_class}; {paper.title} has {', '.join(paper.classes)}.")
     cls = paper.model_class(foreign.model_class)
     return convert(foreign, cls, dtype, param_dtype, mesh, rules, initialize, progress)
+
+
+@contextmanager
+def _sizes_of(source: Any) -> Iterator[None]:
+    """Sizes of which no model can be made (a width of 0, a text for a part) get one sentence, wherever they are met."""
+    try:
+        yield
+    except AudiozooError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"No model can be made of the sizes in {source} ({first_line(error)}).") from error
 
 
 def convert(
@@ -137,7 +150,8 @@ def convert(
     def create(rngs: Any) -> nnx.Module:
         return cls(foreign.config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
-    model = abstract(create)
+    with _sizes_of(foreign.source):
+        model = abstract(create)
     expected = variables(model)
     shardings = _shardings(expected, mesh, rules)
     steps = foreign.table.plan(
@@ -258,8 +272,9 @@ def _load_native(
     if model_class not in (None, saved["model_class"]):
         raise CheckpointError(f"{path} holds a {saved['model_class']}, not a {model_class}.")
     cls = paper.model_class(saved["model_class"])
-    config, _ = native_config(path, paper)
-    model = abstract(lambda rngs: cls(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs))
+    with _sizes_of(path):
+        config, _ = native_config(path, paper)
+        model = abstract(lambda rngs: cls(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs))
     expected = variables(model)
     values = checkpoints.restore(path, expected, _shardings(expected, mesh, rules))
     attributes = {}

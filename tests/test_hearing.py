@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +15,7 @@ import audiozoo
 from audiozoo import cli
 from audiozoo.audio.files import write
 from audiozoo.commands import hearing, terminal
-from audiozoo.errors import AudioError
+from audiozoo.errors import AudioError, CheckpointError
 from audiozoo.models import clap
 from audiozoo.processors.audio_spectrogram_transformer import ASTFeatureExtractor
 from tests.models import test_audio_spectrogram_transformer as ast_tests
@@ -78,6 +80,29 @@ def test_classify_among_words(command, checkpoints):
     assert [(entry["label"].replace(" ", "_"), pytest.approx(entry["score"])) for entry in told] == known
 
 
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        (None, "text_config", "roberta"),
+        (None, "audio_config", [1]),
+        ("text_config", "hidden_size", 0),
+        ("text_config", "vocab_size", -1),
+        ("audio_config", "depths", ["2", 1]),
+        ("audio_config", "patch_size", [4]),
+        ("audio_config", "patch_stride", [0, 4]),
+    ],
+)
+def test_sizes_of_no_model_get_a_sentence(checkpoints, tmp_path, part, field, value):
+    shutil.copytree(checkpoints / "clap", tmp_path / "clap")
+    file = tmp_path / "clap" / "config.json"
+    config = json.loads(file.read_text())
+    (config if part is None else config[part])[field] = value
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="No model can be made of the sizes in") as caught:
+        audiozoo.load(tmp_path / "clap")
+    assert "\n" not in str(caught.value)
+
+
 def test_classify_by_tags(command, checkpoints):
     run = command("classify", checkpoints / "sounds" / "hum.wav", "--model", checkpoints / "ast", "--top", 3)
     assert run.code == 0, run.err
@@ -112,6 +137,16 @@ def test_embed_what_the_classifier_of_tags_sees(command, checkpoints):
 
 
 def test_search_looks_once(command, checkpoints, monkeypatch, tmp_path):
+    """And passes over what may not be looked at."""
+    is_file = Path.is_file
+
+    def refused(path, **options):
+        if path.name == "locked.wav":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path, **options)
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    (checkpoints / "sounds" / "locked.wav").symlink_to(tmp_path / "nowhere.wav")
     arguments = ("search", checkpoints / "sounds", "a low hum", "--model", checkpoints / "clap", "--top", 9)
     first = command(*arguments)
     assert first.code == 0, first.err

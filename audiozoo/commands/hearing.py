@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -157,7 +157,9 @@ def search(
         raise UsageError(f"--top is {top}; at least one file is to be named.")
     if not query.strip():
         raise UsageError("The query is empty; say in words what to look for.")
-    files = sorted(path for path in directory.rglob("*") if path.suffix.lower() in SOUNDS and path.is_file())
+    # os.walk and isfile pass over what may not be looked at.
+    every = (Path(folder, name) for folder, _, names in os.walk(directory) for name in names)
+    files = sorted(path for path in every if path.suffix.lower() in SOUNDS and os.path.isfile(path))
     if not files:
         raise SourceError(f"{directory} holds no sound files ({', '.join(sorted(SOUNDS))}).")
     terminal.keep_compiled_programs()
@@ -219,9 +221,11 @@ def embeddings_of(
 def _read_cache(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return dict(zip(arrays["keys"].tolist(), arrays["embeddings"], strict=True))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            keys, rows = arrays["keys"], arrays["embeddings"]
+    except Exception:  # what a damaged file raises is of many kinds
         return {}
+    fits = keys.dtype.kind == "U" and rows.dtype.kind == "f" and rows.ndim == 2 and keys.shape == rows.shape[:1]
+    return dict(zip(keys.tolist(), rows, strict=True)) if fits else {}
 
 
 def _write_cache(path: Path, known: dict[str, np.ndarray]) -> None:
@@ -241,11 +245,13 @@ def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 def _identity(path: Path) -> str:
     """What tells one checkpoint from another, and from itself after a change: names, sizes and times of its files.
 
-    And the release of audiozoo, which may compute other features than the last one.
+    Of a file also of the settings beside it. And the release of audiozoo, which may compute other features than the
+    last one.
     """
     import audiozoo
 
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    whole = path.is_dir()
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if whole else [path, *sorted(path.parent.glob("*.json"))]
     parts = [f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
     parts.append(audiozoo.__version__)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
