@@ -22,8 +22,11 @@ def cross_entropy(
     With no label left the loss is 0, where PyTorch gives NaN.
 
     Raises:
-        UsageError: for a label that is no class, as far as `check_ids` sees it; -1 would be the last one.
+        UsageError: for a label that is no class, as far as `check_ids` sees it; -1 would be the last one. And if there
+            is not one label for each position.
     """
+    if labels.shape != logits.shape[:-1]:
+        raise UsageError(f"There are labels of shape {labels.shape} for positions of shape {logits.shape[:-1]}.")
     kept = labels != IGNORED_LABEL
     targets = jnp.where(kept, labels, 0)
     check_ids(targets, logits.shape[-1])

@@ -75,7 +75,7 @@ from audiozoo.layers import (
 )
 from audiozoo.layers.basic import at_least_float32
 from audiozoo.layers.losses import cross_entropy
-from audiozoo.layers.stacking import unscanned
+from audiozoo.layers.stacking import unscanned, unseen
 from audiozoo.outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
 
 SPECIAL_TOKENS = 2  # [CLS] and DeiT's distillation token stand before the patches
@@ -337,10 +337,11 @@ class ASTModel(nnx.Module):
             UsageError: if the spectrogram or the mask has another size than the model's.
         """
         config = self.config
-        if input_values.ndim != 3 or input_values.shape[1:] != (config.max_length, config.num_mel_bins):
+        sizes = (config.max_length, config.num_mel_bins)
+        if input_values.ndim != 3 or input_values.shape[1:] != sizes or not len(input_values):
             raise UsageError(
                 f"The features have shape {tuple(input_values.shape)}; this model takes (batch, {config.max_length}, "
-                f"{config.num_mel_bins}). resized(model, max_length=…) makes one for another length."
+                f"{config.num_mel_bins}), at least one item. resized(model, max_length=…) makes one for another length."
             )
         dropout = Dropout(key)
         x = self.embeddings(input_values, dropout)
@@ -356,7 +357,7 @@ class ASTModel(nnx.Module):
         attentions: list[Any] = []
         for layer in self.layers:
             x, weights = layer(x, mask, dropout, output_attentions)
-            hidden_states.append(x)
+            hidden_states += [*unseen(layer), x]
             attentions.append(weights)
         x = self.layernorm(x)
         return BaseModelOutputWithPooling(

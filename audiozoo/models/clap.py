@@ -121,6 +121,16 @@ class ClapAudioConfig:
                 f"hidden_size is {self.hidden_size}; {len(self.depths)} stages that begin at a width of "
                 f"{self.patch_embeds_hidden_size} end at {width}."
             )
+        if len(self.depths) != len(self.num_attention_heads):
+            raise UsageError(
+                f"There are {len(self.depths)} depths and {len(self.num_attention_heads)} counts of heads."
+            )
+        last = -(-self.grid[0] // 2 ** (len(self.depths) - 1))  # rows of patches in the last stage
+        if not self.ratio or self.spec_size % self.ratio or last % self.ratio:
+            raise UsageError(
+                f"A spectrogram of {self.num_mel_bins} bands does not fold into {self.spec_size} rows whose patches, "
+                f"{last} rows of them in the last stage, divide into as many pieces."
+            )
 
     @property
     def fusion(self) -> str | None:
@@ -179,6 +189,11 @@ class ClapConfig:
 
     def __post_init__(self) -> None:
         restore_parts(self, text_config=RobertaConfig, audio_config=ClapAudioConfig)
+
+    @property
+    def text_length(self) -> int:
+        """Tokens that a text is cut to: 77 in the released code, in training and in use, where there are positions."""
+        return min(77, self.text_config.longest_text)
 
     @classmethod
     def htsat_unfused(cls) -> ClapConfig:
@@ -569,14 +584,17 @@ class ClapAudioEncoder(nnx.Module):
         config, train = self.config, key is not None
         dropout = Dropout(key)
         views = 4 if config.enable_fusion else 1
-        if input_features.ndim != 4 or input_features.shape[1::2] != (views, config.num_mel_bins):
+        shape = input_features.shape
+        if len(shape) != 4 or shape[1::2] != (views, config.num_mel_bins) or 0 in shape:
             raise UsageError(
-                f"The features have shape {tuple(input_features.shape)}; this model takes (batch, {views}, frames, "
-                f"{config.num_mel_bins})."
+                f"The features have shape {tuple(shape)}; this model takes (batch, {views}, frames, "
+                f"{config.num_mel_bins}), at least one of each."
             )
         if config.enable_fusion and is_longer is None:
             raise UsageError("This model fuses features: tell it with is_longer, (batch, 1), which items are longer.")
         longer = None if is_longer is None else jnp.asarray(is_longer).reshape(-1).astype(bool)
+        if longer is not None and len(longer) != shape[0]:
+            raise UsageError(f"is_longer speaks of {len(longer)} items; there are {shape[0]}.")
         x = self.batch_norm(input_features, train)
         if self.mel_fusion is not None and longer is not None:
             x = self.mel_fusion(x, longer, train)
@@ -1076,8 +1094,11 @@ def embed_audio(
 
 
 def embed_text(model: ClapModel, processor: Any, texts: Sequence[str]) -> Float[np.ndarray, "texts dim"]:
-    """§4.2: texts' places on the sphere, one by one and padded to 77 tokens as in training: nothing compiles anew."""
-    length = min(77, model.config.text_config.longest_text)
+    """§4.2: texts' places on the sphere, one by one and padded to one length: nothing compiles anew.
+
+    Texts are cut to `ClapConfig.text_length` tokens, as in training.
+    """
+    length = model.config.text_length
     inputs = processor(text=list(texts), padding="max_length", truncation=True, max_length=length)
     rows = [
         _text_features(model, jnp.asarray(ids[None]), jnp.asarray(mask[None]))

@@ -41,6 +41,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from audiozoo.errors import UsageError
 from audiozoo.layers import Dropout, Embed, LayerNorm, Linear, MultiHeadAttention, activation
+from audiozoo.layers.stacking import unseen
 from audiozoo.outputs import BaseModelOutputWithPooling
 
 
@@ -189,8 +190,16 @@ class RobertaModel(nnx.Module):
             `last_hidden_state` `(batch, time, hidden_size)` and `pooler_output` `(batch, hidden_size)`.
 
         Raises:
-            UsageError: for a text that is longer than there are positions.
+            UsageError: for a text that is longer than there are positions, no text, or a mask of another shape.
         """
+        if input_ids.ndim != 2 or 0 in input_ids.shape:
+            raise UsageError(
+                f"The tokens have shape {tuple(input_ids.shape)}; (batch, time) is expected, none of it 0."
+            )
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise UsageError(
+                f"The attention mask has shape {tuple(attention_mask.shape)}, the tokens {tuple(input_ids.shape)}."
+            )
         if input_ids.shape[1] > self.config.longest_text and position_ids is None:
             raise UsageError(
                 f"The text has {input_ids.shape[1]} tokens; this encoder reads up to {self.config.longest_text}."
@@ -204,7 +213,7 @@ class RobertaModel(nnx.Module):
         attentions: list[Any] = []
         for layer in self.layers:
             x, weights = layer(x, mask, dropout, output_attentions)
-            hidden_states.append(x)
+            hidden_states += [*unseen(layer), x]
             attentions.append(weights)
         return BaseModelOutputWithPooling(
             last_hidden_state=x,

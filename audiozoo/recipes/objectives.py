@@ -396,6 +396,8 @@ def _targets(config: Any, fields: Fields, several: bool) -> np.ndarray:
 class Spectrogram(Objective):
     """AST, §3: balanced sampling, spectrograms on the device, mixup, SpecAugment, one class or several.
 
+    Of what is longer than the model's window another part is heard each time, as all of it is in use (`ast.classify`).
+
     Attributes:
         recipe: the paper's numbers.
     """
@@ -421,7 +423,9 @@ class Spectrogram(Objective):
 
     def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
         """See `Objective`."""
-        kept = waveform[: processor.samples].astype(np.float32)
+        more = len(waveform) - processor.samples
+        start = int(rng.integers(more + 1)) if more > 0 else 0
+        kept = waveform[start : start + processor.samples].astype(np.float32)
         filled = np.pad(kept, (0, processor.samples - len(kept)))
         return {"waveform": filled, "length": np.asarray(len(kept), np.int32)} | {
             "labels": _targets(config, fields, self.several)
@@ -497,7 +501,7 @@ class Contrastive(Objective):
     def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
         """See `Objective`."""
         extractor = processor.feature_extractor
-        text = processor.tokenizer([text_of(fields)], padding=False, truncation=True, max_length=77)
+        text = processor.tokenizer([text_of(fields)], padding=False, truncation=True, max_length=config.text_length)
         words = {n: np.asarray(text[n][0], np.int32) for n in ("input_ids", "attention_mask")}
         if extractor.truncation == "fusion":
             views = extractor(waveform, sampling_rate=extractor.sampling_rate, crops="random", rng=rng)
@@ -517,11 +521,13 @@ class Contrastive(Objective):
             features = batch.get("input_features")
             if features is None:
                 features = processor.feature_extractor.in_jax(batch["waveform"])
-            output = networks["model"](
-                batch["input_ids"],
+            model = networks["model"]
+            longest = model.config.text_length  # behind it there is padding alone
+            output = model(
+                batch["input_ids"][:, :longest],
                 features,
                 batch.get("is_longer"),
-                attention_mask=batch["attention_mask"],
+                attention_mask=batch["attention_mask"][:, :longest],
                 return_loss=True,
                 key=turn.key if turn.training else None,
             )

@@ -76,6 +76,10 @@ def test_the_annotations_hold(monkeypatch, model):
 def test_wrong_sizes_are_named(model):
     with pytest.raises(UsageError, match=r"shape \(2, 31, 16\); this model takes \(batch, 32, 16\)"):
         model(features()[:, :31])
+    with pytest.raises(UsageError, match="at least one item"):
+        model(features()[:0])
+    with pytest.raises(UsageError, match=r"labels of shape \(1,\)"):
+        model(features(), jnp.zeros(1, int))
     with pytest.raises(UsageError, match="10 tokens for each of 2 items"):
         model(features(), attention_mask=jnp.ones((2, 8)))
     with pytest.raises(UsageError, match="one target for each logit"):
@@ -115,6 +119,8 @@ def test_dropout_needs_a_key(model):
 def test_resized(model):
     same = ast.resized(scanned(model))
     np.testing.assert_array_equal(audiozoo.jit(same)(features()).logits, audiozoo.jit(model)(features()).logits)
+    states = jax.eval_shape(lambda: scanned(model)(features(), output_hidden_states=True)).hidden_states
+    assert [state is None for state in states] == [False, True, False]  # each in its place
     longer = ast.resized(model, max_length=64, time_stride=4, frequency_stride=4)
     assert longer.config.grid == (3, 15)
     assert jax.eval_shape(longer, jnp.zeros((1, 64, 16))).logits.shape == (1, 3)

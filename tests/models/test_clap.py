@@ -129,6 +129,21 @@ def test_mistakes_get_a_sentence():
         fused.audio_model(jnp.zeros((1, 4, 60, 16)))
     with pytest.raises(UsageError, match=r"takes \(batch, 1, frames, 16\)"):
         model.get_audio_features(jnp.zeros((1, 1, 60, 64)))
+    with pytest.raises(UsageError, match="2 depths and 1 counts of heads"):
+        tiny(num_attention_heads=(2,))
+    for layout in ({"spec_size": 8}, {"spec_size": 36}, {"num_mel_bins": 4}):
+        with pytest.raises(UsageError, match="does not fold into"):
+            tiny(**layout)
+    for shape in ((0, 1, 60, 16), (1, 1, 0, 16)):
+        with pytest.raises(UsageError, match="at least one of each"):
+            model.get_audio_features(jnp.zeros(shape))
+    with pytest.raises(UsageError, match="is_longer speaks of 3 items; there are 1"):
+        fused.audio_model(jnp.zeros((1, 4, 60, 16)), jnp.ones((3, 1), bool))
+    for tokens in ((0, 5), (1, 0), (5,)):
+        with pytest.raises(UsageError, match="tokens have shape"):
+            model.get_text_features(jnp.zeros(tokens, jnp.int32))
+    with pytest.raises(UsageError, match=r"mask has shape \(2, 4\), the tokens \(2, 5\)"):
+        model.get_text_features(jnp.zeros((2, 5), jnp.int32), jnp.ones((2, 4), jnp.int32))
     with pytest.raises(UsageError, match="65 frames"):
         model.get_audio_features(jnp.zeros((1, 1, 65, 16)))
     with pytest.raises(UsageError, match="no tagging head"):
@@ -319,13 +334,22 @@ def test_clamping_touches_the_scales_alone():
 
 
 def test_a_model_that_fuses_learns_from_four_views():
-    """§3.4 in training: what is longer is seen whole and through windows drawn anew; what is not, is not fused."""
+    """§3.4 in training: what is longer is seen whole and through windows drawn anew; what is not, is not fused.
+
+    And a text without end is cut to the tokens that it is cut to in use.
+    """
     processor, objective = tiny_processor(fusion=True), recipe("clap").objective
     model = tiny(enable_fusion=True, depths=(1,), hidden_size=8, num_attention_heads=(2,))
     rng, waves = np.random.default_rng(0), (sound("high", 0, 5.0), sound("low", 1, 1.0))
     draw = [
-        [objective.prepare(processor, model.config, wave, {"text": "the dog"}, rng) for wave in waves] for _ in "ab"
+        [
+            objective.prepare(processor, model.config, wave, {"text": text}, rng)
+            for wave, text in zip(waves, ("the dog", "the dog " * 99), strict=True)
+        ]
+        for _ in "ab"
     ]
+    longest = TEXT.longest_text  # of which the batch has more, by its padding
+    assert [int(example["attention_mask"].sum()) for example in draw[0]] == [len(draw[0][0]["input_ids"]), longest]
     batch, other = (collate(examples, objective.padding(processor), 10_000) for examples in draw)
     assert batch["input_features"].shape == (2, 4, 61, 16)
     assert batch["is_longer"].tolist() == [[True], [False]]
@@ -336,7 +360,13 @@ def test_a_model_that_fuses_learns_from_four_views():
     found, wanted = jax.jit(
         lambda model, x: (
             objective.loss(processor)({"model": model}, x, turn),
-            model(x["input_ids"], x["input_features"], x["is_longer"], x["attention_mask"], return_loss=True),
+            model(
+                x["input_ids"][:, :longest],
+                x["input_features"],
+                x["is_longer"],
+                x["attention_mask"][:, :longest],
+                return_loss=True,
+            ),
         )
     )(model, jax.tree.map(jnp.asarray, batch))
     assert float(found.total) == pytest.approx(2 * float(wanted.loss), rel=1e-5)
@@ -514,8 +544,18 @@ def test_embeddings_are_kept_until_a_file_changes(tmp_path, capsys):
     assert asked == ["a.wav", "b.wav", "c.wav", "b.wav", "c.wav"]
     np.testing.assert_array_equal(rows[0], second[0])
     assert again == found
-    cache.write_bytes(b"damaged")
-    hearing.embeddings_of(files[:1], compute, cache)
-    assert asked[-1] == "a.wav"
-    hearing.embeddings_of(files[:1], compute, cache)
-    assert len(asked) == 6
+    packed = bytearray(cache.read_bytes())
+    packed[packed.index(b"PK\x01\x02") + 10] = 99  # compressed by a method that nobody knows
+    with cache.open("wb") as other:
+        np.save(other, np.zeros(3))
+    array = cache.read_bytes()
+    np.savez(cache, keys=np.asarray(["a", "b"]), embeddings=np.zeros(2))  # of another program
+    for damaged in (b"damaged", bytes(packed), array, cache.read_bytes()):
+        cache.write_bytes(damaged)
+        hearing.embeddings_of(files[:1], compute, cache)
+        assert asked.pop() == "a.wav"
+        hearing.embeddings_of(files[:1], compute, cache)
+        assert len(asked) == 5
+    before = hearing._identity(cache)  # a file, as of a checkpoint of LAION's
+    (cache.parent / "preprocessor_config.json").write_text("{}")
+    assert hearing._identity(cache) != before

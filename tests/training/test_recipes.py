@@ -731,6 +731,15 @@ def test_spectrograms_are_as_large_as_the_model_reads(corpus):
     wanted = ast.resized(model, max_length=32)
     for a, b in zip(jax.tree.leaves(shorter.model), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_array_equal(a, b)
+    wave, samples = np.arange(9000.0), shorter.processor.samples  # longer than a window: heard from anywhere
+    heard = [
+        row.objective.prepare(shorter.processor, shorter.model.config, wave, items[0].fields, np.random.default_rng(i))
+        for i in range(3)
+    ]
+    starts = [int(example["waveform"][0]) for example in heard]
+    assert len(set(starts)) == 3
+    for start, example in zip(starts, heard, strict=True):
+        np.testing.assert_array_equal(example["waveform"], wave[start : start + samples])
     for ready in (new, shorter):
         batch = ready.trainer.put(ready.batches(items, buckets=1).batch(0))
         jax.eval_shape(ready.trainer._step, ready.trainer.abstract(), batch)
