@@ -487,6 +487,8 @@ class Utterance(Objective):
 class Contrastive(Objective):
     """CLAP, §3.1: every sound finds its text among those of the whole batch, over all devices, and the other way.
 
+    A batch that is cut into parts (`Options.accumulate`) is as many smaller ones: a sound looks in its own part alone.
+
     A model that fuses (§3.4) learns from the shrunk whole and three windows, drawn anew each time; `Settings.seconds`
     has then to be more than the ten that others hear.
     """
