@@ -86,7 +86,6 @@ def test_classify_among_words(command, checkpoints):
         (None, "text_config", "roberta"),
         (None, "audio_config", [1]),
         ("text_config", "hidden_size", 0),
-        ("text_config", "vocab_size", -1),
         ("audio_config", "depths", ["2", 1]),
         ("audio_config", "patch_size", [4]),
         ("audio_config", "patch_stride", [0, 4]),
