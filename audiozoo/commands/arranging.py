@@ -40,6 +40,8 @@ def piano(
     for place in (sound, mix):
         if place is not None:
             check_sound(place)
+    if sound is not None and sound == mix:
+        raise UsageError(f"--sound and --mix would both be written to {sound}.")
     if soundfont is not None:
         check_file(str(soundfont))
         if sound is None and mix is None:

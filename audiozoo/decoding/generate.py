@@ -412,7 +412,8 @@ def invert_cdf(scores: Float[Array, "rows vocab"], uniform: Float[Array, " rows"
     rest = uniform * before[:, -1] - jnp.take_along_axis(before - of_block, chosen[:, None], axis=1)[:, 0]
     inside = jnp.take_along_axis(weights, chosen[:, None, None], axis=1)[:, 0]
     token = _first(jnp.cumsum(inside, axis=-1) > rest[:, None], inside > 0)
-    return (chosen * block + token).astype(jnp.int32)
+    # Scores that are no numbers, or all minus infinity, leave no token possible; the last one stands for that.
+    return jnp.minimum(chosen * block + token, vocabulary - 1).astype(jnp.int32)
 
 
 def _first(reached: Bool[Array, "rows n"], possible: Bool[Array, "rows n"]) -> Int[Array, " rows"]:

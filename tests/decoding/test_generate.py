@@ -175,6 +175,8 @@ def test_the_inverted_distribution_is_the_softmax():
     np.testing.assert_allclose(share, expected, atol=2e-4)
     edges = invert_cdf(jnp.repeat(scores, 2, axis=0), jnp.array([0.0, np.nextafter(np.float32(1), np.float32(0))]))
     assert np.asarray(edges).tolist() == [0, 6]
+    nothing = jnp.stack([jnp.full(7, jnp.nan), jnp.full(7, -jnp.inf)])  # seven tokens make three blocks of three
+    assert np.asarray(invert_cdf(nothing, jnp.array([0.5, 0.5]))).tolist() == [6, 6]
 
 
 def test_sampled_tokens_follow_the_model():

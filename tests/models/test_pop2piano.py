@@ -552,6 +552,7 @@ def test_piano(monkeypatch, capsys, tmp_path, model):
         ((*given, "--sound", tmp_path / "b.abc", "-o", tmp_path / "b.mid"), "knows no format 'abc'"),
         ((*given, "--mix", tmp_path / "none" / "b.wav", "-o", tmp_path / "b.mid"), "there is no directory"),
         ((*given, "--soundfont", tmp_path / "song.wav", "-o", tmp_path / "b.mid"), "--sound or --mix"),
+        ((*given, "--sound", tmp_path / "b.wav", "--mix", tmp_path / "b.wav"), "would both be written to"),
     ):
         code, shown = run(*arguments)
         assert code == 1
