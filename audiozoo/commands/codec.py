@@ -36,6 +36,8 @@ def _opened(source: str) -> Iterator[BinaryIO]:
     try:
         with open(source, "rb") as file:
             yield file
+    except BrokenPipeError:  # of standard output
+        raise
     except FileNotFoundError:
         raise SourceError(f"{source} does not exist.") from None
     except OSError as error:

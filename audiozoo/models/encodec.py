@@ -936,7 +936,10 @@ class EncodecModel(nnx.Module):
             raise AudioError(f"input_values has shape {x.shape}; (batch, channels, samples) is expected.")
         if mask is None:
             return x
-        mask = jnp.asarray(mask).reshape(x.shape[0], -1, mask.shape[-1])
+        mask = jnp.asarray(mask)
+        mask = mask[:, None] if mask.ndim == 2 else mask
+        if mask.shape not in (x.shape, (x.shape[0], 1, x.shape[2])):
+            raise UsageError(f"padding_mask has shape {mask.shape}, which does not fit input_values of {x.shape}.")
         return jnp.where(mask != 0, x, jnp.zeros((), x.dtype))
 
     def _stack(self, frames: Sequence[Frame]) -> tuple[jax.Array, int]:
@@ -1008,7 +1011,7 @@ class EncodecModel(nnx.Module):
             )
         if not x.shape[-1]:
             raise AudioError("The chunk is empty (0 samples).")
-        self._check_start(state, x.shape[-1])
+        self._check_start(state, x.shape[-1], "encoder", x.shape[0])
         z, state = self.encoder.stream(x.swapaxes(1, 2), state)
         return self.quantizer.encode(z, self.config.quantizers_for(bandwidth)), state
 
@@ -1019,7 +1022,7 @@ class EncodecModel(nnx.Module):
         self._check_stream()
         if audio_codes.ndim != 3:
             raise UsageError(f"audio_codes has shape {audio_codes.shape}; (batch, quantizers, frames) is expected.")
-        self._check_start(state, audio_codes.shape[-1] * self.config.hop_length)
+        self._check_start(state, audio_codes.shape[-1] * self.config.hop_length, "decoder", audio_codes.shape[0])
         values, state = self.decoder.stream(self.quantizer.decode(audio_codes), state)
         return values.swapaxes(1, 2), state
 
@@ -1027,12 +1030,16 @@ class EncodecModel(nnx.Module):
         if not self.config.can_stream:
             raise UsageError("This model looks ahead, normalises, or cuts into chunks; a causal one can code a stream.")
 
-    def _check_start(self, state: Any, samples: int) -> None:
+    def _check_start(self, state: Any, samples: int, part: str, batch: int) -> None:
         if state is None and samples < self.shortest_start():
             raise AudioError(
                 f"The first chunk of a stream needs {self.shortest_start()} samples, to mirror them at the start; "
                 f"{samples} are too few. Start from initial_state() to have silence there instead."
             )
+        if state is not None:
+            wanted = jax.eval_shape(lambda: _silence(getattr(self, part).layers, batch, jnp.float32))
+            if [jnp.shape(leaf) for leaf in jax.tree.leaves(state)] != [leaf.shape for leaf in jax.tree.leaves(wanted)]:
+                raise UsageError(f"The state is none of this model's {part} for a batch of {batch}.")
 
     # --- training (§3.4) ---
 

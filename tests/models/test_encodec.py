@@ -134,6 +134,14 @@ def test_streams_that_cannot_be():
         model.encode_last_chunk(jnp.zeros((1, 41)), silence["encoder"])
     with pytest.raises(UsageError, match=r"shape \(2, 40\); \(batch, quantizers, frames\)"):
         model.decode_chunk(jnp.zeros((2, 40), jnp.int32), silence["decoder"])
+    with pytest.raises(UsageError, match="none of this model's encoder for a batch of 2"):
+        model.encode_chunk(jnp.zeros((2, 1, 40)), silence["encoder"])
+    for state in (silence, silence["encoder"], model.initial_state(2)["decoder"]):
+        with pytest.raises(UsageError, match="none of this model's decoder for a batch of 1"):
+            model.decode_chunk(jnp.zeros((1, 2, 20), jnp.int32), state)
+    for shape in ((2, 60), (1, 59), (60,)):
+        with pytest.raises(UsageError, match="does not fit input_values of"):
+            model.encode(jnp.zeros((1, 1, 60)), np.ones(shape))
     with pytest.raises(AudioError, match="2 channels"):
         model.encode(jnp.zeros((1, 2, 60)))
     with pytest.raises(UsageError, match=r"1\.2, 2\.4 kbit/s, not at 6"):
@@ -705,3 +713,6 @@ def test_codec_on_the_command_line(tmp_path, monkeypatch):
         assert failed.exit_code == 1
         assert message in str(failed.exception), arguments
     assert (tmp_path / "out.ecdc").read_bytes() == content
+    # Whoever reads what is written may stop; that is not the source's fault.
+    with pytest.raises(BrokenPipeError), commands._opened(small):
+        raise BrokenPipeError
