@@ -83,7 +83,7 @@ def save(
             if file.name == "config.json":
                 raise UsageError(f"{file} would overwrite the checkpoint's own config.json.")
             shutil.copyfile(file, temporary / file.name)
-        _write(params, temporary / _PARAMS)
+        _write(params, temporary / _PARAMS, f"{directory} cannot be written")
         (temporary / "config.json").write_text(text, encoding="utf-8")
 
 
@@ -156,7 +156,7 @@ def save_tree(tree: Any, directory: str | os.PathLike[str], *, overwrite: bool =
     """
     with written_whole(directory, overwrite=overwrite) as temporary:
         temporary.rmdir()  # Orbax makes it, and marks it as complete
-        _write(tree, temporary)
+        _write(tree, temporary, f"{directory} cannot be written")
 
 
 def restore_tree(directory: str | os.PathLike[str], abstract: Any, shardings: Any = None) -> Any:
@@ -275,17 +275,18 @@ def _orbax(sentence: str, arrays: Mapping[str, Any] | None = None) -> Iterator[o
     )
     log = logging.getLogger("absl")
     level = log.level
-    log.setLevel(logging.ERROR)
+    log.setLevel(logging.CRITICAL)  # Orbax's threads log what they raise, with all their frames
     try:
         with contextlib.closing(ocp.Checkpointer(handler, multiprocessing_options=alone)) as checkpointer:
             yield checkpointer
     except Exception as error:
-        raise CheckpointError(f"{sentence} ({first_line(error)}).") from error
+        said = first_line(error, most=None)  # what it comes from, a full disk say, stands at its end
+        raise CheckpointError(f"{sentence} ({said if len(said) <= 200 else '… ' + said[-150:]}).") from error
     finally:
         log.setLevel(level)
 
 
-def _write(tree: Any, directory: Path) -> None:
+def _write(tree: Any, directory: Path, sentence: str) -> None:
     if isinstance(tree, nnx.Module):
         tree = nnx.to_pure_dict(nnx.state(tree, nnx.Not(nnx.RngState)))
     leaves, _ = _leaves(tree)
@@ -303,7 +304,7 @@ def _write(tree: Any, directory: Path) -> None:
         arrays[name] = array
     nested = _nest(arrays)
     chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), nested)
-    with _orbax(f"{directory} cannot be written", arrays) as checkpointer:
+    with _orbax(sentence, arrays) as checkpointer:
         checkpointer.save(directory, args=ocp.args.PyTreeSave(nested, save_args=chunks))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 from pathlib import Path
 
 import jax
@@ -176,6 +177,18 @@ def test_an_existing_directory_is_kept_unless_told(tree, tmp_path):
     checkpoints.save(tree, target, CONFIG, overwrite=True)
     same(checkpoints.restore(target, structs(tree)), tree)
     assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_full_disk(tmp_path, capfd):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"/out cannot be written \(… .*File too large"):
+            checkpoints.save({"w": np.ones(100_000)}, tmp_path / "out", CONFIG)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path):
