@@ -752,6 +752,8 @@ class BarkCoarseModel(BarkCausalModel):
                 f"{self.config.block_size} positions."
             )
         config, shaping = _sampler(dict(stage.options), options, sampling, 0.7)
+        if "max_new_tokens" in options or "max_length" in options:
+            raise UsageError("The coarse stage speaks as long as its semantic tokens do; it takes no length.")
         if config.num_return_sequences != 1:
             raise UsageError("The coarse stage returns one sequence; num_return_sequences must be 1.")
         config = config.replace(max_new_tokens=window, max_length=None, return_dict_in_generate=False)
@@ -1036,7 +1038,8 @@ class BarkFineModel(_Transformer):
             sampling: "transformers" (greedy at temperature 1) or "original" (drawn at 0.5 unless it is None).
             key: randomness.
             noise: standard Gumbel noise to sample with, instead of `key`.
-            options: `temperature`, and what `transformers` ignores: `do_sample`, `top_k`, `top_p`, ….
+            options: `temperature`, and what `transformers` ignores: `do_sample`, `top_k`, `top_p`, `min_p`,
+                `typical_p`, `epsilon_cutoff` and `eta_cutoff`.
 
         Raises:
             UsageError: for unknown options, sizes that do not fit, and histories of the wrong shape.
@@ -1087,6 +1090,10 @@ class BarkFineModel(_Transformer):
         return np.where(np.arange(frames) < lengths[:, None, None], result, 0)
 
 
+_FINE_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_FINE_OPTIONS += ("do_sample", "renormalize_logits")
+
+
 def _fine_sampler(ids: BarkFineGenerationConfig, options: Mapping[str, Any], sampling: str) -> GenerationConfig:
     """The fine stage's options: greedy or drawn by the temperature, unless `do_sample` says so."""
     _check_sampling(sampling)
@@ -1094,7 +1101,13 @@ def _fine_sampler(ids: BarkFineGenerationConfig, options: Mapping[str, Any], sam
     drawn = temperature is not None and (sampling == "original" or temperature != 1.0)
     rest = {name: value for name, value in options.items() if name != "temperature"}
     defaults: dict[str, Any] = {"do_sample": drawn, "top_k": None}
-    return GenerationConfig(**(defaults | rest), temperature=1.0 if temperature is None else temperature)
+    config = GenerationConfig(**(defaults | rest), temperature=1.0 if temperature is None else temperature)
+    if unread := sorted(rest.keys() - _FINE_OPTIONS):
+        raise UsageError(
+            f"The fine stage chooses each code by itself; of options it takes {', '.join(_FINE_OPTIONS)}, and not "
+            f"{', '.join(unread)}."
+        )
+    return config
 
 
 @partial(jax.jit, static_argnames=("graphdef", "ids", "given", "codebook_size", "config"))
@@ -1339,7 +1352,8 @@ def _by_stage(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         common = {name: value for name, value in options.items() if not name.startswith(prefixes)}
         if prefix != "semantic_":
             common.pop("min_eos_p", None)  # an end of speech is the semantic stage's alone
-            common.pop("max_new_tokens", None)  # how long the others speak follows from the first
+            for length in ("max_new_tokens", "max_length"):
+                common.pop(length, None)  # how long the others speak follows from the first
         if prefix == "fine_":
             common = {name: value for name, value in common.items() if name == "temperature"}
         own = {name.removeprefix(prefix): value for name, value in options.items() if name.startswith(prefix)}
@@ -1499,12 +1513,17 @@ def speak(
 
     Yields:
         Each sentence as it is done; one in which nothing is said has no samples, and no history goes on from it.
+
+    Raises:
+        UsageError: for several sequences of one text.
     """
     ids = model.generation_config
     sentences = processor.sentences(text) if isinstance(text, str) else list(text)
     history = None if voice_preset is None else processor.voice_preset(voice_preset)
-    given = _by_stage(options)["semantic_"]
-    longest = given.get("max_new_tokens", dict(ids.semantic_config.options).get("max_new_tokens", math.inf))
+    asked = dict(ids.semantic_config.options) | _by_stage(options)["semantic_"]
+    if asked.get("num_return_sequences", 1) != 1:
+        raise UsageError("speak says a text once; BarkModel.generate says it several times.")
+    longest = asked.get("max_new_tokens", math.inf)
     for index, sentence in enumerate(sentences):
         inputs = processor(sentence)
         waveform, samples, (said,) = model.generate(

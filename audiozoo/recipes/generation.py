@@ -241,8 +241,9 @@ class Stages(Objective):
     """Bark: all three stages at once, by `semantic_loss`, `coarse_loss` and `fine_loss`, our reconstruction.
 
     No parameter belongs to two stages, so that the sum of their losses trains each as if it were alone. The first reads
-    a text and writes its `units` (semantic tokens). The other two see a window of them and the codes of the same
-    seconds, which the model's own codec makes of the recording; the last predicts each of its codebooks in turn.
+    a text and writes its `units` (semantic tokens). The second sees a window of them and the codes of the same seconds,
+    which the model's own codec makes of the recording. The last sees as many frames as when it is used, padding
+    included, and predicts each of its codebooks in turn.
 
     Attributes:
         ids: what the tokens are numbered by.
@@ -269,13 +270,15 @@ class Stages(Objective):
         start = int(rng.integers(max(len(units) - longest, 0) + 1))
         read = np.full(longest, coarse.coarse_semantic_pad_token, np.int32)
         read[: len(units[start : start + longest])] = units[start : start + longest]
-        # The codes of those tokens: as many as the window has room for after what it reads.
-        room = config.coarse_acoustics_config.block_size - longest - 1
-        frames = min(ids.frames(longest), room // coarse.n_coarse_codebooks)
         most = config.semantic_config.block_size - semantic.max_input_semantic_length
         hop = config.codec_config.hop_length
         first = ids.frames(start) * hop
+        frames = max(self._coarse_frames(config), ids.fine_acoustics_config.max_fine_input_length)
         heard = waveform[first : first + frames * hop].astype(np.float32)
+        real = max(1, len(heard) // hop)
+        # Every other window begins with frames of which all codes are known, as one that goes on from what was said.
+        longest = ids.fine_acoustics_config.max_fine_history_length
+        known = int(rng.integers(2)) * int(rng.integers(min(longest + 1, real)))
         said = processor(text_of(fields))
         text = bark.numbered_text(said["input_ids"], said["attention_mask"], semantic)
         return {
@@ -283,8 +286,16 @@ class Stages(Objective):
             "semantic": np.append(units, semantic.eos_token_id)[:most].astype(np.int32),
             "read": read,
             "waveform": np.pad(heard, (0, frames * hop - len(heard))),
-            "frames": np.asarray(max(1, len(heard) // hop), np.int32),
+            "frames": np.asarray(real, np.int32),
+            "known": np.asarray(known, np.int32),
         }
+
+    def _coarse_frames(self, config: Any) -> int:
+        """Frames of codes of a window of semantic tokens: as many as there is room for after these."""
+        coarse = self.ids.coarse_acoustics_config
+        read = coarse.max_coarse_input_length
+        room = config.coarse_acoustics_config.block_size - read - 1
+        return min(self.ids.frames(read), room // coarse.n_coarse_codebooks)
 
     def loss(self, processor: Any) -> LossFunction:
         """See `Objective`."""
@@ -297,15 +308,17 @@ class Stages(Objective):
             bandwidth = codec.config.target_bandwidths[-1]
             codes = codec.encode_frame(batch["waveform"][:, None], bandwidth)[0]  # (batch, codebooks, frames)
             codes = jax.lax.stop_gradient(codes[:, : ids.fine_acoustics_config.n_fine_codebooks])
-            real = jnp.arange(codes.shape[2]) < batch["frames"][:, None]
+            written = codes[:, :books, : self._coarse_frames(model.config)]
+            real = jnp.arange(written.shape[2]) < batch["frames"][:, None]
             # c_1,1 c_2,1 c_1,2 …, each codebook with numbers of its own
             offset = ids.semantic_config.semantic_vocab_size + ids.codebook_size * jnp.arange(books)
-            turns = (codes[:, :books] + offset[:, None]).swapaxes(1, 2).reshape(len(codes), -1)
+            turns = (written + offset[:, None]).swapaxes(1, 2).reshape(len(codes), -1)
             turns = jnp.where(jnp.repeat(real, books, axis=1), turns, IGNORED_LABEL)
-            lengths = batch["frames"]
+            window = codes[:, :, : ids.fine_acoustics_config.max_fine_input_length].swapaxes(1, 2)
+            known = (batch["known"], batch["frames"])
             fine = [
-                bark.fine_loss(model.fine_acoustics, codes.swapaxes(1, 2), i, 0, lengths, key=rest[0])
-                for i in range(books, codes.shape[1])
+                bark.fine_loss(model.fine_acoustics, window, i, *known, key=rest[0])
+                for i in range(books, window.shape[2])
             ]
             parts = {
                 "semantic_loss": bark.semantic_loss(

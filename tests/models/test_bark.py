@@ -98,8 +98,9 @@ def test_rows_are_decoded_together(model, monkeypatch):
 
 
 def test_options_of_one_stage(model):
-    split = bark._by_stage({"temperature": 0.7, "do_sample": True, "coarse_temperature": 0.3, "fine_top_k": 4})
-    assert split["semantic_"] == {"temperature": 0.7, "do_sample": True}
+    options = {"temperature": 0.7, "do_sample": True, "max_length": 30, "coarse_temperature": 0.3, "fine_top_k": 4}
+    split = bark._by_stage(options)
+    assert split["semantic_"] == {"temperature": 0.7, "do_sample": True, "max_length": 30}
     assert split["coarse_"] == {"temperature": 0.3, "do_sample": True}
     assert split["fine_"] == {"temperature": 0.7, "top_k": 4}
     tokens = np.arange(40)[None] % 16 + 40 + 16 * (np.arange(40) % 2)
@@ -134,6 +135,16 @@ def test_mistakes_get_a_sentence(model):
             stage(np.zeros(shape, int))
     with pytest.raises(UsageError, match="lacks"):
         call(IDS + 100)
+    for stage, options, message in (
+        (model.coarse_acoustics, {"max_new_tokens": 4}, "takes no length"),
+        (model.coarse_acoustics, {"max_length": 400}, "takes no length"),
+        (model.fine_acoustics, {"num_beams": 2, "temperature": 0.7}, "and not num_beams"),
+        (model.fine_acoustics, {"suppress_tokens": [1], "min_new_tokens": 3}, "not min_new_tokens, suppress_tokens"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            stage.generate(np.full((1, 4), 41), codebook_size=16, key=jax.random.key(0), **options)
+    with pytest.raises(UsageError, match="says a text once"):
+        next(bark.speak(model, processor(), "abc.", semantic_num_return_sequences=2, do_sample=True))
     with pytest.raises(UsageError, match="codebooks 1 to 7, not 0"):
         model.fine_acoustics(0, jnp.zeros((1, 4, 8), jnp.int32))
     with pytest.raises(UsageError, match="not both"):

@@ -1,6 +1,7 @@
 """Every recipe: a whole small run; its numbers; and what the command line makes of it."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -27,7 +28,7 @@ from audiozoo.errors import AudioError, AudiozooError, CheckpointError, UsageErr
 from audiozoo.layers import Dropout
 from audiozoo.loading import speak_language, variables
 from audiozoo.models import audio_spectrogram_transformer as ast
-from audiozoo.models import encodec, hifigan, whisper
+from audiozoo.models import bark, encodec, hifigan, whisper
 from audiozoo.models.audio_spectrogram_transformer import ASTRecipe
 from audiozoo.models.hubert import HubertForPreTrainingOutput
 from audiozoo.models.musicgen import MusicgenRecipe
@@ -321,10 +322,11 @@ def test_pretraining_hears_what_use_hears():
             assert not masked[np.asarray(told["sampled_negative_indices"])[told["mask_time_indices"]]].all()
 
 
-def test_bark_learns_from_texts_as_it_reads_them():
-    """With the offset of texts, which keeps them apart from semantic tokens, their padding, and no longer than read.
+def test_bark_learns_from_texts_and_codes_as_it_reads_them(monkeypatch):
+    """Texts with their offset, which keeps them apart from semantic tokens, their padding, and no longer than read.
 
-    It hears recordings at the rate of its codec, which the processor does not know.
+    It hears recordings at the rate of its codec, which the processor does not know. The fine model learns windows as
+    long as those that it generates: what is behind a recording is padding, and what is in front may be known.
     """
     row, model, processor = tiny.small(recipe("bark"))
     assert run.sampling_rate(model, processor) == model.config.codec_config.sampling_rate == 24_000
@@ -334,6 +336,23 @@ def test_bark_learns_from_texts_as_it_reads_them():
             processor, model.config, np.zeros(800, np.float32), fields, np.random.default_rng(0)
         )
         assert example["input_ids"].tolist() == wanted
+    prepare = functools.partial(row.objective.prepare, processor, model.config, rng=np.random.default_rng(0))
+    examples = [prepare(waveform=np.ones(39, np.float32), fields=fields) for _ in range(30)]  # 9 frames of 4 samples
+    assert {int(e["frames"]) for e in examples} == {9}
+    known = {int(e["known"]) for e in examples}
+    assert known > {0}
+    assert known < set(range(9))
+    seen = {}
+    monkeypatch.setattr(bark, "coarse_loss", lambda model, read, turns, key: seen.update(turns=turns.shape) or 0.0)
+    monkeypatch.setattr(
+        bark, "fine_loss", lambda model, codes, *given, key: seen.update(codes=codes.shape, given=given) or 0.0
+    )
+    batch = {name: jnp.asarray(array)[None] for name, array in examples[0].items()}
+    loss = row.objective.loss(processor)
+    jax.eval_shape(lambda batch: loss({"model": model}, batch, Turn(None, 0, training=False)).total, batch)
+    assert seen["turns"] == (1, 2 * 12)  # of eight semantic tokens
+    assert seen["codes"] == (1, tiny.GENERATION.fine_acoustics_config.max_fine_input_length, 3)
+    assert [x.shape for x in seen["given"][1:]] == [(1,), (1,)]
     # Numbers are the checkpoint's, also where the recipe's are others.
     ready = run.build(recipe("bark"), [], model=model, processor=processor)
     assert ready.recipe.objective.ids == model.coarse_acoustics.generation_config == tiny.GENERATION
