@@ -42,6 +42,8 @@ def music(
         raise UsageError(f"--duration is {duration:g}; music lasts longer than 0 seconds, and not for ever.")
     if not 0 <= temperature < float("inf"):
         raise UsageError(f"--temperature is {temperature:g}; it is 0 or more.")
+    if stride is not None and not 0 < stride < float("inf"):
+        raise UsageError(f"--stride is {stride:g}; a window moves on by more than 0 seconds.")
     check_sound(output)
     terminal.keep_compiled_programs()
     import jax

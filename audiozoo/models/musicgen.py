@@ -1390,7 +1390,7 @@ def compose(
     text: str | None = None,
     *,
     duration: float = 8.0,
-    melody: Float[np.ndarray, " samples"] | None = None,
+    melody: Float[np.ndarray, "*channels samples"] | None = None,
     prompt: Float[np.ndarray, "*channels samples"] | None = None,
     longest: float | None = None,
     extend_stride: float | None = None,
@@ -1405,7 +1405,7 @@ def compose(
         processor: of the same checkpoint.
         text: what it should sound like; None, or nothing, leaves that to the model.
         duration: seconds, those of `prompt` included; exact to the sample.
-        melody: mono waveform at the model's rate whose melody to follow, from its beginning again if it is shorter.
+        melody: waveform at the model's rate whose melody to follow, from its beginning again if it is shorter.
         prompt: waveform at the model's rate to continue.
         longest: seconds that the model has learnt; by default as `config.segment_duration` says.
         extend_stride: seconds from one window's beginning to the next one's; the rest of a window is its context. By
@@ -1443,7 +1443,7 @@ def compose(
     for index, (start, size) in enumerate(windows(total, codes.shape[2], window, stride) if long else [(0, total)]):
         if melody is not None:
             at = start * codec.hop_length + np.arange(int(longest * codec.sampling_rate))
-            heard = melody[at % len(melody)] if long else melody
+            heard = melody[..., at % melody.shape[-1]] if long else melody
             inputs["input_features"] = processor.melody(heard, codec.sampling_rate)
             inputs.pop("guidance_scale", None)
         if told is not None:

@@ -16,7 +16,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from audiozoo.errors import CheckpointError, SourceError, UsageError
 from audiozoo.processors import check_return_tensors, read_json, write_json
-from audiozoo.text.sentences import SENTENCE_END
+from audiozoo.text.sentences import SENTENCE_END, sentences
 
 # What a voice preset holds: semantic tokens (X,), two coarse codebooks (2, Y) and all eight (8, Y).
 PARTS = {"semantic_prompt": 1, "coarse_prompt": 2, "fine_prompt": 2}
@@ -207,11 +207,14 @@ class BarkProcessor:
     def sentences(self, text: str) -> list[str]:
         """The sentences of a text, each short enough for the model to say; long ones are cut at commas and spaces.
 
+        A blank line ends a sentence too, as a heading does.
+
         Raises:
             UsageError: if there is nothing to say.
         """
-        whole = filter(None, (sentence.strip() for sentence in SENTENCE_END.split(text.strip())))
-        found = [part for sentence in whole for part in self._cut(sentence, _SOFTER_ENDS)]
+        whole = (part.strip() for sentence in sentences(text) for part in SENTENCE_END.split(sentence))
+        said = filter(self.encode, whole)  # none of signs that the tokenizer leaves out
+        found = [part for sentence in said for part in self._cut(sentence, _SOFTER_ENDS)]
         if not found:
             raise UsageError("There is nothing to say: the text is empty.")
         return found

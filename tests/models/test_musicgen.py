@@ -296,10 +296,12 @@ def test_a_piece_along_a_melody_and_from_a_prompt(model, melodic, tokenizer):
     one, other = (musicgen.compose(melodic, make, None, melody=m, **options) for m in (tone, higher))
     assert one.shape == other.shape == (1, 160)
     assert np.abs(one - other).max() > 1e-4
-    long = musicgen.compose(
-        melodic, make, "a song", melody=tone, duration=0.05, longest=0.03, extend_stride=0.02, do_sample=False
+    long, stereo = (
+        musicgen.compose(melodic, make, "a song", melody=m, longest=0.03, **options | {"duration": 0.05})
+        for m in (tone, np.stack([tone, tone]))
     )
     assert long.shape == (1, 400)
+    np.testing.assert_array_equal(stereo, long)
     with pytest.raises(UsageError, match="follows no melody"):
         musicgen.compose(model, processor(tokenizer), "x", melody=tone)
     heard = np.random.default_rng(0).uniform(-0.5, 0.5, 80).astype(np.float32)
@@ -524,6 +526,7 @@ def test_music(monkeypatch, capsys, tmp_path, model, tokenizer):
         ((*given[:-1], "nan"), "--duration is nan"),
         ((*given[:-1], "inf"), "--duration is inf"),
         ((*given, "--temperature", -1), "--temperature is -1"),
+        ((*given, "--stride", "nan"), "--stride is nan"),
         ((*given, "--guidance", "nan"), "guidance_scale is nan"),
         ((*given, "--top-p", 2), "between 0 and 1"),
         ((*given[:-3], tmp_path / "away" / "out.wav"), "no directory"),

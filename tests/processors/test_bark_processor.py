@@ -59,6 +59,7 @@ def test_sentences(folder):
     processor = BarkProcessor.from_directory(folder)
     assert processor.sentences(" my dog. Hello!  he ") == ["my dog.", "Hello!", "he"]
     assert processor.sentences("你好。你好。") == ["你好。", "你好。"]
+    assert processor.sentences("my dog\n \nhello\nmy… he. \u200b") == ["my dog", "hello\nmy…", "he."]
     processor.max_length = 4
     assert processor.sentences("my dog, my dog, hello my my my. my") == [
         "my dog,",
