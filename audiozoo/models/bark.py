@@ -1090,8 +1090,9 @@ class BarkFineModel(_Transformer):
         return np.where(np.arange(frames) < lengths[:, None, None], result, 0)
 
 
-_FINE_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-_FINE_OPTIONS += ("do_sample", "renormalize_logits")
+_FINE_OPTIONS = tuple(
+    "do_sample temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff renormalize_logits".split()
+)
 
 
 def _fine_sampler(ids: BarkFineGenerationConfig, options: Mapping[str, Any], sampling: str) -> GenerationConfig:
