@@ -177,7 +177,7 @@ class BarkCoarseGenerationConfig:
 
     coarse_semantic_pad_token: int = 12_048  # pads the semantic tokens
     coarse_infer_token: int = 12_050  # "now go on"
-    coarse_rate_hz: float = 75  # frames a second
+    coarse_rate_hz: float = 75.0  # frames a second
     n_coarse_codebooks: int = 2  # codebooks that take turns
     max_coarse_input_length: int = 256  # semantic tokens that a window reads
     max_coarse_history: int = 630  # coarse tokens that a window reads
@@ -1090,9 +1090,8 @@ class BarkFineModel(_Transformer):
         return np.where(np.arange(frames) < lengths[:, None, None], result, 0)
 
 
-_FINE_OPTIONS = tuple(
-    "do_sample temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff renormalize_logits".split()
-)
+_SHAPING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_FINE_OPTIONS = ("do_sample", *_SHAPING, "renormalize_logits")
 
 
 def _fine_sampler(ids: BarkFineGenerationConfig, options: Mapping[str, Any], sampling: str) -> GenerationConfig:

@@ -31,6 +31,7 @@ def test_directories_there_and_back(tmp_path):
         reference, _, _ = pair(dtype=jnp.float32)
         whole = settings.BarkGenerationConfig(**GENERATION)
         whole.semantic_config.min_eos_p, whole.semantic_config.top_k = 0.2, 11
+        whole.coarse_acoustics_config.coarse_rate_hz = 75.0  # here a whole number
         # Its own class cannot be written by transformers 5.23; what `from_pretrained` makes can.
         reference.generation_config = transformers.GenerationConfig.from_dict(whole.to_dict())
         reference.save_pretrained(tmp_path / "theirs")
