@@ -408,7 +408,7 @@ def container_of(path: Path) -> str:
     """
     suffix = path.suffix.lower().lstrip(".")
     container = "OGG" if suffix == "opus" else suffix.upper()
-    if container not in soundfile.available_formats():
+    if container not in soundfile.available_formats() or soundfile.default_subtype(container) is None:
         raise UsageError(f"Cannot write '{path}': libsndfile knows no format '{suffix}'; use wav, flac, ogg or mp3.")
     return container
 
@@ -418,7 +418,7 @@ def write(path: str | os.PathLike[str], waveform: ArrayLike, sampling_rate: int,
 
     Args:
         path: the suffix chooses the container: wav, flac, ogg, opus, mp3, aiff ….
-        waveform: floats in [-1, 1], `(time,)` or `(channels, time)`; what lies outside is clipped.
+        waveform: floats in [-1, 1], `(time,)` or `(channels, time)`; integer codings clip what lies outside.
         sampling_rate: Hz.
         subtype: libsndfile's name of the coding, such as "PCM_24" or "FLOAT"; the container's default if not given.
     """

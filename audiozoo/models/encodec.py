@@ -1421,8 +1421,9 @@ def codec_gradients(
 
         (losses["adversarial"], losses["feature"]), back = jax.vjp(adversarial, values)
         for name, other in (("adversarial", "feature"), ("feature", "adversarial")):
-            wanted = {name: jnp.ones_like(losses[name]), other: jnp.zeros_like(losses[other])}
-            (gradients[name],) = back((wanted["adversarial"], wanted["feature"]))
+            if name in balancer.weights:
+                wanted = {name: jnp.ones_like(losses[name]), other: jnp.zeros_like(losses[other])}
+                (gradients[name],) = back((wanted["adversarial"], wanted["feature"]))
     combined, state = balancer(gradients, state)
     (gradient,) = pull_back((combined.astype(values.dtype), jnp.asarray(commitment_weight, commitment.dtype)))
     return gradient, state, losses, output

@@ -298,6 +298,7 @@ def test_writing_clips_and_refuses(tmp_path):
     np.testing.assert_allclose(audio.read(tmp_path / "a.wav"), [0, 1, -1], atol=1e-4)
     for path, samples, kind, words in [
         ("a.xyz", tone(16_000, 0.1), UsageError, "no format 'xyz'"),
+        ("a.raw", tone(16_000, 0.1), UsageError, "no format 'raw'"),
         ("none/a.wav", tone(16_000, 0.1), SourceError, "no directory"),
         ("b.wav", np.zeros((2, 2, 2)), AudioError, "shape"),
         ("b.wav", np.zeros((100, 2)), AudioError, "channels come first"),

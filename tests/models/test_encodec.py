@@ -550,6 +550,8 @@ def test_the_annotations_hold(monkeypatch):
             model, x, Balancer.encodec_24khz(), Balancer.encodec_24khz().init(), discriminator=judge, key=key,
             frequency_options={"exponents": (5,)},
         )  # fmt: skip
+        less = Balancer({"time": 1.0, "feature": 1.0})  # of what the discriminator gives
+        encodec.codec_gradients(model, x, less, less.init(), discriminator=judge, key=key)
         pdf, _ = lm.step(codes[:, :, 0], lm.initial_state(2))
         loss = encodec.language_model_loss(lm, output.audio_codes)
         return whole, both, codes, values, losses, output, pdf, loss, encodec.random_quantizers(key, TINY), state
