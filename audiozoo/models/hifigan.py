@@ -605,11 +605,24 @@ def feature_loss(real: list[Features], generated: list[Features]) -> Float[Array
 
 
 def linear_spectrogram(
-    waveform: Float[Array, "batch time"], n_fft: int, hop_length: int, *, epsilon: float = 1e-9
+    waveform: Float[Array, "batch time"],
+    n_fft: int,
+    hop_length: int,
+    *,
+    epsilon: float = 1e-9,
+    lengths: Int[Array, " batch"] | None = None,
 ) -> Float[Array, "batch frames bins"]:
-    r"""$\sqrt{|X|^2 + \epsilon}$ of Hann windows of `n_fft` samples; one frame for each `hop_length` samples."""
+    r"""$\sqrt{|X|^2 + \epsilon}$ of Hann windows of `n_fft` samples; one frame for each `hop_length` samples.
+
+    Beyond its ends a waveform is mirrored; with `lengths`, in samples, each item is so beyond its own.
+    """
     reach = (n_fft - hop_length) // 2
-    padded = jnp.pad(waveform, ((0, 0), (reach, reach)), mode="reflect")
+    if lengths is None:
+        padded = jnp.pad(waveform, ((0, 0), (reach, reach)), mode="reflect")
+    else:
+        sample, last = jnp.abs(jnp.arange(-reach, waveform.shape[1] + reach)), lengths[:, None] - 1
+        sample = jnp.where(sample > last, jnp.maximum(2 * last - sample, 0), sample)
+        padded = jnp.take_along_axis(waveform, sample, axis=1)
     transform = stft(padded, n_fft, hop_length, center=False)
     return jnp.sqrt(jnp.square(transform.real) + jnp.square(transform.imag) + epsilon)
 

@@ -1200,10 +1200,15 @@ class VitsBatch(ModelOutput):
     speaker_id: Int[Array, " batch"] | None = None
 
 
-def spectrogram_of(config: VitsConfig, waveform: Float[Array, "batch samples"]) -> Float[Array, "batch frames bins"]:
-    r"""The posterior encoder's input (§3.1): $\sqrt{|X|^2 + 10^{-6}}$, a frame for each `hop_length` samples."""
+def spectrogram_of(
+    config: VitsConfig, waveform: Float[Array, "batch samples"], lengths: Int[Array, " batch"] | None = None
+) -> Float[Array, "batch frames bins"]:
+    r"""The posterior encoder's input (§3.1): $\sqrt{|X|^2 + 10^{-6}}$, a frame for each `hop_length` samples.
+
+    With `lengths`, in samples, the last frames of a shorter item are those that it has by itself.
+    """
     n_fft = 2 * (config.spectrogram_bins - 1)
-    return hifigan.linear_spectrogram(waveform, n_fft, config.hop_length, epsilon=1e-6)
+    return hifigan.linear_spectrogram(waveform, n_fft, config.hop_length, epsilon=1e-6, lengths=lengths)
 
 
 def generator_losses(
@@ -1233,7 +1238,7 @@ def generator_losses(
         The losses, the forward's output and the recording's segments.
     """
     config, hop = model.config, model.config.hop_length
-    spectrogram = spectrogram_of(config, batch.waveform)
+    spectrogram = spectrogram_of(config, batch.waveform, batch.waveform_lengths)
     output = model.training_forward(
         batch.input_ids,
         batch.attention_mask,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -272,6 +273,22 @@ def test_eight_devices_say_with_a_seed_what_one_says():
 
 
 # --- training --------------------------------------------------------------------------------------------------------
+
+
+def test_the_last_frames_of_a_shorter_recording_are_its_own():
+    lengths = 160, 157, 101
+    batch = np.full((3, 160), 7.0, np.float32)
+    alone = [np.random.default_rng(length).standard_normal((1, length)).astype(np.float32) for length in lengths]
+    for row, wave in zip(batch, alone, strict=True):
+        row[: wave.size] = wave
+    given = vits.VitsBatch(waveform=jnp.asarray(batch), waveform_lengths=jnp.asarray(lengths))
+    model = mock.Mock(config=CONFIG, training_forward=mock.Mock(side_effect=InterruptedError))
+    with pytest.raises(InterruptedError):
+        vits.generator_losses(model, None, given)
+    together = model.training_forward.call_args.args[2]
+    for row, wave in zip(together, alone, strict=True):
+        single = vits.spectrogram_of(CONFIG, jnp.asarray(wave))[0]
+        np.testing.assert_allclose(row[: wave.size // CONFIG.hop_length], single, rtol=1e-5, atol=1e-5)
 
 
 LETTERS = {symbol: index for index, symbol in enumerate("_ abcdefghijklmnopqrstuvwxyz")}
