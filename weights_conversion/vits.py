@@ -273,6 +273,8 @@ def config_from_tensors(tensors: Tensors, prefix: str = "", *, folded: bool = Fa
             sizes["posterior_encoder_num_wavenet_layers"] = count(r"enc_q\.enc\.in_layers\.(\d+)\.")
         if "emb_g.weight" in present:
             sizes["num_speakers"], sizes["speaker_embedding_size"] = shape("emb_g.weight")
+        elif "dec.cond.weight" in present:  # one voice trained with several voices' settings: of no use, but there
+            sizes["speaker_embedding_size"] = shape("dec.cond.weight")[1]
         if stochastic:
             sizes["duration_predictor_kernel_size"] = shape("dp.convs.convs_sep.0.weight")[2]
             sizes["duration_predictor_num_flows"] = count(r"dp\.flows\.(\d+)\.") // 2

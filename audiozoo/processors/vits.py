@@ -216,6 +216,8 @@ def _interspersed(ids: Sequence[int], blank: int = 0) -> list[int]:
 class PiperTokenizer:
     """Piper's phonemes: `^ _ p _ p _ … $`, each phoneme followed by a blank; unknown ones are skipped.
 
+    Piper marks the vowels of an Arabic text before it reads it; here they must stand in the text.
+
     Args:
         phoneme_ids: ids of each phoneme, from the `.onnx.json`.
         voice: espeak-ng's name of the language.

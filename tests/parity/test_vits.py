@@ -302,6 +302,7 @@ def piper():
 def authors(piper, *, resblock="1", speakers=3, stochastic=True):
     """A tiny model of the authors', and ours with its weights."""
     dilations = ((1, 3, 5),) if resblock == "1" else ((1, 3), (1, 2))
+    width = 5  # of a voice's embedding, which a model of one voice has places for too, if its settings say so
     reference = piper.SynthesizerTrn(
         n_vocab=20,
         spec_channels=9,
@@ -320,11 +321,10 @@ def authors(piper, *, resblock="1", speakers=3, stochastic=True):
         upsample_initial_channel=16,
         upsample_kernel_sizes=(8, 4),
         n_speakers=speakers,
-        gin_channels=5 if speakers > 1 else 0,
+        gin_channels=width,
         use_sdp=stochastic,
     )
     # Their depths are fixed; these are enough for a test.
-    width = 5 if speakers > 1 else 0
     reference.enc_q = piper.PosteriorEncoder(9, 8, 16, 5, 1, 2, gin_channels=width)
     reference.flow = piper.ResidualCouplingBlock(8, 16, 5, 1, 2, n_flows=2, gin_channels=width)
     if stochastic:
