@@ -1134,7 +1134,7 @@ def zero_shot(
         model: both towers.
         processor: of the same checkpoint.
         audio: mono waveform in [-1, 1], of any length; see `embed_audio`.
-        labels: what to choose from, each put into the template; see `sentences`.
+        labels: what to choose from, each put into the template; see `sentences`. One that is given twice counts once.
         top: how many to return.
         template: the paper's "This is a sound of {}."; "{}" leaves labels as they are.
         sampling_rate: Hz of `audio`, to be checked.
@@ -1151,6 +1151,7 @@ def zero_shot(
         raise UsageError("A label is empty; say in words what may be heard.")
     if top < 1:
         raise UsageError(f"top is {top}; at least one label is to be named.")
+    labels = list(dict.fromkeys(labels))
     texts = embed_text(model, processor, sentences(labels, template))
     sound = embed_audio(model, processor, audio, sampling_rate=sampling_rate)
     logits = float(np.exp(np.float64(model.logit_scale_a[...]))) * texts.astype(np.float64) @ sound.astype(np.float64)

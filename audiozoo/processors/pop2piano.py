@@ -167,7 +167,8 @@ class Pop2PianoFeatureExtractor(FeatureExtractor):
             raise UsageError("Pop2Piano needs the sampling_rate of the song, to find its beats.")
         if steps_per_beat < 1:
             raise UsageError(f"steps_per_beat is {steps_per_beat}; a beat has at least one, and two for this model.")
-        rates = list(sampling_rate) if isinstance(sampling_rate, Sequence) else [sampling_rate] * len(songs)
+        rated: Any = sampling_rate
+        rates = list(rated) if np.ndim(rated) else [rated] * len(songs)
         known = (list(beats) if several else [beats]) if beats is not None else [None] * len(songs)
         if len(rates) != len(songs) or len(known) != len(songs):
             raise UsageError(
@@ -179,7 +180,8 @@ class Pop2PianoFeatureExtractor(FeatureExtractor):
             if times is None:
                 times = tracking.beats(waveform, rate, self.tracker)
             times = np.asarray(times, np.float64)
-            if times.ndim != 1 or len(times) < 2 or not np.all(np.diff(times) > 0) or not times[0] >= 0:
+            gaps = np.diff(times) * rate if times.ndim == 1 and np.isfinite(times).all() else np.zeros(1)
+            if not len(gaps) or gaps.min() < 1 or times[0] < 0:  # in samples
                 raise UsageError(
                     "The beats of a song are at least two times in seconds, from 0 on, each after the last."
                 )
@@ -187,6 +189,9 @@ class Pop2PianoFeatureExtractor(FeatureExtractor):
                 raise UsageError(
                     f"The beats begin at {times[0]:.1f} s; the song is over after {len(waveform) / rate:.1f} s."
                 )
+            if gaps.max() > len(waveform):
+                apart, length = gaps.max() / rate, len(waveform) / rate
+                raise UsageError(f"Two beats are {apart:.1f} s apart; the song is over after {length:.1f} s.")
             samples = waveform if rate == self.sampling_rate else resample(waveform, rate, self.sampling_rate)
             found.append(self.segments(np.asarray(samples, np.float32), times, steps_per_beat))
         masked = several if return_attention_mask is None else return_attention_mask

@@ -158,6 +158,7 @@ def test_mistakes_get_a_sentence():
         ({"top": 0}, "top is 0"),
         ({"labels": []}, "no label"),
         ({"labels": ["a", " "]}, "label is empty"),
+        ({"labels": ["caf\udce9"]}, r"caf\\udce9\.' is no text in UTF-8"),
         ({"template": "x"}, "no {}"),
     ):
         with pytest.raises(UsageError, match=words):
