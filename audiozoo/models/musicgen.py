@@ -71,6 +71,7 @@ from audiozoo.layers import (
     MultiHeadAttention,
     activation,
     causal_mask,
+    check_frames,
     check_ids,
 )
 from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy
@@ -917,11 +918,13 @@ class MusicgenForConditionalGeneration(nnx.Module):
         if encoder_outputs is None:
             if input_ids is None:
                 raise UsageError("Give the model a text (input_ids), or encoder_outputs of an earlier call.")
+            _check_mask("attention_mask", attention_mask, np.shape(input_ids))
             encoder_outputs = self.text_encoder(input_ids, attention_mask, **asked)
         states = encoder_outputs["last_hidden_state"]
         if self.enc_to_dec_proj is not None:
             states = self.enc_to_dec_proj(states)
         if attention_mask is not None:
+            _check_mask("attention_mask", attention_mask, states.shape[:2])
             states = states * attention_mask[..., None].astype(states.dtype)
         return states, encoder_outputs
 
@@ -969,9 +972,11 @@ class MusicgenForConditionalGeneration(nnx.Module):
         if channels != 1 and channels != config.audio_channels:
             raise UsageError(f"The waveform has {channels} channels; this model has {config.audio_channels}.")
         if padding_mask is not None:
-            input_values = jnp.where(
-                jnp.asarray(padding_mask).reshape(batch, -1, input_values.shape[2]) != 0, input_values, 0
-            )
+            mask = jnp.asarray(padding_mask)
+            mask = mask[:, None] if mask.ndim == 2 else mask
+            if mask.shape != input_values.shape:
+                _check_mask("padding_mask", mask, (batch, 1, input_values.shape[2]))
+            input_values = jnp.where(mask != 0, input_values, 0)
         mono = input_values.reshape(batch * channels, 1, -1)
         bandwidth = config.audio_encoder.target_bandwidths[-1]
         codes = self.audio_encoder.encode(mono, bandwidth=bandwidth).audio_codes
@@ -1113,6 +1118,8 @@ class MusicgenForConditionalGeneration(nnx.Module):
         names = ("encoder_outputs", "input_features", "mask_text")
         given = {n: options.pop(n) for n in names if n in options}
         hide = given.pop("mask_text", None)
+        if self.decoder.cross_attention and given.pop("input_features", None) is not None:
+            raise UsageError("This model follows no melody; take one of the melody models.")
         alone = bool(options.get("two_step_cfg"))
         if input_ids is not None:
             check_ids(input_ids, self.config.text_encoder.vocab_size)
@@ -1172,6 +1179,11 @@ class MusicgenForConditionalGeneration(nnx.Module):
         return MusicgenGenerateOutput(audio, codes, found.scores, found.logits)
 
 
+def _check_mask(name: str, mask: Any, shape: tuple[int, ...]) -> None:
+    if mask is not None and np.shape(mask) != shape:
+        raise UsageError(f"{name} has shape {np.shape(mask)}; {shape} is expected.")
+
+
 class MusicgenMelodyForConditionalGeneration(MusicgenForConditionalGeneration):
     """§2.3, melody: chroma and text, both projected, stand in front of the steps."""
 
@@ -1187,6 +1199,7 @@ class MusicgenMelodyForConditionalGeneration(MusicgenForConditionalGeneration):
         self, input_features: Float[Array, "batch frames chroma"]
     ) -> Float[Array, "batch chroma_length width"]:
         """§2.3: the melody's vectors: projected, and repeated or cut to `chroma_length` frames."""
+        check_frames(input_features, self.config.num_chroma)
         states = input_features if self.audio_enc_to_dec_proj is None else self.audio_enc_to_dec_proj(input_features)
         length = self.config.chroma_length
         return jnp.tile(states, (1, -(-length // states.shape[1]), 1))[:, :length]
@@ -1219,6 +1232,8 @@ class MusicgenMelodyForConditionalGeneration(MusicgenForConditionalGeneration):
             if text is None:
                 raise UsageError("Give the model a text (input_ids), a melody (input_features), or both.")
             input_features = self.no_melody(len(text), text.dtype)
+        if text is not None and len(text) != len(input_features):
+            raise UsageError(f"There are {len(text)} texts and {len(input_features)} melodies.")
         melody = self.encode_melody(input_features.astype(self.dtype or self.decoder.lm_heads.kernel.dtype))
         return Condition(melody if text is None else jnp.concatenate([melody, text.astype(melody.dtype)], axis=1))
 

@@ -449,6 +449,11 @@ def test_mistakes_get_a_sentence(model, melodic):
         (lambda: model.audio_to_codes(jnp.zeros((1, 2, 80))), "2 channels; this model has 1"),
         (lambda: model.generate(**texts(), input_values=np.zeros((1, 80))), r"shape \(1, 80\); \(batch, channels"),
         (lambda: model.decoder.generate(frames=5, pattern=Pattern.parallel(4, 4)), r"not for \(4, 5\)"),
+        (lambda: model.generate(texts()["input_ids"], np.ones((1, 3))), r"shape \(1, 3\); \(2, 3\) is expected"),
+        (lambda: model.audio_to_codes(jnp.zeros((1, 1, 80)), np.ones((1, 40))), r"padding_mask has shape \(1, 1, 40\)"),
+        (lambda: model.generate(**texts(), input_features=np.ones((2, 3, 12))), "follows no melody"),
+        (lambda: melodic.generate(**texts(), input_features=np.ones((1, 3, 12))), "2 texts and 1 melodies"),
+        (lambda: melodic.generate(**texts(), input_features=np.ones((2, 0, 12))), r"\(batch, frames, 12\) is expected"),
         (lambda: musicgen.compose(model, None, num_return_sequences=2), "returns one waveform"),
         (lambda: musicgen.compose(model, None, return_dict_in_generate=True), "returns one waveform"),
     ]
