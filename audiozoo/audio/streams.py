@@ -52,24 +52,33 @@ class SampleFormat:
         return values.reshape(-1, self.channels)
 
 
+def read_all(file: BinaryIO, count: int) -> bytes:
+    """The next `count` bytes, fewer at the end only: a pipe without a buffer gives what is there."""
+    parts = []
+    while count > 0 and (part := file.read(count)):
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
+
+
 def read_wav_header(file: BinaryIO) -> tuple[SampleFormat, int | None]:
     """The front of a WAV file up to its first sample: how samples lie, and bytes of them, None if that is not known.
 
     Raises:
         AudioError: for anything else than WAV with integers of 16, 24 or 32 bits or floats.
     """
-    start = file.read(12)
+    start = read_all(file, 12)
     if len(start) < 12 or start[:4] not in (b"RIFF", b"RF64") or start[8:] != b"WAVE":
         raise AudioError("The stream is not WAV; only WAV and raw samples can be read as they come.")
     layout: SampleFormat | None = None
     while True:
-        begin = file.read(8)
+        begin = read_all(file, 8)
         if len(begin) < 8:
             raise AudioError("The WAV stream ends within its header.")
         name, size = begin[:4], struct.unpack("<I", begin[4:])[0]
         if name == b"data":
             break
-        content = file.read(size + size % 2)
+        content = read_all(file, size + size % 2)
         if name == b"fmt " and len(content) >= 16:
             tag, channels, rate, _, _, bits = struct.unpack("<HHIIHH", content[:16])
             if tag == _EXTENSIBLE and len(content) >= 26:
@@ -132,7 +141,7 @@ def read_stream(
         resampler = soxr.ResampleStream(layout.sampling_rate, sampling_rate, channels, dtype="float32")
     size, any_at_all = max(1, round(seconds * layout.sampling_rate)) * layout.frame, False
     while left is None or left > 0:
-        data = file.read(size if left is None else min(size, left))
+        data = read_all(file, size if left is None else min(size, left))
         left = None if left is None else left - len(data)
         samples = layout.samples(data)
         if not len(samples):

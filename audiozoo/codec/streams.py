@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from jaxtyping import Float, Int
 
+from audiozoo.audio.streams import read_all
 from audiozoo.codec.ecdc import Compiled, Header, checked_header, model_name
 from audiozoo.codec.range_coder import BitReader, EndOfStream, RangeDecoder
 from audiozoo.errors import AudioError, CheckpointError, UsageError
@@ -34,7 +35,7 @@ class StreamReader(BitReader):
 
     def some(self, count: int) -> bytes:
         """The next bytes; fewer at the end."""
-        content = self._file.read(count)
+        content = read_all(self._file, count)
         self.position += len(content)
         self.ended = len(content) < count
         return content

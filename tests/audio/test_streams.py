@@ -13,13 +13,13 @@ SOUND = (0.5 * np.sin(np.arange(4000)[:, None] * [[0.05, 0.11]])).astype(np.floa
 
 
 class Pipe(io.RawIOBase):
-    """It cannot be gone back in."""
+    """It cannot be gone back in, and gives no more than is there."""
 
     def __init__(self, content):
         self.content = io.BytesIO(content)
 
     def read(self, size=-1):
-        return self.content.read(size)
+        return self.content.read(min(size, 777))
 
 
 def wav(subtype, form="WAV"):
