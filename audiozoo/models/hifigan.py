@@ -81,11 +81,12 @@ class HifiGanConfig:
     weight_norm_ends: bool = True  # whether that goes for the first and the last convolution too (not in VITS)
 
     def __post_init__(self) -> None:
-        if len(self.upsample_rates) != len(self.upsample_kernel_sizes):
-            raise UsageError(
-                f"upsample_rates has {len(self.upsample_rates)} stages and upsample_kernel_sizes "
-                f"{len(self.upsample_kernel_sizes)}; they must be as many."
-            )
+        for one, other in (
+            ("upsample_rates", "upsample_kernel_sizes"),
+            ("resblock_kernel_sizes", "resblock_dilation_sizes"),
+        ):
+            if (count := len(getattr(self, one))) != (counted := len(getattr(self, other))):
+                raise UsageError(f"{one} has {count} entries and {other} {counted}; they must be as many.")
         if self.resblock not in ("1", "2"):
             raise UsageError(f"There are residual blocks '1' and '2', not {self.resblock!r}.")
 

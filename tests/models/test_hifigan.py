@@ -50,8 +50,8 @@ def test_each_item_as_by_itself_and_silent_after_its_end():
 
 
 def test_a_directory_of_hugging_face_goes_there_and_back(tmp_path):
-    config = HifiGanConfig.speecht5(model_in_dim=6, upsample_initial_channel=16, resblock_kernel_sizes=(3,))
-    config = dataclasses.replace(config, resblock_dilation_sizes=((1,),))
+    blocks = {"resblock_kernel_sizes": (3,), "resblock_dilation_sizes": ((1,),)}
+    config = HifiGanConfig.speecht5(model_in_dim=6, upsample_initial_channel=16, **blocks)
     model = random_model(lambda rngs: SpeechT5HifiGan(config, rngs=rngs))
     audiozoo.export(model, tmp_path / "theirs")
     assert json.loads((tmp_path / "theirs" / "config.json").read_text())["architectures"] == ["SpeechT5HifiGan"]
@@ -106,6 +106,8 @@ def test_features_of_a_batch_and_mistakes(tmp_path):
         HifiGanProcessor(hop_size=0)
     with pytest.raises(UsageError, match="as many"):
         HifiGanConfig(upsample_rates=(2,))
+    with pytest.raises(UsageError, match="resblock_dilation_sizes 3; they must be as many"):
+        HifiGanConfig(resblock_kernel_sizes=(3,))
     with pytest.raises(UsageError, match="'3'"):
         HifiGanConfig(resblock="3")
 
