@@ -570,6 +570,8 @@ class BarkSemanticModel(BarkCausalModel):
         text = numbered_text(input_ids, attention_mask, ids)
         if text.min() < 0 or text.max() >= self.config.input_vocab_size:
             raise UsageError(f"The text has ids that this model's vocabulary of {self.config.input_vocab_size} lacks.")
+        check_ids([ids.semantic_infer_token], self.config.input_vocab_size)
+        check_ids([eos], min(self.config.input_vocab_size, self.config.output_vocab_size))
         history = np.full((1, length), eos)
         if history_prompt is not None:
             history = _padded(_semantic(history_prompt, ids)[None, -length:], length, eos)
@@ -765,6 +767,8 @@ class BarkCoarseModel(BarkCausalModel):
         lengths = np.array([2 * ids.frames(int(n)) for n in spoken.sum(axis=1)], np.int32)
         semantic = np.where(spoken, semantic, stage.coarse_semantic_pad_token)
         check_ids(semantic, self.config.input_vocab_size)
+        last = ids.semantic_config.semantic_vocab_size + stage.n_coarse_codebooks * codebook_size - 1
+        check_ids([stage.coarse_semantic_pad_token, stage.coarse_infer_token, last], self.config.input_vocab_size)
         before, coarse = self.histories(history_prompt, ids)
         # Buffers for as many semantic tokens as fill a number of windows that many lengths share.
         windows = 8 * math.ceil(lengths.max(initial=0) / window / 8)
@@ -1063,6 +1067,7 @@ class BarkFineModel(_Transformer):
             raise UsageError("Sampling in the fine stage needs a key (jax.random.key(seed)) or noise.")
         given = coarse.n_coarse_codebooks
         codes = _array(coarse_output, "coarse_output", "batch", "coarse")
+        check_ids([codebook_size], self.config.input_vocab_size)  # stands for a code that is not known
         codes = codes.reshape(len(codes), -1, given)  # (batch, frames, coarse codebooks)
         codes = (codes - semantic.semantic_vocab_size) % codebook_size
         batch, frames = codes.shape[:2]

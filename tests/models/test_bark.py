@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import jax
@@ -24,6 +25,7 @@ from tests.shapes import enforce
 from weights_conversion.bark import config_from_hugging_face, generation_from_hugging_face
 
 IDS = np.array([[3, 5, 7, 9, 11, 13, 15, 17], [2, 4, 6, 8, 10, 12, 14, 16]])
+SHORT: dict[str, int] = {"max_coarse_input_length": 8, "max_coarse_history": 12, "sliding_window_len": 6}
 LETTERS = {letter: i for i, letter in enumerate(["[PAD]", "[UNK]", *"abcdefghij."])}
 
 
@@ -136,6 +138,17 @@ def test_mistakes_get_a_sentence(model):
             stage(np.zeros(shape, int))
     with pytest.raises(UsageError, match="lacks"):
         call(IDS + 100)
+    names = ("semantic_generation_config", "coarse_generation_config")
+    ids = model.generation_config
+    for stage, given, options, message in (
+        (model.semantic, IDS, {names[0]: dataclasses.replace(ids.semantic_config, semantic_infer_token=100)}, "id 100"),
+        (model.semantic, IDS, {names[0]: dataclasses.replace(ids.semantic_config, eos_token_id=48)}, "id 48 is none"),
+        (model.coarse_acoustics, [[1]], {names[1]: bark.BarkCoarseGenerationConfig(**SHORT)}, "id 12048 is none"),
+        (model.coarse_acoustics, [[1]], {"codebook_size": 21}, "id 81 is none"),
+        (model.fine_acoustics, [[41, 41]], {"codebook_size": 20}, "id 20 is none"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            stage.generate(np.asarray(given), **options)
     for stage, options, message in (
         (model.coarse_acoustics, {"max_new_tokens": 4}, "takes no length"),
         (model.coarse_acoustics, {"max_length": 400}, "takes no length"),
