@@ -107,13 +107,13 @@ def in_pieces(
 
 def alone(model: Any) -> Any:
     """The model as it hears every item of a padded batch as if it were alone, by whatever rules it was trained."""
-    rules = {"frame_rule": "lengths", "squeeze_rule": "floor"}
-    rules = {name: rule for name, rule in rules.items() if getattr(model.config, name, rule) != rule}
-    if rules:
-        model = nnx.merge(*nnx.split(model))
-        backbone = getattr(model, "backbone", model)
-        for part in (backbone, backbone.encoder):
-            part.config = dataclasses.replace(part.config, **rules)
+    model = nnx.merge(*nnx.split(model))
+    part: Any
+    for _, part in nnx.iter_modules(model):
+        config: Any = getattr(part, "config", None)
+        rules = {"frame_rule": "lengths", "squeeze_rule": "floor"}
+        if rules := {name: rule for name, rule in rules.items() if getattr(config, name, rule) != rule}:
+            part.config = dataclasses.replace(config, **rules)
     return model
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from audiozoo.decoding.encoders import alone
 from audiozoo.errors import AudioError, UsageError
 from audiozoo.text.sentences import SENTENCE_END
 
@@ -112,7 +113,7 @@ def write_pieces(
     if len(waveform) < SHORTEST * rate:
         raise AudioError(f"The recording has {len(waveform) / rate:.2f} s; that is too short for words.")
     pieces = [p for p in quiet_cuts(waveform, rate, longest) if p[1] - p[0] >= SHORTEST * rate]
-    batch_size = min(batch_size, len(pieces))
+    batch_size, listener = min(batch_size, len(pieces)), alone(model)
     # SpeechT5 hears waveforms; the bands that its extractor speaks of are those of the speech that it makes.
     extractor = processor.feature_extractor
     filterbanks = hasattr(extractor, "num_mel_bins") and not hasattr(extractor, "spectrograms")
@@ -125,7 +126,7 @@ def write_pieces(
         inputs = processor(
             heard, sampling_rate=rate, padding=True, pad_to_multiple_of=multiple, return_attention_mask=True
         )
-        tokens = np.asarray((generate or model.generate)(**inputs, **options))
+        tokens = np.asarray((generate or listener.generate)(**inputs, **options))
         best = tokens[:: len(tokens) // batch_size]  # the first of `num_return_sequences`
         for (start, end), row in zip(part, best, strict=False):
             text = processor.decode(row, skip_special_tokens=True).strip()

@@ -46,6 +46,7 @@ from jaxtyping import Array, Bool, Float
 
 from audiozoo.errors import CheckpointError
 from audiozoo.layers import Conv1d, Linear
+from audiozoo.layers.basic import at_least_float32
 from audiozoo.layers.batch_norm import BatchNorm
 
 
@@ -93,14 +94,15 @@ def kept(x: Float[Array, "batch frames channels"], mask: Mask) -> Float[Array, "
 def moments(
     x: Float[Array, "batch frames channels"], weights: Float[Array, "batch frames #channels"]
 ) -> tuple[Float[Array, "batch 1 channels"], Float[Array, "batch 1 channels"]]:
-    r"""$\mu = \sum_t \alpha_t x_t$ and $\sum_t \alpha_t (x_t - \mu)^2$, for weights that add up to one."""
+    r"""$\mu = \sum_t \alpha_t x_t$ and $\sum_t \alpha_t (x_t - \mu)^2$ for weights of sum 1, in float32 or wider."""
+    x = at_least_float32(x)
     mean = (weights * x).sum(axis=1, keepdims=True)
     return mean, (weights * jnp.square(x - mean)).sum(axis=1, keepdims=True)
 
 
 def uniform(x: Float[Array, "batch frames channels"], mask: Mask) -> Float[Array, "batch frames 1"]:
-    """Equal weights of the frames of each recording."""
-    counted = jnp.ones((*x.shape[:2], 1), x.dtype) if mask is None else mask.astype(x.dtype)
+    """Equal weights of the frames of each recording, in float32 or wider."""
+    counted = at_least_float32(jnp.ones((*x.shape[:2], 1), x.dtype) if mask is None else mask.astype(x.dtype))
     return counted / jnp.maximum(counted.sum(axis=1, keepdims=True), 1)
 
 
@@ -168,7 +170,7 @@ class SqueezeExcitation(nnx.Module):
         self, x: Float[Array, "batch frames channels"], mask: Mask = None
     ) -> Float[Array, "batch frames channels"]:
         """As many frames as before."""
-        z = (uniform(x, mask) * x).sum(axis=1, keepdims=True)
+        z = (uniform(x, mask) * x).sum(axis=1, keepdims=True).astype(x.dtype)
         return x * jax.nn.sigmoid(self.linear_2(jax.nn.relu(self.linear_1(z))))
 
 
@@ -210,12 +212,13 @@ class AttentiveStatisticsPooling(nnx.Module):
             mean, variance = moments(x, weights := uniform(x, mask))
             count = 1 / weights.max(axis=1, keepdims=True)
             deviation = jnp.sqrt(variance * count / (count - 1) + 1e-10)  # unbiased
-            seen = jnp.concatenate([x, *(jnp.broadcast_to(s, x.shape) for s in (mean, deviation))], axis=-1)
-        scores = self.linear_2(jnp.tanh(self.linear_1(seen)))
+            broad = (jnp.broadcast_to(s.astype(x.dtype), x.shape) for s in (mean, deviation))
+            seen = jnp.concatenate([x, *broad], axis=-1)
+        scores = at_least_float32(self.linear_2(jnp.tanh(self.linear_1(seen))))
         if mask is not None:
             scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
         mean, variance = moments(x, jax.nn.softmax(scores, axis=1))
-        return jnp.concatenate([mean, jnp.sqrt(jnp.maximum(variance, 1e-9))], axis=-1)[:, 0]
+        return jnp.concatenate([mean, jnp.sqrt(jnp.maximum(variance, 1e-9))], axis=-1)[:, 0].astype(x.dtype)
 
 
 class EcapaTdnn(nnx.Module):
@@ -253,7 +256,7 @@ class EcapaTdnn(nnx.Module):
         """
         inside = None if mask is None else mask[..., None]
         mean, variance = moments(features, uniform(features, inside))
-        x = (features - mean) * jax.lax.rsqrt(variance + 1e-5)
+        x = ((features - mean) * jax.lax.rsqrt(variance + 1e-5)).astype(features.dtype)
         x, outputs = self.entry(x, inside, train), []
         for block in self.blocks:
             x = block(x, inside, train)

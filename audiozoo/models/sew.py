@@ -113,6 +113,10 @@ class SEWConfig(Wav2Vec2Config):
         super().__post_init__()
         if self.squeeze_rule not in ("max", "floor"):
             raise CheckpointError(f"squeeze_rule is {self.squeeze_rule!r}; there are 'max' and 'floor'.")
+        if self.squeeze_factor < 1:
+            raise CheckpointError(f"squeeze_factor is {self.squeeze_factor}; a squeezed frame is made of 1 at least.")
+        if self.position_buckets < 2:
+            raise CheckpointError(f"position_buckets is {self.position_buckets}; there must be 2 at least.")
         if unknown := sorted(set(self.pos_att_type) - {"p2c", "c2p"}):
             raise CheckpointError(f"pos_att_type names {', '.join(unknown)}; there are p2c and c2p.")
 
@@ -269,7 +273,7 @@ class SEWEncoder(nnx.Module):
         factor = self.config.squeeze_factor
         count = frames // factor
         if count == 0:
-            raise UsageError(f"{frames} frames of 20 ms are too few: the Transformer sees one for {factor} of them.")
+            raise UsageError(f"{frames} frames are too few: the Transformer sees one for {factor} of them.")
         mean = x[:, : count * factor].reshape(batch, count, factor, width).mean(axis=2)
         return mean + self.pos_conv_embed(x)[:, :count]
 
@@ -333,7 +337,7 @@ class SEWModel(Wav2Vec2Model):
         self, attention_mask: Int[Array, "batch samples"], frames: int, *, adapter: bool = True
     ) -> Bool[Array, "batch frames"]:
         """Which frames are speech; of as many as the Transformer sees, which squeezed ones."""
-        total = int(self.frame_lengths(attention_mask.shape[1]))
+        total = int(self.frame_lengths(attention_mask.shape[1], adapter=adapter))
         mask = super().frame_mask(attention_mask, total, adapter=adapter)
         if frames == total:
             return mask
@@ -388,7 +392,7 @@ class DisentangledSelfAttention(nnx.Module):
             if "p2c" in config.pos_att_type:
                 self.pos_query_proj = Linear(width, width, **kwargs)
         self.heads = config.num_attention_heads
-        self.scale = (width // self.heads * (1 + len(config.pos_att_type))) ** -0.5
+        self.scale = (width // self.heads * (1 + len(set(config.pos_att_type)))) ** -0.5
         self.config = config
 
     def __call__(

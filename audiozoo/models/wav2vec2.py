@@ -85,8 +85,10 @@ def check_convolutions(config: Any) -> None:
     """Refuse sizes of a feature encoder (§2) that do not belong together.
 
     Raises:
-        CheckpointError: if they describe different numbers of convolutions.
+        CheckpointError: if they describe different numbers of convolutions, or none, or one of no size.
     """
+    if min((*config.conv_dim, *config.conv_stride, *config.conv_kernel), default=0) < 1:
+        raise CheckpointError("conv_dim, conv_stride and conv_kernel must describe a convolution at least, from 1 on.")
     if not len(config.conv_dim) == len(config.conv_stride) == len(config.conv_kernel):
         raise CheckpointError(
             f"conv_dim, conv_stride and conv_kernel describe {len(config.conv_dim)}, {len(config.conv_stride)} and "
@@ -159,9 +161,18 @@ class Wav2Vec2Config:
         check_convolutions(self)
         if self.feat_extract_norm not in ("group", "layer"):
             raise CheckpointError(f"feat_extract_norm is {self.feat_extract_norm!r}; there are 'group' and 'layer'.")
-        if self.codevector_dim % self.num_codevector_groups:
+        for whole, parts in (
+            ("hidden_size", "num_conv_pos_embedding_groups"),
+            ("codevector_dim", "num_codevector_groups"),
+        ):
+            width, count = getattr(self, whole), getattr(self, parts)
+            if count < 1 or width % count:
+                raise CheckpointError(f"{whole} ({width}) does not divide into {count} ({parts}).")
+        x_vector = (self.tdnn_dim, self.tdnn_kernel, self.tdnn_dilation)
+        if not x_vector[0] or len({len(sizes) for sizes in x_vector}) > 1:
             raise CheckpointError(
-                f"codevector_dim ({self.codevector_dim}) does not divide into {self.num_codevector_groups} groups."
+                "tdnn_dim, tdnn_kernel and tdnn_dilation describe {}, {} and {} layers; they must describe the same "
+                "ones, and one at least.".format(*map(len, x_vector))
             )
 
     @property
@@ -238,6 +249,14 @@ def conv_lengths(lengths: Lengths, kernels: Sequence[int], strides: Sequence[int
     for kernel, stride in zip(kernels, strides, strict=True):
         lengths = (lengths - kernel) // stride + 1
     return lengths
+
+
+def samples_of_a_frame(config: Any) -> int:
+    r"""Samples that one frame sees, from the last convolution to the first: $L = (L - 1)s + k$."""
+    samples = 1
+    for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
+        samples = (samples - 1) * stride + kernel
+    return samples
 
 
 def frame_mask(
@@ -346,10 +365,8 @@ class Wav2Vec2FeatureEncoder(nnx.Module):
         if input_values.ndim != 2:
             raise UsageError(f"input_values of shape (batch, samples) are wanted, not {input_values.shape}.")
         config = self.config
-        if conv_lengths(input_values.shape[1], config.conv_kernel, config.conv_stride) < 1:
-            raise UsageError(
-                f"{input_values.shape[1]} samples are too few for one frame; this model needs 400 (25 ms)."
-            )
+        if input_values.shape[1] < (needed := samples_of_a_frame(config)):
+            raise UsageError(f"{input_values.shape[1]} samples are too few for one frame; this model needs {needed}.")
         x = input_values if self.dtype is None else input_values.astype(self.dtype)
         x = x[..., None]
         if lengths is not None:
@@ -774,7 +791,7 @@ class Wav2Vec2Model(nnx.Module):
             `extract_features`, the same after its LayerNorm, which is what the quantiser reads.
 
         Raises:
-            UsageError: for input of a wrong shape or of less than 400 samples.
+            UsageError: for input of a wrong shape or of fewer samples than one frame sees, 400 as published.
         """
         lengths = None
         if masked_group_norm and attention_mask is not None:
@@ -1199,7 +1216,7 @@ class Wav2Vec2ForCTC(_WithBackbone):
 def mix_of_states(
     states: Sequence[Float[Array, "batch frames hidden"] | None], weights: Float[Array, " states"]
 ) -> Float[Array, "batch frames hidden"]:
-    r"""$\sum_i w_i h_i$ over the input of every block and the output of the last.
+    r"""$\sum_i \operatorname{softmax}(w)_i\, h_i$ over the input of every block and the output of the last.
 
     Raises:
         UsageError: if blocks are stacked.
@@ -1208,7 +1225,9 @@ def mix_of_states(
         raise UsageError(
             "The states between stacked layers are not known, and all are mixed: load the model unstacked."
         )
-    return sum((w * h for w, h in zip(weights, states, strict=True)), jnp.zeros((), weights.dtype))
+    shares = jax.nn.softmax(at_least_float32(weights))
+    mixed = sum((w * h for w, h in zip(shares, states, strict=True)), jnp.zeros((), shares.dtype))
+    return mixed.astype(jnp.result_type(weights, *states))
 
 
 class _WithLayerSum(_WithBackbone):
@@ -1235,7 +1254,7 @@ class _WithLayerSum(_WithBackbone):
             outputs = self.backbone(input_values, attention_mask, **options)
             return outputs.last_hidden_state, outputs
         outputs = self.backbone(input_values, attention_mask, **(options | {"output_hidden_states": True}))
-        x = mix_of_states(outputs.hidden_states, jax.nn.softmax(self.layer_weights[...]))
+        x = mix_of_states(outputs.hidden_states, self.layer_weights[...])
         if not options.get("output_hidden_states"):
             outputs.hidden_states = None
         return x, outputs
@@ -1338,10 +1357,24 @@ class AMSoftmaxLoss(nnx.Module):
         self, x: Float[Array, "batch features"], labels: Int[Array, " batch"], scale: float = 30.0, margin: float = 0.4
     ) -> Float[Array, ""]:
         r"""Cross-entropy of $s(\cos\theta_y - m)$ for the label $y$ against $s\cos\theta_j$ for the others."""
-        x, kernel = promote(x, self.kernel[...])
+        x, kernel = (at_least_float32(a) for a in promote(x, self.kernel[...]))
         cosine = unit_vectors(x, shortest=1e-12) @ unit_vectors(kernel, axis=0, shortest=1e-12)
         own = jax.nn.one_hot(labels, cosine.shape[1], dtype=cosine.dtype)
         return cross_entropy(scale * (cosine - margin * own), labels)
+
+
+def pooled_statistics(
+    x: Float[Array, "batch frames channels"], lengths: Int[Array, " batch"]
+) -> Float[Array, "batch statistics"]:
+    """Not in the paper; in the released checkpoints: mean and (unbiased) standard deviation over so many frames."""
+    mask, wide = (jnp.arange(x.shape[1]) < lengths[:, None])[..., None], at_least_float32(x)
+    count = jnp.maximum(lengths, 2)[:, None].astype(wide.dtype)  # fewer are padding's, in a compiled call
+    mean = jnp.where(mask, wide, 0).sum(axis=1) / count
+    variance = jnp.where(mask, jnp.square(wide - mean[:, None]), 0).sum(axis=1) / (count - 1)
+    # Where a channel is silent, its deviation is 0 and has no slope.
+    positive = variance > 0
+    deviation = jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1)), 0)
+    return jnp.concatenate([mean, deviation], axis=-1).astype(x.dtype)
 
 
 class Wav2Vec2ForXVector(_WithLayerSum):
@@ -1398,7 +1431,7 @@ class Wav2Vec2ForXVector(_WithLayerSum):
             shortest = int(np.asarray(attention_mask).sum(axis=-1).min(initial=shortest))
         fewest = self.backbone.frame_lengths(shortest)
         if fewest < self.least_frames:
-            raise UsageError(f"{fewest} frames of 20 ms are too few for a speaker; {self.least_frames} are needed.")
+            raise UsageError(f"{fewest} frames are too few for a speaker; {self.least_frames} are needed.")
         x, outputs = self.frames(input_values, attention_mask, options)
         x = self.projector(x)
         for layer in self.tdnn:
@@ -1410,15 +1443,7 @@ class Wav2Vec2ForXVector(_WithLayerSum):
             for taps, dilation in zip(config.tdnn_kernel, dilations, strict=True):
                 lengths = lengths - dilation * (taps - 1)
             lengths = jnp.minimum(lengths, x.shape[1])
-        # Statistics pooling: mean and (unbiased) standard deviation over time.
-        mask = (jnp.arange(x.shape[1]) < lengths[:, None])[..., None]
-        count = jnp.maximum(lengths, 2)[:, None].astype(x.dtype)  # fewer are padding's, in a compiled call
-        mean = jnp.where(mask, x, 0).sum(axis=1) / count
-        variance = jnp.where(mask, jnp.square(x - mean[:, None]), 0).sum(axis=1) / (count - 1)
-        # Where a channel is silent, its deviation is 0 and has no slope.
-        positive = variance > 0
-        deviation = jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1)), 0)
-        embeddings = self.feature_extractor(jnp.concatenate([mean, deviation], axis=-1))
+        embeddings = self.feature_extractor(pooled_statistics(x, lengths))
         logits = self.classifier(embeddings)
         return XVectorOutput(
             loss=None if labels is None else self.objective(logits, jnp.asarray(labels)),
@@ -1457,7 +1482,7 @@ class Wav2Vec2ForSpeakerVerification(_WithBackbone):
             options: see `Wav2Vec2Model`.
         """
         outputs = self.backbone(input_values, attention_mask, key=key, **(options | {"output_hidden_states": True}))
-        x = mix_of_states(outputs.hidden_states, jax.nn.softmax(self.feature_weight[...]))
+        x = mix_of_states(outputs.hidden_states, self.feature_weight[...])
         mask = None if attention_mask is None else self.backbone.frame_mask(attention_mask, x.shape[1])
         return XVectorOutput(
             embeddings=self.ecapa(x + 1e-6, mask, key is not None),

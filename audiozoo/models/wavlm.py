@@ -102,7 +102,7 @@ class WavLMConfig(Wav2Vec2Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_buckets % 4:
+        if self.num_buckets < 4 or self.num_buckets % 4:
             raise CheckpointError(f"num_buckets ({self.num_buckets}) does not divide into four.")
 
     @classmethod

@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 import audiozoo
-from audiozoo.models import wav2vec2
+from audiozoo.errors import CheckpointError, UsageError
+from audiozoo.models import ecapa_tdnn, wav2vec2
 from audiozoo.models.wav2vec2 import Wav2Vec2Config
 from tests.models.random_model import random_model
 from weights_conversion.wav2vec2 import hugging_face_table
@@ -173,8 +174,56 @@ def test_labels_that_are_none():
     wav2vec2.check_labels(np.zeros((1, 0), int), 5, "an empty text has none")
 
 
+def test_statistics_in_bfloat16_are_those_of_its_values():
+    """A sum, a mean or a margin that is rounded on the way is not: a speaker's deviation is small beside its mean."""
+    x = jnp.asarray(4 + 0.1 * np.random.default_rng(0).standard_normal((2, 301, 3)), jnp.bfloat16)
+    exact, lengths = np.asarray(x, np.float64), np.array([301, 260])
+    wanted = [
+        np.concatenate([v[:n].mean(axis=0), v[:n].std(axis=0, ddof=1)]) for v, n in zip(exact, lengths, strict=True)
+    ]
+    found = wav2vec2.pooled_statistics(x, jnp.asarray(lengths))
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found, np.asarray(wanted).astype(jnp.bfloat16))
+    mean, variance = ecapa_tdnn.moments(x[:1], ecapa_tdnn.uniform(x[:1], None))
+    np.testing.assert_allclose(mean[0, 0], exact[0].mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(variance[0, 0], exact[0].var(axis=0), rtol=1e-5)
+    states, weights = jnp.split(x, 7, axis=1), jnp.asarray([0.5, 0, 1, 0, -1, 0, 2], jnp.bfloat16)
+    shares = np.exp(np.asarray(weights, np.float64)) / np.exp(np.asarray(weights, np.float64)).sum()
+    mixed = np.tensordot(shares, np.stack(np.split(exact, 7, axis=1)), 1).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(wav2vec2.mix_of_states(states, weights), mixed)
+    objective = wav2vec2.AMSoftmaxLoss(3, 4, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    loss = objective(x[:, 0], jnp.asarray([1, 2]))
+    np.testing.assert_allclose(loss, objective(x[:, 0].astype(jnp.float32), jnp.asarray([1, 2])), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"num_conv_pos_embedding_groups": 0}, r"hidden_size \(16\) does not divide into 0 \(num_conv_pos"),
+        ({"num_codevector_groups": 3}, r"codevector_dim \(8\) does not divide into 3"),
+        ({"tdnn_dim": ()}, "describe 0, 2 and 2 layers"),
+        ({"conv_dim": (8, 8)}, "describe 2, 3 and 3 convolutions"),
+        ({"conv_stride": (5, 0, 2)}, "a convolution at least, from 1 on"),
+    ],
+)
+def test_sizes_that_do_not_belong_together(changes, sentence):
+    with pytest.raises(CheckpointError, match=sentence):
+        dataclasses.replace(TINY, **changes)
+
+
+@pytest.mark.parametrize("samples", [29, 30])
+def test_the_shortest_recording(samples):
+    """Of these convolutions a frame sees 30 samples, not the 400 of the published ones."""
+    encoder = build("Model").feature_extractor
+    if samples == 30:
+        assert jax.eval_shape(encoder, waves(1, samples)).shape == (1, 1, 8)
+    else:
+        with pytest.raises(UsageError, match="29 samples are too few for one frame; this model needs 30"):
+            jax.eval_shape(encoder, waves(1, samples))
+
+
 def test_a_recording_too_short_for_a_speaker():
     model, x = build("ForXVector"), waves()
     mask = (np.arange(x.shape[1]) < np.array([[x.shape[1]], [60]])).astype(np.int32)
-    with pytest.raises(ValueError, match="2 frames of 20 ms are too few for a speaker; 6 are needed"):
+    with pytest.raises(ValueError, match="2 frames are too few for a speaker; 6 are needed"):
         model(x, jnp.asarray(mask))

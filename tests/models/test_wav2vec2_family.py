@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 
 import audiozoo
 from audiozoo.decoding import ctc, encoders
+from audiozoo.decoding.pieces import write_pieces
 from audiozoo.errors import CheckpointError, UsageError
 from audiozoo.evaluation.tasks import Heard, Transcription
 from audiozoo.layers.losses import ctc_loss
@@ -116,6 +118,35 @@ def test_a_recording_is_heard_as_if_alone(why):
     assert (int(counted[0]) > len(logits)) == (why == "blocks of samples")
     wanted = ctc_loss(trained.logits, labels, counted, reduction=model.config.ctc_loss_reduction)
     np.testing.assert_allclose(trained.loss, wanted, rtol=1e-6)
+
+
+def test_a_translator_hears_a_recording_as_if_alone(monkeypatch):
+    """Its pieces are filled up too, and its encoder may have been trained by the same rules."""
+    model, _ = tiny.s2t2_model()
+    model.encoder.config = dataclasses.replace(model.encoder.config, frame_rule="samples")
+    listeners = []
+
+    def generate(self, input_values, **options):
+        listeners.append(self)
+        return np.ones((len(input_values), 2), int)
+
+    monkeypatch.setattr(type(model), "generate", generate)
+    wave = np.random.default_rng(5).standard_normal(12_860).astype(np.float32)  # the last 60 make no frame
+    write_pieces(model, tiny.PROCESSOR, wave)
+    filled, mask = np.zeros((1, 16_000), np.float32), np.zeros((1, 16_000), np.int32)
+    filled[0, : len(wave)], mask[0, : len(wave)] = wave, 1
+
+    @jax.jit
+    def run(model, listener):
+        heard = listener.encode(filled, mask, masked_group_norm=True)
+        return model.encode(wave[None])[0].last_hidden_state, heard, model.encode(filled, mask)[1]
+
+    states, (heard, counted), trained = run(model, listeners[0])
+    frames = states.shape[1]
+    assert (int(counted.sum()), int(trained.sum())) == (frames, frames + 1)
+    limit = tolerance("sharded", "float32")
+    close = limit.atol + limit.rtol * float(jnp.sqrt(jnp.square(states).mean()))
+    np.testing.assert_allclose(heard.last_hidden_state[:, :frames], states, rtol=limit.rtol, atol=close)
 
 
 @pytest.mark.parametrize("head", ["ForSequenceClassification", "ForXVector", "ForSpeakerVerification", "ForCTC"])
