@@ -487,7 +487,7 @@ class SEWDEncoder(SEWEncoder):
     def make_norms(self, config: Any, kwargs: dict[str, Any]) -> None:
         """A table of positions, and its LayerNorm; there is none after the positional convolution."""
         self.rel_embeddings = Embed(2 * config.position_buckets, config.hidden_size, **kwargs)
-        if "layer_norm" in config.norm_rel_ebd:
+        if "layer_norm" in config.norm_rel_ebd.lower():
             self.rel_layer_norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, **kwargs)
 
     def enter(

@@ -54,7 +54,7 @@ def test_every_tap_and_output(family):
     [
         (SEW, {"conv_dim": (16, 12, 24), "squeeze_factor": 3}),
         (SEWD, LAYERED | {"share_att_key": False, "norm_rel_ebd": "none"}),
-        (SEWD, {"pos_att_type": ["c2p"], "num_attention_heads": 3, "num_conv_pos_embeddings": 7}),
+        (SEWD, {"pos_att_type": ["c2p"], "num_attention_heads": 3, "norm_rel_ebd": "Layer_Norm"}),
     ],
     ids=["no projection, in threes", "own projections", "c2p alone"],
 )
