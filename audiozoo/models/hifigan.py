@@ -87,6 +87,11 @@ class HifiGanConfig:
         ):
             if (count := len(getattr(self, one))) != (counted := len(getattr(self, other))):
                 raise UsageError(f"{one} has {count} entries and {other} {counted}; they must be as many.")
+        for rate, size in zip(self.upsample_rates, self.upsample_kernel_sizes, strict=True):
+            if rate < 1 or size < rate or (size - rate) % 2:
+                raise UsageError(
+                    f"A kernel of {size} makes no {rate} samples of a frame; it must reach as far to either side."
+                )
         if self.resblock not in ("1", "2"):
             raise UsageError(f"There are residual blocks '1' and '2', not {self.resblock!r}.")
 

@@ -106,6 +106,8 @@ def test_features_of_a_batch_and_mistakes(tmp_path):
         HifiGanProcessor(hop_size=0)
     with pytest.raises(UsageError, match="as many"):
         HifiGanConfig(upsample_rates=(2,))
+    with pytest.raises(UsageError, match="as far to either side"):
+        HifiGanConfig(upsample_rates=(8, 8, 2, 1))
     with pytest.raises(UsageError, match="resblock_dilation_sizes 3; they must be as many"):
         HifiGanConfig(resblock_kernel_sizes=(3,))
     with pytest.raises(UsageError, match="'3'"):
