@@ -81,7 +81,8 @@ def find_items(source: str | Path) -> list[Item]:
     """The recordings of a folder, a manifest or tar shards, in a fixed order.
 
     - A folder: its sound files, but for hidden ones. The text is in a `.txt` of the same name or in LibriSpeech's
-      `*.trans.txt`; a `.json` of the same name holds any fields; the label is the name of the folder that it lies in.
+      `*.trans.txt`; a `.json` of the same name holds any fields, as a line of a `.jsonl`; the label is the name of
+      the folder that it lies in.
     - A `.tsv`: fairseq's (the root in the first line, then `path<TAB>samples`, with the lines of a `.wrd`, `.ltr` or
       `.km` of the same name beside it), or one with a head, such as Common Voice's.
     - A `.jsonl`: an object a line, with `audio` (or `path`, `audio_filepath` …), `text`, `label`, `duration` …
@@ -132,7 +133,7 @@ def _of_folder(root: Path) -> list[Item]:
         elif (beside := path.with_suffix(".txt")).is_file():
             fields["text"] = _text(beside).strip()
         if (beside := path.with_suffix(".json")).is_file():
-            fields |= _object(_text(beside), str(beside))
+            fields = _with_text(fields | _object(_text(beside), str(beside)))
         items.append(Item(str(path), path, _seconds(fields), fields))
     return items
 
@@ -186,8 +187,13 @@ def _of_row(row: dict[str, Any], manifest: Path, number: int) -> Item:
     fields = {key: value for key, value in row.items() if key not in _MANIFEST_AUDIO}
     if isinstance(voice := fields.get("speaker_embedding"), str):
         fields["speaker_embedding"] = str(manifest.parent / voice)
-    text = next((row[key] for key in _MANIFEST_TEXT if row.get(key)), None)
-    return Item(str(path), path, _seconds(row), fields | ({} if text is None else {"text": text}))
+    return Item(str(path), path, _seconds(row), _with_text(fields))
+
+
+def _with_text(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields, with what is spoken as `text`, by whatever of the usual names it is given."""
+    text = next((fields[key] for key in _MANIFEST_TEXT if fields.get(key)), None)
+    return fields if text is None else fields | {"text": text}
 
 
 def _of_tars(tars: Sequence[Path]) -> list[Item]:
@@ -204,7 +210,7 @@ def _of_tars(tars: Sequence[Path]) -> list[Item]:
                 fields["label"] = _decoded(group[".cls"].read(), f"{path}: {stem}.cls").strip()
             if ".json" in group:
                 where = f"{path}: {stem}.json"
-                fields |= _object(_decoded(group[".json"].read(), where), where)
+                fields = _with_text(fields | _object(_decoded(group[".json"].read(), where), where))
             items.append(Item(f"{path}: {stem}", sound, _seconds(fields), fields))
     return items
 

@@ -48,7 +48,9 @@ def batches(items, **options):
 
 
 def test_a_folder_has_texts_labels_and_fields(folder):
-    (folder / "low" / "00.json").write_text('{"speaker": "a", "duration": 0.2}')
+    (folder / "low" / "00.json").write_text('{"speaker": "a", "duration": 0.2, "caption": "a hum"}')
+    (folder / "low" / "02.txt").unlink()
+    (folder / "low" / "02.json").write_text('{"caption": "a hum"}')
     (folder / ".trash").mkdir()
     for name in ("low/._00.wav", "._shard.tar", "low/._a.trans.txt", ".trash/01.wav"):
         (folder / name).write_bytes(b"\xff")
@@ -58,6 +60,8 @@ def test_a_folder_has_texts_labels_and_fields(folder):
     zero = next(item for item in items if item.name.endswith("00.wav"))
     assert zero.seconds == 0.2
     assert zero.fields["speaker"] == "a"
+    texts = {item.name[-6:]: item.fields["text"] for item in items}
+    assert (texts["00.wav"], texts["02.wav"]) == ("tone 0", "a hum")
 
 
 def test_librispeech_texts(folder):
