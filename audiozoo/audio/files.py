@@ -31,6 +31,10 @@ from audiozoo.errors import AudioError, SourceError, UsageError
 Source = str | os.PathLike[str] | bytes | BinaryIO
 """A path, `"-"` for standard input, the file's bytes, or an open binary file."""
 
+# How the names of sound files end, for whoever looks for them; what is named is read whatever its name is.
+SUFFIXES: tuple[str, ...] = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".mp4", ".aac", ".aif", ".aiff")
+SUFFIXES += (".au", ".caf", ".amr", ".wma", ".webm")
+
 _DECODE_FRAMES = 1 << 16  # frames decoded at a time
 _UNKNOWN_FRAMES = (1 << 63) - 1  # libsndfile's number for a FLAC file whose writer did not know
 _SEVERAL_FRAMES = 4096  # bytes; an MP3 frame has 1441 at most

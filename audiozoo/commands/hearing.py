@@ -18,7 +18,6 @@ from audiozoo.errors import AudiozooError, SourceError, UsageError
 
 TAGGER = "MIT/ast-finetuned-audioset-10-10-0.4593"
 MATCHER = "laion/clap-htsat-unfused"
-SOUNDS = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".m4a", ".aac", ".webm"})
 _EMBEDDERS = {"ClapModel": "clap", "ASTModel": "ast", "ASTForAudioClassification": "ast"}
 SAVE_EVERY = 50  # new embeddings after which a search writes what it has, so that an interrupted one goes on from there
 
@@ -157,11 +156,13 @@ def search(
         raise UsageError(f"--top is {top}; at least one file is to be named.")
     if not query.strip():
         raise UsageError("The query is empty; say in words what to look for.")
+    from audiozoo.audio.files import SUFFIXES
+
     # os.walk and isfile pass over what may not be looked at.
     every = (Path(folder, name) for folder, _, names in os.walk(directory) for name in names)
-    files = sorted(path for path in every if path.suffix.lower() in SOUNDS and os.path.isfile(path))
+    files = sorted(path for path in every if path.suffix.lower() in SUFFIXES and os.path.isfile(path))
     if not files:
-        raise SourceError(f"{directory} holds no sound files ({', '.join(sorted(SOUNDS))}).")
+        raise SourceError(f"{directory} holds no sound files ({', '.join(SUFFIXES)}).")
     terminal.keep_compiled_programs()
     from audiozoo import hub
     from audiozoo.models.clap import embed_text

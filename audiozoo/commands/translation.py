@@ -19,7 +19,6 @@ from audiozoo.commands.terminal import check_output, check_sound, progress_bar, 
 from audiozoo.errors import SourceError, UsageError
 
 MODEL = "facebook/s2t-medium-mustc-multilingual-st"
-SOUNDS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".mp4", ".webm", ".aac", ".wma")
 
 
 @dataclass(frozen=True)
@@ -224,6 +223,8 @@ def what_is_meant(source: str) -> tuple[str | None, str | None]:
     Raises:
         SourceError: if it is the name of something that is not there or cannot be translated.
     """
+    from audiozoo.audio.files import SUFFIXES
+
     path = Path(source)
     try:
         is_file, is_directory = path.is_file(), path.is_dir()
@@ -238,7 +239,7 @@ def what_is_meant(source: str) -> tuple[str | None, str | None]:
             raise SourceError(f"{source} cannot be read as UTF-8 text.") from None
     if is_file:
         return source, None
-    if path.suffix.lower() in (*SOUNDS, ".txt"):
+    if path.suffix.lower() in (*SUFFIXES, ".txt"):
         raise SourceError(f"There is no file {source}.")
     if not source.strip():
         raise SourceError("There is nothing to translate.")

@@ -40,10 +40,10 @@ from jaxtyping import Array, Float, Int
 
 import audiozoo
 from audiozoo.audio import read
+from audiozoo.audio.files import SUFFIXES
 from audiozoo.errors import AudiozooError, UsageError
 from audiozoo.models import audio_spectrogram_transformer as ast
 from audiozoo.processors.audio_spectrogram_transformer import ASTFeatureExtractor
-from audiozoo.training.data import SUFFIXES
 
 RATE, CUT = 16_000, 7_200  # Hz; samples
 QUIET = 0.1  # cuts with less than this share of the loudest cut's level hold no sound

@@ -48,6 +48,7 @@ from rich.table import Table
 
 import audiozoo
 from audiozoo.audio import read, resample
+from audiozoo.audio.files import SUFFIXES
 from audiozoo.errors import AudiozooError, UsageError
 from audiozoo.models.encodec import (
     EncodecConfig,
@@ -61,7 +62,6 @@ from audiozoo.processors.encodec import EncodecFeatureExtractor
 from audiozoo.recipes.clock import Clock
 from audiozoo.recipes.objectives import Codec
 from audiozoo.recipes.settings import Settings
-from audiozoo.training.data import SUFFIXES
 from audiozoo.training.loop import Options, Trainer
 from audiozoo.training.metrics import si_snr
 from audiozoo.training.parameters import Trainable

@@ -44,6 +44,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import audiozoo
 from audiozoo.audio import hertz_to_mel, mel_to_hertz, read
+from audiozoo.audio.files import SUFFIXES
 from audiozoo.decoding.ctc import transcribe_ctc
 from audiozoo.errors import AudiozooError
 from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy
@@ -52,7 +53,7 @@ from audiozoo.recipes import Recipe, run, spoken
 from audiozoo.recipes.clock import Clock
 from audiozoo.recipes.objectives import CTC, Fields
 from audiozoo.recipes.settings import Settings
-from audiozoo.training.data import SUFFIXES, Batches, Example, Item, Padding, find_items
+from audiozoo.training.data import Batches, Example, Item, Padding, find_items
 from audiozoo.training.loop import Loss, Options, Trainer, Turn
 from audiozoo.training.metrics import error_rates
 

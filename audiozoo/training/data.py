@@ -32,7 +32,6 @@ from audiozoo.audio import files as audio
 from audiozoo.errors import AudioError, AudiozooError, SourceError, UsageError
 from audiozoo.training import hosts
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".aif", ".aiff", ".webm")
 _MANIFEST_AUDIO = ("audio", "path", "file", "audio_filepath", "wav", "filename")
 _MANIFEST_TEXT = ("text", "sentence", "transcript", "transcription", "caption")
 _MANIFEST_SECONDS = ("seconds", "duration")
@@ -125,7 +124,7 @@ def _of_folder(root: Path) -> list[Item]:
             name, _, text = line.partition(" ")
             texts[path.parent / name] = text
     items = []
-    for path in (path for path in files if path.suffix.lower() in SUFFIXES):
+    for path in (path for path in files if path.suffix.lower() in audio.SUFFIXES):
         fields: dict[str, Any] = {} if path.parent == root else {"label": path.parent.name}
         stem = path.with_suffix("")
         if stem in texts:
@@ -200,7 +199,7 @@ def _of_tars(tars: Sequence[Path]) -> list[Item]:
     items = []
     for path in tars:
         for stem, group in sorted(_groups(path).items()):
-            sound = next((group[suffix] for suffix in SUFFIXES if suffix in group), None)
+            sound = next((group[suffix] for suffix in audio.SUFFIXES if suffix in group), None)
             if sound is None:
                 continue
             fields: dict[str, Any] = {}

@@ -275,6 +275,7 @@ def test_from_the_command_line(model, tmp_path):
     segments = json.loads(written.stdout)["segments"]
     assert len(segments) == 2
     assert segments[1]["end"] == 30.0
+    assert "There is no file speech.caf" in str(run("speech.caf", "--to", "spa").exception)
     spoken = run("abc", "--to", "spa", "--from", "eng", "--speech", tmp_path / "out.wav")
     assert spoken.exit_code == 0, spoken.output
     assert len(audio.read(tmp_path / "out.wav", 16_000)) > 0
