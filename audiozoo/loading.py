@@ -209,7 +209,7 @@ def _shardings(expected: Mapping[str, Any], mesh: Any, rules: Sequence[Any] | No
     return sharding.shardings_for(expected, mesh, sharding.DEFAULT_RULES if rules is None else rules)
 
 
-# --- native directories ----------------------------------------------------------------------------------------------
+# --- languages (MMS) -------------------------------------------------------------------------------------------------
 
 
 def speak_language(
@@ -252,6 +252,9 @@ def speak_language(
         model = load_adapter(model, hub.resolve(source, patterns=(f"adapter.{language}.*",)), language)
         processor.set_target_lang(language)
     return model, processor
+
+
+# --- native directories ----------------------------------------------------------------------------------------------
 
 
 def save(model: nnx.Module, directory: Path, *, files: Iterable[Path] = (), overwrite: bool = False) -> None:

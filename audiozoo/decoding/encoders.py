@@ -107,13 +107,19 @@ def in_pieces(
 
 def alone(model: Any) -> Any:
     """The model as it hears every item of a padded batch as if it were alone, by whatever rules it was trained."""
+    rules = {"frame_rule": "lengths", "squeeze_rule": "floor"}
+
+    def other(part: Any) -> dict[str, str]:
+        config = getattr(part, "config", None)
+        return {name: rule for name, rule in rules.items() if getattr(config, name, rule) != rule}
+
+    if not any(other(part) for _, part in nnx.iter_modules(model)):
+        return model
     model = nnx.merge(*nnx.split(model))
     part: Any
     for _, part in nnx.iter_modules(model):
-        config: Any = getattr(part, "config", None)
-        rules = {"frame_rule": "lengths", "squeeze_rule": "floor"}
-        if rules := {name: rule for name, rule in rules.items() if getattr(config, name, rule) != rule}:
-            part.config = dataclasses.replace(config, **rules)
+        if changed := other(part):
+            part.config = dataclasses.replace(part.config, **changed)
     return model
 
 

@@ -817,7 +817,7 @@ class EncodecModel(nnx.Module):
         if audio_codes is None:
             if input_values is None:
                 raise UsageError("Give the model audio (input_values), or codes and scales.")
-            frames = self.encode_frames(self._masked(input_values, padding_mask), bandwidth)
+            frames = self.encode_frames(self.masked(input_values, padding_mask), bandwidth)
             values = self.decode_frames(frames)[..., : input_values.shape[-1]]
             return EncodecOutput(self._stack(frames)[0], values)
         decoded = self.decode(audio_codes, audio_scales or [], padding_mask, last_frame_pad_length)
@@ -837,7 +837,7 @@ class EncodecModel(nnx.Module):
             UsageError: for a bandwidth that the model does not have.
             AudioError: for another number of channels than the model's.
         """
-        frames = self.encode_frames(self._masked(input_values, padding_mask), bandwidth)
+        frames = self.encode_frames(self.masked(input_values, padding_mask), bandwidth)
         codes, lacking = self._stack(frames)
         return EncodecEncoderOutput(codes, [scale for _, scale in frames], lacking)
 
@@ -931,7 +931,8 @@ class EncodecModel(nnx.Module):
         loudness = jnp.sqrt(jnp.mean(jnp.square(x.mean(axis=1)), axis=-1)) + 1e-8
         return x / loudness[:, None, None], loudness[:, None]
 
-    def _masked(self, x: jax.Array, mask: Any) -> jax.Array:
+    def masked(self, x: jax.Array, mask: Any) -> jax.Array:
+        """A waveform `(batch, channels, samples)`, silent where a mask of it, or of `(batch, samples)`, is 0."""
         if x.ndim != 3:
             raise AudioError(f"input_values has shape {x.shape}; (batch, channels, samples) is expected.")
         if mask is None:

@@ -971,13 +971,7 @@ class MusicgenForConditionalGeneration(nnx.Module):
         batch, channels, _ = input_values.shape
         if channels != 1 and channels != config.audio_channels:
             raise UsageError(f"The waveform has {channels} channels; this model has {config.audio_channels}.")
-        if padding_mask is not None:
-            mask = jnp.asarray(padding_mask)
-            mask = mask[:, None] if mask.ndim == 2 else mask
-            if mask.shape != input_values.shape:
-                _check_mask("padding_mask", mask, (batch, 1, input_values.shape[2]))
-            input_values = jnp.where(mask != 0, input_values, 0)
-        mono = input_values.reshape(batch * channels, 1, -1)
+        mono = self.audio_encoder.masked(input_values, padding_mask).reshape(batch * channels, 1, -1)
         bandwidth = config.audio_encoder.target_bandwidths[-1]
         codes = self.audio_encoder.encode(mono, bandwidth=bandwidth).audio_codes
         if len(codes) != 1:

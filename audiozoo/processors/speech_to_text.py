@@ -263,7 +263,8 @@ class Speech2TextFeatureExtractor(FeatureExtractor):
         """The frames of one utterance, by its own statistics, those of the corpus, or none."""
         if self.do_ceptral_normalize:
             features = utterance_cmvn(features, self.normalize_means, self.normalize_vars)
-        return features if self.of_corpus is None else self.of_corpus(features)
+        corpus = self.of_corpus
+        return features if corpus is None else corpus(features)
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike[str]) -> Speech2TextFeatureExtractor:
@@ -286,8 +287,8 @@ class Speech2TextFeatureExtractor(FeatureExtractor):
         wanted = {"means": self.do_ceptral_normalize and self.normalize_means}
         wanted["variances"] = self.do_ceptral_normalize and self.normalize_vars
         x, real = padded_filterbanks(waveforms, lengths, self.num_mel_bins, self.sampling_rate, **wanted)
-        if self.of_corpus is not None:
-            x = (x - jnp.asarray(self.of_corpus.mean, x.dtype)) / jnp.asarray(self.of_corpus.std, x.dtype)
+        if (corpus := self.of_corpus) is not None:
+            x = (x - jnp.asarray(corpus.mean, x.dtype)) / jnp.asarray(corpus.std, x.dtype)
         return jnp.where(real[..., None], x, self.padding_value), real.astype(jnp.int32)
 
     def __call__(

@@ -19,8 +19,10 @@ def texts_of(text: str | Sequence[str], padding: bool | str) -> list[str]:
     if not texts or not all(isinstance(one, str) for one in texts):
         raise UsageError("The tokenizer takes a text or a list of texts, at least one.")
     for one in texts:
-        if any("\ud800" <= letter <= "\udfff" for letter in one):  # bytes of a command line that are no UTF-8
-            raise UsageError(f"{one!r} is no text in UTF-8.")
+        try:
+            one.encode()
+        except UnicodeEncodeError:  # bytes of a command line that are no UTF-8
+            raise UsageError(f"{one!r} is no text in UTF-8.") from None
     if padding not in (True, False, "longest", "max_length", "do_not_pad"):
         raise UsageError(f"There is no padding {padding!r}; choose longest, max_length or do_not_pad.")
     return texts
