@@ -16,7 +16,7 @@ def monotonic_alignment(
     frames: Int[Array, " batch"],
     times: Int[Array, " batch"],
 ) -> Float[Array, "batch frames time"]:
-    r"""Monotonic alignment search (Glow-TTS, arXiv 2005.11129, §3.1 and Algorithm 1), on the device.
+    r"""Monotonic alignment search (Glow-TTS, arXiv 2005.11129, §3.2 and Algorithm 1), on the device.
 
     Of all alignments that begin at the first symbol, end at the last one, and from frame to frame stay or go one symbol
     on, the one of the greatest sum of scores: $Q_{i,j} = \max(Q_{i-1,j-1}, Q_{i,j-1}) + \text{score}_{i,j}$, walked

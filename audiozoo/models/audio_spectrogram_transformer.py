@@ -134,7 +134,7 @@ class ASTConfig:
 
     @classmethod
     def audioset_10_10(cls) -> ASTConfig:
-        """Table 2: 10 s, 527 sounds, patches that overlap by 6: 1212 of them, 86.6 M parameters."""
+        """§2.1 and Table 5: 10 s, 527 sounds, patches that overlap by 6: 1212 of them, 86.6 M parameters."""
         return cls._task(AUDIOSET_LABELS)
 
     @classmethod

@@ -18,7 +18,7 @@ Here it is Pop2Piano's whole model and MusicGen's text encoder.
 | §2.1, feed-forward network; gated kinds (T5 v1.1) from arXiv 2002.05202 | `T5FeedForward` |
 | §2.1, blocks | `T5Block`, `T5Stack` |
 | §2.1, encoder with its token embeddings | `T5EncoderModel` |
-| §3.1.2 and §3.7, sizes | `T5Config.small()` … `T5Config.xxl()` |
+| §3.1.1 and §3.7, sizes | `T5Config.small()` … `T5Config.xxl()` |
 
 Checkpoints: the T5 inside `sweetcocoa/pop2piano`, and `t5-base` inside `facebook/musicgen-*`.
 
@@ -49,7 +49,7 @@ from audiozoo.outputs import BaseModelOutput, DecoderOutput
 
 @dataclass(frozen=True)
 class T5Config:
-    """Sizes of one model: §3.1.2 for base, §3.7 for the others."""
+    """Sizes of one model: §3.1.1 for base, §3.7 for the others."""
 
     vocab_size: int = 32128  # tokens
     d_model: int = 768  # width
@@ -80,7 +80,7 @@ class T5Config:
 
     @classmethod
     def base(cls) -> T5Config:
-        """§3.1.2: 220 M parameters."""
+        """§3.1.1: 220 M parameters."""
         return cls()
 
     @classmethod

@@ -20,7 +20,7 @@ alignment that makes $z$ most likely; a flow-based predictor learns to sample th
 | §2.1.2, Eq. 2, reconstruction loss | `VitsLosses.mel`, on `hifigan.mel_of_spectrogram` |
 | §2.1.3, Eq. 3 and 4, KL divergence | `kl_loss` |
 | §2.2.1, Eq. 5 and 6, monotonic alignment search | `log_likelihoods`, `layers.alignment.monotonic_alignment` |
-| §2.2.2, Eq. 7, duration prediction; Appendix B | `VitsStochasticDurationPredictor` |
+| §2.2.2, Eq. 7, duration prediction; Appendix B.3 | `VitsStochasticDurationPredictor` |
 | §2.3, Eq. 8 to 10, adversarial training | `VitsDiscriminator`, on `hifigan`'s losses |
 | §2.4, Eq. 11, final loss | `generator_losses`, `discriminator_losses` |
 | §2.5.1, posterior encoder | `VitsPosteriorEncoder`, `VitsWaveNet` |
@@ -29,10 +29,10 @@ alignment that makes $z$ most likely; a flow-based predictor learns to sample th
 | §2.5.3, decoder | `hifigan.HifiGanGenerator` |
 | §2.5.4, discriminator | `VitsDiscriminator` |
 | §2.5.5, stochastic duration predictor; Figure 5 | `VitsConvFlow`, `VitsDilatedDepthSeparableConv`, `layers.splines` |
-| Appendix B, first in both flows of the durations | `VitsElementwiseAffine` |
-| §3.2, multi-speaker; §4.3, voice conversion | `speaker_id`, `VitsModel.voice_conversion` |
-| §3.3 and §4.4, deterministic predictor, the ablation | `VitsDurationPredictor` |
-| §3.1, training | `training.loop.Trainer`, with the phases of `recipes.objectives.Voice` |
+| not in the paper; in the released code: first in both flows | `VitsElementwiseAffine` |
+| §2.5, several speakers; Appendix D, Eq. 12 to 14, voice conversion | `speaker_id`, `VitsModel.voice_conversion` |
+| §4.1 and Table 1, VITS (DDP): the deterministic predictor | `VitsDurationPredictor` |
+| §3.3, training | `training.loop.Trainer`, with the phases of `recipes.objectives.Voice` |
 | not in the paper: compiled and streamed synthesis | `decoding.synthesis.Synthesizer` |
 
 Where the original is wrong, the paper is followed. `transformers` runs the duration predictor's flows in the training
@@ -88,7 +88,7 @@ from audiozoo.outputs import ABSENT, ModelOutput
 
 @dataclass(frozen=True)
 class VitsConfig:
-    """VITS' sizes (§2.5, Appendix A) under `transformers`' names; the defaults are MMS' English voice."""
+    """VITS' sizes (§2.5, Appendix B) under `transformers`' names; the defaults are MMS' English voice."""
 
     vocab_size: int = 38  # symbols: phonemes or characters
     hidden_size: int = 192  # h, channels of the text encoder, the WaveNets and the duration predictor
@@ -308,7 +308,7 @@ class VitsAttention(nnx.Module):
 
 
 class VitsFeedForward(nnx.Module):
-    """Two convolutions over time where a Transformer has two linear maps (§2.5.2; Glow-TTS, arXiv 2005.11129, §3.4)."""
+    """Two convolutions over time in place of two linear maps (§2.5.2; FastSpeech, arXiv 1905.09263, §3.1)."""
 
     def __init__(self, config: VitsConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         kwargs, taps = _kwargs(dtype, param_dtype, rngs), config.ffn_kernel_size
@@ -404,7 +404,7 @@ class VitsTextEncoder(nnx.Module):
 
 
 class VitsWaveNet(nnx.Module):
-    r"""Non-causal WaveNet residual blocks (§2.5.1; WaveGlow, arXiv 1811.00002, §2.2).
+    r"""Non-causal WaveNet residual blocks (§2.5.1; WaveGlow, arXiv 1811.00002, §2.1).
 
     Per layer $a = \tanh(W_f * x + V_f g) \odot \sigma(W_g * x + V_g g)$; one half of a projection of $a$ is added to
     $x$, the other to the output.
@@ -540,7 +540,7 @@ class VitsResidualCouplingBlock(nnx.Module):
 
 
 class VitsDilatedDepthSeparableConv(nnx.Module):
-    """Dilated depth-separable convolutions, the residual blocks of the duration predictor (§2.5.5, Figure 5b)."""
+    """Dilated depth-separable convolutions, the residual blocks of the duration predictor (§2.5.5, Figure 5c)."""
 
     def __init__(
         self,
@@ -622,7 +622,7 @@ class VitsConvFlow(nnx.Module):
 
 
 class VitsElementwiseAffine(nnx.Module):
-    """A shift and a scale for each channel, first in both flows (Appendix B; Glow, arXiv 1807.03039, §3.1)."""
+    """Not in the paper; in the released code: a shift and a scale for each channel (Glow, arXiv 1807.03039, §3.1)."""
 
     def __init__(self, config: VitsConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         channels = config.depth_separable_channels
@@ -647,7 +647,7 @@ class VitsElementwiseAffine(nnx.Module):
 
 
 class VitsStochasticDurationPredictor(nnx.Module):
-    r"""Durations by a flow, with variational dequantisation and data augmentation (§2.2.2, Eq. 7; Appendix B).
+    r"""Durations by a flow, with variational dequantisation and data augmentation (§2.2.2, Eq. 7; Appendix B.3).
 
     A duration $d$ is an integer and a single number, a flow wants neither: $u \in [0, 1)$ makes it continuous, $d - u$,
     and $\nu$ gives it company. Both come from $q_\phi(u, \nu \mid d, h)$, itself a flow, and
@@ -751,7 +751,7 @@ def _forward(flows: nnx.List, z: jax.Array, mask: jax.Array, condition: jax.Arra
 
 
 class VitsDurationPredictor(nnx.Module):
-    """The deterministic predictor of $\\log d$ (§3.3, Table 2's ablation; FastSpeech, arXiv 1905.09263, §3.3)."""
+    """The deterministic predictor of $\\log d$ (§4.1, Table 1; FastSpeech, arXiv 1905.09263, §3.3)."""
 
     def __init__(self, config: VitsConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         kwargs, size = _kwargs(dtype, param_dtype, rngs), config.duration_predictor_filter_channels
@@ -1017,7 +1017,9 @@ class VitsModel(nnx.Module):
         posterior_noise: Float[Array, "batch frames latent"] | None = None,
         key: jax.Array | None = None,
     ) -> VitsModelOutput:
-        r"""The same speech in another voice (§4.3): $f^{-1}_{target}(f_{source}(z))$, for models with several voices.
+        r"""The same speech in another voice (Appendix D, Eq. 12 to 14): $f^{-1}_{target}(f_{source}(z))$.
+
+        For models with several voices: the text encoder, and so $f(z)$, knows none of them.
 
         Args:
             spectrogram: linear spectrogram of the source, as `hifigan.linear_spectrogram` makes it.
@@ -1074,7 +1076,7 @@ class VitsModel(nnx.Module):
             spectrogram: linear spectrogram of the recording, as `hifigan.linear_spectrogram` makes it.
             spectrogram_lengths: frames of each item; at least as many as its symbols, and as `segment_frames`.
             speaker_id: voice of each item.
-            segment_frames: frames of the segment of z that is decoded (§2.4, windowed generator training).
+            segment_frames: frames of the segment of z that is decoded (§2.1.2 and §3.3, windowed generator training).
             key: source of dropout, of the segments, and of what noise is not given; without it nothing is dropped.
             posterior_noise: standard normal values for z.
             duration_noise: standard normal values for the duration predictor's posterior.
@@ -1191,7 +1193,7 @@ class VitsLosses(ModelOutput):
 
 
 class VitsBatch(ModelOutput):
-    """A batch for training: symbols, and recordings of the same rate as the model's (§3.1)."""
+    """A batch for training: symbols, and recordings of the same rate as the model's (§3.3)."""
 
     input_ids: Int[Array, "batch time"] = ABSENT
     attention_mask: Int[Array, "batch time"] = ABSENT
@@ -1203,7 +1205,7 @@ class VitsBatch(ModelOutput):
 def spectrogram_of(
     config: VitsConfig, waveform: Float[Array, "batch samples"], lengths: Int[Array, " batch"] | None = None
 ) -> Float[Array, "batch frames bins"]:
-    r"""The posterior encoder's input (§3.1): $\sqrt{|X|^2 + 10^{-6}}$, a frame for each `hop_length` samples.
+    r"""The posterior encoder's input (§3.2): $\sqrt{|X|^2 + 10^{-6}}$, a frame for each `hop_length` samples.
 
     With `lengths`, in samples, the last frames of a shorter item are those that it has by itself.
     """

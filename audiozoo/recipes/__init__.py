@@ -135,8 +135,9 @@ _FAMILY = {  # module: prefix of its classes, the size to start from
     "unispeech_sat": ("UniSpeechSat", "base"),
 }
 _GAN = Settings(
-    source="VITS, §3, and its authors' ljs_base.json: AdamW with betas 0.8 and 0.99 and weight decay 0.01, 2e-4 "
-    "falling by 0.999^(1/8) a pass, 64 recordings an update, 800,000 updates; a pass over LJ Speech is 194 updates",
+    source="VITS, §3.3, and its authors' ljs_base.json: AdamW with betas 0.8 and 0.99 and weight decay 0.01, 2e-4 "
+    "falling by 0.999^(1/8) a pass, 64 recordings an update on each of four GPUs, 800,000 updates; of 64 recordings in "
+    "all, as here, a pass over LJ Speech has 194",
     steps=800_000,
     batch_size=64,
     learning_rate=2e-4,

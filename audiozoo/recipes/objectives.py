@@ -577,10 +577,10 @@ def _speaker(fields: Fields, named: Mapping[str, int], voices: int) -> int:
 
 @dataclass(frozen=True)
 class Voice(Objective):
-    """VITS, §2.4: text, recording and segments of it; then the judge's turn on the same segments.
+    """VITS, §2.4 and §3.3: text, recording and segments of it; then the judge's turn on the same segments.
 
     Attributes:
-        segment_frames: frames that are decoded (§2.4: 32).
+        segment_frames: frames that are decoded (§3.3: 32).
         judge: arguments of `VitsDiscriminator`.
     """
 
