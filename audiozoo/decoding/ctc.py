@@ -634,7 +634,7 @@ def _move_window(
 ) -> tuple[Float[Array, " window"], Int[Array, ""], Float[Array, ""]]:
     """Move the window on with the best state, never back and not past the last; also the best score left behind."""
     window = len(alpha)
-    best = offset + jnp.argmax(alpha)
+    best = offset + jnp.argmax(alpha).astype(jnp.int32)
     moved = jnp.clip(best - window // 2, offset, jnp.maximum(states - window, offset))
     behind = jnp.where(jnp.arange(window) < moved - offset, alpha, LOG_ZERO).max()
     longer = jnp.concatenate([alpha, jnp.full((window,), LOG_ZERO, alpha.dtype)])

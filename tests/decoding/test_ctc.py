@@ -338,12 +338,15 @@ def speech_like(frames: int, tokens: int, size: int, seed: int) -> tuple[np.ndar
     return (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)).astype(np.float32), targets.tolist()
 
 
-def test_an_alignment_of_few_bits_is_that_of_its_numbers():
+def test_an_alignment_of_few_bits_or_many_is_that_of_its_numbers():
     rng = np.random.default_rng(0)
     scores = jnp.asarray(random_log_probs(300, 12, 0)[None], jnp.bfloat16)
     targets = rng.integers(1, 12, (1, 60))
     found, wanted = (ctc.forced_alignment(s, targets) for s in (scores, scores.astype(jnp.float32)))
     np.testing.assert_array_equal(found.states, wanted.states)
+    with jax.enable_x64(True):
+        double = ctc.forced_alignment(np.asarray(scores, np.float64), targets)
+    np.testing.assert_array_equal(double.states, wanted.states)
 
 
 def test_a_window_finds_the_same_alignment():
