@@ -73,12 +73,13 @@ def in_language(tokenizer: Any, fields: Fields) -> Any:
         UsageError: if the language is not known, or none of the tokenizer's.
     """
     language, task = fields.get("language"), fields.get("task")
+    several = bool(getattr(tokenizer, "lang_code_to_id", None))
+    if language is None and (several or (getattr(tokenizer, "multilingual", False) and tokenizer.language is None)):
+        raise UsageError("This checkpoint writes many languages, and a recording has no language.")
     if getattr(tokenizer, "multilingual", False):
-        if language is None and tokenizer.language is None:
-            raise UsageError("This checkpoint writes many languages, and a recording has no language.")
         tokenizer = copy.copy(tokenizer)  # of this example alone: several threads prepare
         tokenizer.set_prefix_tokens(language, task or tokenizer.task or "transcribe")
-    elif language is not None and getattr(tokenizer, "lang_code_to_id", None):
+    elif several:
         tokenizer = copy.copy(tokenizer)
         tokenizer.set_target_lang(str(language))
     return tokenizer

@@ -512,6 +512,8 @@ def test_texts_are_written_in_their_language(corpus, tmp_path, monkeypatch):
     )
     assert example["labels"][0] == 41
     assert processor.tokenizer.start == 40
+    with pytest.raises(UsageError, match="a recording has no language"):
+        row.objective.prepare(processor, model.config, np.ones(800, np.float32), {"text": "a"}, None)
     # It is read and not learnt; in training alone bands and stretches are masked.
     labels = jnp.asarray([[41, 5, 2]])
     batch = {"waveform": jnp.ones((1, 8000)), "length": jnp.asarray([8000]), "labels": labels}
