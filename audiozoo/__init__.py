@@ -270,7 +270,7 @@ def save(
         model: any model of the zoo.
         directory: where to; it appears only when it is complete.
         processor_from: a directory whose processor and tokenizer files are copied along.
-        overwrite: whether an existing directory may be replaced.
+        overwrite: whether an existing checkpoint may be replaced.
 
     Raises:
         CheckpointError: if the directory exists or cannot be written.
@@ -295,7 +295,7 @@ def export(
         model: any model of the zoo.
         directory: where to; it appears only when it is complete.
         processor_from: a directory whose processor and tokenizer files are copied along.
-        overwrite: whether an existing directory may be replaced.
+        overwrite: whether an existing checkpoint may be replaced.
         progress: called with the bytes written so far and the bytes in all.
 
     Raises:

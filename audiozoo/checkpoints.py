@@ -58,7 +58,7 @@ def save(
         directory: where to; it appears when it is complete.
         config: what `config.json` is to hold; `model_class` is required.
         files: tokenizer and processor files, or folders of them, to copy into the directory.
-        overwrite: replace `directory` if it exists.
+        overwrite: replace `directory` if it is a checkpoint.
 
     Raises:
         CheckpointError: the directory exists, or cannot be written.
@@ -195,18 +195,30 @@ def restore_tree(directory: str | os.PathLike[str], abstract: Any, shardings: An
     return jax.tree.unflatten(structure, [arrays[name] for name in wanted])
 
 
+def check_place(directory: Path, overwrite: bool, option: str = "overwrite=True") -> None:
+    """Say that a checkpoint may not be written to a place, before there is one to write.
+
+    Raises:
+        CheckpointError: there is something that may not be replaced, or that is no checkpoint.
+    """
+    if (directory.exists() or directory.is_symlink()) and not overwrite:
+        raise CheckpointError(f"{directory} exists already; choose another place, or replace it by {option}.")
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory} is a file, not a directory.")
+    marks = ("config.json", "_METADATA")  # of a checkpoint, and of a tree of arrays
+    if directory.is_dir() and any(directory.iterdir()) and not any((directory / mark).is_file() for mark in marks):
+        raise CheckpointError(f"{directory} holds something else than a checkpoint; choose another place.")
+
+
 @contextlib.contextmanager
 def written_whole(directory: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary directory that takes the name `directory` at the end of the `with` block, and vanishes on an error.
 
     Raises:
-        CheckpointError: `directory` exists and may not be replaced, or its parent cannot be written to.
+        CheckpointError: `directory` may not be replaced (see `check_place`), or its parent cannot be written to.
     """
     directory = Path(directory).absolute()
-    if (directory.exists() or directory.is_symlink()) and not overwrite:
-        raise CheckpointError(f"{directory} exists; choose another place, or pass overwrite=True to replace it.")
-    if directory.exists() and not directory.is_dir():
-        raise CheckpointError(f"{directory} is a file, not a directory.")
+    check_place(directory, overwrite)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".tmp", dir=directory.parent))

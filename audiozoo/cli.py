@@ -160,14 +160,11 @@ def _convert(
     import tempfile
 
     import audiozoo
-    from audiozoo import hub, loading
+    from audiozoo import checkpoints, hub, loading
 
     if param_dtype not in ("float32", "bfloat16", "float16", "float64"):
         raise UsageError(f"{param_dtype!r} is no dtype for parameters; take float32, bfloat16, float16 or float64.")
-    if out.exists() and not overwrite:
-        raise SourceError(f"{out} exists already; give another place, or --overwrite.")
-    if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
-        raise SourceError(f"{out} holds something else than a checkpoint, which is not replaced; give another place.")
+    checkpoints.check_place(out, overwrite, "--overwrite")
     if param_dtype == "float64":
         import jax
 

@@ -132,6 +132,10 @@ def _sizes_of(source: Any) -> Iterator[None]:
     except AudiozooError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, AttributeError) and not isinstance(
+            error.obj, int | float | str | list | tuple | dict | None
+        ):
+            raise  # of what no JSON holds: a mistake of ours
         raise CheckpointError(f"No model can be made of the sizes in {source} ({first_line(error)}).") from error
 
 

@@ -169,7 +169,7 @@ def test_files_are_copied_and_checked(tree, tmp_path):
 def test_an_existing_directory_is_kept_unless_told(tree, tmp_path):
     target = tmp_path / "model"
     checkpoints.save({"old": jnp.ones(2)}, target, CONFIG)
-    with pytest.raises(CheckpointError, match="exists; choose another place, or pass overwrite=True"):
+    with pytest.raises(CheckpointError, match="exists already; choose another place, or replace it by overwrite=True"):
         checkpoints.save(tree, target, CONFIG)
     with pytest.raises(UsageError, match="PRNG key"):
         checkpoints.save({"key": jax.random.key(0)}, target, CONFIG, overwrite=True)
@@ -177,6 +177,10 @@ def test_an_existing_directory_is_kept_unless_told(tree, tmp_path):
     checkpoints.save(tree, target, CONFIG, overwrite=True)
     same(checkpoints.restore(target, structs(tree)), tree)
     assert os.listdir(tmp_path) == ["model"]
+    (target / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="holds something else than a checkpoint"):
+        checkpoints.save(tree, target, CONFIG, overwrite=True)
+    assert os.listdir(target) == ["params"]
 
 
 def test_a_full_disk(tmp_path, capfd):

@@ -104,6 +104,12 @@ def test_sizes_of_no_model_get_a_sentence(checkpoints, tmp_path, part, field, va
     assert "\n" not in str(caught.value)
 
 
+def test_a_mistake_of_ours_is_none_of_the_sizes(checkpoints, monkeypatch):
+    monkeypatch.setattr("weights_conversion.clap.open_checkpoint", lambda path, model_class: path.misspelt)
+    with pytest.raises(AttributeError, match="misspelt"):
+        audiozoo.load(checkpoints / "clap")
+
+
 def test_classify_by_tags(command, checkpoints):
     run = command("classify", checkpoints / "sounds" / "hum.wav", "--model", checkpoints / "ast", "--top", 3)
     assert run.code == 0, run.err

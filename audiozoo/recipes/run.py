@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from audiozoo import hub, loading, registry, sharding
-from audiozoo.checkpoints import is_native
+from audiozoo.checkpoints import check_place, is_native
 from audiozoo.decoding.units import KMeans, cepstra
 from audiozoo.errors import AudioError, AudiozooError, CheckpointError, UsageError
 from audiozoo.layers.abstract import abstract
@@ -468,6 +468,7 @@ def train(
         raise UsageError(
             "Patience counts evaluations, and there is nothing to evaluate on: give evaluation or held_out."
         )
+    check_place(out / "model", overwrite=True)
     items, held = _divided(data, evaluation, held_out)
     if language is not None:
         items, held = ([_with_language(item, language) for item in part] for part in (items, held))

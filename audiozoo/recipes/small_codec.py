@@ -49,6 +49,7 @@ from rich.table import Table
 import audiozoo
 from audiozoo.audio import read, resample
 from audiozoo.audio.files import SUFFIXES
+from audiozoo.checkpoints import check_place
 from audiozoo.errors import AudiozooError, UsageError
 from audiozoo.models.encodec import (
     EncodecConfig,
@@ -456,6 +457,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = Console(stderr=True)
     try:
+        check_place(options.out, overwrite=True)
         learn, held = divided(recordings(options.data), options.held_out or HELD_OUT)
     except AudiozooError as problem:
         console.print(str(problem), style="red", highlight=False, markup=False)

@@ -45,6 +45,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 import audiozoo
 from audiozoo.audio import hertz_to_mel, mel_to_hertz, read
 from audiozoo.audio.files import SUFFIXES
+from audiozoo.checkpoints import check_place
 from audiozoo.decoding.ctc import transcribe_ctc
 from audiozoo.errors import AudiozooError
 from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy
@@ -339,6 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console, begun = Console(stderr=True), time.monotonic()
     piper = options.piper if options.piper is not None else 240 * spoken.Piper.available()
     try:
+        check_place(options.out / "model", overwrite=True)
         with _bar(console, "speaking") as show:
             corpus = spoken.make(
                 options.out / "corpus",

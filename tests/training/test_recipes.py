@@ -861,6 +861,9 @@ def test_what_cannot_be_trained_says_so(corpus, tmp_path, monkeypatch):
         with pytest.raises(UsageError, match=match):
             run.train(ctc, corpus, tmp_path / "run", **how)
     assert not (tmp_path / "run").exists()
+    (tmp_path / "run" / "model" / "notes").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="holds something else than a checkpoint"):
+        run.train(ctc, corpus, tmp_path / "run")
     ready = run.build(ctc, items, model=model, processor=processor, settings={"batch_size": 2, "steps": 1e1})
     assert ready.settings.steps == 10
     with pytest.raises(AudioError, match="a recording has none"):
