@@ -20,6 +20,7 @@ from audiozoo.layers.basic import (
     Linear,
     check_frames,
     check_ids,
+    check_mask,
     dropout,
     promote,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "causal_mask",
     "check_frames",
     "check_ids",
+    "check_mask",
     "dropout",
     "fairseq_sinusoids",
     "gelu",

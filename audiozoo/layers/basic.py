@@ -165,7 +165,17 @@ def check_frames(x: Any, channels: int) -> None:
         UsageError: for another shape than `(batch, frames, channels)`.
     """
     if x.ndim != 3 or 0 in x.shape or x.shape[2] != channels:
-        raise UsageError(f"The features have shape {x.shape}; (batch, frames, {channels}) is expected.")
+        raise UsageError(f"The features have shape {x.shape}; (batch, frames, {channels}) is expected, none of it 0.")
+
+
+def check_mask(mask: Any, shape: tuple[int, ...], name: str = "attention_mask") -> None:
+    """Refuse a mask, if there is one, of another shape than what it masks.
+
+    Raises:
+        UsageError: for another shape.
+    """
+    if mask is not None and np.shape(mask) != shape:
+        raise UsageError(f"{name} has shape {np.shape(mask)}; {shape} is expected.")
 
 
 class Embed(nnx.Embed):

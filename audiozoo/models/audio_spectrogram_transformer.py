@@ -68,6 +68,7 @@ from audiozoo.layers import (
     activation,
     attend,
     attend_without_weights,
+    check_mask,
     in_blocks,
     merge_heads,
     promote,
@@ -347,11 +348,7 @@ class ASTModel(nnx.Module):
         x = self.embeddings(input_values, dropout)
         mask = None
         if attention_mask is not None:
-            if attention_mask.shape != x.shape[:2]:
-                raise UsageError(
-                    f"The attention mask has shape {tuple(attention_mask.shape)}; there are {x.shape[1]} tokens for "
-                    f"each of {x.shape[0]} items."
-                )
+            check_mask(attention_mask, x.shape[:2])
             mask = (attention_mask != 0)[:, None, None, :]
         hidden_states: list[Any] = [x]
         attentions: list[Any] = []

@@ -77,6 +77,7 @@ from audiozoo.layers import (
     MultiHeadAttention,
     causal_mask,
     check_ids,
+    check_mask,
     gelu,
 )
 from audiozoo.layers.basic import at_least_float32
@@ -636,8 +637,7 @@ def numbered_text(
     """The tokenizer's ids as the semantic model reads them: with their offset, cut or padded to one length."""
     text, length = np.asarray(input_ids) + ids.text_encoding_offset, ids.max_input_semantic_length
     if attention_mask is not None:
-        if np.shape(attention_mask) != text.shape:
-            raise UsageError(f"attention_mask has shape {np.shape(attention_mask)}, and the text's ids {text.shape}.")
+        check_mask(attention_mask, text.shape)
         text = np.where(np.asarray(attention_mask) != 0, text, ids.text_pad_token)
     return _padded(text[:, :length], length, ids.text_pad_token)
 

@@ -73,6 +73,7 @@ from audiozoo.layers import (
     causal_mask,
     check_frames,
     check_ids,
+    check_mask,
 )
 from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy
 from audiozoo.layers.positions import cosines_and_sines
@@ -918,13 +919,13 @@ class MusicgenForConditionalGeneration(nnx.Module):
         if encoder_outputs is None:
             if input_ids is None:
                 raise UsageError("Give the model a text (input_ids), or encoder_outputs of an earlier call.")
-            _check_mask("attention_mask", attention_mask, np.shape(input_ids))
+            check_mask(attention_mask, np.shape(input_ids))
             encoder_outputs = self.text_encoder(input_ids, attention_mask, **asked)
         states = encoder_outputs["last_hidden_state"]
         if self.enc_to_dec_proj is not None:
             states = self.enc_to_dec_proj(states)
         if attention_mask is not None:
-            _check_mask("attention_mask", attention_mask, states.shape[:2])
+            check_mask(attention_mask, states.shape[:2])
             states = states * attention_mask[..., None].astype(states.dtype)
         return states, encoder_outputs
 
@@ -1171,11 +1172,6 @@ class MusicgenForConditionalGeneration(nnx.Module):
         if isinstance(found, np.ndarray):
             return audio
         return MusicgenGenerateOutput(audio, codes, found.scores, found.logits)
-
-
-def _check_mask(name: str, mask: Any, shape: tuple[int, ...]) -> None:
-    if mask is not None and np.shape(mask) != shape:
-        raise UsageError(f"{name} has shape {np.shape(mask)}; {shape} is expected.")
 
 
 class MusicgenMelodyForConditionalGeneration(MusicgenForConditionalGeneration):

@@ -58,7 +58,7 @@ from audiozoo.audio.files import resample
 from audiozoo.audio.midi import table_of
 from audiozoo.decoding import GenerateOutput, GenerationConfig, Growing, Shared, generate
 from audiozoo.errors import UsageError
-from audiozoo.layers import Embed, KeyValues, Linear
+from audiozoo.layers import Embed, KeyValues, Linear, check_frames, check_mask
 from audiozoo.layers.losses import cross_entropy, shift_tokens_right
 from audiozoo.models.t5 import T5Cache, T5Config, T5Stack
 from audiozoo.outputs import BaseModelOutput, Seq2SeqLMOutput
@@ -184,11 +184,9 @@ class Pop2PianoForConditionalGeneration(nnx.Module):
         Raises:
             UsageError: for an unknown style, or features, mask and rows whose shapes do not fit.
         """
-        shape, width = input_features.shape, self.config.d_model
-        if len(shape) != 3 or shape[2] != width or 0 in shape:
-            raise UsageError(f"The features have shape {shape}; (segments, frames, {width}) is expected, none of it 0.")
-        if attention_mask is not None and attention_mask.shape != shape[:2]:
-            raise UsageError(f"The attention mask has shape {attention_mask.shape}, the features {shape}.")
+        shape = input_features.shape
+        check_frames(input_features, self.config.d_model)
+        check_mask(attention_mask, shape[:2])
         rows: Any = composer
         if isinstance(composer, str):
             rows = jnp.full((len(input_features),), self.generation_config.row(composer), jnp.int32)

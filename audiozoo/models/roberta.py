@@ -40,7 +40,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from audiozoo.errors import UsageError
-from audiozoo.layers import Dropout, Embed, LayerNorm, Linear, MultiHeadAttention, activation
+from audiozoo.layers import Dropout, Embed, LayerNorm, Linear, MultiHeadAttention, activation, check_mask
 from audiozoo.layers.stacking import unseen
 from audiozoo.outputs import BaseModelOutputWithPooling
 
@@ -196,10 +196,7 @@ class RobertaModel(nnx.Module):
             raise UsageError(
                 f"The tokens have shape {tuple(input_ids.shape)}; (batch, time) is expected, none of it 0."
             )
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise UsageError(
-                f"The attention mask has shape {tuple(attention_mask.shape)}, the tokens {tuple(input_ids.shape)}."
-            )
+        check_mask(attention_mask, input_ids.shape)
         if input_ids.shape[1] > self.config.longest_text and position_ids is None:
             raise UsageError(
                 f"The text has {input_ids.shape[1]} tokens; this encoder reads up to {self.config.longest_text}."

@@ -121,7 +121,7 @@ def test_mistakes_get_a_sentence(model):
         ({"max_new_tokens": 100}, "positions for 40 semantic tokens"),
         ({"min_eos_p": -1.0}, "min_eos_p must be above 0"),
         ({"sampling": "original"}, "needs a key"),
-        ({"attention_mask": np.ones((1, 8), int)}, r"attention_mask has shape \(1, 8\), and the text's ids \(2, 8\)"),
+        ({"attention_mask": np.ones((1, 8), int)}, r"attention_mask has shape \(1, 8\); \(2, 8\) is expected"),
         ({"history_prompt": {}}, "no semantic_prompt"),
         ({"history_prompt": {"semantic_prompt": np.array([99])}}, "from 0 to 39"),
         ({"history_prompt": {"semantic_prompt": np.zeros((1, 2), int)}}, r"\(time,\) is expected"),

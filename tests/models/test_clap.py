@@ -142,7 +142,7 @@ def test_mistakes_get_a_sentence():
     for tokens in ((0, 5), (1, 0), (5,)):
         with pytest.raises(UsageError, match="tokens have shape"):
             model.get_text_features(jnp.zeros(tokens, jnp.int32))
-    with pytest.raises(UsageError, match=r"mask has shape \(2, 4\), the tokens \(2, 5\)"):
+    with pytest.raises(UsageError, match=r"mask has shape \(2, 4\); \(2, 5\) is expected"):
         model.get_text_features(jnp.zeros((2, 5), jnp.int32), jnp.ones((2, 4), jnp.int32))
     with pytest.raises(UsageError, match="65 frames"):
         model.get_audio_features(jnp.zeros((1, 1, 65, 16)))
