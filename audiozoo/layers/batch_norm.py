@@ -37,8 +37,9 @@ class BatchNorm(nnx.Module):
     ):
         self.scale = nnx.Param(jnp.ones((features,), param_dtype))
         self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
-        self.mean = nnx.BatchStat(jnp.zeros((features,), param_dtype))
-        self.var = nnx.BatchStat(jnp.ones((features,), param_dtype))
+        wide = jnp.promote_types(param_dtype, jnp.float32)  # small steps towards a large number would round to none
+        self.mean = nnx.BatchStat(jnp.zeros((features,), wide))
+        self.var = nnx.BatchStat(jnp.ones((features,), wide))
         self.epsilon, self.momentum, self.dtype = epsilon, momentum, dtype
 
     def __call__(
@@ -66,5 +67,6 @@ class BatchNorm(nnx.Module):
             moved = ((1 - step) * mean + step * batch_mean, (1 - step) * var + step * unbiased)
             self.mean[...], self.var[...] = (jax.lax.stop_gradient(m).astype(mean.dtype) for m in moved)
             mean, var = batch_mean, batch_var
-        x, mean, var, scale, bias = promote(x, mean, var, self.scale[...], self.bias[...], dtype=self.dtype)
+        x, scale, bias = promote(x, self.scale[...], self.bias[...], dtype=self.dtype)
+        mean, var = mean.astype(x.dtype), var.astype(x.dtype)
         return (x - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias

@@ -666,7 +666,8 @@ class EncodecResidualVectorQuantizer(nnx.Module):
             rows: rows of the batch (counted over batch and frames) from which k-means starts, and which take the place
                 of dead entries; instead of `key`.
             decay: $\gamma$.
-            dead_below: see above; 0 replaces none.
+            dead_below: see above; 0 replaces none. $N$ settles at a batch's frames by codebook entries: where that is
+                below 2, most entries move at every step, as in the released package; then give less.
             epsilon: Laplace smoothing of the counts.
             kmeans_iterations: of the first batch.
             released: as the released package does it (see the head of this file).
