@@ -287,7 +287,7 @@ class _Programs:
         model = nnx.merge(self._graphdef, state)
         prompt = jnp.broadcast_to(start, (_batch(cache), 1))
         hidden = model.model.decoder(prompt, past_key_values=_with_room(cache, 1)).last_hidden_state
-        return jax.nn.softmax(model.head(hidden)[:, 0, np.asarray(tokens)], axis=-1)
+        return jax.nn.softmax(at_least_float32(model.head(hidden)[:, 0, np.asarray(tokens)]), axis=-1)
 
     def _decode(
         self,
@@ -388,7 +388,7 @@ class _Programs:
         weights = jnp.stack([output.cross_attentions[layer][:, head] for layer, head in heads], axis=1)
         weights = at_least_float32(weights)
         matrices = jax.vmap(partial(alignment_matrix, width=width))(weights, count, frames)
-        logits = model.head(output.last_hidden_state[:, :-1])[..., :text_end]
+        logits = at_least_float32(model.head(output.last_hidden_state[:, :-1])[..., :text_end])
         chosen = jnp.take_along_axis(logits, jnp.minimum(tokens[:, 1:], text_end - 1)[..., None], axis=-1)[..., 0]
         return matrices, jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1))
 

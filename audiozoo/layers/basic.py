@@ -31,6 +31,11 @@ def at_least_float32(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def spread(values: Float[Array, "*small"], over: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`values` at every place of `over`, in its dtype; their gradient, a sum over places, in float32 or wider."""
+    return jnp.broadcast_to(at_least_float32(values), over.shape).astype(over.dtype)
+
+
 def unit_vectors(x: Float[Array, "*shape"], *, axis: int = -1, shortest: float = 1e-8) -> Float[Array, "*shape"]:
     r"""$x / \max(\lVert x \rVert, \text{shortest})$; of a vector of zeros the gradient is finite too."""
     return x / jnp.sqrt(jnp.maximum(jnp.square(x).sum(axis=axis, keepdims=True), shortest**2))
@@ -124,7 +129,7 @@ class Linear(nnx.Linear):
         single = inputs.size == inputs.shape[-1] and self.kernel.size >= SPLIT_FROM and self.in_features % PARTS == 0
         many = inputs.ndim > 2 and inputs.size >= ROWS_FROM
         bias = None if self.bias is None else self.bias[...]
-        x, kernel, bias = promote(inputs, self.kernel[...], bias, dtype=self.dtype)
+        x, kernel, _ = promote(inputs, self.kernel[...], bias, dtype=self.dtype)
         narrow = x.dtype.itemsize < 4
         if out_sharding is not None or not (single or many or narrow):
             return super().__call__(inputs, out_sharding)
@@ -139,7 +144,7 @@ class Linear(nnx.Linear):
             y = jax.lax.platform_dependent(x, kernel, cpu=in_parts, default=jnp.matmul)
         else:
             y = _product(x, kernel)
-        return y if bias is None else y + bias
+        return y if bias is None else y + spread(bias, y)
 
 
 def check_ids(ids: Any, entries: int) -> None:
@@ -184,7 +189,10 @@ class Embed(nnx.Embed):
     def __call__(self, inputs: Int[Array, "*batch"], out_sharding: Any = None) -> Float[Array, "*batch features"]:
         """The entries of these indices, which `check_ids` has seen."""
         check_ids(inputs, self.num_embeddings)
-        return super().__call__(inputs, out_sharding)
+        if out_sharding is not None:
+            return super().__call__(inputs, out_sharding)
+        # Rounded behind the table, in whose dtype the gradients of an entry that stands a thousand times are summed.
+        return jnp.take(self.embedding[...], inputs, axis=0).astype(self.dtype or self.embedding.dtype)
 
     def attend(
         self, query: Float[Array, "*batch features"], out_sharding: Any = None

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from audiozoo.layers.basic import at_least_float32, promote
+from audiozoo.layers.basic import at_least_float32
 
 
 def writable(state: Any) -> Any:
@@ -67,6 +67,7 @@ class BatchNorm(nnx.Module):
             moved = ((1 - step) * mean + step * batch_mean, (1 - step) * var + step * unbiased)
             self.mean[...], self.var[...] = (jax.lax.stop_gradient(m).astype(mean.dtype) for m in moved)
             mean, var = batch_mean, batch_var
-        x, scale, bias = promote(x, self.scale[...], self.bias[...], dtype=self.dtype)
-        mean, var = mean.astype(x.dtype), var.astype(x.dtype)
-        return (x - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
+        scale, bias = self.scale[...], self.bias[...]
+        dtype = jnp.result_type(x, scale, bias) if self.dtype is None else self.dtype
+        x, mean, var, scale, bias = map(at_least_float32, (x, mean, var, scale, bias))
+        return ((x - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias).astype(dtype)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from audiozoo.layers.basic import promote, sum_of_products
+from audiozoo.layers.basic import promote, spread, sum_of_products
 
 _DIMENSIONS = ("NWC", "WIO", "NWC")
 
@@ -180,10 +180,10 @@ class Conv1d(nnx.Module):
     def __call__(self, x: Float[Array, "batch time channels"]) -> Float[Array, "batch frames features"]:
         """Convolve along time."""
         bias = None if self.bias is None else self.bias[...]
-        x, kernel, bias = promote(x, self.weight(), bias, dtype=self.dtype)
+        x, kernel, _ = promote(x, self.weight(), bias, dtype=self.dtype)
         convolve = _grouped if self.groups > 1 else _convolve
         y = convolve(x, kernel, self.stride, self.padding, self.dilation, self.groups)
-        return y if bias is None else y + bias
+        return y if bias is None else y + spread(bias, y)
 
 
 class ConvTranspose1d(nnx.Module):
@@ -228,9 +228,9 @@ class ConvTranspose1d(nnx.Module):
     def __call__(self, x: Float[Array, "batch frames channels"]) -> Float[Array, "batch time features"]:
         """Spread each frame over `stride` times as many."""
         bias = None if self.bias is None else self.bias[...]
-        x, kernel, bias = promote(x, self.weight(), bias, dtype=self.dtype)
+        x, kernel, _ = promote(x, self.weight(), bias, dtype=self.dtype)
         y = self._by_phases(x, kernel) if self.groups == self.dilation == 1 else self._dilated(x, kernel)
-        return y if bias is None else y + bias
+        return y if bias is None else y + spread(bias, y)
 
     def _by_phases(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         r"""Each of a frame's $s$ samples as a channel: $y_{ns + q} = \sum_j x_{n-j} W_{js + q}$.

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from audiozoo.layers.basic import at_least_float32
+
 MIN_BIN = 1e-3  # least width and height of a spline's bin, as a part of the whole interval
 MIN_DERIVATIVE = 1e-3  # least slope at a knot
 
@@ -44,6 +46,7 @@ def rational_quadratic_spline(
     Returns:
         The values, and the logarithm of the derivative there.
     """
+    x, widths, heights, derivatives = map(at_least_float32, (x, widths, heights, derivatives))
     bins = widths.shape[-1]
     inside = (x >= -bound) & (x <= bound)
     # Nothing outside may reach a division or a root: not even its gradient.

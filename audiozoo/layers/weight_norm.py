@@ -12,22 +12,23 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from audiozoo.layers.basic import at_least_float32
 from audiozoo.layers.convolution import Conv1d, ConvTranspose1d
 
 Model = TypeVar("Model", bound=nnx.Module)
 
 
 def norm_except(v: Float[Array, "time inputs outputs"], axis: int) -> Float[Array, "#time #inputs #outputs"]:
-    r"""$\lVert V \rVert$ over all axes but one, which keeps its length."""
+    r"""$\lVert V \rVert$ over all axes but one, which keeps its length; in float32 or wider."""
     others = tuple(i for i in range(v.ndim) if i != axis)
-    return jnp.sqrt(jnp.sum(jnp.square(v), axis=others, keepdims=True))
+    return jnp.sqrt(jnp.sum(jnp.square(at_least_float32(v)), axis=others, keepdims=True))
 
 
 def weight_normalised(
     g: Float[Array, "#time #inputs #outputs"], v: Float[Array, "time inputs outputs"], axis: int
 ) -> Float[Array, "time inputs outputs"]:
     r"""$W = g\,V / \lVert V \rVert$, the norm taken over all axes but `axis`."""
-    return v * (g / norm_except(v, axis))
+    return (v * (g / norm_except(v, axis))).astype(v.dtype)
 
 
 class _WeightNorm(nnx.Module):
@@ -43,7 +44,7 @@ class _WeightNorm(nnx.Module):
         if hasattr(self, "kernel"):
             v = self.kernel[...]
             del self.kernel
-            self.kernel_g = nnx.Param(norm_except(v, self.axis))
+            self.kernel_g = nnx.Param(norm_except(v, self.axis).astype(v.dtype))
             self.kernel_v = nnx.Param(v)
 
     def fold(self) -> None:

@@ -74,7 +74,7 @@ from audiozoo.layers import (
     promote,
     split_heads,
 )
-from audiozoo.layers.basic import at_least_float32
+from audiozoo.layers.basic import at_least_float32, spread
 from audiozoo.layers.losses import cross_entropy
 from audiozoo.layers.stacking import unscanned, unseen
 from audiozoo.outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
@@ -189,11 +189,12 @@ class PatchProjection(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch mels time"]) -> Float[Array, "batch rows columns hidden"]:
         """Project every patch; rows run over frequency."""
-        x, kernel, bias = promote(x, self.kernel[...], self.bias[...], dtype=self.dtype)
+        bias = self.bias[...]
+        x, kernel, _ = promote(x, self.kernel[...], bias, dtype=self.dtype)
         y = jax.lax.conv_general_dilated(
             x[..., None], kernel, self.strides, "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-        return y + bias
+        return y + spread(bias, y)
 
 
 class ASTPatchEmbeddings(nnx.Module):

@@ -71,7 +71,7 @@ from audiozoo.audio.files import check_waveform
 from audiozoo.configs import restore_parts
 from audiozoo.errors import UsageError
 from audiozoo.layers import Conv1d, Dropout, LayerNorm, Linear, activation, promote
-from audiozoo.layers.basic import at_least_float32
+from audiozoo.layers.basic import at_least_float32, spread
 from audiozoo.layers.batch_norm import BatchNorm
 from audiozoo.layers.losses import cross_entropy
 from audiozoo.models.roberta import RobertaConfig, RobertaModel
@@ -419,17 +419,19 @@ class Conv2d(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch rows columns channels"]) -> Float[Array, "batch r c features"]:
         """Convolve; a kernel that tiles its input is a plain product with its tiles, which is faster on a CPU."""
-        x, kernel, bias = promote(x, self.kernel[...], self.bias[...], dtype=self.dtype)
+        bias = self.bias[...]
+        x, kernel, _ = promote(x, self.kernel[...], bias, dtype=self.dtype)
         (high, wide), channels = kernel.shape[:2], x.shape[-1]
         if self.stride == (high, wide) and not any(more for side in self.padding for more in side):
             rows, columns = x.shape[1] // high, x.shape[2] // wide
             tiles = x[:, : rows * high, : columns * wide].reshape(-1, rows, high, columns, wide, channels)
             tiles = tiles.swapaxes(2, 3).reshape(-1, rows, columns, high * wide * channels)
-            return tiles @ kernel.reshape(high * wide * channels, -1) + bias
-        y = jax.lax.conv_general_dilated(
-            x, kernel, self.stride, self.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-        return y + bias
+            y = tiles @ kernel.reshape(high * wide * channels, -1)
+        else:
+            y = jax.lax.conv_general_dilated(
+                x, kernel, self.stride, self.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+        return y + spread(bias, y)
 
 
 class ClapAudioPatchEmbed(nnx.Module):
@@ -694,6 +696,7 @@ class ClapAudioModel(nnx.Module):
 
 def tagging_loss(logits: Float[Array, "batch classes"], targets: Float[Array, "batch classes"]) -> Float[Array, ""]:
     r"""HTSAT §2.2: binary cross-entropy of the whole sound's labels."""
+    logits = at_least_float32(logits)
     return optax.sigmoid_binary_cross_entropy(logits, targets.astype(logits.dtype)).mean()
 
 
@@ -727,7 +730,8 @@ class EmbeddingMLP(nnx.Module):
 
 def normalize(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
     r"""$x / \lVert x \rVert_2$."""
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+    wide = at_least_float32(x)
+    return (wide / jnp.linalg.norm(wide, axis=-1, keepdims=True)).astype(x.dtype)
 
 
 def _gathered(x: jax.Array, axis_name: str | None) -> jax.Array:

@@ -55,6 +55,7 @@ from audiozoo.layers import (
     merge_heads,
     split_heads,
 )
+from audiozoo.layers.basic import spread
 from audiozoo.layers.batch_norm import BatchNorm
 from audiozoo.layers.positions import interleaved_sinusoids
 from audiozoo.outputs import BaseModelOutput
@@ -195,7 +196,7 @@ class ConformerSelfAttention(MultiHeadAttention):
         width = self.config.hidden_size
         table = jnp.asarray(relative_sinusoids(query.shape[2], width), query.dtype)[None]
         distances = split_heads(self.linear_pos(table), self.heads)  # (1, heads, 2T - 1, head_dim)
-        u, v = (p[...].astype(query.dtype)[:, None] for p in (self.pos_bias_u, self.pos_bias_v))
+        u, v = (spread(p[...][:, None], query) for p in (self.pos_bias_u, self.pos_bias_v))
         # (W^Q x_i + v)^T W^R R_d for all distances d, then for the distance i - j of every key j
         scores = jnp.einsum("bhqd,hrd->bhqr", query + v, distances[0])
         return query + u, relative_shift(scores) * self.scale

@@ -66,7 +66,7 @@ from audiozoo.audio.features import hann_window, mel_filterbank, stft
 from audiozoo.errors import AudioError, UsageError
 from audiozoo.layers import Conv1d, LayerNorm, Linear, check_ids
 from audiozoo.layers.activations import gelu
-from audiozoo.layers.basic import GroupNorm, at_least_float32, promote
+from audiozoo.layers.basic import GroupNorm, at_least_float32, promote, spread
 from audiozoo.layers.convolution import ConvTranspose1d
 from audiozoo.layers.positions import cosines_and_sines
 from audiozoo.layers.weight_norm import (
@@ -360,18 +360,14 @@ class EncodecLSTM(nnx.Module):
             state = self.silence(x.shape[0], x.dtype)
         y, after = x, []
         for cell, (h, c) in zip(self.layers, state, strict=True):
-            arrays = promote(
-                y,
-                cell.input_kernel[...],
-                cell.input_bias[...] + cell.recurrent_bias[...],
-                cell.recurrent_kernel[...],
-                dtype=cell.dtype,
-            )
-            y, input_kernel, bias, recurrent_kernel = arrays
+            bias = cell.input_bias[...] + cell.recurrent_bias[...]
+            arrays = promote(y, cell.input_kernel[...], cell.recurrent_kernel[...], bias, dtype=cell.dtype)
+            y, input_kernel, recurrent_kernel, _ = arrays
             # The recurrence keeps at least float32: hundreds of steps of rounding add up.
             wide = jnp.promote_types(y.dtype, jnp.float32)
             # All inputs at once; what is left for the loop is one product with h.
-            inputs = jnp.swapaxes(y @ input_kernel + bias, 0, 1).astype(wide)
+            inputs = y @ input_kernel
+            inputs = jnp.swapaxes(inputs + spread(bias, inputs), 0, 1).astype(wide)
             kernel = recurrent_kernel.astype(wide)
 
             def step(
@@ -1117,7 +1113,7 @@ class _Conv2d(nnx.Module):
         if plain:
             self.kernel = nnx.Param(kernel)
         else:
-            self.kernel_g, self.kernel_v = nnx.Param(norm_except(kernel, 3)), nnx.Param(kernel)
+            self.kernel_g, self.kernel_v = nnx.Param(norm_except(kernel, 3).astype(kernel.dtype)), nnx.Param(kernel)
         self.bias = nnx.Param(jax.random.uniform(rngs.params(), (outputs,), param_dtype, -bound, bound))
         time, frequency = (size[0] - 1) * dilation // 2, (size[1] - 1) // 2
         self.padding = ((time, time), (frequency, frequency))
@@ -1125,7 +1121,8 @@ class _Conv2d(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...] if self.plain else weight_normalised(self.kernel_g[...], self.kernel_v[...], 3)
-        x, kernel, bias = promote(x, kernel, self.bias[...], dtype=self.dtype)
+        bias = self.bias[...]
+        x, kernel, _ = promote(x, kernel, bias, dtype=self.dtype)
         y = jax.lax.conv_general_dilated(
             x,
             kernel,
@@ -1134,7 +1131,7 @@ class _Conv2d(nnx.Module):
             rhs_dilation=(self.dilation, 1),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return y + bias
+        return y + spread(bias, y)
 
 
 Features = tuple[Float[Array, "batch frames _frequencies _channels"], ...]
@@ -1352,7 +1349,8 @@ class Balancer:
         total = sum(self.weights[name] for name in gradients)
         norms, weights, balanced = dict(state.norms), dict(state.weights), []
         for name, gradient in gradients.items():
-            norm = jnp.mean(jnp.sqrt(jnp.sum(jnp.square(gradient), axis=tuple(range(1, gradient.ndim)))))
+            squares = jnp.square(at_least_float32(gradient))
+            norm = jnp.mean(jnp.sqrt(jnp.sum(squares, axis=tuple(range(1, gradient.ndim)))))
             norms[name] = self.decay * norms[name] + norm
             weights[name] = self.decay * weights[name] + 1.0
             if self.rescale:
@@ -1460,7 +1458,7 @@ class _LanguageModelLayer(nnx.Module):
         """`visible` is `(query, key)`."""
         query = self.split(self.q_proj(x))
         logits = jnp.einsum("bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, keys)
-        weights = jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
+        weights = jax.nn.softmax(jnp.where(visible, at_least_float32(logits), -jnp.inf), axis=-1).astype(values.dtype)
         attended = jnp.einsum("bhqk,bkhd->bqhd", weights, values)
         x = self.norm1(x + self.out_proj(attended.reshape(x.shape)))
         return self.norm2(x + self.linear2(gelu(self.linear1(x))))
@@ -1568,6 +1566,6 @@ def language_model_loss(
     the positions of longer recordings; and it draws the bandwidth, that is, how many codebooks there are.
     """
     previous = jnp.pad(codes[..., :-1] + 1, ((0, 0), (0, 0), (1, 0)))
-    log_probabilities = jax.nn.log_softmax(model(previous, offset), axis=-1)
+    log_probabilities = jax.nn.log_softmax(at_least_float32(model(previous, offset)), axis=-1)
     picked = jnp.take_along_axis(log_probabilities, codes.transpose(0, 2, 1)[..., None], axis=-1)
     return -jnp.mean(picked)

@@ -93,7 +93,7 @@ from audiozoo.layers import (
     sinusoids,
     split_heads,
 )
-from audiozoo.layers.basic import at_least_float32, unit_vectors
+from audiozoo.layers.basic import at_least_float32, spread, unit_vectors
 from audiozoo.layers.batch_norm import BatchNorm
 from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy, ctc_loss, shift_tokens_right
 from audiozoo.layers.positions import interleaved_sinusoids
@@ -284,7 +284,7 @@ class SpeechT5ScaledPositionalEncoding(nnx.Module):
         """Add positions from `position` on, all of them less than `limit`, the number of steps by default."""
         table = jnp.asarray(interleaved_sinusoids(np.arange(limit or x.shape[1]), x.shape[2]), x.dtype)
         rows = jax.lax.dynamic_slice_in_dim(table, position, x.shape[1])
-        return dropout(x + self.alpha[...].astype(x.dtype) * rows, self.rate)
+        return dropout(x + spread(self.alpha[...], x) * rows, self.rate)
 
 
 class SpeechT5RelativePositionalEncoding(nnx.Module):
@@ -1022,11 +1022,11 @@ def _generate(
         x = decoder.prenet(tokens, position=position, limit=limit)
         out = decoder.wrapped_decoder(x, encoder_attention_mask=rows, past_key_values=past, cache_position=position)
         logits = model.head(out.last_hidden_state[:, -1:])
-        return jax.nn.log_softmax(logits) if ctc_weight else logits, out.past_key_values
+        return jax.nn.log_softmax(at_least_float32(logits)) if ctc_weight else logits, out.past_key_values
 
     processors: tuple[Any, ...] = ()
     if ctc_weight:
-        log_probs = jax.nn.log_softmax(model.ctc_proj(encoded.last_hidden_state), axis=-1)
+        log_probs = jax.nn.log_softmax(at_least_float32(model.ctc_proj(encoded.last_hidden_state)), axis=-1)
         frames, ends = None if mask is None else mask.sum(axis=-1), (ours.ctc_blank_id, ours.eos_token_id)
         processors = (PrefixScorer(log_probs, frames, ctc_weight, prompt.shape[1], *ends),)
     step: Any = decode

@@ -42,7 +42,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from audiozoo.errors import UsageError
 from audiozoo.layers import Dropout, Embed, KeyValues, Linear, activation, attend, causal_mask, merge_heads, split_heads
-from audiozoo.layers.basic import at_least_float32, promote
+from audiozoo.layers.basic import at_least_float32, promote, spread
 from audiozoo.layers.stacking import unseen
 from audiozoo.outputs import BaseModelOutput, DecoderOutput
 
@@ -133,8 +133,9 @@ class T5LayerNorm(nnx.Module):
         """Rescale every position; the mean square is taken in float32 or wider."""
         wide = at_least_float32(x)
         wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + self.epsilon)
-        y, scale = promote(wide.astype(x.dtype), self.scale[...], dtype=self.dtype)
-        return y * scale
+        scale = self.scale[...]
+        y, _ = promote(wide.astype(x.dtype), scale, dtype=self.dtype)
+        return y * spread(scale, y)
 
 
 class T5Attention(nnx.Module):

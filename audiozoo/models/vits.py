@@ -77,6 +77,7 @@ from audiozoo.layers import (
 )
 from audiozoo.layers.alignment import monotonic_alignment, repeat_by_duration
 from audiozoo.layers.attention import merge_heads, split_heads
+from audiozoo.layers.basic import at_least_float32
 from audiozoo.layers.splines import rational_quadratic_spline
 from audiozoo.layers.weight_norm import WeightNormConv1d
 from audiozoo.models import hifigan
@@ -700,7 +701,7 @@ class VitsStochasticDurationPredictor(nnx.Module):
     ) -> Float[Array, "batch time 1"]:
         r"""Sample $\log d$: `noise`, already scaled, through the inverse of $p_\theta$'s flow."""
         condition = self.condition(hidden_states, mask, speaker, None)
-        z = noise
+        z = at_least_float32(noise)
         # The first spline only ever transforms ν, which is dropped here: it is left out.
         for flow in (*reversed(self.flows[2:]), self.flows[0]):
             z, _ = flow(z[..., ::-1], mask, condition, reverse=True)

@@ -64,7 +64,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from audiozoo.errors import CheckpointError, UsageError
 from audiozoo.layers import Conv1d, Dropout, LayerNorm, Linear, MultiHeadAttention, activation, layer_drop, promote
-from audiozoo.layers.basic import at_least_float32, unit_vectors
+from audiozoo.layers.basic import at_least_float32, spread, unit_vectors
 from audiozoo.layers.losses import cross_entropy, ctc_loss
 from audiozoo.layers.masking import span_mask
 from audiozoo.layers.stacking import unseen
@@ -748,7 +748,7 @@ class Wav2Vec2Model(nnx.Module):
         if spans is not None:
             if not hasattr(self, "masked_spec_embed"):
                 raise UsageError("This model has no masked_spec_embed: its mask_time_prob and mask_feature_prob are 0.")
-            x = jnp.where(jnp.asarray(spans, bool)[..., None], self.masked_spec_embed[...].astype(x.dtype), x)
+            x = jnp.where(jnp.asarray(spans, bool)[..., None], spread(self.masked_spec_embed[...], x), x)
         return x if channels is None else jnp.where(jnp.asarray(channels, bool)[:, None, :], 0, x)
 
     def __call__(

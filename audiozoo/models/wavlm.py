@@ -71,6 +71,7 @@ from audiozoo.layers import (
     split_heads,
 )
 from audiozoo.layers.attention import TURNS_FROM
+from audiozoo.layers.basic import at_least_float32, spread
 from audiozoo.models.hubert import masked_prediction, targets_of_frames
 from audiozoo.models.wav2vec2 import (
     Wav2Vec2Config,
@@ -234,7 +235,7 @@ class WavLMAttention(MultiHeadAttention):
         gates = self.gru_rel_pos_linear(split_heads(x, self.heads))
         gates = jax.nn.sigmoid(gates.reshape(*gates.shape[:-1], 2, 4).sum(axis=-1))
         keep, reset = gates[..., :1], gates[..., 1:]  # keep = 1 - g^update
-        return keep * (reset * self.gru_rel_pos_const[...].astype(gates.dtype) - 1.0) + 2.0
+        return keep * (reset * spread(self.gru_rel_pos_const[...], reset) - 1.0) + 2.0
 
     def __call__(  # type: ignore[override]
         self,
@@ -317,7 +318,9 @@ class WavLMEncoder(Wav2Vec2Encoder):
         config = self.config
         offsets = np.arange(-(frames - 1), frames)
         buckets = relative_position_buckets(offsets, config.num_buckets, config.max_bucket_distance)
-        return toeplitz(self.layers[0].attention.rel_attn_embed(jnp.asarray(buckets)).T)
+        found = self.layers[0].attention.rel_attn_embed(jnp.asarray(buckets)).T
+        # Rounded at the end: the gradient of a distance is a sum over all pairs of frames that are so far apart.
+        return toeplitz(at_least_float32(found)).astype(found.dtype)
 
     def for_every_block(self, frames: int) -> tuple[Float[Array, "heads frames frames"]]:
         """The laid-out table."""

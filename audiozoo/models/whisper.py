@@ -67,6 +67,7 @@ from audiozoo.layers import (
     layer_drop,
     sinusoids,
 )
+from audiozoo.layers.basic import at_least_float32
 from audiozoo.layers.losses import cross_entropy, shift_tokens_right
 from audiozoo.layers.masking import span_mask
 from audiozoo.outputs import (
@@ -997,7 +998,7 @@ def _detect_language(
     start = jnp.full((hidden.shape[0], 1), model.generation_config.decoder_start_token_id)
     logits = model.head(model.model.decoder(start, None, hidden).last_hidden_state)[:, 0]
     languages = jnp.asarray([token for _, token in model.generation_config.lang_to_id])
-    return jax.nn.softmax(logits[:, languages], axis=-1)
+    return jax.nn.softmax(at_least_float32(logits[:, languages]), axis=-1)
 
 
 def _marked(cache: WhisperCache) -> WhisperCache:
@@ -1106,8 +1107,9 @@ class WhisperForAudioClassification(nnx.Module):
             )
         x = encoder_outputs.last_hidden_state
         if mixed:
-            weights = jax.nn.softmax(self.layer_weights[...])
-            x = jnp.einsum("l,lbtd->btd", weights, jnp.stack(encoder_outputs.hidden_states or ()))
+            weights = jax.nn.softmax(at_least_float32(self.layer_weights[...]))
+            states = jnp.stack(encoder_outputs.hidden_states or ())
+            x = jnp.einsum("l,lbtd->btd", weights, states).astype(jnp.result_type(self.layer_weights, x))
         pooled = self.projector(x).mean(axis=1)
         logits = self.classifier(pooled)
         return SequenceClassifierOutput(

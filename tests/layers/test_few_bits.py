@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from flax import nnx
 
+from audiozoo.layers import Conv1d, Embed, Linear, abstract
 from audiozoo.layers.alignment import repeat_by_duration
 from audiozoo.layers.basic import unit_vectors
+from audiozoo.layers.batch_norm import BatchNorm
+from audiozoo.layers.convolution import ConvTranspose1d
 from audiozoo.layers.positions import cosines_and_sines
+from audiozoo.layers.splines import rational_quadratic_spline
+from audiozoo.layers.weight_norm import weight_normalised
+from audiozoo.models import clap, encodec, speecht5
+from audiozoo.models.t5 import T5LayerNorm
+from tests.models import tiny_speecht5
 
 
 def test_frames_are_counted_beyond_256_in_bfloat16():
@@ -29,3 +41,92 @@ def test_a_vector_of_zeros_has_a_gradient():
     x = jnp.array([[3.0, 4.0], [0.0, 0.0]])
     np.testing.assert_allclose(unit_vectors(x), [[0.6, 0.8], [0.0, 0.0]], rtol=1e-6)
     assert np.isfinite(jax.grad(lambda x: unit_vectors(x).sum())(x)).all()
+
+
+READERS = {
+    "Linear": lambda: Linear(4, 4, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)),
+    "Conv1d": lambda: Conv1d(4, 4, 3, padding=1, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)),
+    "ConvTranspose1d": lambda: ConvTranspose1d(4, 4, 1, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)),
+    "BatchNorm": lambda: BatchNorm(4, dtype=jnp.bfloat16),
+    "T5LayerNorm": lambda: T5LayerNorm(4, epsilon=1e-6, dtype=jnp.bfloat16, param_dtype=jnp.float32),
+    "Embed": lambda: Embed(2, 4, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_gradients_of_what_all_frames_share_are_sums_in_float32(name):
+    """256 + 1 is 256 in bfloat16: of thousands of frames a bias, a scale or a token would see the first few."""
+    layer, rng = READERS[name](), np.random.default_rng(0)
+    x = jnp.asarray(rng.choice([-1.0, 1.0], (16, 1024, 4)), jnp.float32)
+    slopes = jnp.asarray(rng.normal(1, 1, x.shape), jnp.bfloat16)
+
+    @jax.jit
+    def gradient(layer, x, slopes):
+        return jax.grad(lambda layer: (layer(x) * slopes).astype(jnp.float32).sum())(layer)
+
+    shared = {"Embed": "embedding", "T5LayerNorm": "scale"}.get(name, "bias")
+    frames = jnp.ones(x.shape[:2], int) if name == "Embed" else x
+    # Before its scale, the norm of x is x, which is 1 or -1.
+    terms = slopes * x.astype(slopes.dtype) if shared == "scale" else slopes
+    found = getattr(gradient(layer, frames, slopes), shared)[...].reshape(-1, 4)[-1]
+    wanted = terms.astype(jnp.float32).sum((0, 1))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_batches_are_normalised_in_float32():
+    """A mean that is large beside the deviation is not rounded before it is subtracted."""
+    norm, x = BatchNorm(1, dtype=jnp.bfloat16), 100 + 0.1 * np.random.default_rng(0).standard_normal((64, 1))
+    norm.mean[...], norm.var[...] = jnp.asarray([x.mean()], jnp.float32), jnp.asarray([x.var()], jnp.float32)
+    found = norm(jnp.asarray(x, jnp.float32))
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(found, np.float64), (x - x.mean()) / x.std(), atol=0.02)
+
+
+def test_a_weight_is_rounded_once():
+    v = jax.random.normal(jax.random.key(0), (7, 256, 32), jnp.bfloat16)
+    g = jax.random.uniform(jax.random.key(1), (1, 1, 32), jnp.bfloat16, 0.5, 2)
+    wide = np.asarray(v, np.float64)
+    exact = wide * np.asarray(g, np.float64) / np.sqrt(np.square(wide).sum(axis=(0, 1), keepdims=True))
+    found = np.asarray(weight_normalised(g, v, 2), np.float64)
+    np.testing.assert_allclose(found, exact, rtol=0.51 * float(jnp.finfo(jnp.bfloat16).eps))
+
+
+def test_a_spline_of_rounded_bins_is_evaluated_in_float32():
+    """Its knots are cumulative sums, and its inverse the root of a difference."""
+    shapes = ((200, 1), (200, 1, 10), (200, 1, 10), (200, 1, 9))
+    x, *bins = (3 * jax.random.normal(jax.random.key(i), s, jnp.bfloat16) for i, s in enumerate(shapes))
+    for found, wanted in zip(
+        rational_quadratic_spline(x, *bins, reverse=True),
+        rational_quadratic_spline(*(a.astype(jnp.float32) for a in (x, *bins)), reverse=True),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_scores_that_are_summed_over_frames_are_float32(monkeypatch):
+    """SpeechT5's CTC, whose prefixes add up the logarithms of hundreds of frames."""
+    seen = []
+
+    def scorer(log_probs, *more):
+        seen.append(log_probs.dtype)
+        raise InterruptedError
+
+    monkeypatch.setattr(speecht5, "PrefixScorer", scorer)
+    config = speecht5.SpeechT5Config(**tiny_speecht5.SIZES | {"ctc_weight": 0.5})
+    model = abstract(lambda rngs: speecht5.SpeechT5ForSpeechToText(config, dtype=jnp.bfloat16, rngs=rngs))
+    with pytest.raises(InterruptedError):
+        jax.eval_shape(lambda model: model.generate(jnp.zeros((1, 2000)), ctc_weight=0.5), model)
+    assert seen == [jnp.float32]
+
+
+def test_losses_are_float32():
+    half = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    assert jax.eval_shape(clap.tagging_loss, half((2, 5)), half((2, 5))).dtype == jnp.float32
+    config = encodec.EncodecConfig.encodec_24khz()
+    model = abstract(lambda rngs: encodec.EncodecLanguageModel(config, dtype=jnp.bfloat16, rngs=rngs))
+    codes = jax.ShapeDtypeStruct((1, 2, 9), jnp.int32)
+    assert jax.eval_shape(encodec.language_model_loss, model, codes).dtype == jnp.float32
+    balancer = encodec.Balancer({"time": 1.0})
+    slopes = jnp.asarray(np.random.default_rng(0).standard_normal((1, 4000)), jnp.bfloat16)
+    _, state = balancer({"time": slopes}, balancer.init())
+    np.testing.assert_allclose(state.norms["time"], np.linalg.norm(np.asarray(slopes, np.float64)), rtol=1e-5)
