@@ -23,6 +23,7 @@ states and writes units, a phonetic alphabet learnt from speech; a vocoder speak
 | §4.3, vocoder of units | `audiozoo.models.speech_resynthesis` |
 | §4, Fig. 4: T2TT; S2TT and ASR; T2ST; S2ST; all | `SeamlessM4TFor…To…`, `SeamlessM4TModel` |
 | the same, what these share | `SeamlessM4TPreTrainedModel` |
+| §4.2, X2T: speech and text into text, with distillation | `into_text_losses` |
 | §4.4, fine-tuning: smoothed cross-entropy of text and units | `finetuning_losses`, `SeamlessM4TRecipe` |
 | Table 12, sizes | `SeamlessM4TConfig.large()`, `.medium()` |
 
@@ -67,6 +68,7 @@ from audiozoo.decoding.generate import Streamer
 from audiozoo.decoding.synthesis import bucket
 from audiozoo.errors import UsageError
 from audiozoo.layers import Conv1d, Dropout, LayerNorm, Linear, check_frames, check_ids
+from audiozoo.layers.basic import at_least_float32
 from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy, shift_tokens_right
 from audiozoo.models.conformer import ConformerConfig, ConformerEncoder, ConformerFeedForward, ConformerSelfAttention
 from audiozoo.models.mbart import MBartCache, continue_text
@@ -1038,12 +1040,8 @@ def finetuning_losses(
         key: switches dropout on.
     """
     config, keys = model.config, [None] * 4 if key is None else list(jax.random.split(key, 4))
-    encoded, mask = model.encode(
-        input_ids, input_features, attention_mask, batch_invariant=batch_invariant, key=keys[0]
-    )
-    tokens = inputs_of(labels, config.pad_token_id, config.decoder_start_token_id)
-    states = model.text_decoder(tokens, None, encoded.last_hidden_state, mask, key=keys[1]).last_hidden_state
-    logits = model.text_decoder.embed_tokens.attend(states)
+    source = (input_ids, input_features, attention_mask)
+    states, logits = _forced(model, labels, *source, batch_invariant=batch_invariant, keys=keys)
     if freeze_text:
         states, logits = jax.lax.stop_gradient((states, logits))
     text = label_smoothed_cross_entropy(logits, without_language(labels), label_smoothing)
@@ -1056,6 +1054,82 @@ def finetuning_losses(
     logits = model.t2u_model.head(decoded)
     spoken = label_smoothed_cross_entropy(logits, without_language(unit_labels), label_smoothing)
     return SeamlessM4TLosses(text + spoken, text, spoken)
+
+
+def _forced(
+    model: Any,
+    labels: jax.Array,
+    *source: jax.Array | None,
+    batch_invariant: bool = False,
+    keys: list[Any],
+) -> tuple[jax.Array, jax.Array]:
+    """§4.2: the states and logits of the text decoder, forced to write the right text."""
+    config = model.config
+    encoded, mask = model.encode(*source, batch_invariant=batch_invariant, key=keys[0])
+    tokens = inputs_of(labels, config.pad_token_id, config.decoder_start_token_id)
+    states = model.text_decoder(tokens, None, encoded.last_hidden_state, mask, key=keys[1]).last_hidden_state
+    return states, model.text_decoder.embed_tokens.attend(states)
+
+
+class SeamlessM4TIntoTextLosses(ModelOutput):
+    """§4.2: the loss of X2T, and its three parts without their weights."""
+
+    total: Float[Array, ""] = ABSENT
+    speech: Float[Array, ""] = ABSENT
+    text: Float[Array, ""] = ABSENT
+    distillation: Float[Array, ""] = ABSENT
+
+
+def into_text_losses(
+    model: Any,
+    labels: Int[Array, "batch tokens"],
+    *,
+    input_features: Float[Array, "batch time bands"],
+    attention_mask: Int[Array, "batch time"] | None = None,
+    input_ids: Int[Array, "batch pieces"],
+    text_attention_mask: Int[Array, "batch pieces"] | None = None,
+    weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    label_smoothing: float = 0.2,
+    batch_invariant: bool = False,
+    key: jax.Array | None = None,
+) -> SeamlessM4TIntoTextLosses:
+    r"""§4.2, X2T: $\alpha L_\text{S2TT} + \beta L_\text{T2TT} + \gamma L_\text{KD}$.
+
+    Speech and its text have one translation and one decoder. What it makes of the text teaches what it makes of the
+    speech, token by token:
+
+    $$L_\text{KD} = \frac{1}{|y|} \sum_t D_\text{KL}\bigl[p(\cdot \mid y_{<t}, x_\text{text}) \,\|\,
+    p(\cdot \mid y_{<t}, x_\text{speech})\bigr]$$
+
+    The teacher does not learn from that: no gradient goes through $p(\cdot \mid y_{<t}, x_\text{text})$, which is our
+    reading, as are weights of 1.
+
+    Args:
+        model: with a speech and a text encoder: `SeamlessM4TModel` or `SeamlessM4Tv2Model`.
+        labels: the translation, `<language> … </s>`, -100 behind it; the language is given and not learnt.
+        input_features: speech.
+        attention_mask: 1 where the speech is real.
+        input_ids: what is said, `<language> … </s>`.
+        text_attention_mask: 1 where `input_ids` are real.
+        weights: $\alpha$, $\beta$ and $\gamma$.
+        label_smoothing: $\epsilon$ of both cross-entropies, which fairseq spreads over all tokens but the right one.
+        batch_invariant: of speech, keep the padding out of the length adaptor too.
+        key: switches dropout on.
+    """
+    keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
+    speech = (None, input_features, attention_mask)
+    _, of_speech = _forced(model, labels, *speech, batch_invariant=batch_invariant, keys=keys[:2])
+    _, of_text = _forced(model, labels, input_ids, None, text_attention_mask, keys=keys[2:])
+    targets = without_language(labels)
+    learnt = targets != IGNORED_LABEL
+    # D_KL[p || q] = sum p (log p - log q)
+    p = jax.nn.log_softmax(at_least_float32(jax.lax.stop_gradient(of_text)))
+    q = jax.nn.log_softmax(at_least_float32(of_speech))
+    divergence = jnp.where(learnt, (jnp.exp(p) * (p - q)).sum(-1), 0).sum() / jnp.maximum(learnt.sum(), 1)
+    heard = label_smoothed_cross_entropy(of_speech, targets, label_smoothing)
+    read = label_smoothed_cross_entropy(of_text, targets, label_smoothing)
+    total = weights[0] * heard + weights[1] * read + weights[2] * divergence
+    return SeamlessM4TIntoTextLosses(total, heard, read, divergence)
 
 
 def without_language(labels: Int[Array, "batch time"]) -> Int[Array, "batch time"]:

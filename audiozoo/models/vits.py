@@ -1102,7 +1102,9 @@ class VitsModel(nnx.Module):
         symbols = jnp.asarray(attention_mask, dtype)[..., None]
 
         text = self.text_encoder(input_ids, symbols, dropout)
-        z, _, log_q = self.posterior_encoder(spectrogram, mask, speaker, noise=posterior_noise, dropout=dropout)
+        z, _, posterior_log_deviations = self.posterior_encoder(
+            spectrogram, mask, speaker, noise=posterior_noise, dropout=dropout
+        )
         z_p = self.flow(z, mask, speaker, dropout=dropout)
 
         scores = log_likelihoods(*jax.lax.stop_gradient((z_p, text.prior_means, text.prior_log_variances)))
@@ -1122,7 +1124,7 @@ class VitsModel(nnx.Module):
         means = jnp.einsum("bft,btd->bfd", alignment, text.prior_means)
         log_deviations = jnp.einsum("bft,btd->bfd", alignment, text.prior_log_variances)
         waveform = self.decoder(slices(z, segment_starts, segment_frames), speaker)
-        divergence = kl_loss(z_p, log_q, means, log_deviations, mask)
+        divergence = kl_loss(z_p, posterior_log_deviations, means, log_deviations, mask)
         return VitsTrainingOutput(waveform, segment_starts, duration_loss, divergence, alignment, z)
 
 
@@ -1140,7 +1142,7 @@ def slices(x: Float[Array, "batch time *rest"], starts: Int[Array, " batch"], si
 
 def kl_loss(
     z_p: Float[Array, "batch frames latent"],
-    log_q: Float[Array, "batch frames latent"],
+    posterior_log_deviations: Float[Array, "batch frames latent"],
     means: Float[Array, "batch frames latent"],
     log_deviations: Float[Array, "batch frames latent"],
     mask: Float[Array, "batch frames 1"],
@@ -1150,7 +1152,7 @@ def kl_loss(
     With $z = \mu_q + \sigma_q\epsilon$, $\log q$ is replaced by its mean $-\log\sigma_q - \tfrac12$; $\log p$ is taken
     at the sample, $f(z)$, whose flow keeps volumes.
     """
-    divergence = log_deviations - log_q - 0.5
+    divergence = log_deviations - posterior_log_deviations - 0.5
     divergence = divergence + 0.5 * jnp.square(z_p - means) * jnp.exp(-2.0 * log_deviations)
     return jnp.sum(divergence * mask) / jnp.sum(mask)
 

@@ -68,7 +68,9 @@ class Languages(CTC):
 
 @dataclass(frozen=True)
 class Translated(Objective):
-    """SeamlessM4T, §4.4, X2T: the text, in its `language`, that is said or meant, by a smoothed cross-entropy.
+    """SeamlessM4T, §4.2, X2T of speech alone: the text, in its `language`, that is said or meant, smoothed.
+
+    The paper also learns from texts, and from the text's translation what the speech's should be: `into_text_losses`.
 
     Attributes:
         smoothing: label smoothing; of the authors' trainer.

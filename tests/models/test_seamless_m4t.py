@@ -32,6 +32,7 @@ from audiozoo.models.seamless_m4t import (
     SeamlessM4TModel,
     SeamlessM4TRecipe,
     finetuning_losses,
+    into_text_losses,
 )
 from audiozoo.models.speech_resynthesis import CodeHifiGanConfig
 from audiozoo.processors.seamless_m4t import SeamlessM4TFeatureExtractor
@@ -113,6 +114,8 @@ def test_annotations_hold(model, monkeypatch):
     for x in (text(), {"input_features": jnp.zeros((2, 20, 160)), "attention_mask": jnp.ones((2, 20), int)}):
         jax.eval_shape(lambda m, x=x: m(**x, decoder_input_ids=ids).logits, model)
         jax.eval_shape(lambda m, x=x: finetuning_losses(m, ids, ids, **x).total, model)
+    heard = {"input_features": jnp.zeros((2, 20, 160)), "input_ids": jnp.ones((2, 7), int)}
+    jax.eval_shape(lambda m: into_text_losses(m, ids, **heard, key=jax.random.key(0)).total, model)
     with pytest.raises(UsageError, match=r"\(1, 20, 80\); \(batch, frames, 160\)"):
         model(input_features=jnp.zeros((1, 20, 80)), decoder_input_ids=ids[:1])
     jax.eval_shape(lambda m: m.t2u_model(jnp.zeros((2, 4, 16)), labels=ids).loss, model)

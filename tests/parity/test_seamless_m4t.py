@@ -16,7 +16,7 @@ import audiozoo
 from audiozoo.errors import CheckpointError, SourceError, UsageError
 from audiozoo.loading import variables
 from audiozoo.models import seamless_m4t
-from audiozoo.models.seamless_m4t import SeamlessM4TConfig, finetuning_losses
+from audiozoo.models.seamless_m4t import SeamlessM4TConfig, finetuning_losses, into_text_losses
 from tests.parity import generation, harness
 from tests.parity.seamless_family import (
     LANGUAGES,
@@ -122,30 +122,32 @@ def test_text_to_units(whole):
     harness.compare_outputs(taps.ours, taps.reference)
 
 
+def smoothed(logits, labels, smoothing):
+    """The authors' cross-entropy."""
+    labels = torch.tensor(labels)
+    labels[:, 0] = -100  # the language
+    # fairseq2: (1 - ε - ε/(V-1)) · nll + ε/(V-1) · Σ nll
+    logp, kept = logits.log_softmax(-1), labels != -100
+    nll = -logp.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    each = smoothing / (logits.shape[-1] - 1)
+    loss = (1 - smoothing - each) * nll - each * logp.sum(-1)
+    return loss[kept].sum() / kept.sum()
+
+
+def shifted(labels, pad, start):
+    tokens = torch.full(labels.shape, start)
+    tokens[:, 1:] = torch.tensor(np.where(labels == -100, pad, labels))[:, :-1]
+    return tokens
+
+
 def their_loss(reference, labels, unit_labels, smoothing, **x):
     """The authors' fine-tuning, of the modules of `transformers`."""
-
-    def smoothed(logits, labels):
-        labels = torch.tensor(labels)
-        labels[:, 0] = -100  # the language
-        # fairseq2: (1 - ε - ε/(V-1)) · nll + ε/(V-1) · Σ nll
-        logp, kept = logits.log_softmax(-1), labels != -100
-        nll = -logp.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-        each = smoothing / (logits.shape[-1] - 1)
-        loss = (1 - smoothing - each) * nll - each * logp.sum(-1)
-        return loss[kept].sum() / kept.sum()
-
-    def shifted(labels, pad, start):
-        tokens = torch.full(labels.shape, start)
-        tokens[:, 1:] = torch.tensor(np.where(labels == -100, pad, labels))[:, :-1]
-        return tokens
-
     output = reference(**x, decoder_input_ids=shifted(labels, 0, 3), output_hidden_states=True)
     states, real = output.decoder_hidden_states[-1], torch.tensor(labels != -100).long()
     spoken = reference.t2u_model(
         inputs_embeds=states, attention_mask=real, decoder_input_ids=shifted(unit_labels, 1, 2)
     ).logits
-    return smoothed(output.logits, labels) + smoothed(spoken, unit_labels)
+    return smoothed(output.logits, labels, smoothing) + smoothed(spoken, unit_labels, smoothing)
 
 
 def labelled() -> tuple[np.ndarray, np.ndarray]:
@@ -174,6 +176,32 @@ def test_losses_and_every_gradient(whole, source):
     harness.assert_close(ours, plain, kind="gradient", name="loss")
     ours = model.t2u_model(jnp.asarray(units()[0]), labels=jnp.asarray(unit_labels)).loss
     harness.assert_close(ours, of_units, kind="gradient", name="loss of units")
+
+
+@pytest.mark.slow
+def test_the_text_teaches_the_speech(whole):
+    """X2T's three losses and their gradients, of the logits of `transformers`, the divergence token by token."""
+    reference, model, table = whole
+    labels, heard, read = labelled()[0], speech(), text()
+    places = [(0, 1), (0, 2), (0, 3), (0, 4), (1, 1), (1, 2)]  # all but the languages and what is behind the ends
+
+    def theirs():
+        of_text, of_speech = (
+            reference(**torched(x), decoder_input_ids=shifted(labels, 0, 3)).logits for x in (read, heard)
+        )
+        divergence = 0.0
+        for place in places:
+            p, q = of_text[place].detach().softmax(-1), of_speech[place].softmax(-1)
+            divergence = divergence + sum(a * (a / b).log() for a, b in zip(p, q, strict=True)) / len(places)
+        return 0.5 * smoothed(of_speech, labels, 0.2) + 0.25 * smoothed(of_text, labels, 0.2) + 2.0 * divergence
+
+    def ours(m):
+        x = {"input_ids": jnp.asarray(read["input_ids"]), "text_attention_mask": jnp.asarray(read["attention_mask"])}
+        return into_text_losses(m, jnp.asarray(labels), **jaxed(heard), **x, weights=(0.5, 0.25, 2.0)).total
+
+    compared = harness.compare_gradients(reference, theirs, model, jax.jit(ours), table)
+    assert any(name.startswith("text_encoder") for name in compared)
+    assert any(name.startswith("speech_encoder") for name in compared)
 
 
 def test_only_what_learns_has_gradients(whole):
