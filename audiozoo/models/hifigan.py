@@ -22,8 +22,8 @@ discriminators teach it: some see the waveform folded at prime periods, some see
 | §2.4, Eq. 1 and 2, least-squares GAN | `discriminator_loss`, `generator_loss` |
 | §2.4, Eq. 3, mel-spectrogram loss | `log_mel`, `mel_loss` |
 | §2.4, Eq. 4, feature matching | `feature_loss` |
-| §2.4, Eq. 5 and 6, final losses; training | `generator_losses`, `discriminator_losses`, `HifiGanDiscriminator` |
-| §3.1 and Appendix A, sizes | `HifiGanConfig.v1()`, `v2()`, `v3()` |
+| §2.4, Eq. 5 to 8, final losses; training | `generator_losses`, `discriminator_losses`, `HifiGanDiscriminator` |
+| §3 and Appendix A, sizes | `HifiGanConfig.v1()`, `v2()`, `v3()` |
 | not in the paper; in the released checkpoints | `SpeechT5HifiGan` |
 
 Two generators that other papers took over differ in small things, each a field of the configuration: SpeechT5's
@@ -62,7 +62,7 @@ from audiozoo.outputs import ABSENT, ModelOutput
 
 @dataclass(frozen=True)
 class HifiGanConfig:
-    """The generator's sizes (§3.1, Appendix A) and the released checkpoints' variations."""
+    """The generator's sizes (§3, Appendix A) and the released checkpoints' variations."""
 
     model_in_dim: int = 80  # bins of a spectrogram frame
     sampling_rate: int = 22_050  # Hz of the waveform
@@ -102,17 +102,17 @@ class HifiGanConfig:
 
     @classmethod
     def v1(cls, **changes: Any) -> HifiGanConfig:
-        """Variant 1 (§3.1), for quality."""
+        """Variant 1 (§3), for quality."""
         return cls(**changes)
 
     @classmethod
     def v2(cls, **changes: Any) -> HifiGanConfig:
-        """Variant 2 (§3.1): a quarter of the channels."""
+        """Variant 2 (§3): a quarter of the channels."""
         return cls(**{"upsample_initial_channel": 128, **changes})
 
     @classmethod
     def v3(cls, **changes: Any) -> HifiGanConfig:
-        """Variant 3 (§3.1, Appendix A): three stages and single-convolution residual blocks."""
+        """Variant 3 (§3, Appendix A): three stages and single-convolution residual blocks."""
         sizes: dict[str, Any] = {
             "upsample_initial_channel": 256,
             "upsample_rates": (8, 8, 4),
@@ -551,7 +551,7 @@ class MultiScaleDiscriminator(nnx.Module):
 
 
 class HifiGanDiscriminator(nnx.Module):
-    """Both kinds of discriminators together (§2.4, Eq. 5 and 6 sum over all of their parts)."""
+    """Both kinds of discriminators together (§2.4, Eq. 7 and 8 sum over all of their parts)."""
 
     def __init__(
         self,
@@ -670,14 +670,14 @@ def mel_loss(
 
 
 class HifiGanBatch(ModelOutput):
-    """A batch for training (§3.1): segments of spectrograms, and the waveforms that they were made of."""
+    """A batch for training (§3): segments of spectrograms, and the waveforms that they were made of."""
 
     spectrogram: Float[Array, "batch frames bins"] = ABSENT
     waveform: Float[Array, "batch samples"] = ABSENT
 
 
 class HifiGanLosses(ModelOutput):
-    """The generator's loss and its parts, weights included (§2.4, Eq. 5)."""
+    """The generator's loss and its parts, weights included (§2.4, Eq. 7)."""
 
     total: Float[Array, ""] = ABSENT
     mel: Float[Array, ""] = ABSENT
@@ -701,7 +701,7 @@ def generator_losses(
     hop_length: int | None = None,
     key: jax.Array | None = None,
 ) -> tuple[HifiGanLosses, HifiGanOutput, Float[Array, "batch samples"]]:
-    r"""$L_G = \sum_k [L_{Adv}(G; D_k) + \lambda_{fm} L_{FM}(G; D_k)] + \lambda_{mel} L_{Mel}(G)$ (§2.4, Eq. 5).
+    r"""$L_G = \sum_k [L_{Adv}(G; D_k) + \lambda_{fm} L_{FM}(G; D_k)] + \lambda_{mel} L_{Mel}(G)$ (§2.4, Eq. 7).
 
     Args:
         model: the generator.
@@ -734,7 +734,7 @@ def discriminator_losses(
     real: Float[Array, "batch samples"],
     generated: Float[Array, "batch samples"],
 ) -> Float[Array, ""]:
-    r"""$L_D = \sum_k L_{Adv}(D_k; G)$ (§2.4, Eq. 6); no gradient goes back into `generated`."""
+    r"""$L_D = \sum_k L_{Adv}(D_k; G)$ (§2.4, Eq. 8); no gradient goes back into `generated`."""
     scores, _ = discriminator(real)
     judged, _ = discriminator(jax.lax.stop_gradient(generated))
     return discriminator_loss(scores, judged)
