@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -428,3 +429,18 @@ def test_conversions_that_cannot_be_done(audiozoo_command, directories, tmp_path
     assert_refused(wrong, "has a class 'Bert'")
     assert os.listdir(tmp_path) == ["there"]
     assert os.listdir(there) == ["file"]
+
+
+def test_a_termination_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def command():
+        with terminal.written_whole(tmp_path / "text.txt") as temporary:
+            temporary.write_text("half")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(cli, "app", command)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 143
+    assert not list(tmp_path.iterdir())

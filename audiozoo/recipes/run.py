@@ -513,9 +513,9 @@ def train(
                 report=told,
                 checkpoints=checkpoints,
             )
-        except BaseException as error:  # Ctrl-C too: what is being written becomes whole
+        except BaseException as error:  # Ctrl-C and SIGTERM too: what is being written becomes whole
             checkpoints.close()
-            if console is not None and isinstance(error, KeyboardInterrupt):
+            if console is not None and isinstance(error, KeyboardInterrupt | SystemExit):
                 console.print("stopped: the same command goes on from the last checkpoint, if any", highlight=False)
             raise
     for part in (batches, judged) if console is not None else ():
