@@ -48,11 +48,11 @@ def test_is_small_and_says_what_made_it(case):
 
 @pytest.fixture(scope="module")
 def on_eight_devices():
-    return json.loads(processes.output("-m", "tests.golden.on_devices", timeout=600).splitlines()[-1])
+    return json.loads(processes.output("-m", "tests.golden.on_devices", timeout=1100).splitlines()[-1])
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @each_case
 def test_agrees_on_eight_devices(case, on_eight_devices):
     """The original's numbers in float64, with parameters divided over eight devices."""

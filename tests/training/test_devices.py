@@ -12,12 +12,12 @@ from tests.training.on_devices import MESHES, chosen
 def differences(tmp_path_factory):
     """By recipe and mesh: what is furthest apart after a step, in units of the tolerance; or an error."""
     out = tmp_path_factory.mktemp("devices") / "differences.json"
-    processes.output("-m", "tests.training.on_devices", out, timeout=600)
+    processes.output("-m", "tests.training.on_devices", out, timeout=1100)
     return json.loads(out.read_text())
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("row", chosen(), ids=lambda row: row.name)
 def test_eight_devices_equal_one(differences, row):
     """Loss, metrics, every gradient, every parameter, statistic and moment of the optimiser after a step."""
