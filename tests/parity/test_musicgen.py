@@ -404,6 +404,22 @@ def test_repetitions_are_those_of_the_music(plain, name, value, monkeypatch):
     assert (ours.audio_codes != with_silent_codes).any()
 
 
+def test_a_few_steps_have_the_pattern_too_and_guidance_chooses_nothing_forbidden(plain):
+    """The original has no delays where fewer than 2K - 2 new steps are wanted, and forbids before it guides."""
+    reference, model, _ = plain
+    options = {"guidance_scale": 2.5, "suppress_tokens": [3, 9, 17, 25]}
+
+    def both(steps):
+        ours = model.generate(**jaxed(texts()), max_new_tokens=steps, return_dict_in_generate=True, **options)
+        return their_music(reference, **torched(texts()), max_new_tokens=steps, **options)[1], ours.audio_codes
+
+    for steps, frames in ((5, 5), (6, 3)):
+        theirs, ours = both(steps)
+        assert (theirs.shape[2], ours.shape[2]) == (frames, steps - 3)
+        assert np.isin(theirs, options["suppress_tokens"]).any()
+        assert not np.isin(ours, options["suppress_tokens"]).any()
+
+
 def test_music_to_continue(plain):
     reference, model, _ = plain
     rng = np.random.default_rng(7)
