@@ -398,6 +398,8 @@ def resample(waveform: ArrayLike, from_rate: int, to_rate: int, axis: int = -1) 
         raise UsageError(f"Cannot resample from {from_rate} Hz to {to_rate} Hz; sampling rates are positive.")
     if from_rate == to_rate or not samples.size:
         return samples
+    if samples.dtype.name not in ("float32", "float64", "int16", "int32"):
+        raise AudioError(f"Cannot resample {samples.dtype} samples; give float32, float64, int16 or int32.")
     time_first = np.moveaxis(samples, axis, 0)
     flat = np.ascontiguousarray(time_first.reshape(len(time_first), -1))
     converted = soxr.resample(flat, from_rate, to_rate)

@@ -44,11 +44,6 @@ def _opened(source: str) -> Iterator[BinaryIO]:
         raise SourceError(f"{source} cannot be read ({error.strerror}).") from None
 
 
-def _read(source: str) -> bytes:
-    with _opened(source) as file:
-        return file.read()
-
-
 def _write_on(out: str, parts: Iterable[bytes]) -> int:
     """Parts as they come, to standard output, or to a file that is renamed at the end; returns how many bytes."""
     written = 0
@@ -192,19 +187,20 @@ def info(
     import dataclasses
     import json
 
-    from audiozoo.codec import BitReader, body_bytes, read_header
+    from audiozoo.codec import StreamReader, body_bytes, read_header
     from audiozoo.codec.ecdc import MODELS
     from audiozoo.models.encodec import EncodecConfig
 
-    data = _read(source)
-    reader = BitReader(data)
-    header = read_header(reader)
-    fields: dict[str, Any] = {**dataclasses.asdict(header), "bytes": len(data)}
+    with _opened(source) as file:
+        reader = StreamReader(file)
+        header = read_header(reader)
+        size = file.seek(0, 2) if file.seekable() else reader.position + len(file.read())
+    fields: dict[str, Any] = {**dataclasses.asdict(header), "bytes": size}
     if header.samples and header.model in MODELS:
         config = getattr(EncodecConfig, header.model)()
         fields["seconds"] = header.samples / config.sampling_rate
-        fields["kbps"] = len(data) * 8 / fields["seconds"] / 1000
-        missing = 0 if header.language_model else reader.position + body_bytes(header, config) - len(data)
+        fields["kbps"] = size * 8 / fields["seconds"] / 1000
+        missing = 0 if header.language_model else reader.position + body_bytes(header, config) - size
         if missing > 0:
             fields["missing_bytes"] = missing
     if as_json:

@@ -46,7 +46,7 @@ from audiozoo.processors.wav2vec2 import Wav2Vec2FeatureExtractor
 from audiozoo.recipes import RECIPES, Recipe
 from audiozoo.recipes import recipe as find_recipe
 from audiozoo.recipes.objectives import Objective
-from audiozoo.recipes.run import sampling_rate, with_average
+from audiozoo.recipes.run import as_stacked, sampling_rate, with_average
 from audiozoo.recipes.settings import Settings
 from audiozoo.training import tpu
 from audiozoo.training.data import collate
@@ -630,8 +630,8 @@ def plan(
     row = recipe_of(choice, asked.name if asked else None) if train else None
     if row is not None and (besides := {n: v for n, v in row.config.items() if n not in (config or {})}):
         choice = dataclasses.replace(choice, config=dataclasses.replace(choice.config, **besides))
-    if getattr(choice.config, "use_guided_attention_loss", False):  # it reads the weights of every layer
-        options = dataclasses.replace(options, stack=False)
+    if row is not None:
+        options = as_stacked(options, choice.paper.model_class(choice.model_class), choice.config)
     chip, where = tpu.chip(topology), tpu.topology_mesh(topology, mesh)
     how: dict[str, Any] = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(param_dtype)}
     if row is not None:

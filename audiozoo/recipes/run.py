@@ -26,6 +26,7 @@ from audiozoo.decoding.units import KMeans, cepstra
 from audiozoo.errors import AudioError, AudiozooError, CheckpointError, UsageError
 from audiozoo.layers.abstract import abstract
 from audiozoo.models import audio_spectrogram_transformer as ast
+from audiozoo.models.speecht5 import SpeechT5Speaking
 from audiozoo.processors.audio_spectrogram_transformer import ASTFeatureExtractor
 from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor
 from audiozoo.recipes import Recipe
@@ -207,7 +208,8 @@ def build(
         lora = dataclasses.replace(lora, within=lora.within or recipe.adapted)
         trainable = Trainable(pattern=recipe.new, frozen=frozen, lora=lora)
     task = recipe.objective.task(model, processor, numbers, trainable, dtype)
-    return Run(recipe, numbers, model, processor, Trainer(task, with_average(options, numbers), mesh=mesh))
+    how = as_stacked(with_average(options, numbers), type(model), model.config)
+    return Run(recipe, numbers, model, processor, Trainer(task, how, mesh=mesh))
 
 
 def _begun(
@@ -250,6 +252,12 @@ def _headed(recipe: Recipe, model: Any, path: Path, dtype: Any) -> Any:
         if all(name in known or (recipe.new and re.search(recipe.new, name)) for name in wanted):
             return resized(model, cls=cls, dtype=dtype)
     raise CheckpointError(f"{path} holds a {kind}, which is not the body of a {recipe.model_class}.")
+
+
+def as_stacked(options: Options, cls: type, config: Any) -> Options:
+    """The options, without a stack where the loss reads what lies between its blocks (SpeechT5's guided attention)."""
+    guided = issubclass(cls, SpeechT5Speaking) and config.use_guided_attention_loss
+    return dataclasses.replace(options, stack=False) if guided else options
 
 
 def with_average(options: Options | None, settings: Settings) -> Options:

@@ -71,6 +71,8 @@ def test_other_rates_are_resampled_by_soxr(tmp_path):
     for rates in ((0, 16_000), (16_000, -1)):
         with pytest.raises(UsageError, match="sampling rates are positive"):
             audio.resample(samples, *rates)
+    with pytest.raises(AudioError, match="Cannot resample int64 samples"):
+        audio.resample(np.ones(9, np.int64), 16_000, 8_000)
 
 
 def test_the_source_may_be_bytes_a_file_a_pipe_or_standard_input(tmp_path, monkeypatch):

@@ -1043,6 +1043,14 @@ def test_an_authors_file_that_does_not_fit(corpus, tmp_path):
         ready.batches(texts).batch(0)
 
 
+@pytest.mark.parametrize(("name", "stacked"), [("speecht5", False), ("speecht5_recognition", True)])
+def test_a_loss_that_reads_between_blocks_gets_no_stack(corpus, name, stacked):
+    row, model, processor = tiny.small(recipe(name))
+    how = {"model": model, "processor": processor, "config": {"use_guided_attention_loss": True}}
+    ready = run.build(row, find_items(corpus), options=Options(stack=True), **how)
+    assert ready.trainer.options.stack == stacked
+
+
 @pytest.mark.slow
 def test_a_stack_recomputed_and_adapted_by_low_rank_goes_on(corpus, tmp_path):
     """`--stack --remat --lora --mesh`, stopped and gone on with, is as in one go; what is saved is a plain model."""
