@@ -112,12 +112,12 @@ def median_filter(x: Float[Array, "*batch time"], width: int, length: int | Arra
     half, time = width // 2, x.shape[-1]
     if time <= half:
         return x
-    end = time if length is None else length
+    end, zero = jnp.asarray(time if length is None else length, jnp.int32), jnp.int32(0)  # one type in all indices
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(half, half)])  # sample i is now at i + half
-    start = [jnp.asarray(0)] * (x.ndim - 1)
+    start = [zero] * (x.ndim - 1)
     left = lax.slice_in_dim(x, half + 1, 2 * half + 1, axis=-1)
     right = lax.dynamic_slice(x, (*start, end - 1), (*x.shape[:-1], half))  # the `half` values before the last one
-    x = lax.dynamic_update_slice(x, left[..., ::-1], (*start, jnp.asarray(0)))
+    x = lax.dynamic_update_slice(x, left[..., ::-1], (*start, zero))
     x = lax.dynamic_update_slice(x, right[..., ::-1], (*start, end + half))
     neighbours = [x[..., i : i + time] for i in range(width)]
     # Odd-even transposition sort of `width` arrays: element-wise, so the compiler fuses all of it.

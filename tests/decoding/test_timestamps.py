@@ -93,13 +93,14 @@ def test_times_that_are_together_more_probable_win():
 
 
 @pytest.mark.parametrize("length", [4, 9, 40])
-@pytest.mark.parametrize("width", [3, 7])
-def test_median_filter(length: int, width: int):
+@pytest.mark.parametrize(("width", "double"), [(3, False), (7, False), (7, True)])
+def test_median_filter(length: int, width: int, double: bool):
     x = np.random.default_rng(0).standard_normal((2, 40)).astype(np.float32)
     half = width // 2
     mirrored = np.pad(x[:, :length], ((0, 0), (half, half)), mode="reflect")
     wanted = np.median(np.lib.stride_tricks.sliding_window_view(mirrored, width, axis=1), axis=-1)
-    found = jax.jit(median_filter, static_argnums=1)(x, width, length)
+    with jax.enable_x64(double):
+        found = jax.jit(median_filter, static_argnums=1)(x, width, np.int32(length))
     np.testing.assert_array_equal(np.asarray(found)[:, :length], wanted.astype(np.float32))
 
 
