@@ -134,7 +134,7 @@ def load(
             parameter, as a directory that `save` wrote always does.
         stack_layers: run equal blocks by one scan, so that a deep model compiles in the time of one block. Such a model
             computes and is saved as any other, but keeps no cache (`generate`) and shows nothing between its blocks.
-        revision: branch, tag or commit of a hub repository.
+        revision: branch, tag or commit of a hub repository; of no meaning for a path.
         progress: called with the bytes read so far and the bytes in all.
 
     Returns:
@@ -189,7 +189,7 @@ def load_processor(source: str | Path, *, revision: str | None = None) -> Any:
 
     Args:
         source: as for `load`.
-        revision: branch, tag or commit of a hub repository.
+        revision: branch, tag or commit of a hub repository; of no meaning for a path.
 
     Raises:
         SourceError: if the source is not there, or lacks the files of a processor.

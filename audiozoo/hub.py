@@ -55,7 +55,7 @@ def resolve(
         source: a file, a directory, or a hub id such as `openai/whisper-tiny`.
         patterns: files to fetch (`*` matches), by default the configuration, the tokenizer, and one copy of the
             weights: safetensors rather than a pickle, never those of TensorFlow or Flax.
-        revision: a branch, tag or commit; the main branch by default.
+        revision: a branch, tag or commit of a repository; the main branch by default. Of no meaning for a path.
         endpoint: address of the hub, by default `HF_ENDPOINT` or the public one.
         cache_dir: by default Hugging Face's.
 

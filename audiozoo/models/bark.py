@@ -554,7 +554,8 @@ class BarkSemanticModel(BarkCausalModel):
             sampling: "transformers" or "original".
             key: randomness.
             noise: standard Gumbel noise to sample with, instead of `key`.
-            options: `min_eos_p`, and those of `audiozoo.decoding.GenerationConfig`.
+            options: `min_eos_p`, and those of `audiozoo.decoding.GenerationConfig`. As in `transformers`, the
+                checkpoint's `max_new_tokens` is stronger than `max_length`: give another `max_new_tokens`.
 
         Returns:
             Tokens up to and with the end of speech, padded with it; with `return_dict_in_generate=True` a

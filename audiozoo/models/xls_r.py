@@ -327,7 +327,8 @@ class SpeechEncoderDecoderModel(nnx.Module):
             input_values: waveforms at 16 kHz.
             attention_mask: 1 for a sample of the recording, 0 for padding behind it.
             decoder_input_ids: the text's beginning; by default `decoder_start_token_id`.
-            masked_group_norm: together with the next translate a padded batch as its items one by one; see
+            masked_group_norm: together with the next translate a padded batch as its items one by one, which
+                `audiozoo translate` does; by default padding is heard as the encoder's own class hears it. See
                 `Wav2Vec2Model`.
             masked_adapter: see `Wav2Vec2Model`.
             key: randomness for `do_sample=True`.
