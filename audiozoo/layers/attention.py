@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from audiozoo.errors import UsageError
 from audiozoo.layers.basic import Dropout, Linear, matmul
 
 
@@ -237,6 +238,8 @@ class MultiHeadAttention(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        if heads < 1 or features % heads:
+            raise UsageError(f"A width of {features} does not divide into {heads} heads.")
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         if kernel_init is not None:
             kwargs["kernel_init"] = kernel_init

@@ -368,8 +368,6 @@ class _Transformer(nnx.Module):
     """Position embeddings, blocks and a last LayerNorm; what all three models share."""
 
     def __init__(self, config: BarkSubModelConfig, *, is_causal: bool, **kwargs: Any):
-        if config.hidden_size % config.num_heads:
-            raise UsageError(f"{config.num_heads} heads do not divide a width of {config.hidden_size}.")
         self.init = nnx.initializers.normal(config.initializer_range)
         self.position_embeds_layer = Embed(config.block_size, config.hidden_size, embedding_init=self.init, **kwargs)
         blocks = [BarkBlock(config, is_causal=is_causal, **kwargs) for _ in range(config.num_layers)]

@@ -156,10 +156,6 @@ class RobertaModel(nnx.Module):
     """§2.2: embeddings, blocks and pooler."""
 
     def __init__(self, config: RobertaConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        if config.hidden_size % config.num_attention_heads:
-            raise UsageError(
-                f"A width of {config.hidden_size} does not divide into {config.num_attention_heads} heads."
-            )
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.embeddings = RobertaEmbeddings(config, **kwargs)
         self.layers = nnx.List([RobertaLayer(config, **kwargs) for _ in range(config.num_hidden_layers)])

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from audiozoo.layers import attend, attend_without_weights, in_blocks
+from audiozoo.errors import UsageError
+from audiozoo.layers import MultiHeadAttention, attend, attend_without_weights, in_blocks
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -52,3 +54,9 @@ def test_blocks_of_positions_agree(monkeypatch):
         a, b = (jax.jit(jax.grad(lambda *w, f=f: (f(*w) ** 2).sum(), (0, 1, 2)))(x, into, out) for f in (blocks, whole))
         for one, other in zip(a, b, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("heads", [0, 3])
+def test_heads_that_do_not_divide_a_width_get_a_sentence(heads):
+    with pytest.raises(UsageError, match=f"A width of 8 does not divide into {heads} heads"):
+        MultiHeadAttention(8, heads, rngs=nnx.Rngs(0))
