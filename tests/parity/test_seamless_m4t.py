@@ -178,7 +178,6 @@ def test_losses_and_every_gradient(whole, source):
     harness.assert_close(ours, of_units, kind="gradient", name="loss of units")
 
 
-@pytest.mark.slow
 def test_the_text_teaches_the_speech(whole):
     """X2T's three losses and their gradients, of the logits of `transformers`, the divergence token by token."""
     reference, model, table = whole
