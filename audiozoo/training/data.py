@@ -191,7 +191,9 @@ def _of_row(row: dict[str, Any], manifest: Path, number: int) -> Item:
 
 def _with_text(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields, with what is spoken as `text`, by whatever of the usual names it is given."""
-    text = next((fields[key] for key in _MANIFEST_TEXT if fields.get(key)), None)
+    text = next((fields[key] for key in _MANIFEST_TEXT if fields.get(key) not in (None, "")), None)
+    if isinstance(text, int | float):  # "text": 1995
+        text = str(text)
     return fields if text is None else fields | {"text": text}
 
 

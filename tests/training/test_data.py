@@ -85,6 +85,8 @@ def test_manifests(folder):
     rows[0]["sentence"] = "one\u2028line, \x85 still"  # separators that end no line of a file
     jsonl.write_bytes("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
     assert [item.fields.get("text") for item in find_items(jsonl)] == [rows[0]["sentence"], None]
+    jsonl.write_text("\n".join(json.dumps(rows[0] | {"sentence": number}) for number in (1995, 0)))
+    assert [item.fields["text"] for item in find_items(jsonl)] == ["1995", "0"]
     tsv = folder / "set.tsv"
     (folder / "clips").mkdir()
     (folder / "clips" / "a.mp3").touch()
