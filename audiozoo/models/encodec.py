@@ -608,8 +608,8 @@ class EncodecResidualVectorQuantizer(nnx.Module):
     def __init__(self, config: EncodecConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         shape = (config.num_quantizers, config.codebook_size, config.hidden_size)
         self.embed = nnx.BatchStat(jax.random.normal(rngs.params(), shape, param_dtype))
-        self.embed_avg = nnx.BatchStat(self.embed[...])
-        self.cluster_size = nnx.BatchStat(jnp.zeros(shape[:2], param_dtype))
+        self.embed_avg = nnx.BatchStat(at_least_float32(self.embed[...]))  # a hundredth of a step would round to none
+        self.cluster_size = nnx.BatchStat(at_least_float32(jnp.zeros(shape[:2], param_dtype)))
         self.inited = nnx.BatchStat(jnp.zeros((shape[0], 1), param_dtype))
 
     def encode(
@@ -675,7 +675,8 @@ class EncodecResidualVectorQuantizer(nnx.Module):
             if key is None:
                 raise UsageError("Training the quantiser draws rows of the batch: give it a key, or the rows.")
             rows = _draw_rows(key, (2, total, size), batch * frames)
-        x = z.reshape(-1, channels).astype(jnp.promote_types(z.dtype, self.embed.dtype))
+        books = jax.tree.map(at_least_float32, self.codebooks())
+        x = z.reshape(-1, channels).astype(jnp.promote_types(z.dtype, books.embed.dtype))
         fixed = jax.lax.stop_gradient(x)
 
         def step(carry: tuple[jax.Array, jax.Array], layer: tuple[jax.Array, ...]) -> tuple[Any, Any]:
@@ -704,7 +705,6 @@ class EncodecResidualVectorQuantizer(nnx.Module):
             so_far = so_far + jnp.where(active, chosen, jnp.zeros((), x.dtype))
             return (so_far, loss + jnp.where(active, commitment, 0.0)), (codes, after)
 
-        books = self.codebooks()
         layers = (jnp.arange(total), books.embed, books.embed_avg, books.cluster_size, books.inited, rows[0], rows[1])
         layers = jax.lax.stop_gradient(layers)
         (quantized, loss), (codes, after) = jax.lax.scan(step, (jnp.zeros_like(fixed), jnp.zeros((), x.dtype)), layers)
