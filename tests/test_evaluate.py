@@ -409,13 +409,13 @@ def test_the_command_measures_a_directory(command, corpus, items, tmp_path, lett
 def test_a_list_of_sentences(tmp_path):
     from audiozoo.commands.evaluation import _items
 
-    (tmp_path / "lines.txt").write_text("a bell\n\nan owl\n", encoding="utf-8")
-    assert [item.fields["text"] for item in _items(str(tmp_path / "lines.txt"))] == ["a bell", "an owl"]
+    (tmp_path / "lines.txt").write_text("a bell\n\nan\u2028owl\n", encoding="utf-8")
+    assert [item.fields["text"] for item in _items(str(tmp_path / "lines.txt"))] == ["a bell", "an\u2028owl"]
     (tmp_path / "lines.txt").write_text("\n")
     with pytest.raises(SourceError, match="holds no text"):
         _items(str(tmp_path / "lines.txt"))
     (tmp_path / "lines.txt").write_bytes(b"\xff")
-    with pytest.raises(SourceError, match="UTF-8"):
+    with pytest.raises(UsageError, match="UTF-8"):
         _items(str(tmp_path / "lines.txt"))
 
 

@@ -126,18 +126,13 @@ def _plain(value: Any) -> Any:
 
 
 def _items(data: str) -> list[Any]:
-    from audiozoo.training.data import Item, find_items
+    from audiozoo.training.data import Item, find_items, lines_of
 
     path = Path(data)
     if path.suffix != ".txt" or not path.is_file():
         return find_items(data)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError):
-        raise SourceError(f"{path} cannot be read as UTF-8 text.") from None
-    items = [
-        Item(f"{path}:{number}", path, None, {"text": line}) for number, line in enumerate(lines, 1) if line.strip()
-    ]
+    lines = enumerate(lines_of(path), 1)
+    items = [Item(f"{path}:{number}", path, None, {"text": line}) for number, line in lines if line.strip()]
     if not items:
         raise SourceError(f"{path} holds no text.")
     return items

@@ -120,7 +120,7 @@ def _of_folder(root: Path) -> list[Item]:
     texts: dict[Path, str] = {}
     files = sorted(path for path in root.rglob("*") if not _hidden(path.relative_to(root)))
     for path in (path for path in files if path.name.endswith(".trans.txt")):
-        for line in _lines(path):
+        for line in lines_of(path):
             name, _, text = line.partition(" ")
             texts[path.parent / name] = text
     items = []
@@ -139,14 +139,14 @@ def _of_folder(root: Path) -> list[Item]:
 
 def _of_jsonl(path: Path) -> list[Item]:
     items = []
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(lines_of(path), 1):
         if line.strip():
             items.append(_of_row(_object(line, f"{path}:{number}"), path, number))
     return items
 
 
 def _of_tsv(path: Path) -> list[Item]:
-    lines = _lines(path)
+    lines = lines_of(path)
     if not lines:
         return []
     if "\t" in lines[0]:
@@ -154,7 +154,7 @@ def _of_tsv(path: Path) -> list[Item]:
         return [_of_row({k: v for k, v in row.items() if k and v}, path, n) for n, row in enumerate(table, 2)]
     root, items = path.parent / lines[0], []
     beside = {suffix: path.with_suffix(f".{suffix}") for suffix in ("wrd", "ltr", "km", "phn")}
-    labels = {s: _lines(p) for s, p in beside.items() if p.is_file()}
+    labels = {s: lines_of(p) for s, p in beside.items() if p.is_file()}
     for suffix, rows in labels.items():
         if len(rows) != len(lines) - 1:
             raise UsageError(f"{beside[suffix]} has {len(rows)} lines for the {len(lines) - 1} of {path}.")
@@ -232,10 +232,13 @@ def _groups(path: Path) -> dict[str, dict[str, Member]]:
 
 
 def _text(path: Path) -> str:
-    return _decoded(path.read_bytes(), str(path))
+    try:
+        return _decoded(path.read_bytes(), str(path))
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read ({error.strerror}).") from None
 
 
-def _lines(path: Path) -> list[str]:
+def lines_of(path: Path) -> list[str]:
     """Lines as files have them; `str.splitlines` would end one at any of Unicode's separators within a text, too."""
     return [line.rstrip("\n") for line in io.StringIO(_text(path), newline=None)]
 
