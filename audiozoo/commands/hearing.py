@@ -189,7 +189,7 @@ def embeddings_of(
     """The embedding of every file that can be read, from the cache where the file has not changed since.
 
     The cache holds what it held before, too, so that one serves several directories. A cache that cannot be read is
-    made anew; one that cannot be written is done without.
+    made anew; one that cannot be written is done without. What another search has written meanwhile stays.
 
     Args:
         files: sound files.
@@ -232,6 +232,7 @@ def _read_cache(path: Path) -> dict[str, np.ndarray]:
 def _write_cache(path: Path, known: dict[str, np.ndarray]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        known = _read_cache(path) | known
         _write_arrays(path, {"keys": np.asarray(list(known)), "embeddings": np.stack(list(known.values()))})
     except (OSError, SourceError) as error:
         say(f"the embeddings are not kept: {error}", "yellow")

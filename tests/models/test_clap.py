@@ -557,6 +557,16 @@ def test_embeddings_are_kept_until_a_file_changes(tmp_path, capsys):
         assert asked.pop() == "a.wav"
         hearing.embeddings_of(files[:1], compute, cache)
         assert len(asked) == 5
+
+    def beside(file: Path) -> np.ndarray:
+        hearing.embeddings_of(files[2:], compute, cache)
+        return compute(file)
+
+    cache.unlink()
+    hearing.embeddings_of(files[:1], beside, cache)
+    asked.clear()
+    hearing.embeddings_of([files[0], files[2]], compute, cache)
+    assert not asked  # of two searches at a time neither's are lost
     before = hearing._identity(cache)  # a file, as of a checkpoint of LAION's
     (cache.parent / "preprocessor_config.json").write_text("{}")
     assert hearing._identity(cache) != before
