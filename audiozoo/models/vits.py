@@ -705,7 +705,7 @@ class VitsStochasticDurationPredictor(nnx.Module):
         # The first spline only ever transforms ν, which is dropped here: it is left out.
         for flow in (*reversed(self.flows[2:]), self.flows[0]):
             z, _ = flow(z[..., ::-1], mask, condition, reverse=True)
-        return z[..., :1]
+        return z[..., :1].astype(jnp.promote_types(noise.dtype, condition.dtype))
 
     def negative_log_likelihood(
         self,

@@ -74,11 +74,12 @@ def inputs() -> dict[str, np.ndarray]:
     mask[1, 3:] = 0
     labels = (np.arange(56, dtype=np.int32).reshape(2, 7, 4) * 37) % 33
     labels[0, 5:] = -100
+    clear = 170  # of 400 draws the one whose codes are furthest from a tie, which bfloat16 may decide otherwise
     return {
         "input_ids": np.arange(10, dtype=np.int32).reshape(2, 5) * 3 % 38 + 2,
         "attention_mask": mask,
         "labels": labels,
-        "input_values": uniform(0, "input_values", (2, 1, 40), -0.9, 0.9),
+        "input_values": uniform(clear, "input_values", (2, 1, 40), -0.9, 0.9),
     }
 
 
