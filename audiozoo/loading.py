@@ -88,8 +88,9 @@ def processor_of(path: Path, paper: Paper | None = None) -> Any:
         paper: whose model is read from it; by default the one that is found there.
     """
     paper = paper or paper_of(path)
-    made = processor_of_file(path, paper)
-    return paper.processor_class.from_directory(path if path.is_dir() else path.parent) if made is None else made
+    with _sizes_of(path, "No processor can be made of the settings in"):
+        made = processor_of_file(path, paper)
+        return paper.processor_class.from_directory(path if path.is_dir() else path.parent) if made is None else made
 
 
 def processor_of_file(path: Path, paper: Paper) -> Any:
@@ -125,7 +126,7 @@ def load(
 
 
 @contextmanager
-def _sizes_of(source: Any) -> Iterator[None]:
+def _sizes_of(source: Any, wrong: str = "No model can be made of the sizes in") -> Iterator[None]:
     """Sizes of which no model can be made (a width of 0, a text for a part) get one sentence, wherever they are met."""
     try:
         yield
@@ -136,7 +137,7 @@ def _sizes_of(source: Any) -> Iterator[None]:
             error.obj, int | float | str | list | tuple | dict | None
         ):
             raise  # of what no JSON holds: a mistake of ours
-        raise CheckpointError(f"No model can be made of the sizes in {source} ({first_line(error)}).") from error
+        raise CheckpointError(f"{wrong} {source} ({first_line(error)}).") from error
 
 
 def convert(

@@ -6,12 +6,15 @@ sentence for what cannot be used.
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -215,8 +218,39 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value out of JSON is of a type; whole numbers are numbers, and lists may be tuples."""
+    if get_origin(kind) in (Union, UnionType):
+        return any(_is(value, one) for one in get_args(kind))
+    kind = get_origin(kind) or kind
+    if isinstance(value, bool):
+        return kind is bool
+    if kind is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, list | tuple if kind is tuple else kind)
+
+
 class FeatureExtractor:
-    """A feature extractor: its attributes are the fields of its `preprocessor_config.json`."""
+    """A feature extractor: its arguments are the fields of its `preprocessor_config.json`."""
+
+    @classmethod
+    def of_settings(cls, settings: Mapping[str, Any], source: Path) -> Self:
+        """The extractor that a file's fields describe; those that it does not know are passed over.
+
+        Raises:
+            CheckpointError: they are another extractor's, or one is of another type, or no sampling rate.
+        """
+        kind = settings.get("feature_extractor_type", cls.__name__)
+        if kind != cls.__name__:
+            raise CheckpointError(f"'{source}' holds the settings of a {kind}, not of a {cls.__name__}.")
+        types = {name: kind for name, kind in get_type_hints(cls.__init__).items() if name in settings}
+        for name, kind in types.items():
+            if not _is(settings[name], kind):
+                wanted = inspect.signature(cls).parameters[name].annotation
+                raise CheckpointError(f"'{source}' has {name} {settings[name]!r:.60}, which is no {wanted}.")
+        if settings.get("sampling_rate", 1) < 1:
+            raise CheckpointError(f"'{source}' has a sampling rate of {settings['sampling_rate']} Hz.")
+        return cls(**{name: settings[name] for name in types})
 
     def saved_besides(self) -> dict[str, Any]:
         """What `transformers` also writes into `preprocessor_config.json`."""

@@ -133,10 +133,7 @@ class ASTFeatureExtractor(FeatureExtractor):
                 f"'{folder}' has no preprocessor_config.json; ASTFeatureExtractor.audioset(), .esc50() and "
                 ".speech_commands() are the processors of the project's own files."
             )
-        kind = config.get("feature_extractor_type", cls.__name__)
-        if kind != cls.__name__:
-            raise CheckpointError(f"'{folder}' holds the settings of a {kind}, not of AST's features.")
-        return cls(**{name: config[name] for name in vars(cls()) if name in config})
+        return cls.of_settings(config, folder)
 
     def normalize(self, features: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
         r"""$(x - \text{mean}) / (2\,\text{std})$."""

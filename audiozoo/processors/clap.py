@@ -163,10 +163,7 @@ class ClapFeatureExtractor(FeatureExtractor):
                 f"'{folder}' has no preprocessor_config.json; ClapFeatureExtractor.laion(fusion=…) is that of LAION's "
                 "own files."
             )
-        kind = config.get("feature_extractor_type", cls.__name__)
-        if kind != cls.__name__:
-            raise CheckpointError(f"'{folder}' holds the settings of a {kind}, not of CLAP's features.")
-        return cls(**{name: config[name] for name in vars(cls()) if name in config})
+        return cls.of_settings(config, folder)
 
     def saved_besides(self) -> dict[str, Any]:
         """What `transformers` also writes into `preprocessor_config.json`."""

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from audiozoo.audio.files import check_waveform
-from audiozoo.errors import AudioError, CheckpointError, UsageError
+from audiozoo.errors import AudioError, UsageError
 from audiozoo.processors import FeatureExtractor, check_return_tensors, extractor_settings, read_json
 
 
@@ -68,12 +68,7 @@ class EncodecFeatureExtractor(FeatureExtractor):
             config = {k: v for k, v in config.items() if k in ("sampling_rate", "chunk_length_s", "overlap")} | (
                 {"feature_size": config["audio_channels"]} if "audio_channels" in config else {}
             )
-        config = config or {}
-        kind = config.get("feature_extractor_type", cls.__name__)
-        if kind != cls.__name__:
-            raise CheckpointError(f"'{folder}' holds the settings of a {kind}, not of a {cls.__name__}.")
-        fields = ("feature_size", "sampling_rate", "padding_value", "chunk_length_s", "overlap", "padding_side")
-        return cls(**{name: config[name] for name in fields if name in config})
+        return cls.of_settings(config or {}, folder)
 
     def saved_besides(self) -> dict[str, Any]:
         """What `transformers` also writes into `preprocessor_config.json`."""

@@ -70,8 +70,8 @@ class MusicgenMelodyFeatureExtractor(FeatureExtractor):
     @classmethod
     def from_directory(cls, directory: str | os.PathLike[str]) -> MusicgenMelodyFeatureExtractor:
         """From `preprocessor_config.json` or `processor_config.json`."""
-        config = extractor_settings(Path(directory)) or {}
-        return cls(**{name: config[name] for name in vars(cls()) if name in config})
+        folder = Path(directory)
+        return cls.of_settings(extractor_settings(folder) or {}, folder)
 
     def saved_besides(self) -> dict[str, Any]:
         """What `transformers` also writes into `preprocessor_config.json`."""

@@ -77,11 +77,7 @@ class Pop2PianoFeatureExtractor(FeatureExtractor):
             CheckpointError: if the files are another model's.
         """
         folder = Path(directory)
-        config = extractor_settings(folder) or {}
-        kind = config.get("feature_extractor_type", cls.__name__)
-        if kind != cls.__name__:
-            raise CheckpointError(f"'{folder}' holds the settings of a {kind}, not of Pop2Piano's features.")
-        return cls(**{name: config[name] for name in vars(cls()) if name in config})
+        return cls.of_settings(extractor_settings(folder) or {}, folder)
 
     def saved_besides(self) -> dict[str, Any]:
         """What `transformers` also writes into `preprocessor_config.json`."""

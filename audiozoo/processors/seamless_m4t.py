@@ -62,11 +62,7 @@ class SeamlessM4TFeatureExtractor(FeatureExtractor):
     def from_directory(cls, directory: str | os.PathLike[str]) -> SeamlessM4TFeatureExtractor:
         """From `preprocessor_config.json` or `processor_config.json`; else the defaults."""
         folder = Path(directory)
-        config = extractor_settings(folder) or {}
-        kind = config.get("feature_extractor_type", cls.__name__)
-        if kind != cls.__name__:
-            raise CheckpointError(f"'{folder}' holds the settings of a {kind}, not of SeamlessM4T's features.")
-        return cls(**{name: config[name] for name in vars(cls()) if name in config})
+        return cls.of_settings(extractor_settings(folder) or {}, folder)
 
     def saved_besides(self) -> dict[str, Any]:
         """What `transformers` also writes into `preprocessor_config.json`."""

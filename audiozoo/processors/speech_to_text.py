@@ -270,11 +270,7 @@ class Speech2TextFeatureExtractor(FeatureExtractor):
     def from_directory(cls, directory: str | os.PathLike[str]) -> Speech2TextFeatureExtractor:
         """From `preprocessor_config.json`, `processor_config.json` or fairseq's `config….yaml`; else the defaults."""
         folder = Path(directory)
-        config = extractor_settings(folder) or _fairseq_features(folder)
-        kind = config.get("feature_extractor_type", cls.__name__)
-        if kind != cls.__name__:
-            raise CheckpointError(f"'{folder}' holds the settings of a {kind}, not of fairseq S2T's features.")
-        return cls(**{name: config[name] for name in (*vars(cls()), "global_cmvn") if name in config})
+        return cls.of_settings(extractor_settings(folder) or _fairseq_features(folder), folder)
 
     def saved_besides(self) -> dict[str, Any]:
         """What `transformers` also writes into `preprocessor_config.json`."""

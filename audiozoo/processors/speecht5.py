@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from audiozoo.errors import SourceError, UsageError
-from audiozoo.processors import check_return_tensors, extractor_settings, read_json, write_json
+from audiozoo.processors import check_return_tensors, read_json, write_json
 from audiozoo.processors.hifigan import HifiGanProcessor
 from audiozoo.processors.wav2vec2 import Wav2Vec2FeatureExtractor
 from audiozoo.text.numbers import spell_numbers
@@ -41,14 +41,6 @@ class SpeechT5FeatureExtractor(Wav2Vec2FeatureExtractor):
     ) -> None:
         super().__init__(sampling_rate, padding_value, do_normalize, return_attention_mask)
         self.num_mel_bins = num_mel_bins
-
-    @classmethod
-    def from_directory(cls, directory: str | os.PathLike[str]) -> SpeechT5FeatureExtractor:
-        """From `preprocessor_config.json` or `processor_config.json`; else the defaults."""
-        folder = Path(directory)
-        found: Any = super().from_directory(folder)
-        found.num_mel_bins = int((extractor_settings(folder) or {}).get("num_mel_bins", found.num_mel_bins))
-        return found
 
     def saved_besides(self) -> dict[str, Any]:
         """What `transformers` also writes into `preprocessor_config.json`: what the targets are made with."""

@@ -8,12 +8,12 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from audiozoo.decoding.ctc import BeamSearch, NgramModel, Span
-from audiozoo.errors import CheckpointError, SourceError, UsageError
+from audiozoo.errors import SourceError, UsageError
 from audiozoo.processors import (
     FeatureExtractor,
     check_return_tensors,
@@ -54,15 +54,10 @@ class Wav2Vec2FeatureExtractor(FeatureExtractor):
         self.return_attention_mask = return_attention_mask
 
     @classmethod
-    def from_directory(cls, directory: str | os.PathLike[str]) -> Wav2Vec2FeatureExtractor:
+    def from_directory(cls, directory: str | os.PathLike[str]) -> Self:
         """From `preprocessor_config.json` or `processor_config.json`; else the defaults."""
         folder = Path(directory)
-        config = extractor_settings(folder) or {}
-        kind = config.get("feature_extractor_type", cls.__name__)
-        if kind != cls.__name__:
-            raise CheckpointError(f"'{folder}' holds the settings of a {kind}, not of a {cls.__name__}.")
-        fields = ("sampling_rate", "padding_value", "do_normalize", "return_attention_mask")
-        return cls(**{name: config[name] for name in fields if name in config})
+        return cls.of_settings(extractor_settings(folder) or {}, folder)
 
     def saved_besides(self) -> dict[str, Any]:
         """What `transformers` also writes into `preprocessor_config.json`."""

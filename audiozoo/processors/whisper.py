@@ -82,21 +82,7 @@ class WhisperFeatureExtractor(FeatureExtractor):
             model = read_json(folder / "config.json")
             model = model.get("config", model)  # in a native checkpoint the model's fields stand there
             config = {"feature_size": model.get("num_mel_bins", 80)}
-        config = config or {}
-        kind = config.get("feature_extractor_type", cls.__name__)
-        if kind != cls.__name__:
-            raise CheckpointError(f"'{folder}' holds the settings of a {kind}, not of Whisper's features.")
-        fields = (
-            "feature_size",
-            "sampling_rate",
-            "hop_length",
-            "chunk_length",
-            "n_fft",
-            "padding_value",
-            "dither",
-            "return_attention_mask",
-        )
-        return cls(**{name: config[name] for name in fields if name in config})
+        return cls.of_settings(config or {}, folder)
 
     def saved_besides(self) -> dict[str, Any]:
         """What `transformers` also writes into `preprocessor_config.json`."""
