@@ -88,7 +88,7 @@ def processor_of(path: Path, paper: Paper | None = None) -> Any:
         paper: whose model is read from it; by default the one that is found there.
     """
     paper = paper or paper_of(path)
-    with _sizes_of(path, "No processor can be made of the settings in"):
+    with _made_of(path, "No processor can be made of the settings in"):
         made = processor_of_file(path, paper)
         return paper.processor_class.from_directory(path if path.is_dir() else path.parent) if made is None else made
 
@@ -117,7 +117,7 @@ def load(
     param_dtype = jnp.dtype(param_dtype or jnp.float32)
     if path.is_dir() and checkpoints.is_native(path):
         return _load_native(path, paper, model_class, dtype, param_dtype, mesh, rules)
-    with _sizes_of(path):
+    with _made_of(path):
         foreign = paper.conversion.open_checkpoint(path, model_class)
     if foreign.model_class not in paper.classes:
         raise SourceError(f"{path} holds a {foreign.model_class}; {paper.title} has {', '.join(paper.classes)}.")
@@ -126,8 +126,11 @@ def load(
 
 
 @contextmanager
-def _sizes_of(source: Any, wrong: str = "No model can be made of the sizes in") -> Iterator[None]:
-    """Sizes of which no model can be made (a width of 0, a text for a part) get one sentence, wherever they are met."""
+def _made_of(source: Any, wrong: str = "No model can be made of the sizes in") -> Iterator[None]:
+    """Sizes of which no model can be made (a width of 0, a text for a part) get one sentence, wherever they are met.
+
+    So do settings of which no processor can be made.
+    """
     try:
         yield
     except AudiozooError:
@@ -155,7 +158,7 @@ def convert(
     def create(rngs: Any) -> nnx.Module:
         return cls(foreign.config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
-    with _sizes_of(foreign.source):
+    with _made_of(foreign.source):
         model = abstract(create)
     expected = variables(model)
     shardings = _shardings(expected, mesh, rules)
@@ -280,7 +283,7 @@ def _load_native(
     if model_class not in (None, saved["model_class"]):
         raise CheckpointError(f"{path} holds a {saved['model_class']}, not a {model_class}.")
     cls = paper.model_class(saved["model_class"])
-    with _sizes_of(path):
+    with _made_of(path):
         config, _ = native_config(path, paper)
         model = abstract(lambda rngs: cls(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs))
     expected = variables(model)

@@ -44,6 +44,16 @@ class KeyValues:
         return KeyValues(put(self.key, other.key), put(self.value, other.value))
 
 
+def check_heads(width: int, heads: int) -> None:
+    """Refuse heads that do not divide a width.
+
+    Raises:
+        UsageError: a part of a channel would be left to each head, or there is none.
+    """
+    if heads < 1 or width % heads:
+        raise UsageError(f"A width of {width} does not divide into {heads} heads.")
+
+
 def split_heads(x: Float[Array, "batch time channels"], heads: int) -> Float[Array, "batch heads time head_dim"]:
     """Cut the channels into heads."""
     batch, time, channels = x.shape
@@ -238,8 +248,7 @@ class MultiHeadAttention(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if heads < 1 or features % heads:
-            raise UsageError(f"A width of {features} does not divide into {heads} heads.")
+        check_heads(features, heads)
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         if kernel_init is not None:
             kwargs["kernel_init"] = kernel_init

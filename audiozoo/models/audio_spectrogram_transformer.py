@@ -74,6 +74,7 @@ from audiozoo.layers import (
     promote,
     split_heads,
 )
+from audiozoo.layers.attention import check_heads
 from audiozoo.layers.basic import at_least_float32, spread
 from audiozoo.layers.losses import cross_entropy
 from audiozoo.layers.stacking import unscanned, unseen
@@ -238,8 +239,7 @@ class ASTAttention(nnx.Module):
 
     def __init__(self, config: ASTConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         width, heads = config.hidden_size, config.num_attention_heads
-        if width % heads:
-            raise UsageError(f"A width of {width} does not divide into {heads} heads.")
+        check_heads(width, heads)
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         kwargs["kernel_init"] = nnx.initializers.normal(config.initializer_range)
         self.q_proj = Linear(width, width, use_bias=config.qkv_bias, **kwargs)

@@ -608,8 +608,9 @@ class EncodecResidualVectorQuantizer(nnx.Module):
     def __init__(self, config: EncodecConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         shape = (config.num_quantizers, config.codebook_size, config.hidden_size)
         self.embed = nnx.BatchStat(jax.random.normal(rngs.params(), shape, param_dtype))
-        self.embed_avg = nnx.BatchStat(at_least_float32(self.embed[...]))  # a hundredth of a step would round to none
-        self.cluster_size = nnx.BatchStat(at_least_float32(jnp.zeros(shape[:2], param_dtype)))
+        wide = jnp.promote_types(param_dtype, jnp.float32)  # a hundredth of a step would round to none
+        self.embed_avg = nnx.BatchStat(self.embed[...].astype(wide))
+        self.cluster_size = nnx.BatchStat(jnp.zeros(shape[:2], wide))
         self.inited = nnx.BatchStat(jnp.zeros((shape[0], 1), param_dtype))
 
     def encode(

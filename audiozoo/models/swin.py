@@ -40,8 +40,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from audiozoo.errors import UsageError
 from audiozoo.layers import Dropout, LayerNorm, Linear, activation, attend, merge_heads, split_heads
+from audiozoo.layers.attention import check_heads
 
 MASKED = -100.0  # added to the scores of patches that are neighbours only by the cyclic shift
 _NORMAL = nnx.initializers.truncated_normal(0.02)
@@ -107,8 +107,7 @@ class WindowAttention(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if dim % heads:
-            raise UsageError(f"A width of {dim} does not divide into {heads} heads.")
+        check_heads(dim, heads)
         kwargs: dict[str, Any] = {"kernel_init": _NORMAL, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.q_proj = Linear(dim, dim, use_bias=qkv_bias, **kwargs)
         self.k_proj = Linear(dim, dim, use_bias=qkv_bias, **kwargs)

@@ -6,7 +6,6 @@ sentence for what cannot be used.
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import os
@@ -246,7 +245,7 @@ class FeatureExtractor:
         types = {name: kind for name, kind in get_type_hints(cls.__init__).items() if name in settings}
         for name, kind in types.items():
             if not _is(settings[name], kind):
-                wanted = inspect.signature(cls).parameters[name].annotation
+                wanted = cls.__init__.__annotations__[name]  # as it is written
                 raise CheckpointError(f"'{source}' has {name} {settings[name]!r:.60}, which is no {wanted}.")
         if settings.get("sampling_rate", 1) < 1:
             raise CheckpointError(f"'{source}' has a sampling rate of {settings['sampling_rate']} Hz.")

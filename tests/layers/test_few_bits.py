@@ -73,6 +73,18 @@ def test_gradients_of_what_all_frames_share_are_sums_in_float32(name):
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
+def test_statistics_of_bfloat16_arrive():
+    """A tenth of the way at each step, they would stop halfway, at steps that bfloat16 rounds to none."""
+    norm = BatchNorm(2, param_dtype=jnp.bfloat16)
+    x = 100 + jax.random.normal(jax.random.key(0), (64, 2), jnp.bfloat16)
+    for _ in range(80):
+        assert norm(x, train=True).dtype == jnp.bfloat16
+    wanted = np.asarray(x, np.float32)
+    np.testing.assert_allclose(norm.mean[...], wanted.mean(axis=0), rtol=1e-3)
+    np.testing.assert_allclose(norm.var[...], wanted.var(axis=0, ddof=1), rtol=2e-2)
+    assert norm(x).dtype == jnp.bfloat16
+
+
 def test_batches_are_normalised_in_float32():
     """A mean that is large beside the deviation is not rounded before it is subtracted."""
     norm, x = BatchNorm(1, dtype=jnp.bfloat16), 100 + 0.1 * np.random.default_rng(0).standard_normal((64, 1))
