@@ -202,6 +202,11 @@ def run(
 # --- keeping them ----------------------------------------------------------------------------------------------------
 
 
+def _told(name: str, value: object) -> object:
+    """A fact of the surroundings as the table tells it: a machine's memory differs by pages after each start."""
+    return round(value / 2**30) if name == "memory_bytes" and isinstance(value, int) else value
+
+
 class Results:
     """The rows of a run, and those that the file held already of the same machine, versions and dtype.
 
@@ -220,7 +225,7 @@ class Results:
             other = [
                 name
                 for name, value in kept["surroundings"].items()
-                if name != "date" and value != self.surroundings.get(name)
+                if name != "date" and _told(name, value) != _told(name, self.surroundings.get(name))
             ]
             if other:
                 raise ValueError(f"{file} keeps rows measured with other {', '.join(other)}; save to another file.")
@@ -244,7 +249,7 @@ class Results:
         targets = [row for row in measured if row["target"]]
         met = sum(_ratio(row) >= row["target"] for row in targets)
         busy = sum(row["elsewhere"] > 0.05 for row in measured)
-        memory = f", {at['memory_bytes'] / 2**30:.0f} GB" if at["memory_bytes"] else ""
+        memory = f", {_told('memory_bytes', at['memory_bytes'])} GB" if at["memory_bytes"] else ""
         lines = [
             "# Ours against the originals",
             "",
@@ -277,16 +282,22 @@ class Results:
         return "\n".join(lines) + "\n"
 
 
-def summary(rows: Iterable[Row]) -> str:
-    """A table in Markdown with a line for each paper: between what ratios its rows lie."""
-    ratios: dict[str, list[float]] = {}
-    for row in rows:
-        if "contenders" in row and len(row["contenders"]) > 1:
-            ratios.setdefault(row["paper"], []).append(_ratio(row))
-    lines = ["| paper | rows | times as fast as the original |", "| --- | --: | --- |"]
-    for paper, found in ratios.items():
+def summary(records: Mapping[str, Iterable[Row]]) -> str:
+    """A table in Markdown with a line for each paper: between what ratios its rows with a target lie, by machine."""
+    ratios: dict[str, dict[str, list[float]]] = {}
+    for machine, rows in records.items():
+        for row in rows:
+            if "contenders" in row and row["target"]:
+                ratios.setdefault(row["paper"], {}).setdefault(machine, []).append(_ratio(row))
+
+    def cell(found: Sequence[float]) -> str:
+        if not found:
+            return ""
         low, high = (f"{ratio:.2f}" for ratio in (min(found), max(found)))
-        lines.append(f"| {paper} | {len(found)} | {low if low == high else f'{low} to {high}'} |")
+        return f"{low if low == high else f'{low} to {high}'} ({len(found)})"
+
+    lines = [f"| times as fast as the original (rows) | {' | '.join(records)} |", "| --- |" + " --- |" * len(records)]
+    lines += [f"| {paper} | {' | '.join(cell(on.get(name, [])) for name in records)} |" for paper, on in ratios.items()]
     return "\n".join(lines) + "\n"
 
 
