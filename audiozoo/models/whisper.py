@@ -835,7 +835,8 @@ class WhisperForConditionalGeneration(WhisperLanguageModel):
                 ones stood before, in the text or in `prompt_ids`; the result is that of greedy search.
             max_matching_ngram_size: how many of the last tokens are looked for, at most.
             attention_mask: of the processor; Whisper does not use it.
-            options: as for `transformers.generate`; see `audiozoo.decoding.GenerationConfig`.
+            options: as for `transformers.generate`; see `audiozoo.decoding.GenerationConfig`. A `max_length` is one of
+                tokens behind the prompt, as in `transformers`' Whisper.
 
         Returns:
             New tokens, up to and with `<|endoftext|>`, padded to the longest; with `return_dict_in_generate=True` a
@@ -872,6 +873,8 @@ class WhisperForConditionalGeneration(WhisperLanguageModel):
         }
         defaults |= {"max_new_tokens": min(ids.max_length, room)} | dict(ids.options)
         config = GenerationConfig.over(defaults, options)
+        if config.max_new_tokens is None:
+            config = config.replace(max_new_tokens=config.max_length)
         limit = min(config.new_tokens(length), room)
         # A few lengths of buffer, so that another limit does not compile again.
         buffer = min(room, next(size for size in (32, 64, 128, 256, 512, limit) if size >= limit))

@@ -73,14 +73,14 @@ def test_generate_follows_the_file_as_transformers_does(tmp_path):
             reference.model.decoder.layer_norm.weight.mul_(6)
         x = features(6).astype(np.float32)
 
-        def compare(**settings):
+        def compare(asked=None, **settings):
             reference.generation_config = transformers.GenerationConfig(
                 **{n: TINY[n] for n in ("pad_token_id", "bos_token_id", "decoder_start_token_id")},
                 **{"eos_token_id": 1, "do_sample": False} | settings,
             )
             reference.save_pretrained(tmp_path)
-            theirs = reference.generate(torch.tensor(x)).numpy()
-            ours = audiozoo.load(tmp_path).generate(x)
+            theirs = reference.generate(torch.tensor(x), **(asked or {})).numpy()
+            ours = audiozoo.load(tmp_path).generate(x, **(asked or {}))
             np.testing.assert_array_equal(ours[:, : theirs.shape[1]], theirs[:, : ours.shape[1]])
             assert not ours[:, theirs.shape[1] :].any()
             assert not theirs[:, ours.shape[1] :].any()
@@ -88,7 +88,9 @@ def test_generate_follows_the_file_as_transformers_does(tmp_path):
 
         plain = compare(**tokens, max_length=12)
         searched = compare(**tokens, **search, max_new_tokens=9)
+        shorter = compare({"max_length": 7}, **tokens)
         assert plain.shape[1] == 12
         assert searched.shape[1] == 9
+        assert shorter.shape[1] == 7  # the prompt of two tokens does not count
         assert not np.array_equal(plain[:, :9], searched)
         assert 9 not in plain[:, 0]
