@@ -156,7 +156,7 @@ def shardings_for(params: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> dict
     """The sharding of every parameter.
 
     An axis that does not divide evenly is not an error: the division moves on to the next axis of the parameter that
-    divides, and if none does the parameter is replicated over that mesh axis.
+    divides, and if none does the parameter is replicated over that mesh axis. Stacked layers lie as one alone would.
 
     Args:
         params: arrays or `ShapeDtypeStruct`s (`nnx.eval_shape`), as nested dictionaries, by dotted path, or a module.
@@ -181,7 +181,8 @@ def shardings_for(params: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> dict
     def place(path: str, node: Any) -> Any:
         if isinstance(node, Mapping):
             return {key: place(f"{path}.{key}" if path else str(key), child) for key, child in node.items()}
-        shape = tuple(node.shape)
+        stacked = ".stacked." in path  # of `layers.stacking`: a first axis of layers, each laid out as one alone is
+        shape = tuple(node.shape)[stacked:]
         rule = next((rule for rule in checked if re.search(rule.pattern, path)), None)
         entries: list[tuple[str, ...]] = [()] * len(shape)
         if rule is not None:
@@ -194,7 +195,7 @@ def shardings_for(params: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> dict
                 if not entries[i] and shape[i] % mesh.shape[axis] == 0:
                     entries[i] = (axis,)
                     break
-        return NamedSharding(mesh, _spec(entries))
+        return NamedSharding(mesh, _spec([()] * stacked + entries))
 
     placed = place("", params)
     unused = [rule.pattern for rule in checked if rule.required and rule not in matched]

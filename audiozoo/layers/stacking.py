@@ -172,6 +172,30 @@ def unseen(layer: Any) -> tuple[Any, ...]:
     return (None,) * (layer.count - 1) if isinstance(layer, Scanned) else ()
 
 
+def all_states(states: Sequence[jax.Array | None]) -> tuple[Any, ...]:
+    """The input of every block and the output of the last, for what reads them all.
+
+    Raises:
+        UsageError: if blocks are stacked.
+    """
+    if any(state is None for state in states):
+        raise UsageError(
+            "The states between stacked layers are not known, and all are mixed: load the model unstacked."
+        )
+    return tuple(states)
+
+
+def all_weights(weights: Sequence[jax.Array | None]) -> tuple[Any, ...]:
+    """The attention weights of every block, of blocks that are not told whether anyone looks at them.
+
+    Raises:
+        UsageError: if blocks are stacked.
+    """
+    if any(of_block is None for of_block in weights):
+        raise UsageError(_NO_CACHE)
+    return tuple(weights)
+
+
 def scanned(network: nnx.Module, *, remat: bool = False, least: int = 2) -> Any:
     """The same network with at least `least` equal blocks in a row as one `Scanned`; `network` stays as it is.
 

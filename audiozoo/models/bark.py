@@ -82,6 +82,7 @@ from audiozoo.layers import (
 )
 from audiozoo.layers.basic import at_least_float32
 from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy
+from audiozoo.layers.stacking import unseen
 from audiozoo.models.encodec import EncodecConfig, EncodecModel
 from audiozoo.outputs import CausalLMOutput
 
@@ -402,7 +403,7 @@ class _Transformer(nnx.Module):
             mask = seen if mask is None else mask & seen
         states, attentions, cache = [], [], []
         for i, block in enumerate(self.layers):
-            states.append(x)
+            states += [x, *unseen(block)]
             x, key_values, weights = block(
                 x, dropout, mask, None if past is None else past[i], position, output_attentions
             )

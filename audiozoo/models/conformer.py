@@ -58,6 +58,7 @@ from audiozoo.layers import (
 from audiozoo.layers.basic import spread
 from audiozoo.layers.batch_norm import BatchNorm
 from audiozoo.layers.positions import interleaved_sinusoids
+from audiozoo.layers.stacking import unseen
 from audiozoo.outputs import BaseModelOutput
 
 
@@ -385,7 +386,7 @@ class ConformerEncoder(nnx.Module):
         x = dropout(x, config.dropout)
         hidden_states, attentions = [], []
         for layer in self.layers:
-            hidden_states.append(x)
+            hidden_states += [x, *unseen(layer)]
             x, weights = layer_drop(layer, x, config.layerdrop, dropout, seen, mask, output_attentions)
             attentions.append(weights)
         return BaseModelOutput(

@@ -41,6 +41,7 @@ from audiozoo.errors import UsageError
 from audiozoo.layers import Dropout, Embed, KeyValues, LayerNorm, Linear, MultiHeadAttention, activation, layer_drop
 from audiozoo.layers.attention import causal_mask
 from audiozoo.layers.losses import cross_entropy
+from audiozoo.layers.stacking import unseen
 from audiozoo.outputs import CausalLMOutput, DecoderOutput
 
 
@@ -222,7 +223,7 @@ def decode_blocks(
             past, source = past_key_values.self_attention[i], past_key_values.cross_attention[i]
         elif encoder_hidden_states is not None:
             source = layer.encoder_attn.key_values(encoder_hidden_states)
-        hidden_states.append(x)
+        hidden_states += [x, *unseen(layer)]
         arguments = (past, cache_position, mask, source, source_mask, output_attentions)
         x, new, weights, cross_weights = layer_drop(layer, x, drop_rate, dropout, *arguments)
         key_values.append(new)

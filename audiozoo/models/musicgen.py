@@ -79,6 +79,7 @@ from audiozoo.layers import (
 from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy
 from audiozoo.layers.positions import cosines_and_sines
 from audiozoo.models.encodec import EncodecConfig, EncodecModel
+from audiozoo.layers.stacking import unseen
 from audiozoo.models.t5 import T5Config, T5EncoderModel
 from audiozoo.outputs import ABSENT, BaseModelOutput, CausalLMOutput, DecoderOutput, ModelOutput, Seq2SeqLMOutput
 
@@ -490,7 +491,7 @@ class MusicgenDecoder(nnx.Module):
             elif memory is not None and layer.encoder_attn is not None:
                 seen = layer.encoder_attn.key_values(memory)
             x, new, weights, cross_weights = layer(x, mask, dropout, past, position, seen, shown, output_attentions)
-            hidden_states.append(x)
+            hidden_states += [*unseen(layer), x]
             attentions.append(weights)
             cross_attentions.append(cross_weights)
             key_values.append(new)

@@ -39,6 +39,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from audiozoo.layers import Dropout, LayerNorm, Linear, MultiHeadAttention, activation, layer_drop
 from audiozoo.layers.positions import sinusoids_of
+from audiozoo.layers.stacking import unseen
 from audiozoo.models.mbart import MBartConfig, MBartDecoder, MBartDecoderLayer, MBartScaledWordEmbedding
 from audiozoo.outputs import BaseModelOutput
 
@@ -141,7 +142,7 @@ class NllbEncoder(nnx.Module):
         mask = None if attention_mask is None else (attention_mask != 0)[:, None, None, :]
         hidden_states, attentions = [], []
         for layer in self.layers:
-            hidden_states.append(x)
+            hidden_states += [x, *unseen(layer)]
             x, weights = layer_drop(layer, x, config.encoder_layerdrop, dropout, mask, output_attentions)
             attentions.append(weights)
         x = self.layer_norm(x)

@@ -66,6 +66,7 @@ from audiozoo.errors import UsageError
 from audiozoo.layers import Conv1d, Dropout, Embed, LayerNorm, MultiHeadAttention, activation, layer_drop
 from audiozoo.layers.losses import cross_entropy
 from audiozoo.layers.positions import sinusoids_of
+from audiozoo.layers.stacking import unseen
 from audiozoo.models.nllb import NllbConfig, NllbEncoder
 from audiozoo.models.seamless_m4t import (
     Pairs,
@@ -312,7 +313,7 @@ class SeamlessM4Tv2TextToUnitDecoder(nnx.Module):
         x = dropout(x + self._positions(x, self.pos_emb_alpha), self.config.dropout)
         hidden_states, attentions = [], []
         for layer in self.layers:
-            hidden_states.append(x)
+            hidden_states += [x, *unseen(layer)]
             x, weights = layer_drop(layer, x, self.config.decoder_layerdrop, dropout, mask, output_attentions)
             attentions.append(weights)
         x = self.layer_norm(x)

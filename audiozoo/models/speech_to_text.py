@@ -75,6 +75,7 @@ from audiozoo.layers import (
     layer_drop,
 )
 from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy, shift_tokens_right
+from audiozoo.layers.stacking import unseen
 from audiozoo.models.mbart import (
     MBartCache,
     MBartConfig,
@@ -406,7 +407,7 @@ class Speech2TextEncoder(nnx.Module):
         x = dropout(x + positions, config.dropout)
         hidden_states, attentions = [], []
         for layer in self.layers:
-            hidden_states.append(x)
+            hidden_states += [x, *unseen(layer)]
             x, weights = layer_drop(layer, x, config.encoder_layerdrop, dropout, mask, output_attentions)
             attentions.append(weights)
         x = self.layer_norm(x)

@@ -97,6 +97,7 @@ from audiozoo.layers.basic import at_least_float32, spread, unit_vectors
 from audiozoo.layers.batch_norm import BatchNorm
 from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy, ctc_loss, shift_tokens_right
 from audiozoo.layers.positions import interleaved_sinusoids
+from audiozoo.layers.stacking import all_weights, unseen
 from audiozoo.models import hubert, wav2vec2
 from audiozoo.models.mbart import (
     MBartCache,
@@ -648,14 +649,14 @@ class SpeechT5Encoder(nnx.Module):
         hidden_states, attentions = [x], []
         for layer in self.layers:
             x, weights = layer_drop(layer, x, config.encoder_layerdrop, dropout, keys, distances)
-            hidden_states.append(x)
+            hidden_states += [*unseen(layer), x]
             attentions.append(weights)
         if config.layer_norm_first:
             x = hidden_states[-1] = self.layer_norm(x)
         return BaseModelOutput(
             last_hidden_state=x,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
+            attentions=all_weights(attentions) if output_attentions else None,
         )
 
 

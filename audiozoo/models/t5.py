@@ -43,7 +43,7 @@ from jaxtyping import Array, Bool, Float, Int
 from audiozoo.errors import UsageError
 from audiozoo.layers import Dropout, Embed, KeyValues, Linear, activation, attend, causal_mask, merge_heads, split_heads
 from audiozoo.layers.basic import at_least_float32, promote, spread
-from audiozoo.layers.stacking import unseen
+from audiozoo.layers.stacking import all_weights, unseen
 from audiozoo.outputs import BaseModelOutput, DecoderOutput
 
 
@@ -360,7 +360,7 @@ class T5Stack(nnx.Module):
             last_hidden_state=x,
             past_key_values=None if cache is None else T5Cache(tuple(key_values), cache.cross_attention, shown),
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
+            attentions=all_weights(attentions) if output_attentions else None,
             cross_attentions=tuple(cross_attentions) if crossed else None,
         )
 

@@ -79,6 +79,7 @@ from audiozoo.layers.alignment import monotonic_alignment, repeat_by_duration
 from audiozoo.layers.attention import merge_heads, split_heads
 from audiozoo.layers.basic import at_least_float32
 from audiozoo.layers.splines import rational_quadratic_spline
+from audiozoo.layers.stacking import all_weights, unseen
 from audiozoo.layers.weight_norm import WeightNormConv1d
 from audiozoo.models import hifigan
 from audiozoo.models.hifigan import HifiGanConfig, HifiGanGenerator, PeriodDiscriminator, ScaleDiscriminator
@@ -372,7 +373,7 @@ class VitsEncoder(nnx.Module):
         x = x * mask
         states, attentions = [], []
         for layer in self.layers:
-            states.append(x)
+            states += [x, *unseen(layer)]
             x, weights = layer(x, mask, dropout)
             attentions.append(weights)
         x = x * mask
@@ -1003,7 +1004,7 @@ class VitsModel(nnx.Module):
             sequence_lengths=lengths * self.config.hop_length,
             spectrogram=z,
             hidden_states=encoded.hidden_states if output_hidden_states else None,
-            attentions=encoded.attentions if output_attentions else None,
+            attentions=all_weights(encoded.attentions or ()) if output_attentions else None,
             durations=durations,
         )
 

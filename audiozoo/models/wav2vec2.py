@@ -67,7 +67,7 @@ from audiozoo.layers import Conv1d, Dropout, LayerNorm, Linear, MultiHeadAttenti
 from audiozoo.layers.basic import at_least_float32, spread, unit_vectors
 from audiozoo.layers.losses import cross_entropy, ctc_loss
 from audiozoo.layers.masking import span_mask
-from audiozoo.layers.stacking import unseen
+from audiozoo.layers.stacking import all_states, unseen
 from audiozoo.layers.weight_norm import WeightNormConv1d
 from audiozoo.models.ecapa_tdnn import EcapaTdnn, EcapaTdnnConfig
 from audiozoo.outputs import (
@@ -1221,12 +1221,8 @@ def mix_of_states(
     Raises:
         UsageError: if blocks are stacked.
     """
-    if any(state is None for state in states):
-        raise UsageError(
-            "The states between stacked layers are not known, and all are mixed: load the model unstacked."
-        )
     shares = jax.nn.softmax(at_least_float32(weights))
-    mixed = sum((w * h for w, h in zip(shares, states, strict=True)), jnp.zeros((), shares.dtype))
+    mixed = sum((w * h for w, h in zip(shares, all_states(states), strict=True)), jnp.zeros((), shares.dtype))
     return mixed.astype(jnp.result_type(weights, *states))
 
 

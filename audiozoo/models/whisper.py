@@ -70,6 +70,7 @@ from audiozoo.layers import (
 from audiozoo.layers.basic import at_least_float32
 from audiozoo.layers.losses import cross_entropy, shift_tokens_right
 from audiozoo.layers.masking import span_mask
+from audiozoo.layers.stacking import all_states, unseen
 from audiozoo.outputs import (
     BaseModelOutput,
     CausalLMOutput,
@@ -349,7 +350,7 @@ class WhisperEncoder(nnx.Module):
         x = dropout(x, config.dropout)
         hidden_states, attentions = [], []
         for layer in self.layers:
-            hidden_states.append(x)
+            hidden_states += [x, *unseen(layer)]
             x, weights = layer_drop(layer, x, config.encoder_layerdrop, dropout, output_attentions)
             attentions.append(weights)
         x = self.layer_norm(x)
@@ -495,7 +496,7 @@ class WhisperDecoder(nnx.Module):
                 past, audio = past_key_values.self_attention[i], past_key_values.cross_attention[i]
             elif encoder_hidden_states is not None:
                 audio = layer.encoder_attn.key_values(encoder_hidden_states)
-            hidden_states.append(x)
+            hidden_states += [x, *unseen(layer)]
             x, new, weights, cross_weights = layer_drop(
                 layer, x, config.decoder_layerdrop, dropout, past, cache_position, mask, audio, output_attentions
             )
@@ -1111,7 +1112,7 @@ class WhisperForAudioClassification(nnx.Module):
         x = encoder_outputs.last_hidden_state
         if mixed:
             weights = jax.nn.softmax(at_least_float32(self.layer_weights[...]))
-            states = jnp.stack(encoder_outputs.hidden_states or ())
+            states = jnp.stack(all_states(encoder_outputs.hidden_states or ()))
             x = jnp.einsum("l,lbtd->btd", weights, states).astype(jnp.result_type(self.layer_weights, x))
         pooled = self.projector(x).mean(axis=1)
         logits = self.classifier(pooled)

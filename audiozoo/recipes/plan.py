@@ -51,7 +51,7 @@ from audiozoo.recipes.settings import Settings
 from audiozoo.training import tpu
 from audiozoo.training.data import collate
 from audiozoo.training.loop import Loss, Options, Task, Trainer, Turn
-from audiozoo.training.parameters import Trainable, places
+from audiozoo.training.parameters import Trainable
 
 Shapes = dict[str, Any]
 
@@ -258,7 +258,7 @@ def _asked(choice: Choice, known: Shapes, labels: bool) -> Shapes:
 def _placed(model: Any, mesh: Mesh, rules: sharding.Rules) -> Any:
     """The same model of shapes, each with its place on the mesh."""
     values = loading.variables(model)
-    where = places({name: leaf.get_value() for name, leaf in values.items()}, mesh, rules)
+    where = sharding.shardings_for({name: leaf.get_value() for name, leaf in values.items()}, mesh, rules)
     shapes = {n: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=where[n]) for n, v in values.items()}
     return loading.with_variables(model, shapes)
 

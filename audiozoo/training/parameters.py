@@ -137,16 +137,6 @@ class Trainable:
         return values
 
 
-def places(arrays: Mapping[str, Any], mesh: Mesh, rules: sharding.Rules) -> dict[str, NamedSharding]:
-    """Where parameters lie, by dotted name; those of a stack of blocks as one of its blocks alone would."""
-    stacked = {name for name in arrays if ".stacked." in name}  # of `layers.stacking`: a first axis of layers
-    inner = {n: jax.ShapeDtypeStruct(a.shape[n in stacked :], a.dtype) for n, a in arrays.items()}
-    found = sharding.shardings_for(inner, mesh, rules)
-    for name in stacked:
-        found[name] = NamedSharding(mesh, P(None, *found[name].spec))
-    return found
-
-
 def shardings_like(state: Any, mesh: Mesh, rules: sharding.Rules) -> Any:
     """Where every array of a training state lies: an optimiser's moments with the parameter of their name."""
     arrays = {
@@ -155,7 +145,7 @@ def shardings_like(state: Any, mesh: Mesh, rules: sharding.Rules) -> Any:
         for network, values in part.items()
         for name, value in values.items()
     }
-    found = places(arrays, mesh, rules)
+    found = sharding.shardings_for(arrays, mesh, rules)
     everywhere = NamedSharding(mesh, P())
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:

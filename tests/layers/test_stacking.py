@@ -17,7 +17,7 @@ from audiozoo.layers.stacking import Scanned, rematerialise, scanned, stacks, un
 from audiozoo.models import unispeech_sat
 from audiozoo.models.conformer import ConformerConfig, ConformerEncoder
 from audiozoo.models.speecht5 import SpeechT5Config, SpeechT5Decoder
-from audiozoo.models.whisper import WhisperForConditionalGeneration
+from audiozoo.models.whisper import WhisperForAudioClassification, WhisperForConditionalGeneration
 from audiozoo.recipes import plan
 from audiozoo.training.loop import Options
 from audiozoo.training.parameters import join, partition
@@ -69,7 +69,7 @@ def filled(shapes, dtype=np.float64):
 
 @pytest.mark.parametrize("paper", small.CONFIGURATIONS)
 def test_transformers_are_stacked_and_nothing_else(paper):
-    """Every paper's forward can still be called, and gives arrays of the same shapes and dtypes."""
+    """Every forward can still be called: arrays of the same shapes and dtypes, None between blocks, no weights."""
     choice = small.choice(paper)
     model = choice.create(None, jnp.float32)
     deep = scanned(model)
@@ -77,16 +77,23 @@ def test_transformers_are_stacked_and_nothing_else(paper):
     shapes = plan.inputs(choice, small.AMOUNT)
     static = {name: value for name, value in shapes.items() if not hasattr(value, "shape")}
     traced = {name: value for name, value in shapes.items() if name not in static}
-    ours, theirs = (jax.eval_shape(lambda m, x: m(**x, **static), m, traced) for m in (deep, model))
-    flat = [jax.tree.leaves(tree) for tree in (ours, theirs)]
-    assert [(a.shape, a.dtype) for a in flat[0]] == [(a.shape, a.dtype) for a in flat[1]]
+    asked = {"output_hidden_states": True} if STACKS[paper] else {}
+    ours, theirs = (jax.eval_shape(lambda m, x: m(**x, **static, **asked), m, traced) for m in (deep, model))
+    flat = [jax.tree.leaves(tree, is_leaf=lambda leaf: leaf is None) for tree in (ours, theirs)]
+    known = [(a, b) for a, b in zip(*flat, strict=True) if a is not None]
+    assert all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in known)
+    assert bool(STACKS[paper]) == (len(known) < len(jax.tree.leaves(theirs)))
+    if STACKS[paper]:
+        with pytest.raises(UsageError, match="no attention weights and no cache"):
+            jax.eval_shape(lambda m, x: m(**x, **static, output_attentions=True), deep, traced)
     forms = [jax.tree.structure(m) for m in (unscanned(deep), model)]
     assert forms[0] == forms[1]
     # What is stacked is divided by `tensor`: every product of its blocks but the small ones named here.
     mesh = jax.sharding.AbstractMesh((2,), ("tensor",))
     stacked = {n: leaf for n, leaf in loading.variables(deep).items() if ".stacked." in n and n.endswith(".kernel")}
-    products = {n: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for n, leaf in stacked.items() if leaf.ndim == 3}
+    products = {n: leaf for n, leaf in stacked.items() if leaf.ndim == 3}
     places = sharding.shardings_for(products, mesh, sharding.TRANSFORMER)
+    assert all(place.spec[0] is None for place in places.values())  # each block lies whole with its neighbours
     whole = {n for n, place in places.items() if place.is_fully_replicated}
     assert not {n for n in whole if not re.search(r"gru_rel_pos_linear|adapter_layer|linear_pos|pointwise_conv", n)}
 
@@ -139,6 +146,10 @@ def test_states_between_stacked_layers():
     classifier = scanned(unispeech_sat.UniSpeechSatForSequenceClassification(mixed, rngs=nnx.Rngs(0)))
     with pytest.raises(UsageError, match="load the model unstacked"):
         jax.eval_shape(classifier, wave)
+    hearing = dataclasses.replace(small.CONFIGURATIONS["whisper"][1], use_weighted_layer_sum=True)
+    listener = scanned(abstract(lambda rngs: WhisperForAudioClassification(hearing, rngs=rngs)))
+    with pytest.raises(UsageError, match="load the model unstacked"):
+        jax.eval_shape(lambda m, x: m(x), listener, jnp.zeros((1, hearing.num_mel_bins, 100)))
 
 
 def test_statistics_of_a_stack_move_as_those_of_its_layers():
