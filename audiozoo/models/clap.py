@@ -363,7 +363,8 @@ class AttentionalFusion(nnx.Module):
 
         def weight(local: PointwiseAttention, both: jax.Array) -> jax.Array:
             whole = self.global_att(both.mean(axis=1, keepdims=True), train, mask)
-            return jax.nn.sigmoid(local(both, train, mask) + whole)
+            near = local(both, train, mask)
+            return jax.nn.sigmoid(near + spread(whole, near))
 
         alpha = weight(self.local_att, x + residual)
         if self.local_att2 is None:

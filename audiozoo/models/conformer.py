@@ -55,7 +55,7 @@ from audiozoo.layers import (
     merge_heads,
     split_heads,
 )
-from audiozoo.layers.basic import spread
+from audiozoo.layers.basic import at_least_float32, spread
 from audiozoo.layers.batch_norm import BatchNorm
 from audiozoo.layers.positions import interleaved_sinusoids
 from audiozoo.layers.stacking import unseen
@@ -208,7 +208,8 @@ class ConformerSelfAttention(MultiHeadAttention):
         apart = jnp.clip(time[None, :] - time[:, None], -left, right) + left  # (query, key)
         table = self.distance_embedding.embedding[...].astype(query.dtype)
         scores = jnp.einsum("bhqd,rd->bhqr", query, table)  # one for each distance, not for each key
-        return jnp.take_along_axis(scores, jnp.broadcast_to(apart, (*query.shape[:2], *apart.shape)), 3) * self.scale
+        apart = jnp.broadcast_to(apart, (*query.shape[:2], *apart.shape))
+        return jnp.take_along_axis(at_least_float32(scores), apart, 3).astype(scores.dtype) * self.scale
 
     def __call__(  # type: ignore[override]
         self,

@@ -46,7 +46,7 @@ from jaxtyping import Array, Bool, Float
 
 from audiozoo.errors import CheckpointError
 from audiozoo.layers import Conv1d, Linear
-from audiozoo.layers.basic import at_least_float32
+from audiozoo.layers.basic import at_least_float32, spread
 from audiozoo.layers.batch_norm import BatchNorm
 
 
@@ -171,7 +171,7 @@ class SqueezeExcitation(nnx.Module):
     ) -> Float[Array, "batch frames channels"]:
         """As many frames as before."""
         z = (uniform(x, mask) * x).sum(axis=1, keepdims=True).astype(x.dtype)
-        return x * jax.nn.sigmoid(self.linear_2(jax.nn.relu(self.linear_1(z))))
+        return x * spread(jax.nn.sigmoid(self.linear_2(jax.nn.relu(self.linear_1(z)))), x)
 
 
 class SERes2Block(nnx.Module):
@@ -212,8 +212,7 @@ class AttentiveStatisticsPooling(nnx.Module):
             mean, variance = moments(x, weights := uniform(x, mask))
             count = 1 / weights.max(axis=1, keepdims=True)
             deviation = jnp.sqrt(variance * count / (count - 1) + 1e-10)  # unbiased
-            broad = (jnp.broadcast_to(s.astype(x.dtype), x.shape) for s in (mean, deviation))
-            seen = jnp.concatenate([x, *broad], axis=-1)
+            seen = jnp.concatenate([x, spread(mean, x), spread(deviation, x)], axis=-1)
         scores = at_least_float32(self.linear_2(jnp.tanh(self.linear_1(seen))))
         if mask is not None:
             scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)

@@ -55,7 +55,7 @@ from jaxtyping import Array, Float, Int
 from audiozoo.audio.features import mel_filterbank, stft
 from audiozoo.errors import UsageError
 from audiozoo.layers import Conv1d
-from audiozoo.layers.basic import at_least_float32, unit_vectors
+from audiozoo.layers.basic import at_least_float32, spread, unit_vectors
 from audiozoo.layers.weight_norm import WeightNormConv1d, WeightNormConvTranspose1d
 from audiozoo.outputs import ABSENT, ModelOutput
 
@@ -319,7 +319,7 @@ class HifiGanGenerator(nnx.Module):
             x = (x - self.mean[...]) / self.scale[...]
         x = self.conv_pre(_mask(x, lengths))
         if condition is not None:
-            x = x + self.cond(condition)
+            x = x + spread(self.cond(condition), x)
         kernels = len(config.resblock_kernel_sizes)
         for i, (upsample, rate) in enumerate(zip(self.upsampler, config.upsample_rates, strict=True)):
             x = upsample(_mask(jax.nn.leaky_relu(x, config.leaky_relu_slope), lengths))

@@ -76,10 +76,11 @@ from audiozoo.layers import (
     check_ids,
     check_mask,
 )
+from audiozoo.layers.basic import at_least_float32
 from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy
 from audiozoo.layers.positions import cosines_and_sines
-from audiozoo.models.encodec import EncodecConfig, EncodecModel
 from audiozoo.layers.stacking import unseen
+from audiozoo.models.encodec import EncodecConfig, EncodecModel
 from audiozoo.models.t5 import T5Config, T5EncoderModel
 from audiozoo.outputs import ABSENT, BaseModelOutput, CausalLMOutput, DecoderOutput, ModelOutput, Seq2SeqLMOutput
 
@@ -1194,7 +1195,8 @@ class MusicgenMelodyForConditionalGeneration(MusicgenForConditionalGeneration):
         check_frames(input_features, self.config.num_chroma)
         states = input_features if self.audio_enc_to_dec_proj is None else self.audio_enc_to_dec_proj(input_features)
         length = self.config.chroma_length
-        return jnp.tile(states, (1, -(-length // states.shape[1]), 1))[:, :length]
+        repeated = jnp.tile(at_least_float32(states), (1, -(-length // states.shape[1]), 1))
+        return repeated[:, :length].astype(states.dtype)
 
     def no_melody(self, batch: int, dtype: Any) -> Float[Array, "batch 1 chroma"]:
         """What stands for no melody, as in the released code: the first pitch class throughout."""

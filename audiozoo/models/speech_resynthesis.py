@@ -231,7 +231,8 @@ class CodeHifiGan(nnx.Module):
         units = repeat(units, durations, frames)
 
         def everywhere(x: jax.Array) -> jax.Array:
-            return jnp.broadcast_to(x[:, None], (len(units), frames, x.shape[-1]))
+            wide = jnp.broadcast_to(at_least_float32(x)[:, None], (len(units), frames, x.shape[-1]))
+            return wide.astype(x.dtype)
 
         language, speaker = self.language_embedding(lang_id), self.speaker_embedding(speaker_id)
         return jnp.concatenate([everywhere(language), units, everywhere(speaker)], axis=-1)

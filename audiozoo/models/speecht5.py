@@ -312,7 +312,8 @@ def relative_scores(
     scores = (query @ keys.T.astype(query.dtype))[..., ::-1]  # column c: distance i - j = n - 1 - c
     far = [(0, 0)] * 3 + [(max(time - reach, 0), max(time - 1 - reach, 0))]
     first = max(reach - time, 0)
-    return relative_to_absolute(jnp.pad(scores, far, mode="edge")[..., first : first + 2 * time - 1])
+    scores = jnp.pad(at_least_float32(scores), far, mode="edge").astype(query.dtype)
+    return relative_to_absolute(scores[..., first : first + 2 * time - 1])
 
 
 # --- §2.1, pre-nets and post-nets ------------------------------------------------------------------------------------
@@ -1130,7 +1131,7 @@ def spectrogram_loss(
 
     with $y$ and $y'$ before and after the post-net's convolutions, and $s$ = 1 for the last frame of an item.
     """
-    real = labels != IGNORED_LABEL
+    stop_logits, real = at_least_float32(stop_logits), labels != IGNORED_LABEL
     deviation = jnp.abs(after - labels) + jnp.abs(before - labels)
     distance = jnp.where(real, deviation, 0).sum() / real.sum()
     frames = real[:, :, 0]

@@ -42,6 +42,7 @@ from jaxtyping import Array, Float, Int
 
 from audiozoo.layers import Dropout, LayerNorm, Linear, activation, attend, merge_heads, split_heads
 from audiozoo.layers.attention import check_heads
+from audiozoo.layers.basic import at_least_float32
 
 MASKED = -100.0  # added to the scores of patches that are neighbours only by the cyclic shift
 _NORMAL = nnx.initializers.truncated_normal(0.02)
@@ -135,9 +136,9 @@ class WindowAttention(nnx.Module):
         """
         query, key, value = (split_heads(part(x), self.heads) for part in (self.q_proj, self.k_proj, self.v_proj))
         bias = self.relative_position_bias_table[...][relative_position_index(self.window)]  # (patches, patches, heads)
-        bias = jnp.moveaxis(bias, -1, 0)[None].astype(query.dtype)
+        bias = at_least_float32(jnp.moveaxis(bias, -1, 0)[None])
         if mask is not None:
-            bias = bias + jnp.asarray(mask, query.dtype)[:, None]
+            bias = bias + jnp.asarray(mask, bias.dtype)[:, None]
             bias = jnp.tile(bias, (x.shape[0] // mask.shape[0], 1, 1, 1))
         scale, rate = query.shape[-1] ** -0.5, self.dropout_rate
         y, weights = attend(query, key, value, scale=scale, bias=bias, dropout_rate=rate, dropout=dropout)

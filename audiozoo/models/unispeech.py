@@ -54,6 +54,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from audiozoo.errors import UsageError
 from audiozoo.layers import Dropout, Linear
+from audiozoo.layers.basic import at_least_float32
 from audiozoo.layers.losses import ctc_loss
 from audiozoo.models.wav2vec2 import (
     Wav2Vec2Config,
@@ -213,7 +214,7 @@ class UniSpeechForPreTraining(_WithBackbone):
             if mask_time_indices is None:
                 raise UsageError("Give mask_time_indices together with sampled_negative_indices.")
             chosen = jnp.asarray(sampled_negative_indices)
-            negatives = everywhere.reshape(-1, everywhere.shape[-1])[chosen]
+            negatives = at_least_float32(everywhere).reshape(-1, everywhere.shape[-1])[chosen]
             same = (codes_everywhere.reshape(-1, codes.shape[-1])[chosen] == codes[:, :, None]).all(axis=-1)
             logits = contrastive_logits(context, truth, negatives, config.contrastive_logits_temperature, same)
             count = mask_time_indices.sum()

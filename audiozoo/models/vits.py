@@ -77,7 +77,7 @@ from audiozoo.layers import (
 )
 from audiozoo.layers.alignment import monotonic_alignment, repeat_by_duration
 from audiozoo.layers.attention import merge_heads, split_heads
-from audiozoo.layers.basic import at_least_float32
+from audiozoo.layers.basic import at_least_float32, spread
 from audiozoo.layers.splines import rational_quadratic_spline
 from audiozoo.layers.stacking import all_weights, unseen
 from audiozoo.layers.weight_norm import WeightNormConv1d
@@ -449,7 +449,7 @@ class VitsWaveNet(nnx.Module):
         for i, (gates, projection) in enumerate(zip(self.in_layers, self.res_skip_layers, strict=True)):
             a = gates(x)
             if conditions is not None:
-                a = a + conditions[..., 2 * self.size * i : 2 * self.size * (i + 1)]
+                a = a + spread(conditions[..., 2 * self.size * i : 2 * self.size * (i + 1)], a)
             a = jnp.tanh(a[..., : self.size]) * jax.nn.sigmoid(a[..., self.size :])
             a = projection(dropout(a, self.dropout_rate) if dropout else a)
             if i < len(self.in_layers) - 1:
@@ -689,7 +689,7 @@ class VitsStochasticDurationPredictor(nnx.Module):
         """What the flows are conditioned on. No gradient reaches the text encoder (§2.2.2)."""
         x = self.conv_pre(jax.lax.stop_gradient(hidden_states))
         if speaker is not None:
-            x = x + self.cond(jax.lax.stop_gradient(speaker))
+            x = x + spread(self.cond(jax.lax.stop_gradient(speaker)), x)
         return self.conv_proj(self.conv_dds(x, mask, dropout=dropout)) * mask
 
     def __call__(
@@ -780,7 +780,7 @@ class VitsDurationPredictor(nnx.Module):
         dropout = dropout or Dropout(None)
         x = jax.lax.stop_gradient(hidden_states)
         if speaker is not None:
-            x = x + self.cond(jax.lax.stop_gradient(speaker))
+            x = x + spread(self.cond(jax.lax.stop_gradient(speaker)), x)
         x = dropout(self.norm_1(jax.nn.relu(self.conv_1(x * mask))), self.dropout_rate)
         x = dropout(self.norm_2(jax.nn.relu(self.conv_2(x * mask))), self.dropout_rate)
         return self.proj(x * mask) * mask

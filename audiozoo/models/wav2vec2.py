@@ -1128,7 +1128,7 @@ class Wav2Vec2ForPreTraining(_WithBackbone):
         if sampled_negative_indices is not None:
             if mask_time_indices is None:
                 raise UsageError("Give mask_time_indices together with sampled_negative_indices.")
-            negatives = quantised.reshape(-1, quantised.shape[-1])[sampled_negative_indices]
+            negatives = at_least_float32(quantised).reshape(-1, quantised.shape[-1])[sampled_negative_indices]
             # By their codes, which are equal or not; the original compares rounded vectors.
             same = (codes.reshape(-1, codes.shape[-1])[sampled_negative_indices] == codes[:, :, None]).all(axis=-1)
             logits = contrastive_logits(context, quantised, negatives, config.contrastive_logits_temperature, same)

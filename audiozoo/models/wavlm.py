@@ -183,7 +183,7 @@ def attend_gated(
 
     def whole(*arrays: Any) -> jax.Array:
         query, key, value, gate, position_bias, mask = arrays
-        return attend(query, key, value, scale=scale, mask=mask, bias=gate * position_bias)[0]
+        return attend(query, key, value, scale=scale, mask=mask, bias=at_least_float32(gate) * position_bias)[0]
 
     def in_turns(*arrays: Any) -> jax.Array:
         query, key, value, gate, position_bias, mask = arrays
@@ -195,7 +195,7 @@ def attend_gated(
             scores = jnp.einsum(
                 "qd,kd->qk", query[item, head] * scale, key[item, head], preferred_element_type=accumulate
             )
-            scores = scores + gate[item, head] * position_bias[head]
+            scores = scores + at_least_float32(gate[item, head]) * position_bias[head]
             if mask is not None:
                 scores = jnp.where(mask[item, 0], scores, jnp.finfo(scores.dtype).min)
             weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
@@ -249,7 +249,7 @@ class WavLMAttention(MultiHeadAttention):
         """Attend; `position_bias` is the table $d$ laid out. Returns the output and, if needed, each head's weights."""
         gate = self.gate(x)
         if need_weights or (dropout is not None and dropout.key is not None):
-            return super().__call__(x, mask=mask, bias=gate * position_bias, dropout=dropout)
+            return super().__call__(x, mask=mask, bias=at_least_float32(gate) * position_bias, dropout=dropout)
         keys = self.key_values(x)
         query = split_heads(self.q_proj(x), self.heads)
         output = attend_gated(query, keys.key, keys.value, gate, position_bias, scale=self.scale, mask=mask)

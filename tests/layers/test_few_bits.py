@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from audiozoo.layers import Conv1d, Embed, Linear, abstract
+from audiozoo.layers import Conv1d, Dropout, Embed, Linear, abstract
 from audiozoo.layers.alignment import repeat_by_duration
 from audiozoo.layers.basic import unit_vectors
 from audiozoo.layers.batch_norm import BatchNorm
@@ -18,9 +19,22 @@ from audiozoo.layers.convolution import ConvTranspose1d
 from audiozoo.layers.positions import cosines_and_sines
 from audiozoo.layers.splines import rational_quadratic_spline
 from audiozoo.layers.weight_norm import weight_normalised
-from audiozoo.models import clap, encodec, speecht5
+from audiozoo.models import (
+    clap,
+    conformer,
+    ecapa_tdnn,
+    encodec,
+    hifigan,
+    musicgen,
+    speecht5,
+    swin,
+    vits,
+    wav2vec2,
+    wavlm,
+)
 from audiozoo.models.t5 import T5LayerNorm
-from tests.models import tiny_speecht5
+from tests.models import tiny_speecht5, tiny_vits
+from tests.training import small_plans
 
 
 def test_frames_are_counted_beyond_256_in_bfloat16():
@@ -162,3 +176,87 @@ def test_counts_of_codebook_entries_move_by_hundredths():
     wanted = 1000 - 100 * 0.99**100
     np.testing.assert_allclose(quantizer.cluster_size[...][0], wanted, rtol=1e-4)
     assert quantizer.embed.dtype == jnp.bfloat16
+
+
+def sums_in_few_bits(program):
+    """How many terms each sum of a program has that is taken in bfloat16."""
+    for equation in program.eqns:
+        name, arguments = equation.primitive.name, [v.aval for v in equation.invars]
+        if name in ("reduce_sum", "cumsum", "scatter-add") and arguments[0].dtype == jnp.bfloat16:
+            terms, sums = arguments[-1].size, equation.outvars[0].aval.size
+            yield terms if name == "cumsum" else terms / sums
+        for inner in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda value: hasattr(value, "eqns")):
+            if hasattr(inner, "eqns"):
+                yield from sums_in_few_bits(getattr(inner, "jaxpr", inner))
+
+
+HALF = {"dtype": jnp.bfloat16}
+NEAR = {"left_max_position_embeddings": 2, "right_max_position_embeddings": 1}
+KEYED = conformer.ConformerConfig(8, 1, 2, 8, position_embeddings_type="relative_key", **NEAR)
+SPEAKERS = ecapa_tdnn.EcapaTdnnConfig(8, 8, 4, (2,), 2, 4, 4, global_context=True)
+VOICES = {"condition_dim": 4, "upsample_initial_channel": 8, "upsample_rates": (2,), "upsample_kernel_sizes": (4,)}
+VOICES |= {"model_in_dim": 8, "resblock_kernel_sizes": (3,), "resblock_dilation_sizes": ((1,),)}
+GATED = wavlm.WavLMConfig(hidden_size=8, num_attention_heads=2, num_conv_pos_embedding_groups=2)
+TAKEN = jnp.zeros((1, 16, 100), int)
+SHARED = {  # what many frames have in common: a module, and its call with 64 of them, 8 wide
+    "WavLM's gates": (
+        lambda rngs: wavlm.WavLMAttention(GATED, **HALF, rngs=rngs),
+        lambda module, x: module(x, jnp.ones((2, 64, 64), x.dtype))[0],
+    ),
+    "distances beyond SpeechT5's": (
+        lambda rngs: Linear(8, 8, **HALF, rngs=rngs),
+        lambda module, x: speecht5.relative_scores(module(x)[None], jnp.ones((6, 8))),
+    ),
+    "distances beyond a Conformer's": (
+        lambda rngs: conformer.ConformerSelfAttention(KEYED, **HALF, rngs=rngs),
+        lambda module, x: module(x)[0],
+    ),
+    "windows of Swin": (
+        lambda rngs: swin.WindowAttention(8, 2, 2, **HALF, rngs=rngs),
+        lambda module, x: module(x.reshape(16, 4, 8), np.zeros((16, 4, 4)), Dropout(None))[0],
+    ),
+    "fusion in CLAP": (
+        lambda rngs: clap.AttentionalFusion(8, 2, False, **HALF, param_dtype=jnp.float32, rngs=rngs),
+        lambda module, x: module(x, x, False, jnp.ones(1, bool)),
+    ),
+    "squeeze-excitation": (
+        lambda rngs: ecapa_tdnn.SqueezeExcitation(SPEAKERS, **HALF, rngs=rngs),
+        lambda module, x: module(x),
+    ),
+    "the whole in ECAPA-TDNN": (
+        lambda rngs: ecapa_tdnn.AttentiveStatisticsPooling(SPEAKERS, **HALF, rngs=rngs),
+        lambda module, x: module(x),
+    ),
+    "a voice in VITS": (
+        lambda rngs: vits.VitsWaveNet(dataclasses.replace(tiny_vits.CONFIG, hidden_size=8), 2, **HALF, rngs=rngs),
+        lambda module, x: module(x, jnp.ones((1, 64, 1), x.dtype), x[:, :1, :4]),
+    ),
+    "a voice in HiFi-GAN": (
+        lambda rngs: hifigan.HifiGanGenerator(hifigan.HifiGanConfig(**VOICES), **HALF, rngs=rngs),
+        lambda module, x: module(x, x[:, :1, :4]),
+    ),
+    "a melody in MusicGen": (
+        lambda rngs: musicgen.MusicgenMelodyForConditionalGeneration(
+            small_plans.CONFIGURATIONS["musicgen"][1], **HALF, rngs=rngs
+        ),
+        lambda module, x: module.encode_melody(x.reshape(1, -1)[:, None, :12]),
+    ),
+    "distractors": (
+        lambda rngs: wav2vec2.Wav2Vec2ForPreTraining(small_plans.CONFIGURATIONS["wav2vec2"][1], **HALF, rngs=rngs),
+        lambda module, x: (
+            module(jnp.pad(x.reshape(1, -1), ((0, 0), (0, 4608))), None, jnp.ones((1, 16), bool), TAKEN).loss
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_what_many_frames_share_learns_from_sums_in_float32(name):
+    create, call = SHARED[name]
+    x = jax.ShapeDtypeStruct((1, 64, 8), jnp.bfloat16)
+
+    def loss(module, x):
+        return call(module, x).astype(jnp.float32).sum()
+
+    program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(abstract(create), x)
+    assert max(sums_in_few_bits(program.jaxpr), default=1) <= 8
