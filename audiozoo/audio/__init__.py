@@ -14,6 +14,7 @@ from audiozoo.audio.features import (
     stft,
 )
 from audiozoo.audio.files import AudioInfo, blocks, check_waveform, in_channels, info, read, resample, write
+from audiozoo.audio.speech import speech_regions
 from audiozoo.audio.streams import SampleFormat, read_stream, to_pcm, wav_header
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "read_stream",
     "resample",
     "spectrogram",
+    "speech_regions",
     "stft",
     "to_pcm",
     "wav_header",

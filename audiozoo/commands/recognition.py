@@ -136,7 +136,7 @@ def writer(
     from audiozoo import audio
     from audiozoo.decoding.pieces import in_language, write_pieces
 
-    refuse_whispers(model, options, {"language", "length_penalty", "beam_size", "batch_size"})
+    refuse_whispers(model, options, {"language", "length_penalty", "beam_size", "batch_size", "vad"})
     chosen = {"num_beams": options["beam_size"], "length_penalty": options["length_penalty"]}
     chosen |= in_language(model, processor, language, "This checkpoint", "--language")
     if hasattr(model, "speecht5"):
@@ -150,8 +150,8 @@ def writer(
 
     def hear(recording: Any, progress: Progress) -> dict[str, Any]:
         wave = audio.read(recording, processor.feature_extractor.sampling_rate)
-        batch_size = options["batch_size"]
-        found = write_pieces(model, processor, wave, batch_size=batch_size, progress=progress, **chosen)
+        how = {name: options[name] for name in ("batch_size", "vad")}
+        found = write_pieces(model, processor, wave, progress=progress, **how, **chosen)
         return found | {"language": language}
 
     return hear

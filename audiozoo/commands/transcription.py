@@ -69,6 +69,9 @@ def transcribe(
         bool, typer.Option("--highlight-words", help="underline each word as it is said (needs --word-timestamps)")
     ] = False,
     batch_size: Annotated[int, typer.Option(help="windows decoded together")] = 1,
+    vad: Annotated[
+        bool, typer.Option("--vad", help="hear only where somebody is speaking; not for CTC models")
+    ] = False,
     chunk_length_s: Annotated[
         float | None, typer.Option(help="seconds; cut into chunks that overlap, and join their texts and words")
     ] = None,
@@ -135,6 +138,7 @@ def transcribe(
         "max_initial_timestamp": max_initial_timestamp,
         "padding": padding,
         "batch_size": batch_size,
+        "vad": vad,
         "chunk_length_s": chunk_length_s,
         "stride_length_s": stride_length_s,
         "seed": seed,
@@ -144,10 +148,13 @@ def transcribe(
     options |= {name: value for name, value in marks.items() if value is not None}
     outputs = _outputs(files, output_dir)
     terminal.keep_compiled_programs()
+    from audiozoo.audio.speech import silero
     from audiozoo.decoding.long_form import TranscriptionOptions
 
     # Which languages there are, and what a length penalty is, differs between models.
     TranscriptionOptions.of(options if model is None else options | {"language": None, "length_penalty": None})
+    if vad:
+        silero()
     fusion = recognition.Fusion(language_model, tuple(hotwords or ()), lexicon, lm_weight, word_bonus, ctc_weight)
     hear = _recogniser(model or packaged.whisper(), options, dtype, fusion)
     if output_dir is not None:

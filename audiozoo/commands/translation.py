@@ -16,7 +16,7 @@ import typer
 
 from audiozoo.commands import terminal
 from audiozoo.commands.terminal import check_output, check_sound, progress_bar, say, write_sound, write_whole
-from audiozoo.errors import SourceError, UsageError
+from audiozoo.errors import AudioError, SourceError, UsageError
 
 MODEL = "facebook/s2t-medium-mustc-multilingual-st"
 
@@ -34,6 +34,7 @@ class Request:
         beams: of the search; None for the model's own choice.
         batch_size: pieces at a time.
         speaker: whose voice speaks; -1 for one of the language.
+        vad: whether only what is spoken is to be heard.
     """
 
     file: str | None
@@ -44,6 +45,7 @@ class Request:
     beams: int | None
     batch_size: int
     speaker: int = -1
+    vad: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ def speech_to_text(
     if name == "Speech2TextForConditionalGeneration":
         options["batch_invariant"] = True
     wave = audio.read(request.file, processor.feature_extractor.sampling_rate)
-    result = write_pieces(model, processor, wave, batch_size=request.batch_size, progress=progress, **options)
+    options |= {"batch_size": request.batch_size, "vad": request.vad}
+    result = write_pieces(model, processor, wave, progress=progress, **options)
     return Translation(result["text"], result["segments"])
 
 
@@ -128,9 +131,10 @@ def seamless(model: Any, processor: Any, request: Request, progress: Callable[[f
         if request.source is not None:
             raise UsageError(f"A {name} hears which language is spoken; leave --from out.")
         wave = audio.read(request.file, processor.feature_extractor.sampling_rate)
-        result = write_pieces(
-            model, processor, wave, batch_size=request.batch_size, progress=progress, generate=generate
-        )
+        heard: dict[str, Any] = {"batch_size": request.batch_size, "vad": request.vad}
+        result = write_pieces(model, processor, wave, progress=progress, generate=generate, **heard)
+        if request.speak and not spoken:
+            raise AudioError(f"Nobody is speaking in {request.file}, so there is nothing to say.")
         text, segments = result["text"], result["segments"]
     else:
         if request.source is None:
@@ -265,6 +269,7 @@ def translate(
         int | None, typer.Option("--beam-size", "--beams", help="of the search; by default the model's own")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="pieces of a long recording translated together")] = 4,
+    vad: Annotated[bool, typer.Option("--vad", help="hear only where somebody is speaking")] = False,
     wait_k: Annotated[
         int | None,
         typer.Option(
@@ -291,11 +296,17 @@ def translate(
         raise UsageError("--batch-size counts from 1.")
     if speaker is not None and speech is None:
         raise UsageError("--speaker says who speaks the translation; say with --speech where to.")
-    if wait_k is not None and (beams or speech or from_ or wait_k < 1):
-        raise UsageError("--wait-k counts from 1, and goes without --beam-size, --speech and --from.")
+    if wait_k is not None and (beams or speech or from_ or vad or wait_k < 1):
+        raise UsageError("--wait-k counts from 1, and goes without --beam-size, --speech, --from and --vad.")
     if cmvn is not None and wait_k is None:
         raise UsageError("--cmvn belongs to --wait-k.")
     file, text = ("-", None) if wait_k is not None and source == "-" else what_is_meant(source)
+    if vad:
+        if file is None:
+            raise UsageError("--vad is for recordings; in a text nobody is speaking.")
+        from audiozoo.audio.speech import silero
+
+        silero()
     if speech is not None:
         check_sound(speech)
     if output is not None:
@@ -313,7 +324,7 @@ def translate(
         raise UsageError(f"--wait-k is for fairseq S2T; {model} holds a {name}.")
     processor = audiozoo.load_processor(model)
     voice = -1 if speaker is None else speaker
-    request = Request(file, text, to, from_, speech is not None, beams, batch_size, voice)
+    request = Request(file, text, to, from_, speech is not None, beams, batch_size, voice, vad)
     if wait_k is not None:
         if file is None:
             raise UsageError(f"A {name} translates speech; give it a sound file, not text.")

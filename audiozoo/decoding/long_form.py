@@ -4,7 +4,8 @@ The model hears 30 s at a time. A window is decoded, its timestamps cut it into 
 where the last complete segment ended (**seeking**). Decoding that goes wrong shows in two numbers, the mean
 log-probability of the tokens and how well the text compresses; it is then repeated at a higher **temperature**. The
 **text so far** is the prompt of the next window. A window that the model takes for silence is passed over. **Word
-times**, where wanted, come from `audiozoo.decoding.timestamps`.
+times**, where wanted, come from `audiozoo.decoding.timestamps`. With `vad` it hears only where somebody is speaking,
+by another network (`audiozoo.audio.speech`).
 
     recording ── log-mel of the whole ──> windows ──> encode ──> decode, again if need be ──> segments ──> words
                                              ^                                                   │
@@ -36,6 +37,7 @@ from jaxtyping import Float
 
 from audiozoo.audio import files
 from audiozoo.audio.features import WHISPER_CHUNK_SAMPLES, WHISPER_HOP, long_log_mel_spectrogram
+from audiozoo.audio.speech import SpeechListener, SpeechOptions
 from audiozoo.decoding import overlaps
 from audiozoo.decoding.timestamps import (
     APPENDED,
@@ -76,10 +78,17 @@ class Recording:
     frames: int  # without the silence
     language: str = "en"
     sot_sequence: tuple[int, ...] = ()
+    speech: list[tuple[int, int]] | None = None  # frames in which somebody is speaking, where that was asked
 
     @classmethod
-    def of(cls, audio: Audio, mels: int) -> Recording:
-        """From a file, a 16 kHz waveform, or its consecutive blocks; the waveform of a file is never held whole."""
+    def of(cls, audio: Audio, mels: int, speech: SpeechOptions | None = None) -> Recording:
+        """From a file, a 16 kHz waveform, or its consecutive blocks; the waveform of a file is never held whole.
+
+        Args:
+            audio: the recording.
+            mels: bands of the spectrogram.
+            speech: how to look for speech; by default it is not looked for.
+        """
         source: Any
         if isinstance(audio, (str, os.PathLike, bytes)) or hasattr(audio, "read"):
             source = files.blocks(audio)  # type: ignore[arg-type]
@@ -92,6 +101,9 @@ class Recording:
                 f"A recording is a file, an array, or an iterator of arrays, not a {type(audio).__name__}; "
                 "a list is a list of recordings."
             )
+        listener = None if speech is None else SpeechListener(speech)
+        if listener is not None:
+            source = listener.passing([source] if isinstance(source, np.ndarray) else source)
         features = long_log_mel_spectrogram(source, mels, padding=WHISPER_CHUNK_SAMPLES)
         frames = features.shape[1] - WHISPER_CHUNK_SAMPLES // WHISPER_HOP
         if frames < SHORTEST_FRAMES:
@@ -100,12 +112,24 @@ class Recording:
                 f"{name} lasts {frames / FRAMES_PER_SECOND:.2f} s: too short to hold speech "
                 f"(at least {SHORTEST_FRAMES / FRAMES_PER_SECOND:.2f} s are needed)."
             )
-        return cls(features, frames)
+        recording = cls(features, frames)
+        if listener is not None:
+            regions = listener.regions()
+            recording.speech = [(round(a * FRAMES_PER_SECOND), round(b * FRAMES_PER_SECOND)) for a, b in regions]
+        return recording
 
     @property
     def seconds(self) -> float:
         """Duration."""
         return self.frames / FRAMES_PER_SECOND
+
+    def clips(self, options: TranscriptionOptions) -> list[tuple[int, int]]:
+        """Start and end of the parts to transcribe, in frames; where speech was looked for, those that hold it."""
+        asked = options.clips(self.frames)
+        if self.speech is None:
+            return asked
+        heard = ((max(a, start), min(b, end)) for a, b in asked for start, end in self.speech)
+        return [(start, end) for start, end in heard if start < end]
 
     def window(self, start: int, size: int, width: int, padding: str) -> Float[np.ndarray, "mels width"]:
         """`size` frames from `start` on, filled up to `width`."""
@@ -442,7 +466,8 @@ def transcribe(
     decoder = WindowDecoder(model, tokenizer, chosen)
     if chosen.language is not None or not tokenizer.multilingual:
         tokenizer.sot_sequence(chosen.language, chosen.task)  # an error comes before the work
-    recordings = [Recording.of(source, model.config.num_mel_bins) for source in sources]
+    speech = SpeechOptions.meant_by(chosen.vad)
+    recordings = [Recording.of(source, model.config.num_mel_bins, speech) for source in sources]
     _set_languages(recordings, decoder)
 
     how = _transcribe if chosen.chunk_length_s is None else _transcribe_chunks
@@ -461,7 +486,7 @@ def _transcribe(
     streams: list[_Stream] = []
     owners: list[int] = []
     for owner, recording in enumerate(recordings):
-        clips = chosen.clips(recording.frames)
+        clips = recording.clips(chosen)
         parts = [clips]
         if chosen.batch_size > 1:
             pieces = [
@@ -526,10 +551,7 @@ def _transcribe_chunks(
         )
     streams = [_Stream(recording, [], decoder) for recording in recordings]
     cuts = [
-        [
-            overlaps.cut(start, min(end, recording.frames), size, left, right)
-            for start, end in chosen.clips(recording.frames)
-        ]
+        [overlaps.cut(start, min(end, recording.frames), size, left, right) for start, end in recording.clips(chosen)]
         for recording in recordings
     ]
     windows = [
@@ -643,7 +665,7 @@ def _seconds_done(streams: Sequence[_Stream], owners: Sequence[int], recordings:
 
 
 def _set_languages(recordings: Sequence[Recording], decoder: WindowDecoder) -> None:
-    """Set the language of each recording: the one asked for, or the most probable one in its first 30 s."""
+    """Set the language of each recording: the one asked for, or the most probable one in its first 30 s (of speech)."""
     options, tokenizer = decoder.options, decoder.tokenizer
     if options.language is not None or not tokenizer.multilingual:
         languages = [options.language or "en"] * len(recordings)
@@ -658,7 +680,8 @@ def _language_probabilities(recordings: Sequence[Recording], decoder: WindowDeco
     # One at a time: a batch would gain little, and here every recording may be the only one.
     found = []
     for recording in recordings:
-        beginning = recording.features[:, : decoder.width(recording.frames)]
+        start = recording.speech[0][0] if recording.speech else 0
+        beginning = recording.features[:, start : start + decoder.width(recording.frames - start)]
         found += decoder.language_probabilities(decoder.encode([beginning]))
     return found
 
@@ -702,7 +725,7 @@ def align(model: Any, processor: Any, audio: Audio, text: str, **options: Any) -
     chosen = TranscriptionOptions.of(options)
     tokenizer = getattr(processor, "tokenizer", processor)
     decoder = WindowDecoder(model, tokenizer, chosen)
-    recording = Recording.of(audio, model.config.num_mel_bins)
+    recording = Recording.of(audio, model.config.num_mel_bins, SpeechOptions.meant_by(chosen.vad))
     _set_languages([recording], decoder)
     if not text.strip():
         raise UsageError("There is no text to align.")

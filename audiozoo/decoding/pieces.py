@@ -2,17 +2,20 @@
 
 An encoder-decoder that was trained on sentences forgets the middle of a long recording. Cut into pieces of some twenty
 seconds, each cut in the quietest moment of its last third, it hears sentences again, and the pieces' times are the
-segments'. A long text is cut behind sentences.
+segments'. Where nobody speaks it writes something all the same; with `vad` it does not hear that. A long text is cut
+behind sentences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from audiozoo.audio.speech import SpeechOptions, speech_regions
 from audiozoo.decoding.encoders import alone
 from audiozoo.errors import AudioError, UsageError
 from audiozoo.text.sentences import SENTENCE_END
@@ -82,6 +85,7 @@ def write_pieces(
     *,
     longest: float = 20.0,
     batch_size: int = 4,
+    vad: bool | Mapping[str, float] = False,
     progress: Callable[[float, float], None] | None = None,
     generate: Callable[..., Any] | None = None,
     **options: Any,
@@ -97,6 +101,8 @@ def write_pieces(
         waveform: mono, at the processor's rate.
         longest: seconds of a piece.
         batch_size: pieces at a time.
+        vad: hear only where somebody is speaking: True, or what differs from the defaults of
+            `audiozoo.audio.speech.SpeechOptions`. Without any speech the text is empty.
         progress: called with the seconds done and the seconds in all.
         generate: gives tokens in place of `model.generate`, for what makes more than these.
         options: of `generate`.
@@ -112,8 +118,17 @@ def write_pieces(
     rate = processor.feature_extractor.sampling_rate
     if len(waveform) < SHORTEST * rate:
         raise AudioError(f"The recording has {len(waveform) / rate:.2f} s; that is too short for words.")
-    pieces = [p for p in quiet_cuts(waveform, rate, longest) if p[1] - p[0] >= SHORTEST * rate]
-    batch_size, listener = min(batch_size, len(pieces)), alone(model)
+    regions = [(0, len(waveform))]
+    if (speech := SpeechOptions.meant_by(vad)) is not None:
+        found = speech_regions(waveform, rate, **dataclasses.asdict(speech))
+        regions = [(round(start * rate), round(end * rate)) for start, end in found]
+    pieces = [
+        (start + first, start + last)
+        for start, end in regions
+        for first, last in quiet_cuts(waveform[start:end], rate, longest)
+        if last - first >= SHORTEST * rate
+    ]
+    batch_size, listener = max(1, min(batch_size, len(pieces))), alone(model)
     # SpeechT5 hears waveforms; the bands that its extractor speaks of are those of the speech that it makes.
     extractor = processor.feature_extractor
     filterbanks = hasattr(extractor, "num_mel_bins") and not hasattr(extractor, "spectrograms")

