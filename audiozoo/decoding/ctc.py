@@ -1001,7 +1001,7 @@ def align(
         model: a CTC model of the wav2vec 2.0 family.
         processor: its processor.
         audio: waveform at the processor's rate.
-        text: what is said. A word `<star>` stands for anything.
+        text: what is said. A word `<star>` stands for anything; several with no letter between are one.
         star: put a `<star>` before and after the text: the recording may begin and end with something else. It fits
             every frame perfectly, so of the letter beside it it leaves only the best frame.
         chunk_length_s: seconds a piece; see `chunked_logits`.
@@ -1028,7 +1028,7 @@ def align(
     around = [STAR] if star else []
     for word in [*around, *text.replace(STAR, f" {STAR} ").split(), *around]:
         ids = [any_token] if word == STAR else tokenizer.word_ids(word)
-        if not ids:
+        if not ids or ids == [any_token] == targets[-1:]:  # between two there would have to be a blank
             continue
         if targets and delimiter in vocabulary and any_token not in (ids[0], targets[-1]):
             targets.append(vocabulary.index(delimiter))
