@@ -224,8 +224,6 @@ class MusicgenConfig:
             raise UsageError(f"There is no pattern {self.pattern!r}; there are delay, flatten and coarse_first.")
         if self.delays is not None and len(self.delays) != self.num_codebooks:
             raise UsageError(f"There are {self.num_codebooks} streams of codes and {len(self.delays)} delays.")
-        if self.hidden_size % self.num_attention_heads:
-            raise UsageError(f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} heads.")
 
     @property
     def special_token_id(self) -> int:

@@ -76,7 +76,7 @@ from audiozoo.layers import (
     relative_to_absolute,
 )
 from audiozoo.layers.alignment import monotonic_alignment, repeat_by_duration
-from audiozoo.layers.attention import merge_heads, split_heads
+from audiozoo.layers.attention import check_heads, merge_heads, split_heads
 from audiozoo.layers.basic import at_least_float32, spread
 from audiozoo.layers.splines import rational_quadratic_spline
 from audiozoo.layers.stacking import all_weights, unseen
@@ -139,12 +139,6 @@ class VitsConfig:
     pad_token_id: int | None = None  # kept for export
     decoder_weight_norm: bool = False  # decoder's kernels as magnitude and direction; True for the authors' files
     has_posterior: bool = True  # whether what only training and voice conversion need is there; False for .onnx
-
-    def __post_init__(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
-            raise UsageError(
-                f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} attention heads."
-            )
 
     @property
     def hop_length(self) -> int:
@@ -269,6 +263,7 @@ class VitsAttention(nnx.Module):
 
     def __init__(self, config: VitsConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         size, kwargs = config.hidden_size, _kwargs(dtype, param_dtype, rngs)
+        check_heads(size, config.num_attention_heads)
         self.k_proj = Linear(size, size, use_bias=config.use_bias, **kwargs)
         self.v_proj = Linear(size, size, use_bias=config.use_bias, **kwargs)
         self.q_proj = Linear(size, size, use_bias=config.use_bias, **kwargs)

@@ -152,6 +152,9 @@ def test_patterns_of_sizes():
         MusicgenConfig(delays=(0, 1))
     with pytest.raises(UsageError, match="3 streams of codes and 2 channels"):
         MusicgenConfig(num_codebooks=3, audio_channels=2)
+    for heads in (0, 3):
+        with pytest.raises(UsageError, match=f"A width of 16 does not divide into {heads} heads"):
+            tiny("MusicgenForCausalLM", num_attention_heads=heads)
 
 
 @pytest.mark.parametrize("pattern", ["flatten", "coarse_first"])

@@ -210,6 +210,9 @@ def test_mistakes_get_a_sentence():
             synthesizer()([1], 0, **options)
     with pytest.raises(UsageError, match="Synthesizer"):
         jax.jit(lambda m, ids: m(ids))(build(), jnp.ones((1, 3), jnp.int32))
+    for heads in (0, 3):
+        with pytest.raises(UsageError, match=f"does not divide into {heads} heads"):
+            build(dataclasses.replace(CONFIG, num_attention_heads=heads))
     with pytest.raises(UsageError, match="several voices"):
         VitsModel.voice_conversion(_Single(), None, 0, 1)  # type: ignore[arg-type]
 
