@@ -43,16 +43,17 @@ CODEC, LANGUAGE_MODEL = "EncodecModel", "EncodecLanguageModel"
 def _places(config: EncodecConfig) -> dict[str, str]:
     """Where in the two lists of layers the convolutions, transposed convolutions, blocks and LSTMs are."""
     blocks, stages = config.num_residual_layers, len(config.upsampling_ratios)
-    step, last = blocks + 2, (config.num_residual_layers + 2) * stages + 3
+    step, lstm = blocks + 2, int(config.num_lstm_layers > 0)
+    last = step * stages + 2 + lstm
     encoder = [0, *(step * (i + 1) for i in range(stages)), last]
     places = {
         "encoder conv": encoder,
         "encoder block": [step * i + 1 + j for i in range(stages) for j in range(blocks)],
-        "encoder lstm": [last - 2],
+        "encoder lstm": [last - 2] * lstm,
         "decoder conv": [0, last],
-        "decoder transposed": [step * i + 3 for i in range(stages)],
-        "decoder block": [step * i + 4 + j for i in range(stages) for j in range(blocks)],
-        "decoder lstm": [1],
+        "decoder transposed": [step * i + 2 + lstm for i in range(stages)],
+        "decoder block": [step * i + 3 + lstm + j for i in range(stages) for j in range(blocks)],
+        "decoder lstm": [1] * lstm,
     }
     return {name: "{i:" + "|".join(map(str, indices)) + "}" for name, indices in places.items() if indices}
 
@@ -100,6 +101,8 @@ def hugging_face_table(config: EncodecConfig, model_class: str = CODEC) -> Table
     """The correspondence with `transformers`' `EncodecModel`; older files spell weight normalisation otherwise."""
     if model_class != CODEC:
         raise CheckpointError(f"transformers has no {model_class}; it has {CODEC}.")
+    if not config.num_lstm_layers:
+        raise CheckpointError("transformers has no EnCodec without an LSTM (num_lstm_layers=0).")
     return Table(_codec_rules(config, original=False), renames=WEIGHT_NORM_RENAMES)
 
 

@@ -102,7 +102,7 @@ class EncodecConfig:
     use_causal_conv: bool = True  # pad on the left only, so that a stream can be coded as it comes
     pad_mode: str = "reflect"  # what lies beyond the ends: "reflect", "constant" (zeros) or "replicate"
     compress: int = 2  # a residual block's inner width is its outer one divided by this
-    num_lstm_layers: int = 2  # S, in the encoder and in the decoder
+    num_lstm_layers: int = 2  # S, in the encoder and in the decoder; with 0 there is no shortcut around them either
     trim_right_ratio: float = 1.0  # share of a causal transposed convolution's surplus that is cut on the right
     codebook_size: int = 1024  # entries of a codebook, a power of two
     codebook_dim: int | None = None  # channels of an entry; None or `hidden_size`
@@ -466,8 +466,9 @@ class EncodecEncoder(nnx.Module):
             layers += [EncodecResnetBlock(config, width, dilation, **kwargs) for dilation in dilations]
             layers += [_ELU(), EncodecConv1d(config, width, 2 * width, 2 * ratio, stride=ratio, **kwargs)]
             width *= 2
-        layers += [EncodecLSTM(config, width, **kwargs), _ELU()]
-        layers += [EncodecConv1d(config, width, config.hidden_size, config.last_kernel_size, **kwargs)]
+        if config.num_lstm_layers:
+            layers.append(EncodecLSTM(config, width, **kwargs))
+        layers += [_ELU(), EncodecConv1d(config, width, config.hidden_size, config.last_kernel_size, **kwargs)]
         self.layers = nnx.List(layers)
 
     def __call__(self, x: Float[Array, "batch samples channels"]) -> Float[Array, "batch frames latent"]:
@@ -487,7 +488,8 @@ class EncodecDecoder(nnx.Module):
     def __init__(self, config: EncodecConfig, **kwargs: Any):
         width = config.num_filters * 2 ** len(config.upsampling_ratios)
         layers: list[Any] = [EncodecConv1d(config, config.hidden_size, width, config.kernel_size, **kwargs)]
-        layers += [EncodecLSTM(config, width, **kwargs)]
+        if config.num_lstm_layers:
+            layers.append(EncodecLSTM(config, width, **kwargs))
         for ratio in config.upsampling_ratios:
             layers += [_ELU(), EncodecConvTranspose1d(config, width, width // 2, 2 * ratio, ratio, **kwargs)]
             width //= 2

@@ -118,6 +118,7 @@ def original_codec(variant: str = "causal", dtype: torch.dtype | None = None, bo
     package, stereo = original_package(), variant == "stereo"
     kwargs = {"channels": 2 if stereo else 1, "dimension": 6, "n_filters": 4, "ratios": [3, 2]}
     kwargs |= {"causal": not stereo, "norm": "time_group_norm" if stereo else "weight_norm"}
+    kwargs |= {"lstm": 0} if variant == "no LSTM" else {}
     model = package.model.EncodecModel(
         package.modules.SEANetEncoder(**kwargs),
         package.modules.SEANetDecoder(**kwargs),
@@ -262,14 +263,15 @@ def test_directories_there_and_back(tmp_path, variant):
             np.testing.assert_array_equal(array, again[name], err_msg=name)
 
 
-@pytest.mark.parametrize("variant", ["causal", "stereo"])
+@pytest.mark.parametrize("variant", ["causal", "stereo", "no LSTM"])
 def test_the_authors_files(tmp_path, variant):
     """A bare `.th` file: sizes come from its shapes, and the model computes what theirs does."""
     original = original_codec(variant)
     torch.save(original.state_dict(), tmp_path / "encodec.th")
     model = audiozoo.load(tmp_path / "encodec.th", param_dtype=jnp.float64)
-    found, wanted = model.config, config_of(original)
-    derived = ("num_filters", "hidden_size", "upsampling_ratios", "num_quantizers", "norm_type", "audio_channels")
+    found, wanted = model.config, config_of(original, num_lstm_layers=0 if variant == "no LSTM" else 2)
+    derived = ["num_filters", "hidden_size", "upsampling_ratios", "num_quantizers", "norm_type", "audio_channels"]
+    derived.append("num_lstm_layers")
     assert [getattr(found, n) for n in derived] == [getattr(wanted, n) for n in derived]
     model.config = wanted
     x = signal(1, original.channels, 220)
@@ -319,6 +321,13 @@ seanet:
   decoder: {trim_right_ratio: 1.0, final_activation: null, final_activation_params: null}
 rvq: {n_q: 3, q_dropout: false, bins: 1024}
 """
+
+
+def test_what_transformers_cannot_hold(tmp_path):
+    """Its LSTM has one layer at least."""
+    model = EncodecModel(config_of(original_codec("no LSTM"), num_lstm_layers=0), rngs=nnx.Rngs(0))
+    with pytest.raises(CheckpointError, match="no EnCodec without an LSTM"):
+        audiozoo.export(model, tmp_path / "out")
 
 
 def test_audiocraft_files(tmp_path):
