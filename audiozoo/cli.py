@@ -12,6 +12,7 @@ import json
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,12 +62,21 @@ def _options(
 
 
 def main() -> None:
-    """Run a command; every expected error becomes one sentence and the exit code 1.
+    """Run a command; every expected error becomes one sentence and the exit code 1, and a warning is one sentence.
 
     An interruption ends it with 130, and a pipe that nobody reads any more with 1; Typer sees to both. A scheduler's
     SIGTERM ends it with 143, as tidily: nothing half-written stays, and what is nearly written becomes whole.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    shown = warnings.showwarning
+
+    def told(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, UserWarning):  # for whoever gave the command, and not for a programmer
+            say(str(message), "yellow")
+        else:
+            shown(message, category, *place, **more)
+
+    warnings.showwarning = told
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without a letter shows ? for it

@@ -7,6 +7,7 @@ dictionary, and want `dict.ltr.txt` (letters), `dict.phn.txt` (phonemes) or `dic
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,14 @@ def labels_of(tensors: TensorSource, count: int) -> tuple[str, ...]:
     for path in () if len(found) == count else sorted(tensors.path.parent.glob("dict.*.txt")):
         if len(found := fairseq_symbols(path)) == count:
             break
-    return tuple(found) if len(found) == count else tuple(f"LABEL_{i}" for i in range(count))
+    if len(found) == count:
+        return tuple(found)
+    warnings.warn(
+        f"{tensors.path} does not hold the names of its {count} classes, which are called LABEL_0 and so on. Put "
+        "fairseq's list of them beside it: dict.lang.txt for languages, a name and any number a line.",
+        stacklevel=2,
+    )
+    return tuple(f"LABEL_{i}" for i in range(count))
 
 
 def vocabularies(path: Path) -> dict[str, dict[str, int]]:

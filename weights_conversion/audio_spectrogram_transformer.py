@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -399,4 +400,12 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
         raise CheckpointError(f"{path} is none of AST's own files; give the directory that also holds its config.json.")
     if model_class not in (None, CLASSIFIER):
         raise CheckpointError(f"{path} holds a whole classifier; it loads as {CLASSIFIER}, not as {model_class}.")
-    return ForeignCheckpoint(CLASSIFIER, config_from_original(tensors, path), tensors, ORIGINAL_TABLE, path)
+    config = config_from_original(tensors, path)
+    if config.id2label[:1] == ("LABEL_0",):
+        warnings.warn(
+            f"{path} does not hold the names of its {config.num_labels} classes, which are called LABEL_0 and so on. "
+            "Put the project's list of them beside it: class_labels_indices.csv, from egs/audioset/data of its "
+            "repository (esc_… and speechcommands_… for the other tasks).",
+            stacklevel=2,
+        )
+    return ForeignCheckpoint(CLASSIFIER, config, tensors, ORIGINAL_TABLE, path)

@@ -333,7 +333,7 @@ def test_every_released_file_by_its_shapes(tmp_path):
         assert vars(features_of(config)) == vars(task)
 
 
-def test_one_of_the_projects_files_from_the_shell(tmp_path, monkeypatch):
+def test_one_of_the_projects_files_from_the_shell(tmp_path, monkeypatch, capsys):
     """Its features, which it does not hold, are those of its task; its classes are named by the list beside it."""
     reference = harness.randomise(Original(35, (10, 10), (12, 12), layers=1), 1, torch.float32)
     path, names = tmp_path / "speechcommands_10_10_0.9812.pth", [f"word, {i}" for i in range(35)]
@@ -355,6 +355,17 @@ def test_one_of_the_projects_files_from_the_shell(tmp_path, monkeypatch):
     ASTFeatureExtractor.esc50().save(tmp_path)  # what lies beside the file counts
     table.unlink()
     assert vars(audiozoo.load_processor(path)) == vars(ASTFeatureExtractor.esc50())
+    with pytest.warns(
+        UserWarning, match=r"names of its 35 classes.* list of them beside it: class_labels_indices\.csv"
+    ) as said:
+        assert audiozoo.load(path).config.id2label[:2] == ("LABEL_0", "LABEL_1")
+    assert len(said) == 1
+    monkeypatch.setattr("sys.argv", ["audiozoo", "convert", str(path), str(tmp_path / "unnamed")])
+    with pytest.raises(SystemExit):
+        cli.main()
+    told = capsys.readouterr().err
+    assert f"\n{path} does not hold the names of its 35 classes" in told
+    assert "UserWarning" not in told
 
 
 def test_epsilons_survive_a_directory(tmp_path):

@@ -198,7 +198,8 @@ def test_letters_of_fairseqs_files(tmp_path):
 def test_names_of_fairseqs_classes(tmp_path):
     """A classifier's names come from the dictionary beside it, whose lines are all its entries."""
     path = fairseq_file(tmp_path / "lid.pt", "ForSequenceClassification", {"normalize": True})
-    assert audiozoo.load(path).config.id2label == ("LABEL_0", "LABEL_1", "LABEL_2")
+    with pytest.warns(UserWarning, match=r"names of its 3 classes.* list of them beside it: dict\.lang\.txt"):
+        assert audiozoo.load(path).config.id2label == ("LABEL_0", "LABEL_1", "LABEL_2")
     (tmp_path / "dict.lang.txt").write_text("eng 3\nfra 2\ndeu 1\n")
     model, processor = audiozoo.load(path), audiozoo.load_processor(path)
     assert type(model).__name__ == "Wav2Vec2ForSequenceClassification"
