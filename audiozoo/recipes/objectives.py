@@ -31,7 +31,7 @@ from audiozoo.processors import zero_mean_unit_variance
 from audiozoo.recipes.settings import Settings
 from audiozoo.text.whisper_tokenizer import WITHOUT_SPACES
 from audiozoo.training.data import Example, Item, Padding, labels_of
-from audiozoo.training.loop import Loss, Phase, Task, Turn
+from audiozoo.training.loop import Loss, Phase, Task, Together, Turn
 from audiozoo.training.parameters import Trainable
 
 LABELS = Padding(IGNORED_LABEL, 16)
@@ -486,9 +486,11 @@ class Utterance(Objective):
 
 @dataclass(frozen=True)
 class Contrastive(Objective):
-    """CLAP, §3.1: every sound finds its text among those of the whole batch, over all devices, and the other way.
+    r"""CLAP, §3.1: every sound finds its text among those of the whole batch, over all devices, and the other way.
 
     A batch that is cut into parts (`Options.accumulate`) is as many smaller ones: a sound looks in its own part alone.
+    In evaluation it looks among all texts that there are, so that neither batches nor devices change what is measured;
+    chance alone is worth a loss of $\log N$ among $N$.
 
     A model that fuses (§3.4) learns from the shrunk whole and three windows, drawn anew each time; `Settings.seconds`
     has then to be more than the ten that others hear.
@@ -521,29 +523,44 @@ class Contrastive(Objective):
         """See `Objective`."""
 
         def loss(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
-            features = batch.get("input_features")
-            if features is None:
-                features = processor.feature_extractor.in_jax(batch["waveform"])
-            model = networks["model"]
-            longest = model.config.text_length  # behind it there is padding alone
-            output = model(
-                batch["input_ids"][:, :longest],
-                features,
-                batch.get("is_longer"),
-                attention_mask=batch["attention_mask"][:, :longest],
-                return_loss=True,
-                key=turn.key if turn.training else None,
-            )
-            pairs = len(features)
+            output = self._output(networks["model"], processor, batch, turn, return_loss=True)
+            pairs = len(output.audio_embeds)
             found = (output.logits_per_audio.argmax(axis=-1) == jnp.arange(pairs)).sum()
             return Loss(output.loss * pairs, pairs, {"accuracy": found})
 
         return loss
 
+    def _output(self, model: Any, processor: Any, batch: Any, turn: Turn, **options: Any) -> Any:
+        features = batch.get("input_features")
+        if features is None:
+            features = processor.feature_extractor.in_jax(batch["waveform"])
+        longest = model.config.text_length  # behind it there is padding alone
+        return model(
+            batch["input_ids"][:, :longest],
+            features,
+            batch.get("is_longer"),
+            attention_mask=batch["attention_mask"][:, :longest],
+            key=turn.key if turn.training else None,
+            **options,
+        )
+
+    def together(self, processor: Any) -> Together:
+        """The loss and the accuracy among all texts and sounds of an evaluation."""
+
+        def rows(networks: dict[str, Any], batch: Any, turn: Turn) -> dict[str, jax.Array]:
+            output = self._output(networks["model"], processor, batch, turn)
+            return {"audio": output.audio_embeds, "text": output.text_embeds}
+
+        def judge(networks: dict[str, Any], rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            return clap.told_apart(networks["model"], rows["audio"], rows["text"])
+
+        return Together(rows, judge)
+
     def task(self, model: Any, processor: Any, settings: Settings, trainable: Trainable, dtype: Any = None) -> Task:
         """See `Objective`; the scales are kept in their bounds after each update."""
         optimizer = optax.chain(settings.transformation(), _keep_scales())
-        return Task({"model": model}, [Phase("model", self.loss(processor), optimizer, trainable)])
+        phase = Phase("model", self.loss(processor), optimizer, trainable)
+        return Task({"model": model}, [phase], self.together(processor))
 
 
 def _keep_scales() -> optax.GradientTransformation:

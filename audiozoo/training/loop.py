@@ -11,7 +11,7 @@ have one network and one phase. A GAN has two of each, and nothing in the loop k
 phase hands what it generated to the discriminator's (`Loss.carried`). A loss may change what is no parameter of its
 networks in place (codebooks, running statistics, a balancer's averages): the loop keeps it. A loss over all pairs of a
 batch (CLAP) or over distractors (wav2vec 2.0) sees the whole batch, whatever the number of devices: the batch is one
-array over the mesh, and the compiler gathers.
+array over the mesh, and the compiler gathers. An evaluation over all pairs (`Together`) sees those of all batches.
 
     task = Task({"model": model}, [Phase("model", loss, optax.adamw(1e-4))])
     trainer = Trainer(task)
@@ -102,19 +102,33 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class Together:
+    """An evaluation that looks at all recordings at once, whatever batches they come in.
+
+    Attributes:
+        rows: `(networks, batch, turn)` to arrays that have a row for each recording.
+        judge: `(networks, arrays)`, the arrays those of all batches, to metrics.
+    """
+
+    rows: Callable[[dict[str, Any], Any, Turn], dict[str, jax.Array]]
+    judge: Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, jax.Array]]
+
+
+@dataclass(frozen=True)
 class Task:
     """Networks, the phases of a step, and how to evaluate.
 
     Attributes:
         networks: modules by name.
         phases: in the order in which they take their turn; each network has one.
-        evaluate: `(networks, batch, turn)` to a `Loss` whose metrics are shown; the first phase's loss by default.
+        evaluate: `(networks, batch, turn)` to a `Loss` whose metrics are shown; the first phase's loss by default. Or
+            `Together`.
         evaluation_key: whether evaluation draws (masks, noise, distractors), by a key that is always the same.
     """
 
     networks: Mapping[str, nnx.Module]
     phases: Sequence[Phase]
-    evaluate: Callable[[dict[str, Any], Any, Turn], Loss] | None = None
+    evaluate: Callable[[dict[str, Any], Any, Turn], Loss] | Together | None = None
     evaluation_key: bool = False
 
 
@@ -195,6 +209,8 @@ class Trainer:
         self.shardings = None if mesh is None else shardings_like(abstract, mesh, rules)
         self.step = jax.jit(self._step, donate_argnums=0, out_shardings=self._results(None))
         self._evaluate = jax.jit(self._evaluation)
+        if isinstance(how := task.evaluate, Together):
+            self._judge = jax.jit(lambda state, rows: how.judge(self._evaluated(state), rows))
 
     def _results(self, others: Any) -> Any:
         return None if self.shardings is None else (self.shardings, others)
@@ -307,23 +323,36 @@ class Trainer:
     # --- evaluation --------------------------------------------------------------------------------------------------
 
     def _evaluation(self, state: State, batch: Any) -> dict[str, jax.Array]:
-        networks = self._networks(state.average or state.params, state.rest)
+        networks = self._evaluated(state)
         key = jax.random.key(self.options.seed) if self.task.evaluation_key else None
-        result = (self.task.evaluate or self.task.phases[0].loss)(
-            networks, batch, Turn(key, state.step, training=False)
-        )
+        how, turn = self.task.evaluate or self.task.phases[0].loss, Turn(key, state.step, training=False)
+        if isinstance(how, Together):
+            found = how.rows(networks, batch, turn)
+            return (
+                found if self.mesh is None else jax.lax.with_sharding_constraint(found, NamedSharding(self.mesh, P()))
+            )
+        result = how(networks, batch, turn)
         shown = {"loss": result.total, **result.metrics}
         if result.count is not None:
             return shown | {"count": jnp.asarray(result.count, jnp.float32)}
         rows = len(jax.tree.leaves(batch)[0])  # the last batch may have fewer
         return {name: rows * value for name, value in shown.items()} | {"count": jnp.asarray(rows, jnp.float32)}
 
+    def _evaluated(self, state: State) -> dict[str, Any]:
+        return self._networks(state.average or state.params, state.rest)
+
     def evaluate(self, state: State, batches: Iterable[Any]) -> dict[str, float]:
-        """Metrics over all batches, each divided by the count of all.
+        """Metrics over all batches, each divided by the count of all; or those of all rows `Together`.
 
         Raises:
             UsageError: if there is no batch.
         """
+        if isinstance(self.task.evaluate, Together):
+            found = [jax.tree.map(np.asarray, self._evaluate(state, self.put(batch))) for batch in batches]
+            if not found:
+                raise UsageError("There is no batch to evaluate on.")
+            rows = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+            return {name: float(value) for name, value in self._judge(state, rows).items()}
         sums: dict[str, float] = {}
         for batch in batches:
             for name, value in self._evaluate(state, self.put(batch)).items():

@@ -247,6 +247,44 @@ def test_eight_devices_give_the_loss_and_gradients_of_one():
     assert float(processes.output("-c", SHARDED)) < 1e-5
 
 
+EVALUATED = """
+import jax
+from audiozoo import sharding
+from audiozoo.recipes import recipe
+from audiozoo.training.data import Whole
+from audiozoo.training.loop import Trainer
+from audiozoo.training.parameters import Trainable
+from tests.models.test_clap import inputs, tiny, tiny_processor
+
+def measured(batches, **options):
+    model, row = tiny(depths=(1,), hidden_size=8, num_attention_heads=(2,)), recipe("clap")
+    trainer = Trainer(row.objective.task(model, tiny_processor(), row.settings, Trainable()), **options)
+    return trainer.evaluate(trainer.init(), batches)
+
+cut = lambda *ends: [{n: a[s:e] for n, a in inputs(11).items()} for s, e in zip((0, *ends), ends)]
+found = [measured(cut(11)), measured(cut(4, 8, 11)), measured(cut(10, 11))]
+first, rest = cut(8, 11)
+found.append(measured([first, Whole(rest)], mesh=sharding.make_mesh({"data": 8})))
+print(max(abs(one[name] - found[0][name]) for one in found for name in ("loss", "accuracy")))
+"""
+
+
+@pytest.mark.slow
+def test_an_evaluation_tells_all_pairs_apart_whatever_batches_and_devices():
+    """A batch that eight devices do not divide comes in two parts, of which each held fewer texts to choose from."""
+    assert float(processes.output("-c", EVALUATED)) < 1e-5
+
+
+@pytest.mark.parametrize("mlps", [False, True])
+def test_all_pairs_of_an_evaluation_have_the_loss_of_a_batch(mlps):
+    config = clap.ClapConfig(TEXT, AUDIO, projection_dim=12, embedding_mlps=mlps)
+    model, x = clap.ClapModel(config, rngs=nnx.Rngs(0)), inputs(5)
+    output = jax.jit(lambda model, x: model(**x, return_loss=True))(model, x)
+    found = clap.told_apart(model, output.audio_embeds, output.text_embeds)
+    assert float(found["loss"]) == pytest.approx(float(output.loss), rel=1e-5)
+    assert float(found["accuracy"]) == np.mean(output.logits_per_audio.argmax(axis=-1) == np.arange(5))
+
+
 def test_the_loss_by_hand():
     """Two pairs: -log of each one's own share, in both directions."""
     audio, text = np.eye(2, dtype=np.float32), np.array([[0.8, 0.6], [0.0, 1.0]], np.float32)
