@@ -71,7 +71,7 @@ from audiozoo.audio.files import check_waveform
 from audiozoo.configs import restore_parts
 from audiozoo.errors import UsageError
 from audiozoo.layers import Conv1d, Dropout, LayerNorm, Linear, activation, promote
-from audiozoo.layers.basic import at_least_float32, spread
+from audiozoo.layers.basic import at_least_float32, spread, unit_vectors
 from audiozoo.layers.batch_norm import BatchNorm
 from audiozoo.layers.losses import cross_entropy
 from audiozoo.models.roberta import RobertaConfig, RobertaModel
@@ -730,9 +730,8 @@ class EmbeddingMLP(nnx.Module):
 
 
 def normalize(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
-    r"""$x / \lVert x \rVert_2$."""
-    wide = at_least_float32(x)
-    return (wide / jnp.linalg.norm(wide, axis=-1, keepdims=True)).astype(x.dtype)
+    r"""$x / \lVert x \rVert_2$; of zeros zeros, as in the released code (`transformers`: NaN)."""
+    return unit_vectors(at_least_float32(x), shortest=1e-12).astype(x.dtype)
 
 
 def _gathered(x: jax.Array, axis_name: str | None) -> jax.Array:

@@ -295,6 +295,12 @@ def test_the_loss_by_hand():
     assert float(loss) == pytest.approx(np.mean(rows + columns), rel=1e-6)
 
 
+def test_an_embedding_of_zeros_has_a_gradient():
+    value, gradient = jax.value_and_grad(lambda x: clap.normalize(x).sum())(jnp.zeros(3))
+    assert float(value) == 0
+    assert np.isfinite(gradient).all()
+
+
 # --- training and use ------------------------------------------------------------------------------------------------
 
 
