@@ -58,8 +58,10 @@ def in_pieces(
         progress: called with the pieces done and the pieces in all.
 
     Raises:
-        UsageError: if the strides leave nothing of a piece.
+        UsageError: if the strides leave nothing of a piece, or one has no end.
     """
+    if not (math.isfinite(chunk_length_s) and math.isfinite(stride_length_s)):
+        raise UsageError(f"Pieces of {chunk_length_s} s with {stride_length_s} s cut off on both sides have no end.")
     samples = len(input_values)
     chunk = round(chunk_length_s * sampling_rate / ratio)  # in frames
     stride = round(stride_length_s * sampling_rate / ratio)

@@ -62,6 +62,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from audiozoo.audio.chunks import chunk_sizes
 from audiozoo.audio.features import hann_window, mel_filterbank, stft
 from audiozoo.errors import AudioError, UsageError
 from audiozoo.layers import Conv1d, LayerNorm, Linear, check_ids
@@ -127,6 +128,7 @@ class EncodecConfig:
             raise UsageError("trim_right_ratio is for causal convolutions.")
         if self.chunk_length_s is not None and self.overlap is None:
             raise UsageError("chunk_length_s needs an overlap, which may be 0: it says where the next chunk begins.")
+        chunk_sizes(self.chunk_length_s, self.overlap, self.sampling_rate)
 
     @property
     def hop_length(self) -> int:
@@ -151,14 +153,12 @@ class EncodecConfig:
     @property
     def chunk_length(self) -> int | None:
         """Samples encoded at once."""
-        return None if self.chunk_length_s is None else int(self.chunk_length_s * self.sampling_rate)
+        return chunk_sizes(self.chunk_length_s, self.overlap, self.sampling_rate)[0]
 
     @property
     def chunk_stride(self) -> int | None:
         """Samples from the start of a chunk to that of the next."""
-        if self.chunk_length is None or self.overlap is None:
-            return None
-        return max(1, int((1.0 - self.overlap) * self.chunk_length))
+        return chunk_sizes(self.chunk_length_s, self.overlap, self.sampling_rate)[1]
 
     @property
     def language_model_context(self) -> int:

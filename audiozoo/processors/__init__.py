@@ -221,12 +221,51 @@ def _is(value: Any, kind: Any) -> bool:
     """Whether a value out of JSON is of a type; whole numbers are numbers, and lists may be tuples."""
     if get_origin(kind) in (Union, UnionType):
         return any(_is(value, one) for one in get_args(kind))
-    kind = get_origin(kind) or kind
+    kind, parts = get_origin(kind) or kind, get_args(kind)
     if isinstance(value, bool):
         return kind is bool
     if kind is float:
         return isinstance(value, int | float) and math.isfinite(value)
-    return isinstance(value, list | tuple if kind is tuple else kind)
+    if kind is tuple:
+        return isinstance(value, list | tuple) and all(_is(one, parts[0]) for one in value)
+    return isinstance(value, kind)
+
+
+def settings_of(cls: Any, fields: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """Those of a file's fields that are arguments of a class, each of the type that the argument has.
+
+    Raises:
+        CheckpointError: if one is of another type, or a size is less than 1.
+    """
+    types = {name: kind for name, kind in get_type_hints(cls.__init__).items() if name in fields}
+    for name, kind in types.items():
+        if not _is(fields[name], kind):
+            wanted = cls.__init__.__annotations__[name]  # as it is written
+            raise CheckpointError(f"'{source}' has {name} {fields[name]!r:.60}, which is no {wanted}.")
+        if kind is int and fields[name] < 1:
+            raise CheckpointError(f"'{source}' has {name} {fields[name]}; it must be at least 1.")
+    return {name: fields[name] for name in types}
+
+
+def read_vocabulary(path: Path) -> dict[str, int]:
+    """The tokens and their numbers in a checkpoint's `vocab.json`.
+
+    Raises:
+        CheckpointError: if what stands beside a token cannot be its number.
+    """
+    return numbered(read_json(path), path)
+
+
+def numbered(vocabulary: Mapping[str, Any], source: Path) -> dict[str, int]:
+    """A vocabulary out of a file, whose tokens have numbers from 0 on.
+
+    Raises:
+        CheckpointError: if what stands beside a token cannot be its number.
+    """
+    for token, index in vocabulary.items():
+        if not _is(index, int) or index < 0:
+            raise CheckpointError(f"'{source}' gives the token {token!r} the number {index!r:.60}.")
+    return dict(vocabulary)
 
 
 class FeatureExtractor:
@@ -237,19 +276,15 @@ class FeatureExtractor:
         """The extractor that a file's fields describe; those that it does not know are passed over.
 
         Raises:
-            CheckpointError: they are another extractor's, or one is of another type, or no sampling rate.
+            CheckpointError: they are another extractor's, or see `settings_of`.
         """
         kind = settings.get("feature_extractor_type", cls.__name__)
         if kind != cls.__name__:
             raise CheckpointError(f"'{source}' holds the settings of a {kind}, not of a {cls.__name__}.")
-        types = {name: kind for name, kind in get_type_hints(cls.__init__).items() if name in settings}
-        for name, kind in types.items():
-            if not _is(settings[name], kind):
-                wanted = cls.__init__.__annotations__[name]  # as it is written
-                raise CheckpointError(f"'{source}' has {name} {settings[name]!r:.60}, which is no {wanted}.")
-        if settings.get("sampling_rate", 1) < 1:
-            raise CheckpointError(f"'{source}' has a sampling rate of {settings['sampling_rate']} Hz.")
-        return cls(**{name: settings[name] for name in types})
+        try:
+            return cls(**settings_of(cls, settings, source))
+        except UsageError as error:
+            raise CheckpointError(f"'{source}': {error}") from None
 
     def saved_besides(self) -> dict[str, Any]:
         """What `transformers` also writes into `preprocessor_config.json`."""

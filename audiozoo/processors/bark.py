@@ -16,6 +16,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from audiozoo.errors import CheckpointError, SourceError, UsageError
 from audiozoo.processors import check_return_tensors, read_json, write_json
+from audiozoo.text.batches import tokens_of
 from audiozoo.text.sentences import SENTENCE_END, sentences
 
 # What a voice preset holds: semantic tokens (X,), two coarse codebooks (2, Y) and all eight (8, Y).
@@ -202,7 +203,7 @@ class BarkProcessor:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without special tokens."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return tokens_of(self.backend, text)
 
     def sentences(self, text: str) -> list[str]:
         """The sentences of a text, each short enough for the model to say; long ones are cut at commas and spaces.

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from audiozoo.audio.chunks import chunk_sizes
 from audiozoo.audio.files import check_waveform
 from audiozoo.errors import AudioError, UsageError
 from audiozoo.processors import FeatureExtractor, check_return_tensors, extractor_settings, read_json
@@ -38,6 +39,7 @@ class EncodecFeatureExtractor(FeatureExtractor):
     ) -> None:
         if padding_side not in ("left", "right"):
             raise UsageError(f"There is no padding_side {padding_side!r}; there are left and right.")
+        chunk_sizes(chunk_length_s, overlap, sampling_rate)
         self.feature_size = feature_size
         self.sampling_rate = sampling_rate
         self.padding_value = padding_value
@@ -48,14 +50,12 @@ class EncodecFeatureExtractor(FeatureExtractor):
     @property
     def chunk_length(self) -> int | None:
         """Samples of a chunk."""
-        return None if self.chunk_length_s is None else int(self.chunk_length_s * self.sampling_rate)
+        return chunk_sizes(self.chunk_length_s, self.overlap, self.sampling_rate)[0]
 
     @property
     def chunk_stride(self) -> int | None:
         """Samples from one chunk's start to the next."""
-        if self.chunk_length is None or self.overlap is None:
-            return None
-        return max(1, int((1.0 - self.overlap) * self.chunk_length))
+        return chunk_sizes(self.chunk_length_s, self.overlap, self.sampling_rate)[1]
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike[str]) -> EncodecFeatureExtractor:

@@ -15,7 +15,15 @@ from audiozoo.audio.features import hann_window, mel_filterbank
 from audiozoo.audio.files import check_waveform, resample
 from audiozoo.audio.midi import table_of
 from audiozoo.errors import CheckpointError, UsageError
-from audiozoo.processors import FeatureExtractor, check_return_tensors, extractor_settings, read_json, write_json
+from audiozoo.processors import (
+    FeatureExtractor,
+    check_return_tensors,
+    extractor_settings,
+    read_json,
+    read_vocabulary,
+    settings_of,
+    write_json,
+)
 
 SPECIAL, NOTE, VELOCITY, TIME = "TOKEN_SPECIAL", "TOKEN_NOTE", "TOKEN_VELOCITY", "TOKEN_TIME"
 KINDS = {SPECIAL: 4, NOTE: 128, VELOCITY: 2, TIME: 100}  # how many of each, in the order of their numbers
@@ -255,8 +263,9 @@ class Pop2PianoTokenizer:
         folder = Path(directory)
         settings = folder / "tokenizer_config.json"
         config = read_json(settings) if settings.is_file() else {}
-        vocab = read_json(folder / "vocab.json") if (folder / "vocab.json").is_file() else None
-        return cls(vocab, **{name: config[name] for name in ("default_velocity", "num_bars") if name in config})
+        vocab = read_vocabulary(folder / "vocab.json") if (folder / "vocab.json").is_file() else None
+        known: dict[str, Any] = {name: config[name] for name in ("default_velocity", "num_bars") if name in config}
+        return cls(vocab, **settings_of(cls, known, settings))
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write `vocab.json` and `tokenizer_config.json` as `transformers` reads them."""

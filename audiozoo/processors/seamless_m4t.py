@@ -20,10 +20,12 @@ from audiozoo.processors import (
     pad_batch,
     padded_labels,
     read_json,
+    read_vocabulary,
     waveform_batch,
     write_json,
 )
 from audiozoo.processors.speech_to_text import filterbanks, padded_filterbanks
+from audiozoo.text.batches import tokens_of
 
 
 def normalised(features: Float[np.ndarray, "frames mels"]) -> Float[np.ndarray, "frames mels"]:
@@ -229,7 +231,7 @@ class SeamlessM4TTokenizer:
         backend.no_padding()
         backend.no_truncation()
         self._size = backend.get_vocab_size()
-        self._encode = lambda text: backend.encode(text, add_special_tokens=False).ids
+        self._encode = lambda text: tokens_of(backend, text)
         self._decode = lambda ids, skip: backend.decode(ids, skip_special_tokens=skip)
         self._token = backend.id_to_token
         special = {token.content: index for index, token in backend.get_added_tokens_decoder().items()}
@@ -256,7 +258,7 @@ class SeamlessM4TTokenizer:
         if "added_tokens_decoder" in config:
             added = {str(token["content"]): int(i) for i, token in config["added_tokens_decoder"].items()}
         elif (folder / "added_tokens.json").is_file():
-            added = read_json(folder / "added_tokens.json")
+            added = read_vocabulary(folder / "added_tokens.json")
         else:
             raise CheckpointError(f"'{folder}' does not say which tokens its languages are: see added_tokens.json.")
         return cls(file, **languages, added=added)

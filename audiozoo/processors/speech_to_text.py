@@ -24,6 +24,8 @@ from audiozoo.processors import (
     pad_batch,
     padded_labels,
     read_json,
+    read_vocabulary,
+    settings_of,
     tidied,
     token_lists,
     waveform_batch,
@@ -458,15 +460,11 @@ class Speech2TextTokenizer:
         folder = Path(directory)
         config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
         if (folder / "vocab.json").is_file():
-            return cls(
-                read_json(folder / "vocab.json"),
-                folder / "sentencepiece.bpe.model",
-                bool(config.get("do_upper_case", False)),
-                bool(config.get("do_lower_case", False)),
-                config.get("lang_codes"),
-                target_lang or config.get("tgt_lang"),
-                bool(config.get("clean_up_tokenization_spaces", False)),
-            )
+            cases = ("do_upper_case", "do_lower_case", "clean_up_tokenization_spaces")
+            settings: dict[str, Any] = {name: bool(config.get(name, False)) for name in cases}
+            settings |= {"lang_codes": config.get("lang_codes"), "tgt_lang": target_lang or config.get("tgt_lang")}
+            model = folder / "sentencepiece.bpe.model"
+            return cls(read_vocabulary(folder / "vocab.json"), model, **settings_of(cls, settings, folder))
         models = [model for model in sorted(folder.glob("*.model")) if model.with_suffix(".txt").is_file()]
         named = Path(str(_fairseq_settings(folder).get("vocab_filename", ""))).stem
         models = [model for model in models if model.stem == named] or models

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from audiozoo.errors import CheckpointError, UsageError
-from audiozoo.processors import read_json, tidied, token_lists, write_json
+from audiozoo.processors import read_json, read_vocabulary, tidied, token_lists, write_json
 from audiozoo.processors.wav2vec2 import Wav2Vec2FeatureExtractor, Wav2Vec2Processor, fairseq_symbols
 
 CONTINUED, WORD_END = "@@ ", "</w>"
@@ -59,7 +59,7 @@ class Speech2Text2Tokenizer:
         if (folder / "merges.txt").is_file():
             lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")[:-1]
             merges = [(left, right) for left, right in (line.split()[:2] for line in lines)]
-        return cls(read_json(folder / "vocab.json"), merges, bool(config.get("do_lower_case", False)))
+        return cls(read_vocabulary(folder / "vocab.json"), merges, bool(config.get("do_lower_case", False)))
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the files that `from_directory` and `transformers` 4.40 read."""

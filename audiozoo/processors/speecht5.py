@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from audiozoo.errors import SourceError, UsageError
+from audiozoo.errors import CheckpointError, SourceError, UsageError
 from audiozoo.processors import check_return_tensors, read_json, write_json
 from audiozoo.processors.hifigan import HifiGanProcessor
 from audiozoo.processors.wav2vec2 import Wav2Vec2FeatureExtractor
@@ -72,6 +72,7 @@ class SpeechT5Tokenizer:
 
     Raises:
         SourceError: if there is no such file.
+        CheckpointError: if special tokens are missing.
     """
 
     def __init__(
@@ -87,6 +88,8 @@ class SpeechT5Tokenizer:
         self.added = dict(added) if added is not None else {"<mask>": size, "<ctc_blank>": size + 1}
         self.normalize = normalize
         self.special = {token: self.pieces.piece_to_id(token) for token in ("<s>", "<pad>", "</s>", "<unk>")}
+        if missing := [token for token, index in self.special.items() if self.pieces.id_to_piece(index) != token]:
+            raise CheckpointError(f"'{model}' has no {', '.join(missing)}.")
         self.names = {index: token for token, index in self.added.items()}
         whole = "|".join(map(re.escape, sorted(self.special | self.added, key=len, reverse=True)))
         self._whole = re.compile(f"({whole})")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from audiozoo.errors import CheckpointError, SourceError, UsageError
-from audiozoo.processors import check_return_tensors, read_json, write_json
+from audiozoo.processors import check_return_tensors, read_json, read_vocabulary, settings_of, write_json
 from audiozoo.text import phonemes
 from audiozoo.text.sentences import pieces, sentences
 
@@ -92,7 +92,7 @@ class VitsTokenizer:
             for name in ("pad_token", "unk_token"):
                 if isinstance(options.get(name), dict):
                     options[name] = options[name].get("content")
-            return cls(read_json(folder / "vocab.json"), **options)
+            return cls(read_vocabulary(folder / "vocab.json"), **settings_of(cls, options, folder))
         config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         data = config.get("data", {})
         blank = bool(data.get("add_blank", True))

@@ -18,9 +18,11 @@ from audiozoo.processors import (
     FeatureExtractor,
     check_return_tensors,
     extractor_settings,
+    numbered,
     pad_batch,
     padded_labels,
     read_json,
+    settings_of,
     tidied,
     waveform_batch,
     write_json,
@@ -201,26 +203,28 @@ class Wav2Vec2CTCTokenizer:
             value = config.get(name, default)
             return value.get("content") if isinstance(value, Mapping) else value
 
-        nested = any(isinstance(part, Mapping) for part in vocab.values())
+        languages = [part for part in vocab.values() if isinstance(part, Mapping)]
+        for part in languages or [vocab]:
+            numbered(part, folder / "vocab.json")
         language = target_lang or config.get("target_lang")
-        if nested and language is None:
+        if languages and language is None:
             language = "eng" if "eng" in vocab else next(iter(vocab))
         phonemes = "Phoneme" in str(config.get("tokenizer_class", ""))
         phonemize = phonemes and config.get("do_phonemize", True)
-        return cls(
-            vocab,
-            pad_token=text("pad_token", "<pad>") or "<pad>",
-            bos_token=text("bos_token", "<s>"),
-            eos_token=text("eos_token", "</s>"),
-            unk_token=text("unk_token", "<unk>") or "<unk>",
-            word_delimiter_token=text("word_delimiter_token", None if phonemes else "|"),
-            replace_word_delimiter_char=config.get("replace_word_delimiter_char", " "),
-            do_lower_case=bool(config.get("do_lower_case", False)) and not phonemes,
-            target_lang=language if nested else None,
-            phonemes=phonemes,
-            phonemizer_lang=config.get("phonemizer_lang", "en-us") if phonemize else None,
-            clean_up_tokenization_spaces=bool(config.get("clean_up_tokenization_spaces", False)),
-        )
+        settings = {
+            "pad_token": text("pad_token", "<pad>") or "<pad>",
+            "bos_token": text("bos_token", "<s>"),
+            "eos_token": text("eos_token", "</s>"),
+            "unk_token": text("unk_token", "<unk>") or "<unk>",
+            "word_delimiter_token": text("word_delimiter_token", None if phonemes else "|"),
+            "replace_word_delimiter_char": config.get("replace_word_delimiter_char", " "),
+            "do_lower_case": bool(config.get("do_lower_case", False)) and not phonemes,
+            "target_lang": language if languages else None,
+            "phonemes": phonemes,
+            "phonemizer_lang": config.get("phonemizer_lang", "en-us") if phonemize else None,
+            "clean_up_tokenization_spaces": bool(config.get("clean_up_tokenization_spaces", False)),
+        }
+        return cls(vocab, **settings_of(cls, settings, folder))
 
     @classmethod
     def from_fairseq(cls, path: str | os.PathLike[str]) -> Wav2Vec2CTCTokenizer:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import tokenizers
 
-from audiozoo.errors import UsageError
+from audiozoo.errors import CheckpointError, UsageError
 
 
 def texts_of(text: str | Sequence[str], padding: bool | str) -> list[str]:
@@ -26,6 +27,18 @@ def texts_of(text: str | Sequence[str], padding: bool | str) -> list[str]:
     if padding not in (True, False, "longest", "max_length", "do_not_pad"):
         raise UsageError(f"There is no padding {padding!r}; choose longest, max_length or do_not_pad.")
     return texts
+
+
+def tokens_of(backend: tokenizers.Tokenizer, text: str) -> list[int]:
+    """A text's tokens by a tokenizer of the library `tokenizers`, with none around them.
+
+    Raises:
+        CheckpointError: if neither the text nor the token for what is unknown is in its vocabulary.
+    """
+    try:
+        return list(backend.encode(text, add_special_tokens=False).ids)
+    except Exception as problem:  # the library raises nothing narrower
+        raise CheckpointError(f"The checkpoint's tokenizer cannot read {text!r:.60} ({problem}).") from None
 
 
 def padded(rows: Sequence[Sequence[int]], padding: bool | str, limit: int, pad_token_id: int) -> dict[str, np.ndarray]:

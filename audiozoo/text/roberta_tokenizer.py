@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from audiozoo.errors import CheckpointError, SourceError, UsageError
-from audiozoo.text.batches import padded, texts_of
+from audiozoo.text.batches import padded, texts_of, tokens_of
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
@@ -127,9 +127,9 @@ class RobertaTokenizer:
         if limit < 2:
             raise UsageError(f"max_length is {limit}; <s> and </s> alone are two tokens.")
         rows = []
-        for encoding in self.backend.encode_batch(texts, add_special_tokens=False):
-            ids = encoding.ids[: limit - 2] if truncation else encoding.ids
-            rows.append([self.bos_token_id, *ids, self.eos_token_id])
+        for one in texts:
+            ids = tokens_of(self.backend, one)
+            rows.append([self.bos_token_id, *(ids[: limit - 2] if truncation else ids), self.eos_token_id])
         return padded(rows, padding, limit, self.pad_token_id)
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> str:

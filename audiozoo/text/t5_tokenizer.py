@@ -14,7 +14,7 @@ import sentencepiece
 import tokenizers
 
 from audiozoo.errors import CheckpointError, SourceError
-from audiozoo.text.batches import padded, texts_of
+from audiozoo.text.batches import padded, texts_of, tokens_of
 
 PAD, EOS = "<pad>", "</s>"
 SENTINEL = re.compile(r"<extra_id_\d+>")
@@ -54,7 +54,7 @@ class T5Tokenizer:
         special = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
         special |= {t: i for t in (PAD, EOS) if (i := backend.token_to_id(t)) is not None}
         return cls(
-            lambda text: backend.encode(text, add_special_tokens=False).ids,
+            lambda text: tokens_of(backend, text),
             lambda ids: backend.decode(ids, skip_special_tokens=False),
             special,
             {"tokenizer.json": content.encode()},

@@ -37,6 +37,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from audiozoo.errors import CheckpointError, SourceError, UsageError
+from audiozoo.text.batches import tokens_of
 from audiozoo.text.normalizers import BasicTextNormalizer, EnglishTextNormalizer, english_spellings
 
 _LANGUAGE_TABLE = """
@@ -506,13 +507,12 @@ class WhisperTokenizer:
             text: names of special tokens in it ("<|en|>") become those tokens; see `encode_ordinary`.
             add_special_tokens: put `prefix_tokens` before and `<|endoftext|>` after it.
         """
-        ids: list[int] = self._encoder.encode(text, add_special_tokens=False).ids
+        ids = tokens_of(self._encoder, text)
         return [*self.prefix_tokens, *ids, self.eot] if add_special_tokens else ids
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Token ids of a text in which nothing is special: "<|en|>" is spelled out. Nothing is added."""
-        ids: list[int] = self._ordinary_encoder.encode(text, add_special_tokens=False).ids
-        return ids
+        return tokens_of(self._ordinary_encoder, text)
 
     @property
     def _encoder(self) -> tokenizers.Tokenizer:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from audiozoo.decoding import ctc
+from audiozoo.errors import UsageError
 from audiozoo.layers.losses import ctc_loss
 
 VOCABULARY = ["<pad>", "|", "A", "B"]
@@ -458,8 +459,9 @@ def test_pieces_make_the_whole():
         whole = np.asarray(model(jnp.asarray(wave)[None]).logits[0])
         options = {"chunk_length_s": 1.0, "stride_length_s": 0.2, "sampling_rate": 1000, "batch_size": 2}
         np.testing.assert_allclose(ctc.chunked_logits(model, wave, **options), whole, rtol=1e-5, atol=1e-4)
-    with pytest.raises(ValueError, match="leave nothing"):
-        ctc.chunked_logits(model, wave, chunk_length_s=1.0, stride_length_s=0.5, sampling_rate=1000)
+    for chunk, stride, told in ((1.0, 0.5, "leave nothing"), (math.inf, 0.2, "no end"), (1.0, math.nan, "no end")):
+        with pytest.raises(UsageError, match=told):
+            ctc.chunked_logits(model, wave, chunk_length_s=chunk, stride_length_s=stride, sampling_rate=1000)
 
 
 def test_ctc_loss_is_the_sum_over_paths():
