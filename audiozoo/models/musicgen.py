@@ -31,8 +31,9 @@ text from cross-attention, where the authors let zeros be seen (`mask_text=False
 K - 1 complete no frame; here `duration` and `frames` are exact. Codes that it finds before a codebook's delay is over,
 and that never sound, are repetitions to `repetition_penalty` and `no_repeat_ngram_size`; here they are not. Fewer than
 2K - 2 new steps have no pattern there. Under guidance it chooses the very codes that `suppress_tokens` forbids: minus
-infinity less itself is no number. And it trains on whatever labels it is given, without a pattern (`labels=` here too):
-`training_loss` lays the codes out, and counts only those whose context is complete.
+infinity less itself is no number. With `num_return_sequences` it mixes the streams of an item's versions. And it trains
+on whatever labels it is given, without a pattern (`labels=` here too): `training_loss` lays the codes out, and counts
+only those whose context is complete.
 
 Checkpoints: `facebook/musicgen-{small,medium,large,melody,melody-large}`, `facebook/musicgen-stereo-*`; the authors'
 `state_dict.bin` with `compression_state_dict.bin`, AudioGen's (arXiv 2209.15352) among them.

@@ -724,6 +724,8 @@ def simultaneous(
 
     Every piece read is encoded with all before it, as the released agent does; every token is the likeliest given what
     has been read. An end of the text before the end of the recording is not written: another piece is read instead.
+    What follows does not wait for it, by Eq. 6; the agent (`force_finish`) counts such an end as a token, and is a
+    piece later from there on.
 
     Args:
         model: the translator.

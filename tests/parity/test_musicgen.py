@@ -420,6 +420,18 @@ def test_a_few_steps_have_the_pattern_too_and_guidance_chooses_nothing_forbidden
         assert not np.isin(ours, options["suppress_tokens"]).any()
 
 
+def test_several_versions_keep_their_streams(plain):
+    """The original repeats streams, not items, of which it then takes four of two codebooks for an item."""
+    reference, model, _ = plain
+    drawn = {"max_new_tokens": 10, "num_return_sequences": 2, "do_sample": True, "top_k": 1}
+    once = model.generate(**jaxed(texts()), max_new_tokens=10, return_dict_in_generate=True).audio_codes
+    twice = model.generate(**jaxed(texts()), key=jax.random.key(0), return_dict_in_generate=True, **drawn).audio_codes
+    np.testing.assert_array_equal(twice, np.repeat(once, 2, axis=0))
+    theirs = their_music(reference, **torched(texts()), **drawn)[1]
+    assert (theirs.shape, once.shape) == ((2, 4, 14), (2, 4, 7))
+    assert (theirs[..., :7] != once).any()
+
+
 def test_music_to_continue(plain):
     reference, model, _ = plain
     rng = np.random.default_rng(7)
