@@ -76,6 +76,7 @@ from audiozoo.layers import (
     promote,
     split_heads,
 )
+from audiozoo.layers.basic import at_least_float32
 from audiozoo.layers.batch_norm import BatchNorm
 from audiozoo.layers.stacking import unseen
 from audiozoo.models.wav2vec2 import (
@@ -423,12 +424,12 @@ class DisentangledSelfAttention(nnx.Module):
         # Position-to-content: K^c_j Q^r at the offsets i - j of each key j, turned over to queries by keys.
         if "p2c" in config.pos_att_type:
             projection = self.q_proj if config.share_att_key else self.pos_query_proj
-            positions = split_heads(projection(table), self.heads)[0][:, rows]
+            positions = at_least_float32(split_heads(projection(table), self.heads)[0])[:, rows].astype(key.dtype)
             bias = skew(jnp.einsum("bhkd,hod->bhko", key, positions)).swapaxes(2, 3)
         # Content-to-position: Q^c_i K^r at the offsets j - i of each query i, which are those of i - j turned round.
         if "c2p" in config.pos_att_type:
             projection = self.k_proj if config.share_att_key else self.pos_key_proj
-            positions = split_heads(projection(table), self.heads)[0][:, rows[::-1]]
+            positions = at_least_float32(split_heads(projection(table), self.heads)[0])[:, rows[::-1]].astype(key.dtype)
             scores = skew(jnp.einsum("bhqd,hod->bhqo", query, positions))
             bias = scores if bias is None else bias + scores
         output, weights = attend(

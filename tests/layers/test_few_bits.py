@@ -26,6 +26,7 @@ from audiozoo.models import (
     encodec,
     hifigan,
     musicgen,
+    sew,
     speecht5,
     swin,
     vits,
@@ -197,6 +198,7 @@ SPEAKERS = ecapa_tdnn.EcapaTdnnConfig(8, 8, 4, (2,), 2, 4, 4, global_context=Tru
 VOICES = {"condition_dim": 4, "upsample_initial_channel": 8, "upsample_rates": (2,), "upsample_kernel_sizes": (4,)}
 VOICES |= {"model_in_dim": 8, "resblock_kernel_sizes": (3,), "resblock_dilation_sizes": ((1,),)}
 GATED = wavlm.WavLMConfig(hidden_size=8, num_attention_heads=2, num_conv_pos_embedding_groups=2)
+APART = sew.SEWConfig(hidden_size=8, num_attention_heads=2, num_conv_pos_embedding_groups=2)
 TAKEN = jnp.zeros((1, 16, 100), int)
 SHARED = {  # what many frames have in common: a module, and its call with 64 of them, 8 wide
     "WavLM's gates": (
@@ -210,6 +212,10 @@ SHARED = {  # what many frames have in common: a module, and its call with 64 of
     "distances beyond a Conformer's": (
         lambda rngs: conformer.ConformerSelfAttention(KEYED, **HALF, rngs=rngs),
         lambda module, x: module(x)[0],
+    ),
+    "distances beyond SEW-D's": (
+        lambda rngs: sew.DisentangledSelfAttention(APART, **HALF, rngs=rngs),
+        lambda module, x: module(x, x[0, :4], np.repeat(np.arange(4), [60, 3, 4, 60]))[0],
     ),
     "windows of Swin": (
         lambda rngs: swin.WindowAttention(8, 2, 2, **HALF, rngs=rngs),
