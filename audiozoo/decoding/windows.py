@@ -103,6 +103,7 @@ class TranscriptionOptions:
     stride_length_s: float | tuple[float, float] | None = None  # s shared with the chunk before and after; a sixth each
     # Hear only where somebody is speaking, and so write nothing in long silences and noises: True, or what differs from
     # the defaults of `audiozoo.audio.speech.SpeechOptions`. Times stay those of the whole recording.
+    # Each region is heard in windows of its own: where pauses are many, a longer min_silence_s or a batch saves time.
     vad: bool | Mapping[str, float] = False
     seed: int = 0  # of the sampling at temperatures above 0
     # Encode what is shorter than 30 s in a window of 5, 10 … s: faster, but only the recipe `whisper_short` trains so.
