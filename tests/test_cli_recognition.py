@@ -243,6 +243,7 @@ def test_identify(run, checkpoints):
     assert run(*pieces, "0.5").code == 0
     for seconds in ("0", "-1", "0.02"):
         assert_refused(run(*pieces, seconds), "too short for one frame")
+    assert_refused(run(*pieces, "inf"), "have no end")
     assert_refused(run(*pieces[:4], "--crop-length", "2"), "say how many")
 
 

@@ -247,10 +247,12 @@ def identify(
         `(label, probability)`, the most probable first.
 
     Raises:
-        UsageError: if the model is no classifier, or the pieces are shorter than a frame.
+        UsageError: if the model is no classifier, or the pieces are shorter than a frame or have no end.
     """
     if not type(model).__name__.endswith("ForSequenceClassification"):
         raise UsageError(f"{type(model).__name__} has no classes; identify needs a …ForSequenceClassification.")
+    if not math.isfinite(crop_length_s):
+        raise UsageError(f"Pieces of {crop_length_s} s have no end.")
     length = round(crop_length_s * getattr(processor, "feature_extractor", processor).sampling_rate)
     if crops > 1 and model.backbone.frame_lengths(length) < 1:
         raise UsageError(f"Pieces of {crop_length_s} s are too short for one frame.")
