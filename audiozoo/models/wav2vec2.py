@@ -324,8 +324,8 @@ class Wav2Vec2ConvLayer(nnx.Module):
             inputs, channels, kernel, stride=config.conv_stride[index], use_bias=config.conv_bias, **kwargs
         )
         # Kaiming's normal initialisation.
-        spread = math.sqrt(2 / (inputs * kernel))
-        self.conv.kernel[...] = spread * jax.random.normal(rngs.params(), (kernel, inputs, channels), param_dtype)
+        deviation = math.sqrt(2 / (inputs * kernel))
+        self.conv.kernel[...] = deviation * jax.random.normal(rngs.params(), (kernel, inputs, channels), param_dtype)
         self.groups = config.feat_extract_norm == "group" and index == 0
         self.layer_norm: Any
         if self.groups:
