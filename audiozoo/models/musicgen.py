@@ -709,6 +709,8 @@ class MusicgenForCausalLM(nnx.Module):
         config = GenerationConfig.over(defaults.options(), options)
         if config.num_beams > 1:
             raise UsageError("MusicGen draws codes or takes the most probable ones; it has no beams (num_beams=1).")
+        if options.get("eos_token_id") is not None:
+            raise UsageError("Among MusicGen's codes none is an end; say by frames or max_new_tokens how many to make.")
         scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
         if not scale >= 1:
             raise UsageError(f"guidance_scale is {scale}; it is at least 1, which is no guidance.")

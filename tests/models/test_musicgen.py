@@ -437,6 +437,7 @@ def test_mistakes_get_a_sentence(model, melodic):
     codes = np.zeros((8, 3), np.int32)
     cases = [
         (lambda: model.generate(**texts(), num_beams=2, do_sample=False), "has no beams"),
+        (lambda: model.generate(**texts(), eos_token_id=5), "none is an end"),
         (lambda: model.generate(**texts(), guidance_scale=0.5), "guidance_scale is 0.5; it is at least 1"),
         (lambda: model.generate(**texts(), max_new_tokens=2), "nothing is left to generate"),
         (lambda: model.generate(**texts(), duration=1.0, frames=3), "duration or frames, not both"),
