@@ -1,5 +1,10 @@
 """What audiozoo raises when its user, and not its code, can mend the matter: one clear sentence each."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
 
 class AudiozooError(Exception):
     """Base of every error that audiozoo raises on purpose; the command line prints its text and exits with 1."""
@@ -25,3 +30,21 @@ def first_line(error: BaseException, most: int | None = 200) -> str:
     """What somebody else's error says, in one line, or its type's name where it says nothing."""
     text = str(error).strip()
     return text.splitlines()[0].rstrip()[:most] if text else type(error).__name__
+
+
+def check_names(given: Iterable[str], known: Sequence[str], refusal: str) -> None:
+    """Refuse names that are not known, with the nearest one that is, or with all of them.
+
+    Args:
+        given: what somebody asks for.
+        known: what there is.
+        refusal: the beginning of the sentence, with `{}` for the name.
+
+    Raises:
+        UsageError: for the first name that is not known.
+    """
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(known)}."
+            raise UsageError(refusal.format(name) + hint)

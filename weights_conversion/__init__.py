@@ -12,6 +12,7 @@ One module a paper. Each gives
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -147,6 +148,14 @@ def labels_from_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(config.get("num_labels"), int):
         return {"id2label": tuple(f"LABEL_{i}" for i in range(config["num_labels"]))}
     return {}
+
+
+def warn_of_nameless_classes(path: Path, count: int, remedy: str) -> None:
+    """Say that a file does not name its classes, and what to put beside it (`remedy`)."""
+    warnings.warn(
+        f"{path} does not hold the names of its {count} classes, which are called LABEL_0 and so on. Put {remedy}",
+        stacklevel=3,
+    )
 
 
 def labels_to_hugging_face(labels: tuple[str, ...]) -> dict[str, Any]:

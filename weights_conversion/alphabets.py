@@ -7,7 +7,6 @@ dictionary, and want `dict.ltr.txt` (letters), `dict.phn.txt` (phonemes) or `dic
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from audiozoo.processors.wav2vec2 import (
     Wav2Vec2Processor,
     fairseq_symbols,
 )
+from weights_conversion import warn_of_nameless_classes
 from weights_conversion.readers import TensorSource, open_tensors
 
 _HEAD = "w2v_encoder.proj.bias"
@@ -53,11 +53,8 @@ def labels_of(tensors: TensorSource, count: int) -> tuple[str, ...]:
             break
     if len(found) == count:
         return tuple(found)
-    warnings.warn(
-        f"{tensors.path} does not hold the names of its {count} classes, which are called LABEL_0 and so on. Put "
-        "fairseq's list of them beside it: dict.lang.txt for languages, a name and any number a line.",
-        stacklevel=2,
-    )
+    remedy = "fairseq's list of them beside it: dict.lang.txt for languages, a name and any number a line."
+    warn_of_nameless_classes(tensors.path, count, remedy)
     return tuple(f"LABEL_{i}" for i in range(count))
 
 

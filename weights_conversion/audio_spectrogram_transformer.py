@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +40,7 @@ from weights_conversion import (
     labels_to_hugging_face,
     read_json,
     take,
+    warn_of_nameless_classes,
 )
 from weights_conversion.readers import open_tensors
 from weights_conversion.rules import Ignore, Rule, Table, Tensors, conv2d, split, transpose
@@ -402,10 +402,10 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
         raise CheckpointError(f"{path} holds a whole classifier; it loads as {CLASSIFIER}, not as {model_class}.")
     config = config_from_original(tensors, path)
     if config.id2label[:1] == ("LABEL_0",):
-        warnings.warn(
-            f"{path} does not hold the names of its {config.num_labels} classes, which are called LABEL_0 and so on. "
-            "Put the project's list of them beside it: class_labels_indices.csv, from egs/audioset/data of its "
-            "repository (esc_… and speechcommands_… for the other tasks).",
-            stacklevel=2,
+        warn_of_nameless_classes(
+            path,
+            config.num_labels,
+            "the project's list of them beside it: class_labels_indices.csv, from egs/audioset/data of its repository "
+            "(esc_… and speechcommands_… for the other tasks).",
         )
     return ForeignCheckpoint(CLASSIFIER, config, tensors, ORIGINAL_TABLE, path)

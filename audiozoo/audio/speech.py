@@ -11,7 +11,6 @@ is not part of its last region.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import numbers
 import os
@@ -23,7 +22,7 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 
 from audiozoo.audio.files import check_waveform
-from audiozoo.errors import UsageError
+from audiozoo.errors import UsageError, check_names
 
 SAMPLING_RATE = 16_000  # Hz
 CHUNK_SAMPLES = 512
@@ -58,14 +57,9 @@ class SpeechOptions:
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> SpeechOptions:
         """From keyword arguments; an unknown name is an error that says the nearest one."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in options:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                raise UsageError(
-                    f"Speech is found without an option '{name}'"
-                    + (f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(known)}.")
-                )
+        check_names(
+            options, [field.name for field in dataclasses.fields(cls)], "Speech is found without an option '{}'"
+        )
         return cls(**options)
 
     @classmethod

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,7 +40,7 @@ from audiozoo.decoding.timestamps import (
     token_times,
     word_timings,
 )
-from audiozoo.errors import UsageError
+from audiozoo.errors import UsageError, check_names
 from audiozoo.layers import KeyValues, check_ids
 from audiozoo.layers.basic import at_least_float32
 from audiozoo.text.whisper_tokenizer import language_code
@@ -170,14 +169,7 @@ class TranscriptionOptions:
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> TranscriptionOptions:
         """From keyword arguments; an unknown name is an error that says the nearest one."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in options:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                raise UsageError(
-                    f"transcribe has no option '{name}'"
-                    + (f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(known)}.")
-                )
+        check_names(options, [field.name for field in dataclasses.fields(cls)], "transcribe has no option '{}'")
         return cls(**options)
 
     @property

@@ -421,16 +421,19 @@ class DisentangledSelfAttention(nnx.Module):
         query, key, value = (split_heads(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
         table = dropout(table, config.activation_dropout)[None]
         bias = None
+
+        def at(rows: Int[np.ndarray, " offsets"], projection: Linear) -> Float[Array, "heads offsets channels"]:
+            positions = split_heads(projection(table), self.heads)[0]
+            return at_least_float32(positions)[:, rows].astype(key.dtype)  # many offsets share a far row
+
         # Position-to-content: K^c_j Q^r at the offsets i - j of each key j, turned over to queries by keys.
         if "p2c" in config.pos_att_type:
             projection = self.q_proj if config.share_att_key else self.pos_query_proj
-            positions = at_least_float32(split_heads(projection(table), self.heads)[0])[:, rows].astype(key.dtype)
-            bias = skew(jnp.einsum("bhkd,hod->bhko", key, positions)).swapaxes(2, 3)
+            bias = skew(jnp.einsum("bhkd,hod->bhko", key, at(rows, projection))).swapaxes(2, 3)
         # Content-to-position: Q^c_i K^r at the offsets j - i of each query i, which are those of i - j turned round.
         if "c2p" in config.pos_att_type:
             projection = self.k_proj if config.share_att_key else self.pos_key_proj
-            positions = at_least_float32(split_heads(projection(table), self.heads)[0])[:, rows[::-1]].astype(key.dtype)
-            scores = skew(jnp.einsum("bhqd,hod->bhqo", query, positions))
+            scores = skew(jnp.einsum("bhqd,hod->bhqo", query, at(rows[::-1], projection)))
             bias = scores if bias is None else bias + scores
         output, weights = attend(
             query,
