@@ -38,6 +38,8 @@ class Settings:
         beta2: of Adam.
         epsilon: of Adam.
         weight_decay: of AdamW.
+        decays: what weight decay is for: "matrices" (no biases, scales and single vectors), or "all", as in fairseq and
+            PyTorch where nothing else is said, and always in D-Adaptation.
         clip: largest norm of the gradient.
         frozen: a regular expression of the parameters that are never trained.
         held: one of those that are not trained in the first `held_steps`.
@@ -61,6 +63,7 @@ class Settings:
     beta2: float = 0.999
     epsilon: float = 1e-8
     weight_decay: float = 0.0
+    decays: str = "matrices"
     clip: float | None = None
     frozen: str | None = None
     held: str | None = None
@@ -78,6 +81,8 @@ class Settings:
             raise UsageError(f"There is no schedule {self.schedule!r}; there are {', '.join(SCHEDULES)}.")
         if self.optimizer not in OPTIMIZERS:
             raise UsageError(f"There is no optimiser {self.optimizer!r}; there are {', '.join(OPTIMIZERS)}.")
+        if self.decays not in ("matrices", "all"):
+            raise UsageError(f"Weight decay is for matrices or for all, not for {self.decays!r}.")
         if self.weight_decay and self.optimizer in ("adam", "adafactor"):
             raise UsageError(f"{self.optimizer} has no weight decay: take adamw, or a weight_decay of 0.")
 
@@ -129,15 +134,16 @@ class Settings:
             chain.append(optax.contrib.dadapt_adamw(self.rate(), betas, self.epsilon, weight_decay=self.weight_decay))
         else:
             decay = self.weight_decay if self.optimizer == "adamw" else 0.0
-            chain.append(
-                optax.adamw(self.rate(), self.beta1, self.beta2, self.epsilon, weight_decay=decay, mask=decayed)
-            )
+            mask = decayed if self.decays == "matrices" else None
+            chain.append(optax.adamw(self.rate(), self.beta1, self.beta2, self.epsilon, weight_decay=decay, mask=mask))
         return optax.chain(*chain, *holding)  # which weight decay does not move either
 
 
 def decayed(params: dict[str, Any]) -> dict[str, bool]:
-    """Weight decay is for matrices: not for biases, scales and single vectors, be they of a stack of blocks or not."""
-    return {name: value.ndim > 1 + (".stacked." in name) for name, value in params.items()}
+    """Which parameters are matrices: no biases, scales and single vectors, be they of a stack of blocks or not."""
+    return {
+        name: value.ndim > 1 + (".stacked." in name) and not name.endswith("kernel_g") for name, value in params.items()
+    }
 
 
 def hold(pattern: str, steps: int) -> optax.GradientTransformation:

@@ -150,7 +150,8 @@ class Options:
 
     Attributes:
         accumulate: parts that a batch is cut into, one after another, to save memory.
-        average: decay of a moving average of the parameters, which is then what is evaluated; None for none.
+        average: decay of a moving average of the parameters after each step, which is then what is evaluated; None for
+            none.
         remat: "none"; "layers" recomputes each block of a stack in the backward pass; "dots" keeps the results of
             matrix products and recomputes the rest.
         stack: run stacks of equal blocks by `lax.scan`, which compiles a deep model in the time of one block.
@@ -274,7 +275,9 @@ class Trainer:
             metrics |= {f"{prefix}{k}": v for k, v in shown.items()}
             metrics[f"{prefix}gradient_norm"] = optax.tree.norm(gradient)
         if (decay := self.options.average) is not None:
-            average = jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), state.average, state.params)
+            # Without the parameters before the first step, whose part in $a + (1 - \gamma)(p - a)$ would be $\gamma^n$.
+            share = (1 - decay) / (1 - decay ** (state.step + 1))
+            average = jax.tree.map(lambda a, p: a + share.astype(a.dtype) * (p - a), state.average, state.params)
             state = dataclasses.replace(state, average=average)
         return dataclasses.replace(state, step=state.step + 1), metrics
 

@@ -225,7 +225,7 @@ def test_schedules():
             settings(**wrong)
 
 
-def test_what_is_held_waits_and_only_matrices_decay():
+def test_what_is_held_waits_and_what_decays():
     update = settings(held="^body", held_steps=0.02, weight_decay=0.1, learning_rate=0.1).transformation()
     params = {"body.kernel": jnp.ones((2, 2)), "head.kernel": jnp.ones((2, 2))}
     state, moved = update.init(params), []
@@ -239,9 +239,20 @@ def test_what_is_held_waits_and_only_matrices_decay():
         assert numbers.held_steps * numbers.steps == pytest.approx(steps)  # of a shorter training the same share
     update = settings(weight_decay=0.5).transformation()
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "layers.stacked.bias": jnp.ones((3, 2))}
+    params["conv.kernel_g"] = jnp.ones((1, 1, 2))  # the lengths of vectors
     change, _ = update.update(jax.tree.map(jnp.zeros_like, params), update.init(params), params)
-    assert float(change["kernel"][0, 0]) == -0.5
-    assert float(change["bias"][0]) == float(change["layers.stacked.bias"][0, 0]) == 0
+    assert {name: float(value.min()) for name, value in change.items()} == {
+        **dict.fromkeys(params, 0.0),
+        "kernel": -0.5,
+    }
+    for name in ("wav2vec2_pretraining", "speecht5_recognition", "vits", "hifigan", "musicgen_melody"):
+        update = dataclasses.replace(
+            recipe(name).settings, warmup=0
+        ).transformation()  # whose authors leave nothing out
+        change, _ = update.update(jax.tree.map(jnp.zeros_like, params), update.init(params), params)
+        assert all(float(value.max()) < 0 for value in change.values()), name
+    with pytest.raises(UsageError, match="for matrices or for all"):
+        settings(decays="biases")
     assert isinstance(settings(optimizer="adafactor").transformation(), optax.GradientTransformation)
 
 
