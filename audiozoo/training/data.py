@@ -389,9 +389,8 @@ class Batches:
         # The buckets' edges: quantiles of the lengths, in half seconds, so that few shapes are compiled.
         quantiles = np.quantile(lengths, np.linspace(0, 1, buckets + 1)[1:])
         edges = sorted({min(float(np.ceil(2 * q) / 2), max(seconds, 0.5)) for q in quantiles})
-        edges[-1] = max(edges[-1], max(lengths))
         self.edges = [round(edge * sampling_rate) for edge in edges]
-        self._bucket = np.searchsorted(edges, np.asarray(lengths) - 1e-9)
+        self._bucket = np.searchsorted(edges, lengths)
 
     def _kept_whole(self, item: Item) -> bool:
         return "text" in item.fields if self.whole is None else self.whole

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 from audiozoo.errors import AudioError, SourceError, UsageError
-from audiozoo.training.data import Batches, Padding, Whole, collate, find_items
+from audiozoo.training.data import Batches, Padding, Whole, collate, find_items, labels_of
 
 RATE = 8000
 
@@ -90,10 +90,16 @@ def test_manifests(folder):
     tsv = folder / "set.tsv"
     (folder / "clips").mkdir()
     (folder / "clips" / "a.mp3").touch()
-    tsv.write_text('path\tsentence\tup_votes\taccent\na.mp3\tsay "a" now\t2\t\n')  # as Common Voice's
+    head = "path\tsentence\tup_votes\taccent\toffset\n"  # as Common Voice's
+    tsv.write_text(f'{head}a.mp3\t"a" it says\t2\t\t0\n')
     (item,) = find_items(tsv)
     assert item.audio == folder / "clips" / "a.mp3"
-    assert item.fields == {"sentence": 'say "a" now', "up_votes": "2", "text": 'say "a" now'}
+    assert item.fields == {"sentence": '"a" it says', "up_votes": "2", "offset": "0", "text": '"a" it says'}
+    (folder / "a.mp3").touch()
+    assert find_items(tsv)[0].audio == folder / "a.mp3"
+    tsv.write_text(f"{head}a.mp3\ta\n\tb\n")
+    with pytest.raises(UsageError, match=r"set\.tsv:3 names no recording"):
+        find_items(tsv)
     tsv.write_text(f"{folder}\nlow/00.wav\t1600\nhigh/01.wav\t2400\n")
     tsv.with_suffix(".ltr").write_text("O N E | T W O |\nT H R E E |\n")
     tsv.with_suffix(".km").write_text("1 1 2\n3 4\n")
@@ -109,6 +115,10 @@ def test_manifests(folder):
 def test_tar_shards_are_read_in_place(folder):
     for shard in range(2):
         with tarfile.open(folder / f"s{shard}.tar", "w") as file:
+            folder_of_that_name = tarfile.TarInfo("album.wav")
+            folder_of_that_name.type = tarfile.DIRTYPE
+            file.addfile(folder_of_that_name)
+            file.addfile(tarfile.TarInfo("._00.wav"))
             for index in range(shard, 12, 2):
                 sound = io.BytesIO()
                 soundfile.write(sound, tone(0.2 + 0.1 * index), RATE, format="WAV")
@@ -165,8 +175,16 @@ def test_each_pass_holds_every_recording_once_in_an_order_of_its_own(folder):
     for numbers in passes:
         assert sorted(numbers) == list(range(12))
     assert not np.array_equal(passes[0], passes[1])
+    assert len({draw for i in range(12) for draw in data.batch(i)["draw"]}) == 36
     other = batches(find_items(folder), seed=1)
     assert not np.array_equal(other.batch(0)["number"], data.batch(0)["number"])
+
+
+def test_few_recordings_fill_a_batch(folder):
+    data = batches(find_items(folder)[:2], batch_size=5, buckets=1)
+    assert len(data) == 1
+    for index in range(3):
+        assert sorted(data.batch(index)["number"]) in ([1, 1, 1, 3, 3], [1, 1, 3, 3, 3])
 
 
 def test_recordings_are_drawn_by_their_odds(folder):
@@ -233,9 +251,10 @@ def test_long_recordings_are_cut_at_random_or_left_out_with_their_text(folder):
     assert len(data.items) == 6
     told = [dataclasses.replace(item, seconds=0.3) for item in find_items(folder)]  # and that is not so
     wrong = batches(told, seconds=0.75)
-    assert set(np.concatenate([wrong.batch(i)["number"] for i in range(4)])) <= set(range(7))  # a tenth more may be
+    assert set(np.concatenate([wrong.batch(i)["number"] for i in range(4)])) == set(range(7))  # a tenth more may be
     assert "lasts 1.3 s, not 0.3 s" in next(why for name, why in wrong.unreadable.items() if "11.wav" in name)
     assert len(data.left_out) == 6
+    assert len(batches(find_items(folder), seconds=0.7, shortest=0.3).items) == 5  # 0.3 … 0.7 s, the ends included
     untold = [item.__class__(item.name, item.audio, None, {}) for item in find_items(folder)]
     cut = Batches(
         untold, lambda w, f, rng: {"x": w}, batch_size=4, sampling_rate=RATE, padding={"x": Padding()}, seconds=0.5
@@ -264,12 +283,21 @@ def test_what_is_cut_says_where_and_what_must_be_whole_is_left_out(folder):
         np.testing.assert_array_equal(waveform, wave[first:last])
         assert ("crop" in fields) == (len(wave) > 0.6 * RATE)
         assert len(waveform) == min(len(wave), 0.6 * RATE)
+    assert cut.edges == [0.6 * RATE]
     assert len(Batches(items, heard, **settings, whole=True).left_out) == 4
+    seen.clear()
+    more = Batches(items[-1:], heard, **settings | {"seconds": 1.3 - 1 / RATE, "batch_size": 1}, whole=False)
+    for index in range(20):
+        more.batch(index)
+    assert {round(fields["crop"][0] * RATE) for _, fields in seen} == {0, 1}
 
 
 def test_evaluation_sees_every_recording_once(folder):
-    seen = [b["number"] for b in batches(find_items(folder), batch_size=5).evaluation()]
-    assert sorted(np.concatenate(seen)) == list(range(12))
+    seen = list(batches(find_items(folder), batch_size=5).evaluation())
+    assert sorted(np.concatenate([b["number"] for b in seen])) == list(range(12))
+    widths = [b["x"].shape[1] for b in seen]
+    assert widths == sorted(widths)
+    assert widths[0] < widths[-1]
 
 
 def test_what_a_mesh_cannot_divide_is_evaluated_by_itself(folder):
@@ -283,9 +311,13 @@ def test_what_a_mesh_cannot_divide_is_evaluated_by_itself(folder):
             assert (isinstance(first, Whole), isinstance(rest, Whole)) == (False, True)
             for name in ("number", "draw"):
                 np.testing.assert_array_equal(rest[name], alone[1][name])
-        for name in ("number", "draw"):
+        for name in ("number", "draw", "x"):
             together = np.concatenate([first[name] for first, _ in seen])
             np.testing.assert_array_equal(together, alone[0][name])
+    *_, most, last = batches(items, batch_size=8).evaluation(parts=2)
+    assert isinstance(last, Whole)
+    for name in ("number", "draw"):
+        np.testing.assert_array_equal(np.concatenate([most[name], last[name]]), alone[1][name])
     (only,) = batches(items[:3], batch_size=8).evaluation(parts=8)
     assert isinstance(only, Whole)
 
@@ -306,6 +338,16 @@ def test_broken_recordings_are_named_and_the_next_takes_their_place(folder):
     same(batch, data.batch(0))
     assert set(data.unreadable) == {str(folder / "low" / "02.wav"), str(truncated)}
     assert "2 unreadable" in data.report()
+
+
+def test_one_of_like_length_takes_the_place_of_what_is_broken(folder):
+    """Not the next one in the folder, which is the shortest of all."""
+    items = find_items(folder)
+    data = batches(items, batch_size=1)
+    (folder / "high" / "11.wav").write_bytes(b"RIFF")  # after its length was read
+    assert items[5].name.endswith("11.wav")
+    numbers = np.concatenate([data.batch(i)["number"] for i in range(12)])
+    assert sorted(numbers) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 10]
 
 
 def test_where_a_whole_batch_is_broken_the_next_recording_takes_its_place(folder):
@@ -349,3 +391,10 @@ def test_collate_pads_and_stacks():
     batch = collate(examples, {"a": Padding(-100, 4)}, samples=0)
     np.testing.assert_array_equal(batch["a"], [[0, 1, 2, *[-100] * 5], [0, 1, 2, 3, 4, *[-100] * 3]])
     np.testing.assert_array_equal(batch["b"], [1, 2])
+    assert collate([{"a": np.arange(0)}], {"a": Padding(-100, 4)}, samples=0)["a"].tolist() == [[-100] * 4]
+
+
+def test_a_label_may_hold_a_comma():
+    names = ["Speech", "Male speech, man speaking"]
+    assert labels_of(names[1], names) == names[1:]
+    assert labels_of("Speech, Music", names) == labels_of(["Speech", "Music"], names) == ["Speech", "Music"]
