@@ -1,8 +1,28 @@
-"""Recordings in chunks of one length that overlap, as EnCodec's stereo model codes them."""
+"""Recordings in chunks of one length, which may overlap, as EnCodec's stereo model codes them."""
 
 from __future__ import annotations
 
 from audiozoo.errors import UsageError
+
+LONGEST_S = 3600.0  # seconds of a chunk; settings that say more are wrong, and would be padded to as much
+
+
+def check_chunk(name: str, seconds: float, sampling_rate: int) -> None:
+    """Refuse a length of a chunk that is none.
+
+    Args:
+        name: what the length is called.
+        seconds: that it has.
+        sampling_rate: Hz.
+
+    Raises:
+        UsageError: if a chunk would have no sample, or more than an hour.
+    """
+    if not (seconds * sampling_rate >= 1 and seconds <= LONGEST_S):
+        raise UsageError(
+            f"{name}={seconds} is no length of a chunk at {sampling_rate} Hz, which has a sample at least and an hour "
+            "at most."
+        )
 
 
 def chunk_sizes(
@@ -16,13 +36,11 @@ def chunk_sizes(
         sampling_rate: Hz.
 
     Raises:
-        UsageError: if a chunk would have no sample or 2³¹ and more, or the next would not begin after its start and by
-            its end.
+        UsageError: see `check_chunk`; or if the next chunk would not begin after a chunk's start and by its end.
     """
     if chunk_length_s is None:
         return None, None
-    if not 1 <= chunk_length_s * sampling_rate < 2**31:
-        raise UsageError(f"chunk_length_s={chunk_length_s} is no length of a chunk at {sampling_rate} Hz.")
+    check_chunk("chunk_length_s", chunk_length_s, sampling_rate)
     length = int(chunk_length_s * sampling_rate)
     if overlap is None:
         return length, None

@@ -20,6 +20,8 @@ import numpy as np
 from audiozoo.audio.files import check_waveform
 from audiozoo.errors import AudioError, CheckpointError, SourceError, UsageError
 
+LARGEST = 1_000_000  # size that a setting can have: Hz, samples, bands, frames
+
 
 def waveform_batch(
     waveforms: Any, sampling_rate: int | None, expected_rate: int, minimum_samples: int
@@ -235,15 +237,17 @@ def settings_of(cls: Any, fields: Mapping[str, Any], source: Path) -> dict[str, 
     """Those of a file's fields that are arguments of a class, each of the type that the argument has.
 
     Raises:
-        CheckpointError: if one is of another type, or a size is less than 1.
+        CheckpointError: if one is of another type, or a size is less than 1 or absurd.
     """
     types = {name: kind for name, kind in get_type_hints(cls.__init__).items() if name in fields}
     for name, kind in types.items():
         if not _is(fields[name], kind):
             wanted = cls.__init__.__annotations__[name]  # as it is written
             raise CheckpointError(f"'{source}' has {name} {fields[name]!r:.60}, which is no {wanted}.")
-        if kind is int and fields[name] < 1:
-            raise CheckpointError(f"'{source}' has {name} {fields[name]}; it must be at least 1.")
+        if kind is int and not 1 <= fields[name] <= LARGEST:
+            raise CheckpointError(
+                f"'{source}' has {name} {fields[name]}; it must be at least 1, and at most {LARGEST:,}."
+            )
     return {name: fields[name] for name in types}
 
 

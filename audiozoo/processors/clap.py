@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from audiozoo.audio.chunks import check_chunk
 from audiozoo.audio.features import double_precision_on_cpu, mel_filterbank, spectrogram
 from audiozoo.errors import CheckpointError, SourceError, UsageError
 from audiozoo.processors import (
@@ -102,6 +103,7 @@ class ClapFeatureExtractor(FeatureExtractor):
     ) -> None:
         if min(feature_size, sampling_rate, hop_length, max_length_s, fft_window_size) < 1:
             raise CheckpointError("CLAP's features need bands, a rate, a hop, a length and a window of at least 1.")
+        check_chunk("max_length_s", max_length_s, sampling_rate)
         self.feature_size = feature_size
         self.sampling_rate = sampling_rate
         self.hop_length = hop_length

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from audiozoo.audio.chunks import check_chunk
 from audiozoo.audio.features import double_precision_on_cpu, spectrogram
 from audiozoo.audio.files import check_waveform
 from audiozoo.errors import AudioError, CheckpointError, UsageError
@@ -52,6 +53,7 @@ class MusicgenMelodyFeatureExtractor(FeatureExtractor):
         return_attention_mask: bool = False,
         stem_indices: tuple[int, ...] = (3, 2),
     ) -> None:
+        check_chunk("chunk_length", chunk_length, sampling_rate)
         self.feature_size = feature_size
         self.sampling_rate = sampling_rate
         self.hop_length = hop_length

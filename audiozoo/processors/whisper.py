@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from audiozoo.audio.chunks import check_chunk
 from audiozoo.audio.features import WHISPER_HOP, WHISPER_N_FFT, WHISPER_SAMPLING_RATE, long_log_mel_spectrogram
 from audiozoo.errors import CheckpointError, SourceError, UsageError
 from audiozoo.processors import (
@@ -31,7 +32,7 @@ class WhisperFeatureExtractor(FeatureExtractor):
         feature_size: mel bands; 80, or 128 for large-v3 and turbo.
         sampling_rate: Hz; all published checkpoints use 16,000.
         hop_length: samples between frames (160).
-        chunk_length: seconds that waveforms are padded to.
+        chunk_length: seconds that waveforms are padded to, at most an hour.
         n_fft: samples in a window (400).
         padding_value: what waveforms are padded with.
         dither: standard deviation of noise to add to waveforms.
@@ -54,6 +55,7 @@ class WhisperFeatureExtractor(FeatureExtractor):
                 "Whisper's features are windows of 400 samples every 160 at 16000 Hz; "
                 f"this checkpoint asks for {n_fft} every {hop_length} at {sampling_rate} Hz."
             )
+        check_chunk("chunk_length", chunk_length, sampling_rate)
         self.feature_size = feature_size
         self.sampling_rate = sampling_rate
         self.hop_length = hop_length

@@ -55,6 +55,12 @@ def written(folder, settings):
             "chunk_length_s=1e[+]308 is no length of a chunk at 24000",
         ),
         (EncodecFeatureExtractor, {"chunk_length_s": -1}, "chunk_length_s=-1 is no length"),
+        (EncodecFeatureExtractor, {"chunk_length_s": 3601}, "chunk_length_s=3601 is no length of a chunk at 24000 Hz"),
+        (WhisperFeatureExtractor, {"chunk_length": 3601}, "chunk_length=3601 is no length of a chunk at 16000 Hz"),
+        (MusicgenMelodyFeatureExtractor, {"chunk_length": 3601}, "chunk_length=3601 is no length of a chunk at 32000"),
+        (ClapFeatureExtractor, {"max_length_s": 3601}, "max_length_s=3601 is no length of a chunk at 48000 Hz"),
+        (ASTFeatureExtractor, {"max_length": 10**12}, "has max_length 1000000000000; it .* and at most 1,000,000"),
+        (Wav2Vec2FeatureExtractor, {"sampling_rate": 10**12}, "has sampling_rate 1000000000000; it must"),
         (EncodecFeatureExtractor, {"chunk_length_s": 1, "overlap": 1}, "overlap=1 must be a share of a chunk"),
         (Speech2TextFeatureExtractor, {"global_cmvn": "x"}, "has global_cmvn 'x', which is no Mapping"),
         (
