@@ -167,6 +167,26 @@ class GlobalCMVN:
         return cls(mean, np.sqrt(np.maximum(np.asarray(squares) / max(count, 1) - mean**2, VARIANCE_FLOOR)))
 
     @classmethod
+    def of_names(cls, arrays: Mapping[str, Any]) -> GlobalCMVN:
+        """From the `mean` and `std` of a file.
+
+        Raises:
+            UsageError: if they are not one finite number each for every band, or a deviation is not positive.
+        """
+        try:
+            mean, std = (np.asarray(arrays[name], np.float64) for name in STATISTICS)
+        except (KeyError, TypeError, ValueError):
+            raise UsageError("The statistics of a corpus are numbers, `mean` and `std` of each band.") from None
+        if mean.ndim != 1 or mean.shape != std.shape:
+            raise UsageError(
+                f"The statistics of a corpus, `mean` and `std`, have shapes {mean.shape} and {std.shape}; each has one "
+                "number for every band."
+            )
+        if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+            raise UsageError("The statistics of a corpus must be finite, and every `std` more than 0.")
+        return cls(mean, std)
+
+    @classmethod
     def from_npz(cls, path: str | os.PathLike[str]) -> GlobalCMVN:
         """From fairseq's `gcmvn.npz`.
 
@@ -175,8 +195,10 @@ class GlobalCMVN:
         """
         try:
             with np.load(path, allow_pickle=False) as file:
-                return cls(file["mean"], file["std"])
-        except (OSError, ValueError, KeyError):
+                return cls.of_names(file)
+        except UsageError as error:
+            raise SourceError(f"{path}: {error}") from None
+        except Exception:  # what a damaged file raises is of many kinds
             raise SourceError(f"{path} is no file of statistics (.npz with `mean` and `std`).") from None
 
     def __call__(self, features: Float[np.ndarray, "frames mels"]) -> Float[np.ndarray, "frames mels"]:
@@ -254,12 +276,14 @@ class Speech2TextFeatureExtractor(FeatureExtractor):
         self.normalize_means = normalize_means
         self.normalize_vars = normalize_vars
         if global_cmvn is not None:  # a file without it is the one that `transformers` writes
+            if (bands := len(GlobalCMVN.of_names(global_cmvn).mean)) != num_mel_bins:
+                raise UsageError(f"global_cmvn is of {bands} bands, and the features have {num_mel_bins}.")
             self.global_cmvn = global_cmvn
 
     @property
     def of_corpus(self) -> GlobalCMVN | None:
         """The statistics of the corpus, if features are normalised by them."""
-        return None if self.global_cmvn is None else GlobalCMVN(*(np.asarray(self.global_cmvn[n]) for n in STATISTICS))
+        return None if self.global_cmvn is None else GlobalCMVN.of_names(self.global_cmvn)
 
     def normalised(self, features: Float[np.ndarray, "frames mels"]) -> Float[np.ndarray, "frames mels"]:
         """The frames of one utterance, by its own statistics, those of the corpus, or none."""

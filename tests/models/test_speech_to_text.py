@@ -325,6 +325,44 @@ def test_features_while_someone_speaks(model, tmp_path):
         Speech2TextFeatureExtractor.from_directory(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"std": None}, "are numbers, `mean` and `std` of each band"),
+        ({"mean": np.full(80, "x")}, "are numbers, `mean` and `std` of each band"),
+        ({"mean": np.zeros((1, 80))}, r"have shapes \(1, 80\) and \(80,\)"),
+        ({"std": np.ones(())}, r"have shapes \(80,\) and \(\)"),
+        ({"mean": np.full(80, np.nan)}, "must be finite, and every `std` more than 0"),
+        ({"std": np.full(80, np.inf)}, "must be finite, and every `std` more than 0"),
+        ({"std": np.eye(80)[0]}, "must be finite, and every `std` more than 0"),
+    ],
+)
+def test_what_cannot_be_the_statistics_of_a_corpus(wrong, told, tmp_path):
+    """In fairseq's own file, and in the settings that are made of it."""
+    arrays = {name: x for name, x in ({"mean": np.zeros(80), "std": np.ones(80)} | wrong).items() if x is not None}
+    np.savez(tmp_path / "gcmvn.npz", **arrays)
+    with pytest.raises(SourceError, match=f"gcmvn.npz: .*{told}"):
+        GlobalCMVN.from_npz(tmp_path / "gcmvn.npz")
+    settings = {"global_cmvn": {name: x.tolist() for name, x in arrays.items()}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=told):
+        Speech2TextFeatureExtractor.from_directory(tmp_path)
+
+
+def test_statistics_of_other_bands_and_other_files(tmp_path):
+    few = {"mean": [0.0] * 40, "std": [1.0] * 40}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"global_cmvn": few}))
+    with pytest.raises(CheckpointError, match="global_cmvn is of 40 bands, and the features have 80"):
+        Speech2TextFeatureExtractor.from_directory(tmp_path)
+    np.save(tmp_path / "one.npy", np.zeros(80))
+    np.savez(tmp_path / "whole.npz", **few)
+    (tmp_path / "half.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:300])
+    (tmp_path / "empty.npz").touch()
+    for name in ("one.npy", "half.npz", "empty.npz"):
+        with pytest.raises(SourceError, match="is no file of statistics"):
+            GlobalCMVN.from_npz(tmp_path / name)
+
+
 HOUR = """
 import time
 import numpy as np
