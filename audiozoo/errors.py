@@ -32,8 +32,23 @@ def first_line(error: BaseException, most: int | None = 200) -> str:
     return text.splitlines()[0].rstrip()[:most] if text else type(error).__name__
 
 
+def unknown_name(refusal: str, name: str, known: Iterable[str], otherwise: str | None = None) -> UsageError:
+    """The error for a name that is not known, with the nearest one that is.
+
+    Args:
+        refusal: the beginning of the sentence.
+        name: what somebody asks for.
+        known: what there is.
+        otherwise: the end of the sentence where nothing is near; by default all that there is.
+    """
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else otherwise or f"there are {', '.join(known)}."
+    return UsageError(f"{refusal}; {hint}")
+
+
 def check_names(given: Iterable[str], known: Sequence[str], refusal: str) -> None:
-    """Refuse names that are not known, with the nearest one that is, or with all of them.
+    """Refuse names that are not known.
 
     Args:
         given: what somebody asks for.
@@ -41,10 +56,8 @@ def check_names(given: Iterable[str], known: Sequence[str], refusal: str) -> Non
         refusal: the beginning of the sentence, with `{}` for the name.
 
     Raises:
-        UsageError: for the first name that is not known.
+        UsageError: for the first name that is not known; see `unknown_name`.
     """
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(known)}."
-            raise UsageError(refusal.format(name) + hint)
+            raise unknown_name(refusal.format(name), name, known)

@@ -5,12 +5,11 @@ Importing it imports no model: classes are named, and resolved when they are ask
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from audiozoo.errors import UsageError
+from audiozoo.errors import unknown_name
 
 
 @dataclass(frozen=True)
@@ -809,11 +808,7 @@ def paper(name: str) -> Paper:
     for entry in PAPERS:
         if wanted in {entry.name, entry.title.lower().replace(" ", "_")}:
             return entry
-    near = difflib.get_close_matches(wanted, [entry.name for entry in PAPERS], n=1)
-    raise UsageError(
-        f"There is no paper {name!r} in the zoo"
-        + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(entry.name for entry in PAPERS)}.")
-    )
+    raise unknown_name(f"There is no paper {name!r} in the zoo", wanted, [entry.name for entry in PAPERS])
 
 
 def paper_of_class(name: str) -> Paper:
@@ -826,11 +821,7 @@ def paper_of_class(name: str) -> Paper:
         if name in entry.classes:
             return entry
     classes = [c for entry in PAPERS for c in entry.classes]
-    near = difflib.get_close_matches(name, classes, n=1)
-    raise UsageError(
-        f"No paper of the zoo has a class {name!r}"
-        + (f"; did you mean {near[0]}?" if near else f"; there are {classes}.")
-    )
+    raise unknown_name(f"No paper of the zoo has a class {name!r}", name, classes)
 
 
 def markdown_table() -> str:

@@ -142,7 +142,7 @@ def test_show(audiozoo_command):
     shown = json.loads(audiozoo_command("show", "whisper", "--json").out)
     assert shown["arxiv"] == "2212.04356"
     assert "large_v3" in shown["sizes"]
-    assert_refused(audiozoo_command("show", "whispr"), "did you mean whisper?")
+    assert_refused(audiozoo_command("show", "whispr"), "did you mean 'whisper'?")
 
 
 def test_a_terminal_that_lacks_letters(monkeypatch):

@@ -28,10 +28,10 @@ def test_models_are_listed_with_paper_and_licence():
 
 @pytest.mark.parametrize("look_up", [registry.paper, audiozoo.list_models])
 def test_a_misspelt_paper_is_met_with_the_nearest(look_up):
-    with pytest.raises(UsageError, match="did you mean whisper"):
+    with pytest.raises(UsageError, match="did you mean 'whisper'"):
         look_up("whispr")
 
 
 def test_a_misspelt_class_is_met_with_the_nearest():
-    with pytest.raises(UsageError, match="did you mean WhisperForCausalLM"):
+    with pytest.raises(UsageError, match="did you mean 'WhisperForCausalLM'"):
         registry.paper_of_class("WhisperForCausalML")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from audiozoo.errors import UsageError
+from audiozoo.errors import UsageError, check_names
 
 # What `transformers` has beside them, and why it is refused here.
 _REFUSED = {
@@ -26,7 +25,7 @@ class GenerationConfig:
     """Options of autoregressive decoding; frozen and hashable, so that it can be a static argument of `jax.jit`.
 
     Names and defaults are those of `transformers` 5. Lists are stored as tuples. An unknown name raises
-    `UsageError` with the nearest known ones; what is left out on purpose raises it with the reason: a clock
+    `UsageError` with the nearest known one; what is left out on purpose raises it with the reason: a clock
     (`max_time`) has no place in a compiled loop, and texts (`stop_strings`) none in a search that knows no tokenizer,
     for recognisers and translators, which end their texts themselves.
     """
@@ -230,10 +229,7 @@ def _check_names(options: Mapping[str, Any]) -> None:
     for name in options:
         if name in _REFUSED:
             raise UsageError(f"Generation option {name!r} is not offered here: {_REFUSED[name]}.")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"known options are {', '.join(known)}."
-            raise UsageError(f"Unknown generation option {name!r}; {hint}")
+    check_names(options, known, "Unknown generation option '{}'")
 
 
 def _freeze(value: Any) -> Any:

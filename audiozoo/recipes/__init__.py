@@ -8,10 +8,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from dataclasses import dataclass
 
-from audiozoo.errors import UsageError
+from audiozoo.errors import unknown_name
 from audiozoo.models.audio_spectrogram_transformer import ASTRecipe
 from audiozoo.models.musicgen import MusicgenRecipe
 from audiozoo.models.speech_to_text import SpecAugmentPolicy
@@ -644,6 +643,4 @@ def recipe(name: str) -> Recipe:
     wanted = name.lower().replace("-", "_")
     if wanted in RECIPES:
         return RECIPES[wanted]
-    near = difflib.get_close_matches(wanted, RECIPES, n=1)
-    suggestion = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(RECIPES))}."
-    raise UsageError(f"There is no recipe {name!r}; {suggestion}")
+    raise unknown_name(f"There is no recipe {name!r}", wanted, sorted(RECIPES))

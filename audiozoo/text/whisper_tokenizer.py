@@ -20,7 +20,6 @@ One class reads the files of every project that publishes Whisper checkpoints: `
 from __future__ import annotations
 
 import base64
-import difflib
 import importlib.util
 import json
 import os
@@ -36,7 +35,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
-from audiozoo.errors import CheckpointError, SourceError, UsageError
+from audiozoo.errors import CheckpointError, SourceError, UsageError, unknown_name
 from audiozoo.text.batches import tokens_of
 from audiozoo.text.normalizers import BasicTextNormalizer, EnglishTextNormalizer, english_spellings
 
@@ -101,9 +100,8 @@ def language_code(language: str) -> str:
         return wanted
     if wanted in LANGUAGE_CODES:
         return LANGUAGE_CODES[wanted]
-    near = difflib.get_close_matches(wanted, [*LANGUAGE_CODES, *LANGUAGES], n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else " (a code such as 'de' or a name such as 'german' is expected)."
-    raise UsageError(f"Whisper knows no language '{language}'{hint}")
+    example = "a code such as 'de' or a name such as 'german' is expected."
+    raise unknown_name(f"Whisper knows no language '{language}'", wanted, [*LANGUAGE_CODES, *LANGUAGES], example)
 
 
 def _byte_letters() -> dict[int, str]:

@@ -396,7 +396,7 @@ def test_looking_up_drafts_changes_nothing_but_the_number_of_rounds(batch, size)
 
 def test_unknown_options_are_named_with_their_neighbours():
     for make in (lambda: GenerationConfig(num_beam=2), lambda: GREEDY.replace(num_beam=2)):
-        with pytest.raises(UsageError, match="'num_beam'; did you mean num_beams"):
+        with pytest.raises(UsageError, match="'num_beam'; did you mean 'num_beams'"):
             make()
     with pytest.raises(UsageError, match=r"'max_time' is not offered here: .* sees no clock"):
         GREEDY.replace(max_time=2.0)

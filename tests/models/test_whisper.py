@@ -510,7 +510,7 @@ def test_wrong_tokens(model):
 
 def test_wrong_options(model):
     x = features(1)
-    refuse("option 'num_beam'; did you mean num_beams", model.generate, x, num_beam=3)
+    refuse("option 'num_beam'; did you mean 'num_beams'", model.generate, x, num_beam=3)
     refuse("max_new_tokens=0 must be at least 1", model.generate, x, max_new_tokens=0)
     refuse("A number is no key", model.generate, x, do_sample=True, key=0)
     refuse("English-only", model.generate, x, language="de")

@@ -189,7 +189,7 @@ def test_the_table_is_whole():
         assert row.size in paper.sizes
         judged = getattr(getattr(row.objective, "recipe", None), "problem_type", None)
         assert row.config.get("problem_type") == judged  # which the trained model's scores follow
-    with pytest.raises(UsageError, match="did you mean wav2vec2_ctc"):
+    with pytest.raises(UsageError, match="did you mean 'wav2vec2_ctc'"):
         recipe("wav2vec2-ctx")
 
 

@@ -312,7 +312,7 @@ def test_what_is_not_a_checkpoint(exported, tmp_path):
     edit(exported, architectures=["BertModel"], model_type="bert")
     refuse(SourceError, r"config\.json names the class BertModel\. No paper of the zoo has a class", exported)
     edit(exported, architectures=["WhisperForConditionalGenerationn"])
-    refuse(SourceError, "did you mean WhisperForConditionalGeneration", exported)
+    refuse(SourceError, "did you mean 'WhisperForConditionalGeneration'", exported)
     edit(exported, architectures=["WhisperForConditionalGeneration"], model_type="whisper", d_model="wide")
     refuse(CheckpointError, "d_model is 'wide', which is no int", exported)
     edit(exported, d_model=16)
