@@ -75,7 +75,7 @@ def run(audiozoo_command, monkeypatch):  # noqa: F811
     return call
 
 
-def test_transcribe(run, checkpoints, tmp_path, monkeypatch):
+def test_transcribe(run, checkpoints, tmp_path):
     source, sound = checkpoints / "ctc", checkpoints / "noise.wav"
     wave = audiozoo.audio.read(sound)
     model, processor = audiozoo.load(source), audiozoo.load_processor(source)
@@ -97,8 +97,6 @@ def test_transcribe(run, checkpoints, tmp_path, monkeypatch):
     beams = run("transcribe", sound, "--model", source, "--beam-size", "5", "--hotword", "ABBA")
     assert beams.code == 0, beams.err
     assert_refused(run("transcribe", sound, "--model", source, "--task", "translate"), "--task is Whisper's")
-    monkeypatch.setattr(audiozoo.audio.speech, "silero", lambda: None)
-    assert_refused(run("transcribe", sound, "--model", source, "--vad"), "--vad is Whisper's")
     assert_refused(run("transcribe", sound, "--model", source, "--language", "en"), "no adapters of languages")
     assert_refused(run("transcribe", sound, "--model", checkpoints / "classifier"), "does not transcribe")
     missing = run("transcribe", sound, "--model", source, "--language-model", tmp_path / "no.arpa")
@@ -228,6 +226,32 @@ def test_align_with_whisper(run, recordings):
     assert starts == sorted(starts)
     assert 7 < next(w["start"] for w in words if w["text"] == "ask" and w["start"] > 5) < 9
     assert_refused(run(*arguments, "--star"), "<star> needs a CTC model")
+
+
+def test_transcribe_where_somebody_is_speaking(run, checkpoints, tmp_path, monkeypatch):
+    """Each region as if it were alone, at its own time."""
+    monkeypatch.setattr(audiozoo.audio.speech, "silero", lambda: lambda chunk: float(any(chunk)))
+    source, sound = checkpoints / "ctc", tmp_path / "pauses.wav"
+    model, processor = audiozoo.load(source), audiozoo.load_processor(source)
+    noise, quiet = audiozoo.audio.read(checkpoints / "noise.wav"), np.zeros(64_000, np.float32)
+    wave = np.concatenate([quiet, noise, quiet, noise[:16_000], quiet])
+    soundfile.write(sound, wave, 16_000, subtype="FLOAT")
+    regions = audiozoo.audio.speech_regions(wave)
+    parts = [ctc.transcribe_ctc(model, processor, wave[round(a * 16_000) : round(b * 16_000)]) for a, b in regions]
+    assert [bool(part.words) for part in parts] == [True, True]
+    arguments = ("transcribe", sound, "--model", source, "--vad", "--format", "json", "--word-timestamps")
+    found = json.loads(run(*arguments).out)
+    words = [word for segment in found["segments"] for word in segment["words"]]
+    assert found["text"] == " ".join(part.text for part in parts)
+    assert [word["word"] for word in words] == [word["text"] for part in parts for word in part.words]
+    for edge in ("start", "end"):
+        times = [at + word[edge] for (at, _), part in zip(regions, parts, strict=True) for word in part.words]
+        assert [word[edge] for word in words] == pytest.approx(times, abs=1e-3)
+    seen = []
+    ctc.transcribe_ctc(model, processor, wave, vad={"min_speech_s": 1.5}, progress=lambda *now: seen.append(now))
+    assert seen == [(1, 1)]
+    soundfile.write(sound, quiet, 16_000)
+    assert json.loads(run(*arguments).out) == {"text": "", "segments": [], "language": None}
 
 
 def test_identify(run, checkpoints):

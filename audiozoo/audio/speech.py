@@ -200,8 +200,29 @@ def speech_regions(
         UsageError: for an option that does not exist, or without the package.
         AudioError: if the waveform cannot be used.
     """
-    listener = SpeechListener(SpeechOptions.of(options))
-    blocks: Iterable[Any] = waveform if isinstance(waveform, Iterator) else [waveform]
+    return _regions(
+        waveform if isinstance(waveform, Iterator) else [waveform], sampling_rate, SpeechOptions.of(options)
+    )
+
+
+def _regions(blocks: Iterable[Any], sampling_rate: int, options: SpeechOptions) -> list[tuple[float, float]]:
+    listener = SpeechListener(options)
     for _ in listener.passing(check_waveform(block, sampling_rate, SAMPLING_RATE) for block in blocks):
         pass
     return listener.regions()
+
+
+def spoken_samples(
+    waveform: Float[np.ndarray, " time"], sampling_rate: int, vad: bool | Mapping[str, Any]
+) -> list[tuple[int, int]]:
+    """First sample and the one behind the last, of each region that is to be heard; without `vad`, of the whole.
+
+    Args:
+        waveform: to be heard.
+        sampling_rate: Hz of it.
+        vad: see `SpeechOptions.meant_by`.
+    """
+    if (options := SpeechOptions.meant_by(vad)) is None:
+        return [(0, len(waveform))]
+    found = _regions([waveform], sampling_rate, options)
+    return [(round(start * sampling_rate), round(end * sampling_rate)) for start, end in found]

@@ -88,23 +88,27 @@ def ctc_transcriber(
     from audiozoo import audio
     from audiozoo.decoding.ctc import NgramModel, read_lexicon, transcribe_ctc
 
-    refuse_whispers(model, options, {"language", "word_timestamps", "beam_size", "batch_size"})
+    refuse_whispers(model, options, {"language", "word_timestamps", "beam_size", "batch_size", "vad"})
     ngrams = None if fusion.language_model is None else NgramModel.from_arpa(fusion.language_model)
     lexicon = None
     if fusion.lexicon is not None:
         lexicon = read_lexicon(fusion.lexicon, processor.tokenizer.word_delimiter_token or "|")
 
     def hear(recording: Any, progress: Progress) -> dict[str, Any]:
+        rate = processor.feature_extractor.sampling_rate
+        wave = audio.read(recording, rate)
+        seconds = len(wave) / rate
         heard = transcribe_ctc(
             model,
             processor,
-            audio.read(recording, processor.feature_extractor.sampling_rate),
+            wave,
             batch_size=options["batch_size"],
             beam_width=options["beam_size"],
             language_model=ngrams,
             hotwords=fusion.hotwords,
             lexicon=lexicon,
-            progress=progress,
+            vad=options["vad"],
+            progress=lambda done, pieces: progress(seconds * done / pieces, seconds),
             **fusion.weights(lm_weight="alpha", word_bonus="beta"),
         )
         segments = heard.segments()

@@ -69,9 +69,7 @@ def transcribe(
         bool, typer.Option("--highlight-words", help="underline each word as it is said (needs --word-timestamps)")
     ] = False,
     batch_size: Annotated[int, typer.Option(help="windows decoded together")] = 1,
-    vad: Annotated[
-        bool, typer.Option("--vad", help="hear only where somebody is speaking; not for CTC models")
-    ] = False,
+    vad: Annotated[bool, typer.Option("--vad", help="hear only where somebody is speaking")] = False,
     chunk_length_s: Annotated[
         float | None, typer.Option(help="seconds; cut into chunks that overlap, and join their texts and words")
     ] = None,

@@ -29,7 +29,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
+from audiozoo.audio.speech import spoken_samples
 from audiozoo.decoding.encoders import alone, in_pieces, rounded, without_padding
+from audiozoo.decoding.pieces import SHORTEST
 from audiozoo.errors import SourceError, UsageError
 from audiozoo.layers.losses import LOG_ZERO
 
@@ -827,6 +829,14 @@ class Transcription:
     characters: list[dict[str, Any]]
     duration: float
 
+    def later(self, seconds: float) -> Transcription:
+        """The same, `seconds` later in a recording."""
+
+        def moved(spans: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            return [s | {edge: round(s[edge] + seconds, 3) for edge in ("start", "end")} for s in spans]
+
+        return dataclasses.replace(self, words=moved(self.words), characters=moved(self.characters))
+
     def segments(self, *, pause: float = 0.6, longest: float = 7.0, letters: int = 84) -> list[dict[str, Any]]:
         """The words in pieces for subtitles: each ends at a pause, or before it grows too long.
 
@@ -909,6 +919,7 @@ def transcribe_ctc(
     hotword_weight: float = 10.0,
     lexicon: Mapping[str, Sequence[str]] | None = None,
     language: str | None = None,
+    vad: bool | Mapping[str, float] = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Transcription:
     """Transcribe a recording of any length with a CTC model.
@@ -929,29 +940,60 @@ def transcribe_ctc(
         hotword_weight: how likely, in natural logarithms.
         lexicon: the only words that there are, by their spelling; see `read_lexicon`.
         language: that is spoken, for a model that holds several; see `in_one_language`.
-        progress: called with the pieces done and the pieces in all.
+        vad: hear only where somebody is speaking, each region by itself: True, or what differs from the defaults of
+            `audiozoo.audio.speech.SpeechOptions`.
+        progress: called with the pieces done and the pieces in all; with `vad`, with the regions.
     """
     model, processor = in_one_language(model, processor, language)
     search = None
     if language_model is not None or hotwords or lexicon or (beam_width or 1) > 1:
         weights = {"alpha": alpha, "beta": beta, "hotword_weight": hotword_weight}
         search = processor.beam_search(language_model, hotwords=hotwords, lexicon=lexicon, **weights)
-    values = _prepared(processor, audio)
-    logits = chunked_logits(
+    hear = partial(
+        _transcribe_region,
         model,
-        values,
+        processor,
+        search=None if search is None else partial(search, beam_width=beam_width or 100),
+        lexicon=lexicon,
         chunk_length_s=chunk_length_s,
         stride_length_s=stride_length_s,
         batch_size=batch_size,
-        progress=progress,
     )
+    if vad is False:
+        return hear(audio, progress=progress)
+    rate = processor.feature_extractor.sampling_rate
+    regions = [(start, end) for start, end in spoken_samples(audio, rate, vad) if end - start >= SHORTEST * rate]
+    heard = []
+    for start, end in regions:
+        heard.append(hear(audio[start:end]).later(start / rate))
+        if progress is not None:
+            progress(len(heard), len(regions))
+    return Transcription(
+        " ".join(part.text for part in heard if part.text),
+        [word for part in heard for word in part.words],
+        [character for part in heard for character in part.characters],
+        len(audio) / rate,
+    )
+
+
+def _transcribe_region(
+    model: Any,
+    processor: Any,
+    audio: Float[np.ndarray, " samples"],
+    *,
+    search: Callable[[Any], list[Hypothesis]] | None,
+    lexicon: Mapping[str, Sequence[str]] | None,
+    **pieces: Any,
+) -> Transcription:
+    """A region of a recording, or the whole, as `transcribe_ctc` has chosen to hear it."""
+    logits = chunked_logits(model, _prepared(processor, audio), **pieces)
     tokenizer = processor.tokenizer
     rate = processor.feature_extractor.sampling_rate
     frame = _samples_a_frame(model) / rate
     vocabulary = tokenizer.tokens()
     log_probs = np.asarray(jax.nn.log_softmax(jnp.asarray(logits, jnp.float32), axis=-1))
     if search is not None:
-        best = search(logits, beam_width=beam_width or 100)[0]
+        best = search(logits)[0]
         spans: list[Span] = []
         if best.tokens:
             aligned = forced_alignment(log_probs[None], np.asarray([best.tokens]), blank=tokenizer.pad_token_id)

@@ -8,14 +8,13 @@ behind sentences.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from audiozoo.audio.speech import SpeechOptions, speech_regions
+from audiozoo.audio.speech import spoken_samples
 from audiozoo.decoding.encoders import alone
 from audiozoo.errors import AudioError, UsageError
 from audiozoo.text.sentences import SENTENCE_END
@@ -118,13 +117,9 @@ def write_pieces(
     rate = processor.feature_extractor.sampling_rate
     if len(waveform) < SHORTEST * rate:
         raise AudioError(f"The recording has {len(waveform) / rate:.2f} s; that is too short for words.")
-    regions = [(0, len(waveform))]
-    if (speech := SpeechOptions.meant_by(vad)) is not None:
-        found = speech_regions(waveform, rate, **dataclasses.asdict(speech))
-        regions = [(round(start * rate), round(end * rate)) for start, end in found]
     pieces = [
         (start + first, start + last)
-        for start, end in regions
+        for start, end in spoken_samples(waveform, rate, vad)
         for first, last in quiet_cuts(waveform[start:end], rate, longest)
         if last - first >= SHORTEST * rate
     ]
