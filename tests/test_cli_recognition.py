@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -9,20 +10,26 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import soundfile
 from safetensors.numpy import save_file
 
 import audiozoo
-from audiozoo.decoding import ctc, encoders
+from audiozoo import packaged
+from audiozoo.decoding import ctc, encoders, long_form
 from audiozoo.decoding.units import KMeans, deduplicate, units
+from audiozoo.evaluation import evaluate
 from audiozoo.loading import variables
 from audiozoo.models import hubert, sew, wav2vec2, wavlm
 from audiozoo.models.hubert import HubertConfig
 from audiozoo.models.wav2vec2 import Wav2Vec2Config
 from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
+from audiozoo.processors.whisper import WhisperFeatureExtractor
+from audiozoo.training.data import Item
 from tests.hub_server import HubServer
+from tests.models import tiny_whisper
 from tests.models.random_model import random_model
 from tests.test_cli import ROOT, Run, assert_refused, audiozoo_command  # noqa: F401 - a fixture
 from weights_conversion import wav2vec2 as conversion
@@ -212,8 +219,6 @@ def test_the_command_with_a_model_of_the_hub(checkpoints, mms, tmp_path):
 
 
 def test_align_with_whisper(run, recordings):
-    from audiozoo import packaged
-
     if packaged.TINY_EN.find() is None:
         pytest.skip("the package with the real tiny.en is not installed")
     text = (
@@ -269,6 +274,50 @@ def test_identify(run, checkpoints):
         assert_refused(run(*pieces, seconds), "too short for one frame")
     assert_refused(run(*pieces, "inf"), "have no end")
     assert_refused(run(*pieces[:4], "--crop-length", "2"), "say how many")
+
+
+def test_whispers_classifier_hears_windows(run, tmp_path):
+    """Those that cover the recording, and what is shorter with silence behind it."""
+    config = dataclasses.replace(tiny_whisper.TINY, max_source_positions=50, id2label=("en", "fr", "de"))
+    model = tiny_whisper.build("WhisperForAudioClassification", config)
+    extractor = WhisperFeatureExtractor(feature_size=8, chunk_length=1)
+    folder, sound = tmp_path / "listener", tmp_path / "noise.wav"
+    audiozoo.export(model, folder)
+    extractor.save(folder)
+    wave = np.random.default_rng(0).standard_normal(40_000).astype(np.float32) * np.linspace(0.01, 0.3, 40_000)
+    command = ("identify", sound, "--model", folder)
+
+    def logits(first: float, seconds: float) -> np.ndarray:
+        window = wave[int(first * 16_000) :][: int(seconds * 16_000)].astype(np.float32)
+        return np.asarray(model(extractor(window, sampling_rate=16_000)["input_features"]).logits[0])
+
+    for seconds, windows, options in (
+        (2.5, [(0, 1), (1, 1), (1.5, 1)], ()),
+        (1.0, [(0, 1)], ()),
+        (0.3, [(0, 0.3)], ()),
+        (2.5, [(0, 0.5), (1, 0.5), (2, 0.5)], ("--crops", "3", "--crop-length", "0.5")),
+    ):
+        soundfile.write(sound, wave[: int(seconds * 16_000)], 16_000, subtype="FLOAT")
+        found = json.loads(run(*command, *options, "--json").out)
+        wanted = jax.nn.softmax(np.mean([logits(*window) for window in windows], axis=0))
+        said = {row["label"]: row["probability"] for row in found}
+        assert said == pytest.approx(dict(zip(config.id2label, wanted.tolist(), strict=True)), abs=2e-5)
+    assert_refused(run(*command, "--crops", "3", "--crop-length", "0.02"), "too short for one frame")
+    assert_refused(run("classify", sound, "--model", folder), "whose classes audiozoo identify tells")
+    item = Item("noise", sound, fields={"label": "fr"})
+    scores = evaluate(model, extractor, [item], "classification").predictions[0]["scores"]
+    assert scores == pytest.approx(dict(encoders.identify(model, extractor, audiozoo.audio.read(sound))), abs=2e-5)
+
+
+def test_whisper_identifies_languages(run, checkpoints, monkeypatch):
+    if packaged.TINY_EN.find() is None:
+        pytest.skip("the package with the real tiny.en is not installed")
+    sound = checkpoints / "noise.wav"
+    command = ("identify", sound, "--model", packaged.whisper(), "--top", "2")
+    assert_refused(run(*command), "This model is English-only")
+    assert_refused(run(*command, "--crops", "2"), "leave --crops out")
+    monkeypatch.setattr(long_form, "detect_language", lambda *_: {"de": 0.2, "en": 0.7, "fr": 0.1})
+    assert run(*command).out.split("\n") == [" 70.0 %  en", " 20.0 %  de", ""]
 
 
 def test_long_recordings_are_heard_in_pieces(checkpoints, monkeypatch):

@@ -25,7 +25,10 @@ Model = Annotated[str | None, typer.Option(help=f"hub id, directory or file; by 
 
 
 def classify(
-    file: Annotated[list[str], typer.Argument(help="a sound file; further words after --labels are labels too")],
+    file: Annotated[
+        list[str],
+        typer.Argument(help="a sound file; further words after --labels are labels too"),
+    ],
     labels: Annotated[list[str] | None, typer.Option(help="what to choose from, in words: CLAP; without: AST")] = None,
     top: Annotated[int, typer.Option(help="how many labels to name")] = 5,
     model: Annotated[
@@ -48,6 +51,7 @@ def classify(
     terminal.keep_compiled_programs()
     import audiozoo
     from audiozoo import audio
+    from audiozoo.decoding.encoders import CLASSIFIERS
 
     source = model or (MATCHER if labels else TAGGER)
     listener: Any = audiozoo.load(source)
@@ -76,6 +80,8 @@ def classify(
         found = tags_of(listener, processor, audio.read(sound, rate), top, sampling_rate=rate)
     elif name == "ClapModel":
         raise UsageError(f"{source} chooses among words; give it some with --labels.")
+    elif name.endswith(CLASSIFIERS):
+        raise UsageError(f"{source} holds a {name}, whose classes audiozoo identify tells.")
     else:
         raise UsageError(f"{source} holds a {name}, which does not classify sounds.")
     if as_json:

@@ -250,25 +250,35 @@ def align(
 
 def identify(
     file: Annotated[str, typer.Argument(help="a sound file")],
-    model: Annotated[str, typer.Option(help="hub id, directory or file of a classifier")] = IDENTIFIER,
+    model: Annotated[str, typer.Option(help="hub id, directory or file of a classifier, or of Whisper")] = IDENTIFIER,
     top: Annotated[int, typer.Option(help="how many classes to name")] = 5,
     crops: Annotated[int, typer.Option(help="listen to that many pieces and average, instead of the whole")] = 1,
     crop_length: Annotated[float | None, typer.Option(help="seconds a piece, with --crops; by default 10")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Say which language, speaker or keyword is heard. The model's classes decide what is asked."""
+    """Say which language, speaker or keyword is heard. The model's classes decide what is asked.
+
+    A long recording is heard in pieces, of a minute at most, and they are averaged. Whisper's classifiers hear windows
+    of 30 s, and what is shorter with silence behind it. Whisper itself says the language of the first 30 s.
+    """
     if top < 1 or crops < 1:
         raise UsageError("--top and --crops count from 1.")
     if crop_length is not None and crops == 1:
         raise UsageError("--crop-length is of the pieces that --crops counts; say how many.")
     check_file(file)
     from audiozoo import audio
-    from audiozoo.decoding import encoders
+    from audiozoo.decoding import encoders, long_form
 
-    classifier, processor = _load(model, "ForSequenceClassification", "identify")
+    classifier, processor = _load(model, (*encoders.CLASSIFIERS, "WhisperForConditionalGeneration"), "identify")
     wave = audio.read(file, getattr(processor, "feature_extractor", processor).sampling_rate)
-    length = 10.0 if crop_length is None else crop_length
-    found = encoders.identify(classifier, processor, wave, top_k=top, crops=crops, crop_length_s=length)
+    if type(classifier).__name__ == "WhisperForConditionalGeneration":
+        if crops > 1:
+            raise UsageError("Whisper tells the language of the first 30 s; leave --crops out.")
+        languages = long_form.detect_language(classifier, processor, wave)
+        found = sorted(languages.items(), key=lambda language: -language[1])[:top]
+    else:
+        length = 10.0 if crop_length is None else crop_length
+        found = encoders.identify(classifier, processor, wave, top_k=top, crops=crops, crop_length_s=length)
     if as_json:
         print(json.dumps([{"label": label, "probability": round(p, 6)} for label, p in found], ensure_ascii=False))
         return

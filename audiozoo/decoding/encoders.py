@@ -1,6 +1,6 @@
 """What speech encoders say of a recording without words: vectors of frames or of a speaker, and a class.
 
-For the models of the wav2vec 2.0 family, whose call they have in common.
+For the models of the wav2vec 2.0 family, whose call they have in common; classes also of Whisper's classifier.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
+from audiozoo.audio.features import covering
 from audiozoo.errors import UsageError
 
+CLASSIFIERS = ("ForSequenceClassification", "WhisperForAudioClassification")  # how the names of their classes end
 LONGEST_S = 60.0  # seconds that are heard in one piece: the Transformer's memory grows with their square
 
 
@@ -133,8 +135,8 @@ def without_padding(config: Any) -> dict[str, bool]:
 
 
 @partial(jax.jit, static_argnames=("graphdef", "options"))
-def _call(graphdef: Any, state: Any, values: jax.Array, mask: jax.Array | None, *, options: tuple) -> Any:
-    return nnx.merge(graphdef, state)(values, mask, **dict(options))
+def _call(graphdef: Any, state: Any, *inputs: jax.Array | None, options: tuple = ()) -> Any:
+    return nnx.merge(graphdef, state)(*inputs, **dict(options))
 
 
 def _run(model: Any, processor: Any, audios: list[np.ndarray], **options: Any) -> Any:
@@ -153,6 +155,17 @@ def _over_pieces(model: Any, processor: Any, audio: np.ndarray, field: str) -> n
     rate = getattr(processor, "feature_extractor", processor).sampling_rate
     pieces = np.array_split(np.asarray(audio), max(math.ceil(len(audio) / (LONGEST_S * rate)), 1))
     found = [np.asarray(getattr(_run(model, processor, [piece]), field), np.float64) for piece in pieces]
+    return np.mean(found, axis=0)
+
+
+def _over_windows(model: Any, processor: Any, audio: np.ndarray) -> np.ndarray:
+    """The logits of Whisper's classifier for a recording in windows that cover it, averaged: `(1, classes)`."""
+    extractor = getattr(processor, "feature_extractor", processor)
+    graphdef, state = nnx.split(model)
+    found = []
+    for window in covering(np.asarray(audio), extractor.n_samples):
+        features = extractor(window, sampling_rate=extractor.sampling_rate)["input_features"]
+        found.append(np.asarray(_call(graphdef, state, jnp.asarray(features)).logits, np.float64))
     return np.mean(found, axis=0)
 
 
@@ -232,7 +245,8 @@ def identify(
     """The most probable classes of a recording: its language, speaker, keyword or emotion, by the checkpoint.
 
     What is longer than a minute is heard in equal pieces, and their logits are averaged, as the classifier, which is
-    linear in the mean over time, does with frames.
+    linear in the mean over time, does with frames. Whisper's classifier hears windows of 30 s, the last flush with the
+    end, and what is shorter with silence behind it, as in training.
 
     Args:
         model: with a sequence classifier.
@@ -249,18 +263,21 @@ def identify(
     Raises:
         UsageError: if the model is no classifier, or the pieces are shorter than a frame or have no end.
     """
-    if not type(model).__name__.endswith("ForSequenceClassification"):
-        raise UsageError(f"{type(model).__name__} has no classes; identify needs a …ForSequenceClassification.")
+    if not (name := type(model).__name__).endswith(CLASSIFIERS):
+        raise UsageError(f"{name} has no classes; identify needs a …{' or a …'.join(CLASSIFIERS)}.")
+    whisper = name == "WhisperForAudioClassification"
     if not math.isfinite(crop_length_s):
         raise UsageError(f"Pieces of {crop_length_s} s have no end.")
-    length = round(crop_length_s * getattr(processor, "feature_extractor", processor).sampling_rate)
-    if crops > 1 and model.backbone.frame_lengths(length) < 1:
+    extractor = getattr(processor, "feature_extractor", processor)
+    length = round(crop_length_s * extractor.sampling_rate)
+    if crops > 1 and (length // extractor.n_fft if whisper else model.backbone.frame_lengths(length)) < 1:
         raise UsageError(f"Pieces of {crop_length_s} s are too short for one frame.")
     pieces = [np.asarray(audio)]
     if crops > 1 and len(audio) > length:
         starts = np.linspace(0, len(audio) - length, crops).astype(int)
         pieces = [np.asarray(audio[start : start + length]) for start in starts]
-    found = [_over_pieces(model, processor, piece, "logits") for piece in pieces]
+    logits_of = _over_windows if whisper else partial(_over_pieces, field="logits")
+    found = [logits_of(model, processor, piece) for piece in pieces]
     logits = np.mean(np.concatenate(found), axis=0)
     probabilities = np.asarray(jax.nn.softmax(logits))
     best = np.argsort(-probabilities)[:top_k]

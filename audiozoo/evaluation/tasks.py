@@ -14,6 +14,7 @@ import numpy as np
 
 from audiozoo.audio import files as audio
 from audiozoo.decoding.ctc import transcribe_ctc
+from audiozoo.decoding.encoders import CLASSIFIERS, embed, identify, without_padding
 from audiozoo.decoding.pieces import in_language
 from audiozoo.decoding.synthesis import Synthesizer, speak, speak_spectrograms
 from audiozoo.errors import AudioError, SourceError, UsageError
@@ -176,7 +177,6 @@ def _written(
     options: Mapping[str, Any],
 ) -> list[tuple[str, str | None]]:
     """What a model writes of recordings of any length, and in which language, if it says so."""
-    from audiozoo.decoding.encoders import without_padding
     from audiozoo.decoding.long_form import transcribe
     from audiozoo.decoding.pieces import write_pieces
 
@@ -345,7 +345,7 @@ class Classification(Task):
     """One class of several: accuracy, and mAP over the classes.
 
     Attributes:
-        crops: pieces of ten seconds that are heard instead of the whole; of speech encoders.
+        crops: pieces of ten seconds that are heard instead of the whole; of classifiers of speech.
     """
 
     name: ClassVar[str] = "classification"
@@ -374,8 +374,8 @@ class Classification(Task):
     def prepare(self, items: Sequence[Item], wanted: Sequence[Any]) -> None:
         """See `Task`."""
         kind = _kind(self.model)
-        if self.crops != 1 and (self.crops < 1 or not kind.endswith("ForSequenceClassification")):
-            raise UsageError(f"crops is {self.crops}: a speech encoder hears one or more, and {kind} the whole.")
+        if self.crops != 1 and (self.crops < 1 or not kind.endswith(CLASSIFIERS)):
+            raise UsageError(f"crops is {self.crops}: a classifier of speech hears one or more, and {kind} the whole.")
         self._names = self.names()
         for item, given in zip(items, wanted, strict=True):
             labels = labels_of(given, self._names)
@@ -387,7 +387,6 @@ class Classification(Task):
 
     def scores(self, waveform: np.ndarray) -> Mapping[str, float]:
         """How likely each class is."""
-        from audiozoo.decoding.encoders import identify
         from audiozoo.decoding.long_form import detect_language
         from audiozoo.models import audio_spectrogram_transformer as ast
 
@@ -396,9 +395,6 @@ class Classification(Task):
             return dict(ast.classify(self.model, self.processor, waveform, len(self._names)))
         if kind == "WhisperForConditionalGeneration":
             return detect_language(self.model, self.processor, waveform)
-        if kind == "WhisperForAudioClassification":
-            features = self.processor(waveform, sampling_rate=self.sampling_rate)["input_features"]
-            return dict(zip(self._names, _softmax(_call(self.model, features)), strict=True))
         found = identify(self.model, self.processor, waveform, top_k=len(self._names), crops=self.crops)
         return dict(found)
 
@@ -433,15 +429,6 @@ class Classification(Task):
 def _softmax(x: np.ndarray) -> np.ndarray:
     e = np.exp(x - x.max())
     return e / e.sum()
-
-
-@jax.jit
-def _logits(model: Any, features: jax.Array) -> jax.Array:
-    return model(features).logits
-
-
-def _call(model: Any, features: np.ndarray) -> np.ndarray:
-    return np.asarray(_logits(model, jnp.asarray(features))[0], np.float64)
 
 
 @dataclass
@@ -577,8 +564,6 @@ class Verification(Task):
 
     def predict(self, batch: Sequence[Heard]) -> list[Row]:
         """See `Task`."""
-        from audiozoo.decoding.encoders import embed
-
         rows = []
         for heard in batch:
             found = embed(self.model, self.processor, heard.waveform)
@@ -974,8 +959,6 @@ class Units(Task):
 
     def predict(self, batch: Sequence[Heard]) -> list[Row]:
         """See `Task`."""
-        from audiozoo.decoding.encoders import embed
-
         rows = []
         for heard in batch:
             found = embed(self.model, self.processor, heard.waveform, layer=self.layer)

@@ -27,7 +27,8 @@ task, and whether times are wanted; what is heard comes out as text tokens betwe
 | the same: a decoder alone | `WhisperForCausalLM`, `WhisperDecoderWrapper` |
 
 Checkpoints: `openai/whisper-{tiny,base,small,medium}[.en]`, `-large`, `-large-v2`, `-large-v3`, `-large-v3-turbo`,
-`distil-whisper/*`, OpenAI's own `.pt` files and CTranslate2 directories of `faster-whisper`.
+`distil-whisper/*`, OpenAI's own `.pt` files and CTranslate2 directories of `faster-whisper`; classifiers such as
+`sanchit-gandhi/whisper-medium-fleurs-lang-id`, by `audiozoo.decoding.encoders.identify`.
 
     import audiozoo
     model = audiozoo.load("openai/whisper-tiny.en")
