@@ -108,9 +108,15 @@ def test_speak(run, zoo, tmp_path):
     ):
         assert_refused(run("speak", TEXT, "-o", out, *arguments), sentence)
     np.save(tmp_path / "short.npy", np.zeros(5, np.float32))
-    assert_refused(
-        run("speak", TEXT, "-o", out, *voice[:4], "--speaker-embedding", tmp_path / "short.npy"), "of 6 finite numbers"
-    )
+    np.savez(tmp_path / "several.npz", ann=np.zeros(6, np.float32))
+    (tmp_path / "empty.npy").touch()
+    for name, sentence in (
+        ("short.npy", "of 6 finite numbers"),
+        ("several.npz", "holds several arrays; an x-vector is one"),
+        ("empty.npy", "cannot be read as an array"),
+    ):
+        chosen = ("--speaker-embedding", tmp_path / name)
+        assert_refused(run("speak", TEXT, "-o", out, *voice[:4], *chosen), sentence)
 
 
 def test_convert_voice(run, zoo, tmp_path):

@@ -304,18 +304,12 @@ def x_vector(path: Path | None, voice: Any) -> Any:
         UsageError: if there is none.
         SourceError: if it holds something else.
     """
-    import numpy as np
+    from audiozoo.processors.speecht5 import read_x_vector
 
     width = voice.config.speaker_embedding_dim
     if path is None:
         raise UsageError(f"This voice needs --speaker-embedding FILE.npy, an x-vector of {width} numbers.")
-    try:
-        vector = np.load(path, allow_pickle=False)
-    except (OSError, ValueError):
-        raise SourceError(f"{path} cannot be read as an array of NumPy's.") from None
-    if vector.size != width or not np.issubdtype(vector.dtype, np.floating) or not np.isfinite(vector).all():
-        raise SourceError(f"{path} holds no x-vector of {width} finite numbers, but {vector.dtype}{vector.shape}.")
-    return vector.reshape(-1).astype(np.float32)
+    return read_x_vector(path, width)
 
 
 def load_vocoder(source: str) -> Any:

@@ -176,10 +176,12 @@ class KMeans:
         try:
             found = np.load(path, allow_pickle=False)
             centroids = found if isinstance(found, np.ndarray) else found["centroids"]
-        except (OSError, ValueError, KeyError):
+        except Exception:  # what a damaged file raises is of many kinds
             raise SourceError(f"{path} is no file of centroids (.npz with `centroids`, or .npy).") from None
         if centroids.ndim != 2:
             raise SourceError(f"{path} holds an array of shape {centroids.shape}, not (clusters, channels).")
+        if centroids.dtype.kind not in "fiu" or not np.isfinite(centroids).all():
+            raise SourceError(f"{path} holds centroids that are no finite numbers.")
         return cls(centroids)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from audiozoo.errors import CheckpointError, SourceError, UsageError
 from audiozoo.processors import check_return_tensors, read_json, write_json
@@ -18,6 +19,23 @@ from audiozoo.text.numbers import spell_numbers
 from audiozoo.text.sentences import pieces, sentences
 
 LONGEST = 300  # characters of a sentence that is said at once; the released voice was trained on up to 600
+
+
+def read_x_vector(path: str | os.PathLike[str], width: int) -> Float[np.ndarray, " width"]:
+    """A speaker's embedding out of a .npy file, float32.
+
+    Raises:
+        SourceError: if it holds something else than `width` finite numbers.
+    """
+    try:
+        vector = np.load(path, allow_pickle=False)
+    except Exception:  # what a damaged file raises is of many kinds
+        raise SourceError(f"{path} cannot be read as an array of NumPy's.") from None
+    if not isinstance(vector, np.ndarray):
+        raise SourceError(f"{path} holds several arrays; an x-vector is one, in a .npy file.")
+    if vector.size != width or not np.issubdtype(vector.dtype, np.floating) or not np.isfinite(vector).all():
+        raise SourceError(f"{path} holds no x-vector of {width} finite numbers, but {vector.dtype}{vector.shape}.")
+    return vector.reshape(-1).astype(np.float32)
 
 
 class SpeechT5FeatureExtractor(Wav2Vec2FeatureExtractor):

@@ -7,7 +7,6 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,11 +15,12 @@ import numpy as np
 
 from audiozoo.audio.files import in_channels
 from audiozoo.audio.midi import table_of
-from audiozoo.errors import SourceError, UsageError
+from audiozoo.errors import UsageError
 from audiozoo.layers.losses import IGNORED_LABEL
 from audiozoo.models import bark, musicgen, pop2piano, seamless_m4t, speecht5, wav2vec2
 from audiozoo.processors.musicgen import MusicgenMelodyFeatureExtractor
 from audiozoo.processors.pop2piano import QUIETEST, STEPS_PER_BAR
+from audiozoo.processors.speecht5 import read_x_vector
 from audiozoo.recipes.objectives import (
     CTC,
     LABELS,
@@ -116,10 +116,9 @@ class Translated(Objective):
 def _speaker(fields: Fields, width: int) -> np.ndarray:
     """The x-vector of a recording: numbers, or a .npy file with them."""
     given = _needed(fields, "speaker_embedding", "speakers' x-vectors")
-    try:
-        vector = np.load(Path(given), allow_pickle=False) if isinstance(given, str) else np.asarray(given, np.float32)
-    except (OSError, ValueError):
-        raise SourceError(f"{given} cannot be read as an array of NumPy's.") from None
+    if isinstance(given, str):
+        return read_x_vector(given, width)
+    vector = np.asarray(given, np.float32)
     if vector.size != width:
         raise UsageError(f"A speaker_embedding has {vector.size} numbers; the model's have {width}.")
     return vector.reshape(-1).astype(np.float32)

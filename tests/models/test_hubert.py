@@ -114,7 +114,18 @@ def test_runs_and_files_of_units(tmp_path):
     kmeans.save(tmp_path / "km.npz")
     np.testing.assert_array_equal(KMeans.load(tmp_path / "km.npz").centroids, np.eye(3, 5))
     (tmp_path / "no.npz").write_bytes(b"no")
-    with pytest.raises(AudiozooError, match="no file of centroids"):
-        KMeans.load(tmp_path / "no.npz")
+    (tmp_path / "half.npz").write_bytes((tmp_path / "km.npz").read_bytes()[:150])
+    (tmp_path / "empty.npy").touch()
+    np.save(tmp_path / "letters.npy", np.full((3, 5), "a"))
+    np.save(tmp_path / "nan.npy", np.full((3, 5), np.nan))
+    for name, told in (
+        ("no.npz", "no file of centroids"),
+        ("half.npz", "no file of centroids"),
+        ("empty.npy", "no file of centroids"),
+        ("letters.npy", "no finite numbers"),
+        ("nan.npy", "no finite numbers"),
+    ):
+        with pytest.raises(AudiozooError, match=told):
+            KMeans.load(tmp_path / name)
     with pytest.raises(ValueError, match="2 frames cannot be divided into 3 clusters"):
         KMeans.fit(jax.random.key(0), jnp.zeros((2, 4)), 3)
