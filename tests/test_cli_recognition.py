@@ -265,6 +265,8 @@ def test_identify(run, checkpoints):
     found = json.loads(run("identify", sound, "--model", source, "--json").out)
     assert [entry["label"] for entry in found] == [label for label, _ in wanted]
     assert found[0]["probability"] == pytest.approx(wanted[0][1], abs=1e-5)
+    piped = run("identify", "-", "--model", source, "--json", stdin=sound.read_bytes())
+    assert json.loads(piped.out) == found
     shown = run("identify", sound, "--model", source, "--top", "1")
     assert shown.out.strip().endswith(wanted[0][0])
     assert_refused(run("identify", sound, "--model", checkpoints / "ctc"), "does not identify")

@@ -16,7 +16,7 @@ RATE = 44_100  # Hz of the sounds that are read and written
 
 
 def piano(
-    song: Annotated[str, typer.Argument(help="sound file")],
+    song: Annotated[str, typer.Argument(help="sound file; - is standard input")],
     output: Annotated[Path, typer.Option("--output", "-o", help="MIDI file to write")] = Path("piano.mid"),
     composer: Annotated[str, typer.Option(help="whose style: composer1 … composer21")] = "composer1",
     model: Annotated[str | None, typer.Option(help=f"hub id, directory or file; by default {ARRANGER}")] = None,

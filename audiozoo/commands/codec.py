@@ -12,6 +12,7 @@ from typing import Annotated, Any, BinaryIO
 import typer
 
 from audiozoo.commands.terminal import (
+    check_file,
     check_output,
     check_sound,
     keep_compiled_programs,
@@ -89,6 +90,7 @@ def encode(
     With --stream, WAV or bare samples are coded as they arrive. Such a file does not say how long it is, and other
     programs cannot read it.
     """
+    check_file(source)
     check_output(Path(out))
     if raw is not None and raw < 1:
         raise UsageError(f"--raw is {raw}; a sampling rate is 1 Hz or more.")

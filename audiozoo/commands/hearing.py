@@ -27,7 +27,7 @@ Model = Annotated[str | None, typer.Option(help=f"hub id, directory or file; by 
 def classify(
     file: Annotated[
         list[str],
-        typer.Argument(help="a sound file; further words after --labels are labels too"),
+        typer.Argument(help="a sound file; - is standard input; further words after --labels are labels too"),
     ],
     labels: Annotated[list[str] | None, typer.Option(help="what to choose from, in words: CLAP; without: AST")] = None,
     top: Annotated[int, typer.Option(help="how many labels to name")] = 5,
@@ -92,7 +92,7 @@ def classify(
 
 
 def embed(
-    files: Annotated[list[str] | None, typer.Argument(help="sound files")] = None,
+    files: Annotated[list[str] | None, typer.Argument(help="sound files; - is standard input")] = None,
     text: Annotated[list[str] | None, typer.Option(help="a text to embed; may be repeated")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="an .npz file with names and embeddings; without: JSON lines")

@@ -198,7 +198,7 @@ def _load(source: str, wanted: str | tuple[str, ...], does: str) -> tuple[Any, A
 
 
 def align(
-    file: Annotated[str, typer.Argument(help="a sound file")],
+    file: Annotated[str, typer.Argument(help="a sound file; - is standard input")],
     text: Annotated[str | None, typer.Argument(help="what is said in it; <star> stands for anything")] = None,
     text_file: Annotated[Path | None, typer.Option("--file", help="read the text from a file")] = None,
     model: Annotated[str, typer.Option(help="hub id, directory or file of a CTC model, or of Whisper")] = RECOGNISER,
@@ -249,7 +249,7 @@ def align(
 
 
 def identify(
-    file: Annotated[str, typer.Argument(help="a sound file")],
+    file: Annotated[str, typer.Argument(help="a sound file; - is standard input")],
     model: Annotated[str, typer.Option(help="hub id, directory or file of a classifier, or of Whisper")] = IDENTIFIER,
     top: Annotated[int, typer.Option(help="how many classes to name")] = 5,
     crops: Annotated[int, typer.Option(help="listen to that many pieces and average, instead of the whole")] = 1,
@@ -289,7 +289,7 @@ def identify(
 
 
 def units(
-    file: Annotated[str, typer.Argument(help="a sound file")],
+    file: Annotated[str, typer.Argument(help="a sound file; - is standard input")],
     clusters: Annotated[Path, typer.Option(help="centroids: .npz, .npy, or scikit-learn's k-means in a joblib file")],
     model: Annotated[str, typer.Option(help="hub id, directory or file of a speech encoder")] = ENCODER,
     layer: Annotated[int, typer.Option(help="whose frames were clustered; 0 is the Transformer's input")] = 9,

@@ -12,6 +12,7 @@ import typer
 
 from audiozoo import packaged
 from audiozoo.commands.terminal import (
+    check_file,
     check_output,
     check_sound,
     keep_compiled_programs,
@@ -184,8 +185,7 @@ def convert_voice(
     if noise_scale is not None and not 0 <= noise_scale < math.inf:
         raise UsageError(f"--noise-scale must be at least 0; it is {noise_scale}.")
     check_sound(output)
-    if recording != "-" and not Path(recording).is_file():
-        raise SourceError(f"There is no file {recording}.")
+    check_file(recording)
     keep_compiled_programs()
     import jax
     import jax.numpy as jnp
@@ -206,8 +206,7 @@ def convert_voice(
         if noise_scale is not None:
             raise UsageError(f"--noise-scale is for VITS; {model} holds a {name}.")
         rate = processor.feature_extractor.sampling_rate
-        heard: Any = sys.stdin.buffer.read() if recording == "-" else recording
-        values = processor(audio.read(heard, rate), sampling_rate=rate)["input_values"]
+        values = processor(audio.read(recording, rate), sampling_rate=rate)["input_values"]
         embedding, maker = x_vector(speaker_embedding, voice)[None], load_vocoder(vocoder or VOCODER)
         said = voice.generate_speech(values, embedding, vocoder=maker, key=jax.random.key(seed))
         write_sound(output, said, maker.config.sampling_rate)
@@ -221,9 +220,8 @@ def convert_voice(
     speakers = [_speaker(processor, name) for name in (source_speaker, target_speaker)]
     for number in speakers:
         voice.speaker_embedding(number)  # says so if there is none of that number
-    given: Any = sys.stdin.buffer.read() if recording == "-" else recording
     waveform = audio.check_waveform(
-        audio.read(given, config.sampling_rate),
+        audio.read(recording, config.sampling_rate),
         config.sampling_rate,
         config.sampling_rate,
         minimum_samples=2 * config.spectrogram_bins,

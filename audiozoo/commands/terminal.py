@@ -89,7 +89,9 @@ def check_dtype(dtype: str) -> None:
 
 
 def check_file(file: str) -> None:
-    """Say before anything is loaded that there is no such file."""
+    """Say before anything is loaded that there is no such file; - is standard input."""
+    if file == "-":
+        return
     if Path(file).is_dir():
         raise SourceError(f"{file} is a directory; name the sound files inside it.")
     if not Path(file).exists():

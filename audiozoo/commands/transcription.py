@@ -222,8 +222,7 @@ def _forms(wanted: str, directory: Path | None) -> list[str]:
 def _outputs(files: list[str], directory: Path | None) -> list[Path | None]:
     """Where each file's transcript goes, without the format; None is standard output. Every file must be there."""
     for file in files:
-        if file != "-":
-            terminal.check_file(file)
+        terminal.check_file(file)
     if directory is None:
         return [None] * len(files)
     outputs = [directory / ("stdin" if file == "-" else Path(file).stem) for file in files]

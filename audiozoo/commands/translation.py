@@ -26,7 +26,7 @@ class Request:
     """What was asked for.
 
     Attributes:
-        file: a sound file, or None for text.
+        file: a sound file, or "-" for standard input; None for text.
         text: what to translate, if it is text.
         target: the language to translate into, as the user calls it.
         source: the language to translate from.
@@ -229,30 +229,34 @@ def what_is_meant(source: str) -> tuple[str | None, str | None]:
     """
     from audiozoo.audio.files import SUFFIXES
 
+    if not source.strip():
+        raise SourceError("There is nothing to translate.")
     path = Path(source)
     try:
-        is_file, is_directory = path.is_file(), path.is_dir()
+        is_there, is_directory = path.exists(), path.is_dir()
     except OSError:  # a text may be too long for a name
         return None, source
-    if is_directory and source.strip():
+    if is_directory:
         raise SourceError(f"{source} is a directory; name a file inside it.")
-    if is_file and path.suffix.lower() == ".txt":
+    if is_there and path.suffix.lower() == ".txt":
         try:
             return None, path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError):
             raise SourceError(f"{source} cannot be read as UTF-8 text.") from None
-    if is_file:
+    if is_there:  # a named pipe, too
         return source, None
     if path.suffix.lower() in (*SUFFIXES, ".txt"):
         raise SourceError(f"There is no file {source}.")
-    if not source.strip():
-        raise SourceError("There is nothing to translate.")
     return None, source
 
 
 def translate(
     source: Annotated[
-        str, typer.Argument(metavar="FILE|TEXT", help="a sound file; for models that read also a text, or a .txt file")
+        str,
+        typer.Argument(
+            metavar="FILE|TEXT",
+            help="a sound file, - is standard input; for models that read also a text, or a .txt file",
+        ),
     ],
     to: Annotated[str | None, typer.Option("--to", help="language to translate into, as the model calls it")] = None,
     from_: Annotated[str | None, typer.Option("--from", help="language to translate from, if the model asks")] = None,
@@ -300,7 +304,7 @@ def translate(
         raise UsageError("--wait-k counts from 1, and goes without --beam-size, --speech, --from and --vad.")
     if cmvn is not None and wait_k is None:
         raise UsageError("--cmvn belongs to --wait-k.")
-    file, text = ("-", None) if wait_k is not None and source == "-" else what_is_meant(source)
+    file, text = ("-", None) if source == "-" else what_is_meant(source)
     if vad:
         if file is None:
             raise UsageError("--vad is for recordings; in a text nobody is speaking.")

@@ -701,6 +701,7 @@ def test_codec_on_the_command_line(tmp_path, monkeypatch):
         (["decode", "path.ecdc", back], "no model of facebook's; say which with --model"),
         (["decode", sound_file, back], "does not begin with ECDC"),
         (["info", str(tmp_path / "no.ecdc")], "does not exist"),
+        (["encode", "no.wav", small, "--model", "no model"], "There is no file no.wav"),
         (["encode", sound_file, small, "--model", where["model"], "--bandwidth", "6"], "kbit/s, not at 6"),
         (["encode", sound_file, small, "--model", where["lm"]], "is a EncodecLanguageModel"),
         (["encode", sound_file, str(tmp_path / "no" / "x.ecdc"), "--model", where["model"]], "no directory"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 import audiozoo
 from audiozoo import audio
 from audiozoo.cli import app
+from audiozoo.commands.translation import what_is_meant
 from audiozoo.decoding import pieces
 from audiozoo.errors import CheckpointError, UsageError
 from audiozoo.layers import abstract
@@ -270,11 +272,14 @@ def test_from_the_command_line(model, tmp_path, monkeypatch):
     write_tokenizer(folder)
     audio.write(sound, 0.1 * np.sin(np.arange(30 * 16_000) / 20).astype(np.float32), 16_000)
 
-    def run(*arguments):
-        return CliRunner().invoke(app, ["translate", *map(str, arguments), "--model", str(folder)])
+    def run(*arguments, **options):
+        return CliRunner().invoke(app, ["translate", *map(str, arguments), "--model", str(folder)], **options)
 
     written = run(sound, "--to", "spa", "--format", "json")
     assert written.exit_code == 0, written.output
+    assert run("-", "--to", "spa", "--format", "json", input=sound.read_bytes()).stdout == written.stdout
+    os.mkfifo(tmp_path / "pipe")
+    assert what_is_meant(str(tmp_path / "pipe")) == (str(tmp_path / "pipe"), None)
     segments = json.loads(written.stdout)["segments"]
     assert len(segments) == 2
     assert segments[1]["end"] == 30.0
