@@ -52,6 +52,8 @@ def test_greedy_removes_repeats_and_blanks():
     letters = [ctc.Span(VOCABULARY[s.text], s.start, s.end) for s in spans]
     assert [(w.text, w.start, w.end) for w in ctc.words_of(letters, "|")] == [("AA", 1, 5), ("B", 7, 8)]
     assert ctc.collapse([]) == []
+    spans = [ctc.Span("A", 0, 3, 0.9), ctc.Span("B", 3, 4, 0.5)]
+    assert ctc.words_of(spans, "|")[0].score == pytest.approx((3 * 0.9 + 0.5) / 4)  # a mean over frames
 
 
 # --- language model --------------------------------------------------------------------------------------------------
@@ -164,6 +166,10 @@ def test_shallow_fusion_is_exact(seed, hotwords):
     for hypothesis in found:
         assert hypothesis.score == pytest.approx(wanted[hypothesis.tokens], abs=1e-9)
     assert [h.tokens for h in found[:20]] == sorted(wanted, key=wanted.get, reverse=True)[:20]
+    search.score_boundary = False
+    ends = {h.tokens: h.lm_score for h in search(log_probs, n_best=10_000, **WIDE)}
+    assert ends[()] == 0.0
+    assert found[0].lm_score < ends[found[0].tokens]
 
 
 def test_a_narrow_beam_finds_what_greedy_misses():
@@ -172,6 +178,23 @@ def test_a_narrow_beam_finds_what_greedy_misses():
     assert ctc.greedy(log_probs[None])[0] == []
     (best,) = ctc.BeamSearch(VOCABULARY, alpha=0, beta=0)(log_probs, beam_width=3)
     assert best.text == "A"
+
+
+def test_what_a_narrow_beam_keeps():
+    log_probs = random_log_probs(6, 4, 5)
+    search = ctc.BeamSearch(VOCABULARY)
+    assert len(search(log_probs, n_best=3)) == 3
+    assert len(search(log_probs, n_best=9, beam_width=2)) == 2
+    assert len(search(log_probs, n_best=9, beam_prune_logp=0.0)) == 1
+    (only,) = search(log_probs, token_min_logp=0.0)  # of each frame the best token
+    assert only.tokens == tuple(span.text for span in ctc.greedy(log_probs[None])[0])
+
+
+def test_a_hot_word_under_way_gets_its_share():
+    log_probs = np.log(np.array([[0.02, 0.02, 0.5, 0.44], [0.02, 0.02, 0.9, 0.06]]))
+    for weight, text in ((0.2, "A"), (0.5, "BA")):  # half of it makes up for ln 0.5 - ln 0.44 = 0.13, or not
+        search = ctc.BeamSearch(VOCABULARY, hotwords=["BA"], hotword_weight=weight)
+        assert search(log_probs, beam_width=1)[0].text == text
 
 
 def test_hot_words_and_language_models_change_the_text():
@@ -402,6 +425,24 @@ def test_a_window_too_small_grows():
     found = ctc.forced_alignment(log_probs[None], np.array([targets]), window=64)
     wanted = viterbi_in_numpy(log_probs.astype(np.float64), targets)
     assert check(found, 0, log_probs, targets) == pytest.approx(wanted, abs=1e-1)
+
+
+def test_any_token_may_be_the_blank():
+    """All that is said with the tokens the other way round, in which the blank is the last."""
+    log_probs = random_log_probs(6, 4, 7).astype(np.float32)
+    other = log_probs[:, ::-1]
+    (spans,), (reversed_spans,) = ctc.greedy(log_probs[None]), ctc.greedy(other[None], blank=3)
+    assert [(3 - s.text, s.start, s.end) for s in spans] == [(s.text, s.start, s.end) for s in reversed_spans]
+    (best,) = ctc.BeamSearch(VOCABULARY, hotwords=["BA"])(log_probs, **WIDE)
+    (reversed_best,) = ctc.BeamSearch(VOCABULARY[::-1], blank=3, hotwords=["BA"])(other, **WIDE)
+    assert (best.text, pytest.approx(best.score)) == (reversed_best.text, reversed_best.score)
+    for targets in ([2, 2], [2, 3, 1], [3]):
+        found = ctc.forced_alignment(log_probs[None], np.array([targets]))
+        reversed_found = ctc.forced_alignment(other[None], 3 - np.array([targets]), blank=3)
+        np.testing.assert_array_equal(found.states, reversed_found.states)
+        np.testing.assert_array_equal(found.scores, reversed_found.scores)
+    with pytest.raises(UsageError, match="the blank is no token to align"):
+        ctc.forced_alignment(other[None], np.array([[2, 3]]), blank=3)
 
 
 def test_star_takes_what_the_text_leaves_out():

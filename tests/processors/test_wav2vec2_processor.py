@@ -113,6 +113,18 @@ def test_transcribe(options):
     assert all(0.7 < w["score"] <= 1 for w in result.words)
 
 
+def test_a_score_is_a_mean_over_frames():
+    path = [0, 5, 5.3, 0, 6, 0]  # the second frame of the A is less clear than the first
+    a, also_a, b = (
+        np.exp(-2 * abs(x - k)) / np.exp(-2 * np.abs(x - np.arange(8))).sum() for x, k in ((5, 5), (5.3, 5), (6, 6))
+    )
+    for heard in (ctc.transcribe_ctc(Spelled(), PROCESSOR, spoken(path), beam_width=n) for n in (None, 9)):
+        assert [c["score"] for c in heard.characters] == pytest.approx([(a + also_a) / 2, b], abs=1e-4)
+        assert heard.words[0]["score"] == pytest.approx((a + also_a + b) / 3, abs=1e-4)
+    (word,) = ctc.align(Spelled(), PROCESSOR, spoken(path), "ab")
+    assert word["score"] == pytest.approx((a + also_a + b) / 3, abs=1e-4)
+
+
 def test_special_tokens_behind_the_vocabulary():
     """Where `vocab.json` lacks `<s>` and `</s>`, heads have a column for them, or not; the star is beyond them."""
     letters = {"<pad>": 0, "<unk>": 1, "|": 2, "A": 3, "B": 4, "C": 5}  # of eight columns
