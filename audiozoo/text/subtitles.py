@@ -82,7 +82,7 @@ def _lines(segments: Any, layout: Layout) -> Iterator[list[dict[str, Any]]]:
                 letters += len(word["word"])
             else:
                 word["word"] = word["word"].strip()
-                full = layout.max_line_count is not None and bool(cue) and (pause or lines >= layout.max_line_count)
+                full = layout.max_line_count is not None and (pause or lines >= layout.max_line_count)
                 if cut or full:
                     yield cue
                     cue, lines = [], 0

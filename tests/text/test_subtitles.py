@@ -50,6 +50,8 @@ def test_segments():
         "WEBVTT\n\n00:00.000 --> 00:01.500\nOne -> two.\n\n01:00:00.000 --> 01:02:03.004\nThree\tfour\n\n"
     )
     assert render(PLAIN, "tsv") == "start\tend\ttext\n0\t1500\tOne --> two.\n3600000\t3723004\tThree four\n"
+    half = {"segments": [*PLAIN["segments"], *WORDS["segments"]]}  # words, but not of all
+    assert render(half, "srt", Layout(max_words_per_line=1)).count("-->") == 5
     with pytest.raises(UsageError, match=r"no format 'pdf'; there are txt, srt"):
         render(PLAIN, "pdf")
 
@@ -67,6 +69,9 @@ def test_words_in_cues_and_lines():
     ]
     # Filled cues end at a pause of more than three seconds, not with the segment.
     assert cues("vtt", max_line_width=40, max_line_count=2) == whole
+    words = [{"word": " a", "start": 0.0, "end": 0.5}, {"word": " b", "start": 3.0, "end": 3.5}]
+    result = {"segments": [{"start": w["start"], "end": w["end"], "text": w["word"], "words": [w]} for w in words]}
+    assert "\na b\n" in render(result, "srt", Layout(max_line_width=40, max_line_count=2))
     with pytest.raises(UsageError, match="max_line_width=0 must be at least 1"):
         Layout(max_line_width=0)
 
@@ -80,6 +85,9 @@ def test_the_word_that_is_said_is_underlined():
         ("00:01.500 --> 00:02.000", "Ever tried. Ever <u>failed.</u>"),
         ("00:07.000 --> 00:08.000", "<u>No</u>"),
     ]
+    words = [{"word": " a", "start": 0.0, "end": 0.3}, {"word": " b", "start": 0.1 + 0.2, "end": 0.5}]
+    result = {"segments": [{"start": 0.0, "end": 0.5, "text": " a b", "words": words}]}
+    assert render(result, "srt", Layout(highlight_words=True)).count("-->") == 2  # none for a pause of no length
 
 
 def test_words_without_spaces_get_those_of_the_text():
@@ -88,4 +96,8 @@ def test_words_without_spaces_get_those_of_the_text():
     dense = {"segments": [{"start": 0.0, "end": 2.0, "text": "ABCD", "words": words}]}
     assert "\nAB CD\n" in render(spaced, "srt")
     assert "\nABCD\n" in render(dense, "srt")
+    other = {
+        "segments": [{"start": 0.0, "end": 2.0, "text": "A B C D", "words": [words[0] | {"word": " AB"}, words[1]]}]
+    }
+    assert "\nABCD\n" in render(other, "srt")  # they have spaces of their own
     assert words[0]["word"] == "AB"
