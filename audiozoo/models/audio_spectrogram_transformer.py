@@ -228,10 +228,9 @@ class ASTEmbeddings(nnx.Module):
     ) -> Float[Array, "batch tokens hidden"]:
         """The encoder's input."""
         patches = self.patch_embeddings(input_values)
-        tokens = [self.cls_token[...], self.distillation_token[...]]
-        tokens = [jnp.broadcast_to(t.astype(patches.dtype), (patches.shape[0], *t.shape[1:])) for t in tokens]
+        tokens = [spread(token[...], patches[:, :1]) for token in (self.cls_token, self.distillation_token)]
         x = jnp.concatenate([*tokens, patches], axis=1)
-        return dropout(x + self.position_embeddings[...].astype(x.dtype), self.dropout_rate)
+        return dropout(x + spread(self.position_embeddings[...], x), self.dropout_rate)
 
 
 class ASTAttention(nnx.Module):

@@ -80,7 +80,7 @@ from audiozoo.layers import (
     check_mask,
     gelu,
 )
-from audiozoo.layers.basic import at_least_float32
+from audiozoo.layers.basic import at_least_float32, spread
 from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy
 from audiozoo.layers.stacking import unseen
 from audiozoo.models.encodec import EncodecConfig, EncodecModel
@@ -395,7 +395,7 @@ class _Transformer(nnx.Module):
         if position_ids is None:
             # What a chunk of a prompt holds beyond the prompt is never looked at; any position will do for it.
             position_ids = jnp.minimum(position + jnp.arange(time), config.block_size - 1)[None]
-        x = dropout(x + self.position_embeds_layer(position_ids), config.dropout)
+        x = dropout(x + spread(self.position_embeds_layer(position_ids), x), config.dropout)
         keys = time if past is None else past[0].key.shape[2]
         mask = causal_mask(time, keys, position if past is not None else 0) if self.is_causal else None
         if attention_mask is not None:
@@ -528,7 +528,8 @@ class BarkSemanticModel(BarkCausalModel):
             ids: numbers of special tokens.
         """
         infer = jnp.full((len(input_ids), 1), ids.semantic_infer_token, jnp.int32)
-        merged = self.input_embeds_layer(input_ids) + self.input_embeds_layer(history)
+        text = self.input_embeds_layer(input_ids)
+        merged = text + spread(self.input_embeds_layer(history), text)
         return jnp.concatenate([merged, self.input_embeds_layer(infer)], axis=1)
 
     def generate(

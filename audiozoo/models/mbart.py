@@ -40,6 +40,7 @@ from audiozoo.decoding import GenerateOutput, GenerationConfig, Growing, Shared,
 from audiozoo.errors import UsageError
 from audiozoo.layers import Dropout, Embed, KeyValues, LayerNorm, Linear, MultiHeadAttention, activation, layer_drop
 from audiozoo.layers.attention import causal_mask
+from audiozoo.layers.basic import spread
 from audiozoo.layers.losses import cross_entropy
 from audiozoo.layers.stacking import unseen
 from audiozoo.outputs import CausalLMOutput, DecoderOutput
@@ -272,8 +273,9 @@ class MBartDecoder(nnx.Module):
             raise UsageError(
                 f"{longest} tokens are too many: this model has {config.max_position_embeddings} positions."
             )
-        positions = self.embed_positions((2 + position + jnp.arange(time))[None])
-        return dropout(self.layernorm_embedding(self.embed_tokens(input_ids) + positions), config.dropout)
+        tokens = self.embed_tokens(input_ids)
+        positions = spread(self.embed_positions(2 + position + jnp.arange(time)), tokens)
+        return dropout(self.layernorm_embedding(tokens + positions), config.dropout)
 
     def __call__(
         self,

@@ -53,6 +53,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from audiozoo.errors import UsageError
 from audiozoo.layers import LayerNorm, Linear
+from audiozoo.layers.basic import at_least_float32
 from audiozoo.models.hubert import cluster_logits, masked_prediction, targets_of_frames
 from audiozoo.models.wav2vec2 import (
     Wav2Vec2Config,
@@ -160,12 +161,12 @@ def utterance_contrastive_loss(
         temperature: $\kappa$.
     """
     batch, frames, width = states.shape
+    states, codes = at_least_float32(states), at_least_float32(codes)
     drawn = codes.reshape(batch * frames, width)[instances]
     candidates = jnp.concatenate([codes[:, :, None], drawn], axis=2)
     own = instances // frames == jnp.arange(batch)[:, None, None]
     own = jnp.pad(own, ((0, 0), (0, 0), (1, 0)), constant_values=True)
-    wide = jnp.promote_types(states.dtype, jnp.float32)
-    logits = cosine_similarity(states[:, :, None].astype(wide), candidates.astype(wide)) / temperature
+    logits = cosine_similarity(states[:, :, None], candidates) / temperature
     losses = -jax.nn.log_sigmoid(jnp.where(own, logits, -logits))
     counted = jnp.asarray(mask_time_indices, bool)
     return jnp.where(counted[..., None], losses, 0).sum() / (jnp.maximum(counted.sum(), 1) * candidates.shape[2])

@@ -68,7 +68,7 @@ from audiozoo.layers import (
     layer_drop,
     sinusoids,
 )
-from audiozoo.layers.basic import at_least_float32
+from audiozoo.layers.basic import at_least_float32, spread
 from audiozoo.layers.losses import cross_entropy, shift_tokens_right
 from audiozoo.layers.masking import span_mask
 from audiozoo.layers.stacking import all_states, unseen
@@ -347,7 +347,7 @@ class WhisperEncoder(nnx.Module):
         gelu = activation("gelu")
         x = gelu(self.conv1(x))  # (batch, time, d_model)
         x = gelu(self.conv2(x))  # (batch, time / 2, d_model)
-        x = x + self.embed_positions(jnp.arange(x.shape[1])).astype(x.dtype)
+        x = x + spread(self.embed_positions(jnp.arange(x.shape[1])), x)
         x = dropout(x, config.dropout)
         hidden_states, attentions = [], []
         for layer in self.layers:

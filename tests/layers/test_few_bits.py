@@ -20,18 +20,23 @@ from audiozoo.layers.positions import cosines_and_sines
 from audiozoo.layers.splines import rational_quadratic_spline
 from audiozoo.layers.weight_norm import weight_normalised
 from audiozoo.models import (
+    audio_spectrogram_transformer,
+    bark,
     clap,
     conformer,
     ecapa_tdnn,
     encodec,
     hifigan,
+    mbart,
     musicgen,
     sew,
     speecht5,
     swin,
+    unispeech_sat,
     vits,
     wav2vec2,
     wavlm,
+    whisper,
 )
 from audiozoo.models.t5 import T5LayerNorm
 from tests.models import tiny_speecht5, tiny_vits
@@ -191,7 +196,7 @@ def sums_in_few_bits(program):
                 yield from sums_in_few_bits(getattr(inner, "jaxpr", inner))
 
 
-HALF = {"dtype": jnp.bfloat16}
+HALF, SMALL = {"dtype": jnp.bfloat16}, small_plans.CONFIGURATIONS
 NEAR = {"left_max_position_embeddings": 2, "right_max_position_embeddings": 1}
 KEYED = conformer.ConformerConfig(8, 1, 2, 8, position_embeddings_type="relative_key", **NEAR)
 SPEAKERS = ecapa_tdnn.EcapaTdnnConfig(8, 8, 4, (2,), 2, 4, 4, global_context=True)
@@ -242,15 +247,44 @@ SHARED = {  # what many frames have in common: a module, and its call with 64 of
         lambda module, x: module(x, x[:, :1, :4]),
     ),
     "a melody in MusicGen": (
-        lambda rngs: musicgen.MusicgenMelodyForConditionalGeneration(
-            small_plans.CONFIGURATIONS["musicgen"][1], **HALF, rngs=rngs
-        ),
+        lambda rngs: musicgen.MusicgenMelodyForConditionalGeneration(SMALL["musicgen"][1], **HALF, rngs=rngs),
         lambda module, x: module.encode_melody(x.reshape(1, -1)[:, None, :12]),
     ),
     "distractors": (
-        lambda rngs: wav2vec2.Wav2Vec2ForPreTraining(small_plans.CONFIGURATIONS["wav2vec2"][1], **HALF, rngs=rngs),
+        lambda rngs: wav2vec2.Wav2Vec2ForPreTraining(SMALL["wav2vec2"][1], **HALF, rngs=rngs),
         lambda module, x: (
             module(jnp.pad(x.reshape(1, -1), ((0, 0), (0, 4608))), None, jnp.ones((1, 16), bool), TAKEN).loss
+        ),
+    ),
+    "instances of a batch": (
+        lambda rngs: Linear(8, 8, **HALF, rngs=rngs),
+        lambda module, x: unispeech_sat.utterance_contrastive_loss(
+            x, module(x), jnp.zeros((1, 64, 100), int), jnp.ones((1, 64), bool)
+        ),
+    ),
+    # What 64 recordings have in common.
+    "positions in Whisper": (
+        lambda rngs: whisper.WhisperEncoder(SMALL["whisper"][1], **HALF, param_dtype=jnp.float32, rngs=rngs),
+        lambda module, x: module(jnp.zeros((64, 8, 100))).last_hidden_state,
+    ),
+    "positions in mBART": (
+        lambda rngs: mbart.MBartForCausalLM(SMALL["xls_r"][1].decoder, **HALF, rngs=rngs),
+        lambda module, x: module(jnp.zeros((64, 2), int)).logits,
+    ),
+    "positions in AST": (
+        lambda rngs: audio_spectrogram_transformer.ASTModel(
+            SMALL["audio_spectrogram_transformer"][1], **HALF, rngs=rngs
+        ),
+        lambda module, x: module(jnp.zeros((64, 48, 16))).last_hidden_state,
+    ),
+    "positions in Bark": (
+        lambda rngs: bark.BarkSemanticModel(SMALL["bark"][1], **HALF, rngs=rngs),
+        lambda module, x: module(inputs_embeds=x.swapaxes(0, 1)).logits,
+    ),
+    "history in Bark": (
+        lambda rngs: bark.BarkSemanticModel(SMALL["bark"][1], **HALF, rngs=rngs),
+        lambda module, x: module.prompt(
+            jnp.zeros((64, 8), int), jnp.zeros((1, 8), int), bark.BarkSemanticGenerationConfig()
         ),
     ),
 }
