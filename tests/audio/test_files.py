@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import threading
 import tracemalloc
 
 import ml_dtypes
@@ -71,6 +72,7 @@ def test_other_rates_are_resampled_by_soxr(tmp_path):
     for rates in ((0, 16_000), (16_000, -1)):
         with pytest.raises(UsageError, match="sampling rates are positive"):
             audio.resample(samples, *rates)
+    assert audio.resample(samples[:0], 44_100, 16_000).shape == (0,)
     with pytest.raises(AudioError, match="Cannot resample int64 samples"):
         audio.resample(np.ones(9, np.int64), 16_000, 8_000)
 
@@ -93,6 +95,14 @@ def test_the_source_may_be_bytes_a_file_a_pipe_or_standard_input(tmp_path, monke
         np.testing.assert_array_equal(audio.read(source), expected)
     with open(path, "rb") as file:
         np.testing.assert_array_equal(audio.read(file), expected)
+    behind = io.BytesIO(content)
+    behind.read()
+    with pytest.raises(AudioError, match="is empty"):
+        audio.read(behind)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "named")
+        threading.Thread(target=(tmp_path / "named").write_bytes, args=(content,), daemon=True).start()
+        np.testing.assert_array_equal(audio.read(tmp_path / "named"), expected)
     if sys.platform == "linux":  # where a name is any bytes: an old one in Latin-1
         old = path.rename(tmp_path / os.fsdecode(b"caf\xe9.flac"))
         np.testing.assert_array_equal(audio.read(old), expected)
@@ -114,6 +124,8 @@ def test_blocks_put_together_are_the_file(tmp_path, rate, target, mono):
 def test_a_whole_number_of_blocks_has_no_empty_last_one(tmp_path):
     audio.write(tmp_path / "a.wav", tone(16_000, 2.0), 16_000)
     assert [len(block) for block in audio.blocks(tmp_path / "a.wav", seconds=1.0)] == [16_000, 16_000]
+    with pytest.raises(UsageError, match="holds no sample at 16000 Hz"):
+        next(audio.blocks(tmp_path / "a.wav", seconds=1e-5))
 
 
 def test_blocks_of_a_long_file_need_no_more_memory_than_of_a_short_one(tmp_path):
@@ -181,8 +193,8 @@ def test_what_cannot_be_read_gets_one_sentence(tmp_path, monkeypatch, without_av
     (tmp_path / "empty.wav").write_bytes(b"")
     (tmp_path / "notes.wav").write_text("Dear diary, this is no sound.\n" * 50)
     soundfile.write(tmp_path / "silent.wav", np.zeros(0, np.float32), 16_000)
-    bad = np.zeros(16_000, np.float32)
-    bad[8_000] = np.nan
+    bad = np.zeros(160_000, np.float32)
+    bad[104_000:] = np.nan  # not among the first that are decoded at a time
     soundfile.write(tmp_path / "nan.wav", bad, 16_000, subtype="FLOAT")
     for name, kind, words in [
         ("missing.wav", SourceError, "no file"),
@@ -190,7 +202,7 @@ def test_what_cannot_be_read_gets_one_sentence(tmp_path, monkeypatch, without_av
         ("empty.wav", AudioError, "empty"),
         ("notes.wav", AudioError, "not a sound file"),
         ("silent.wav", AudioError, "no samples"),
-        ("nan.wav", AudioError, "first at 0.500 s"),
+        ("nan.wav", AudioError, "first at 6.500 s"),
     ]:
         for reader in (audio.read, lambda path: list(audio.blocks(path))):
             with pytest.raises(kind, match=words) as error:
@@ -241,6 +253,7 @@ def test_lengths_that_headers_do_not_tell(tmp_path, monkeypatch):
     assert audio.info(one + one).seconds == pytest.approx(3.0, abs=0.02)
     assert len(audio.read(io.BytesIO(one + one))) == pytest.approx(48_000, abs=320)
     monkeypatch.setitem(sys.modules, "av", None)
+    assert audio.info(one).seconds == 1.5
     with pytest.raises(AudioError, match="several Ogg streams") as error:
         audio.read(one + one)
     sentence(error)
@@ -267,16 +280,31 @@ def test_lengths_that_headers_do_not_tell(tmp_path, monkeypatch):
     assert audio.info(one + one).seconds == 2 * audio.info(one).seconds
     for rest in (tags[1], bytes(9000), tags[1] + bytes(9000)):
         np.testing.assert_array_equal(audio.read(one + rest, None), decoded)
-    audio.write(tmp_path / "b.mp3", whole, 44_100)
-    with pytest.raises(AudioError, match="several MP3 files in one: one of 1 channels at 48000 Hz") as error:
-        audio.read(one + (tmp_path / "b.mp3").read_bytes())
-    sentence(error)
+    for other, rate in ((whole, 44_100), (np.stack([whole, whole]), 48_000)):
+        audio.write(tmp_path / "b.mp3", other, rate)
+        with pytest.raises(AudioError, match="several MP3 files in one: one of 1 channels at 48000 Hz") as error:
+            audio.read(one + (tmp_path / "b.mp3").read_bytes())
+        sentence(error)
 
+    soundfile.write(tmp_path / "slow.wav", whole, 100)
+    assert len(audio.read(tmp_path / "slow.wav", None)) == len(whole)
+    with (tmp_path / "slow.wav").open("rb") as file:
+        assert next(audio.streams.read_stream(file, 100)).shape == (1, 8)
     soundfile.write(tmp_path / "slow.wav", whole, 1)
     with pytest.raises(AudioError, match="says that it is at 1 Hz"):
         audio.read(tmp_path / "slow.wav")
     with pytest.raises(AudioError, match="at 1 Hz"), (tmp_path / "slow.wav").open("rb") as file:
         next(audio.streams.read_stream(file, 16_000))
+
+
+def test_streams_that_begin_together_are_one():
+    """An Ogg file may hold several streams side by side, as of a video, which is not one behind the other."""
+
+    def pages(*flags: int) -> io.BytesIO:
+        return io.BytesIO(b"".join(b"OggS\0" + bytes([flag]) + bytes(20) + b"\1\3abc" for flag in flags))
+
+    assert not audio.files._is_chained_ogg(pages(2, 2, 0, 0, 4))
+    assert audio.files._is_chained_ogg(pages(2, 2, 0, 4, 2))
 
 
 def test_writing_leaves_no_partial_file(tmp_path, monkeypatch):
@@ -298,6 +326,9 @@ def test_writing_leaves_no_partial_file(tmp_path, monkeypatch):
 def test_writing_clips_and_refuses(tmp_path):
     audio.write(tmp_path / "a.wav", np.array([0.0, 2.0, -2.0]), 16_000)
     np.testing.assert_allclose(audio.read(tmp_path / "a.wav"), [0, 1, -1], atol=1e-4)
+    audio.write(tmp_path / "a.wav", np.zeros((2, 2)), 16_000)
+    audio.write(tmp_path / "a.opus", tone(48_000, 0.1), 48_000, "VORBIS")
+    assert audio.info(tmp_path / "a.opus").format == "OGG/VORBIS"
     for path, samples, kind, words in [
         ("a.xyz", tone(16_000, 0.1), UsageError, "no format 'xyz'"),
         ("a.raw", tone(16_000, 0.1), UsageError, "no format 'raw'"),
@@ -327,6 +358,7 @@ def test_writing_clips_and_refuses(tmp_path):
         (np.float32(1.0), 16_000, "one dimension"),
         (np.zeros(4_000), 44_100, "44100 Hz, but this model expects 16000 Hz"),
         (np.zeros(160), 16_000, "too short: 160 samples .0.010 s., at least 400 .0.025 s."),
+        (np.zeros(4_000, bool), 16_000, "integers .bool.; scale it"),
         (np.zeros(4_000, np.complex64), 16_000, "complex64"),
         (["a", "b"], 16_000, "values; floats"),
         ([[0.0], [0.0, 1.0]], 16_000, "ragged"),
@@ -348,4 +380,12 @@ def test_a_good_waveform_keeps_its_precision():
     ]:
         assert audio.check_waveform(np.zeros(500, dtype), 16_000, 16_000).dtype == expected
         assert audio.resample(np.zeros(500, dtype), 16_000, 8_000).dtype == expected
-    assert audio.check_waveform([0.0] * 500).shape == (500,)
+    assert audio.check_waveform([0.0] * 500, minimum_samples=500).shape == (500,)
+
+
+def test_as_many_channels_as_a_model_has():
+    rows = np.arange(6.0).reshape(3, 2)
+    np.testing.assert_array_equal(audio.files.in_channels(rows, 2), rows[:2])
+    np.testing.assert_array_equal(audio.files.in_channels(rows[0], 1), rows[:1])
+    for waveform in (rows[0], rows[:2]):
+        np.testing.assert_array_equal(audio.files.in_channels(waveform, 3), rows[[0, 0, 0]])
