@@ -128,12 +128,13 @@ def test_a_damaged_checkpoint_is_set_aside(saved, tmp_path, damage):
     for path in files if damage in ("truncated", "garbage") else []:
         if path.parent.name == "d" or path.suffix == ".ocdbt":
             path.write_bytes(path.read_bytes()[:7] if damage == "truncated" else b"\xff" * 300)
+    (directory / "damaged-4").mkdir()  # of another time
     checkpoints, data = Checkpoints(directory), Numbers()
     state = checkpoints.restore(trainer.abstract(), data)
     assert len(checkpoints.messages) == 1
     assert "step 4" in checkpoints.messages[0]
     assert "set aside" in checkpoints.messages[0]
-    assert (directory / "damaged-4").is_dir()
+    assert (directory / "damaged-4-2").is_dir()
     assert data.index == 2
     for a, b in zip(arrays(state), states[2], strict=True):
         np.testing.assert_array_equal(a, b)
@@ -166,6 +167,8 @@ def test_no_good_checkpoint_and_one_of_another_model(saved, tmp_path):
     checkpoints = Checkpoints(directory)
     with pytest.raises(CheckpointError, match=r"of another model or recipe: it lacks .*layers.3"):
         checkpoints.restore(Trainer(task(model={"blocks": 4})).abstract())
+    with pytest.raises(CheckpointError, match=r"of another model or recipe: it has besides .*layers.2"):
+        checkpoints.restore(Trainer(task(model={"blocks": 2})).abstract())
     with pytest.raises(CheckpointError, match=r"of another model or recipe.*, not"):
         checkpoints.restore(Trainer(task(model={"width": 16})).abstract())
     for step in (2, 4):
@@ -221,6 +224,17 @@ def test_a_directory_that_may_only_be_read(saved):
         for a, b in zip(arrays(checkpoints.restore(trainer.abstract())), arrays(state), strict=True):
             np.testing.assert_array_equal(a, b)
         checkpoints.close()
+
+
+@pytest.mark.parametrize(("best", "kept"), [(0, [3]), (1, [2, 3]), (2, [1, 2, 3])])
+def test_the_best_may_be_the_largest(tmp_path, best, kept):
+    checkpoints = Checkpoints(tmp_path, keep=1, keep_best=best, watch="accuracy", larger_is_better=True)
+    for step, value in enumerate([0.5, 0.7, 0.1], 1):
+        checkpoints.save(step, {"x": jnp.zeros(2)}, None, {"accuracy": value})
+    checkpoints.wait()
+    assert checkpoints.steps() == kept
+    assert checkpoints.best() == kept[-2:][0]
+    checkpoints.close()
 
 
 def test_the_last_few_and_the_best_are_kept(tmp_path):

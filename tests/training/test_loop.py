@@ -1,9 +1,12 @@
 """The loop: what one step does, and that no way of doing it changes the result."""
 
+import dataclasses
 import io
+import itertools
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +19,7 @@ from rich.console import Console
 from audiozoo.errors import UsageError
 from audiozoo.layers.stacking import Scanned, scanned, unscanned
 from audiozoo.training.checkpointing import Checkpoints
-from audiozoo.training.loop import Loss, Options, Phase, Task, Trainer
+from audiozoo.training.loop import Loss, Options, Phase, Task, Together, Trainer
 from audiozoo.training.parameters import Lora, Trainable
 from audiozoo.training.reporting import Reporter
 from tests.training.networks import Net, Numbers, arrays, loss, task, without_dropout
@@ -104,6 +107,9 @@ def test_accumulation_weighs_parts_by_what_they_count():
     state = trainer.init()
     cut = [{name: value[rows] for name, value in batch.items()} for rows in (slice(5), slice(5, 8))]
     assert trainer.evaluate(state, cut)["loss"] == pytest.approx(trainer.evaluate(state, [batch])["loss"], rel=1e-5)
+    empty = batch | {"mask": np.zeros(8, np.float32)}
+    state, shown = Trainer(task(masked, optax.sgd(0.1))).step(trainer.init(), empty)  # nothing to learn from
+    assert (float(shown["loss"]), float(shown["gradient_norm"])) == (0.0, 0.0)
     trainer = Trainer(task(masked), Options(accumulate=3))
     with pytest.raises(UsageError, match="A batch of 8 cannot be cut into 3"):
         trainer.step(trainer.init(), trainer.put(batch))
@@ -269,6 +275,41 @@ def test_fit_reports_evaluates_and_stops_early(tmp_path):
     assert [line["step"] for line in lines] == [5, 5, 10, 10, 11]
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_patience_is_with_what_is_no_better_than_the_best(sign, monkeypatch, tmp_path):
+    """Better than the one before is not enough; the best may be the largest, and its checkpoint is kept."""
+    trainer, measured = Trainer(task(without_dropout)), iter([3.0, 1.0, 2.0, 1.5, 0.5])
+    monkeypatch.setattr(trainer, "evaluate", lambda state, batches: {"cost": sign * next(measured)})
+    checkpoints = Checkpoints(tmp_path, keep=1, watch="cost", larger_is_better=sign < 0)
+    how = {"watch": "cost", "larger_is_better": sign < 0, "evaluate_every": 2, "patience": 2, "save_every": 4}
+    state = trainer.fit(trainer.init(), Numbers(), steps=20, evaluation=list, checkpoints=checkpoints, **how)
+    assert int(state.step) == 8
+    assert checkpoints.progress == {"best": 1.0, "worse": 2}
+    assert checkpoints.steps() == [4, 8]
+    assert checkpoints.best() == 4
+    checkpoints.close()
+
+
+def test_the_last_step_is_reported_evaluated_and_saved(monkeypatch, tmp_path):
+    clock = itertools.count()  # a second from one look at it to the next
+    monkeypatch.setattr("audiozoo.training.loop.time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    trainer, shown, checkpoints = Trainer(task(without_dropout)), [], Checkpoints(tmp_path)
+    trainer.fit(
+        trainer.init(),
+        Numbers(),
+        steps=7,
+        evaluation=lambda: [next(Numbers())],
+        evaluate_every=5,
+        log_every=3,
+        report=lambda step, metrics: shown.append((step, metrics)),
+        checkpoints=checkpoints,
+    )
+    assert [(step, m["steps_a_second"]) for step, m in shown if "loss" in m] == [(3, 3.0), (6, 3.0), (7, 1.0)]
+    assert [step for step, metrics in shown if "evaluation/loss" in metrics] == [5, 7]
+    assert checkpoints.steps() == [5, 7]
+    checkpoints.close()
+
+
 def test_a_run_that_stopped_early_stays_stopped(tmp_path):
     """Started again it trains no further, unless it is given more patience."""
     trainer = Trainer(task(without_dropout, optax.sgd(0.0)))
@@ -297,6 +338,9 @@ def test_what_cannot_go_on_says_so(tmp_path):
     trainer = Trainer(task())
     with pytest.raises(UsageError, match="ends after 2 steps; 5 were"):
         trainer.fit(trainer.init(), iter([next(Numbers())] * 2), steps=5)
+    for evaluated in (trainer, Trainer(dataclasses.replace(trainer.task, evaluate=Together(None, None)))):
+        with pytest.raises(UsageError, match="no batch to evaluate on"):
+            evaluated.evaluate(evaluated.init(), [])
     with pytest.raises(UsageError, match="no 'wer'; it has error, loss"):
         trainer.fit(trainer.init(), Numbers(), steps=1, evaluation=lambda: [next(Numbers())], watch="wer")
     for wrong in ({"accumulate": 0}, {"remat": "all"}, {"average": 1.0}, {"seed": -1}):

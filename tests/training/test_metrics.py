@@ -65,8 +65,9 @@ def test_equal_error_rates_that_are_known():
     assert metrics.equal_error_rate(same, np.asarray([0.1, 0.2, 0.8, 0.9]))[0] == 1.0
     assert metrics.equal_error_rate(same, np.asarray([0.9, 0.4, 0.6, 0.1]))[0] == 0.5
     assert metrics.equal_error_rate(same, np.zeros(4))[0] == 0.5
-    with pytest.raises(UsageError, match="same and of different"):
-        metrics.equal_error_rate(np.ones(3, bool), np.arange(3))
+    for alike in (np.ones(3, bool), np.zeros(3, bool)):
+        with pytest.raises(UsageError, match="same and of different"):
+            metrics.equal_error_rate(alike, np.arange(3))
 
 
 def test_si_snr_is_the_ratio_to_what_no_gain_explains():
@@ -103,6 +104,7 @@ def test_retrieval_by_counting():
         np.testing.assert_allclose(found[name], value, rtol=1e-12)
     targets, scores = np.asarray([1, 2, 2]), np.asarray([[0, 1, 0], [3, 2, 1], [3, 1, 2]])
     assert [metrics.accuracy(targets, scores, top=top) for top in (1, 2, 3)] == [1 / 3, 2 / 3, 1]
+    assert metrics.accuracy(np.asarray([0, 1]), np.zeros((2, 20))) == 0.5  # of equal scores the first class
 
 
 def test_error_rates_are_jiwers_and_agree_with_our_own():
@@ -127,7 +129,11 @@ def test_bleu_is_sacrebleus_and_agrees_with_its_formula():
     found = metrics.translation_scores([" ".join(wanted)], [" ".join(came)])
     np.testing.assert_allclose(found["bleu"], 100 * math.prod(precisions) ** 0.25, rtol=1e-9)
     assert 0 < found["chrf"] < 100
-    assert metrics.translation_scores(["你好吗"], ["你好吗"], tokenize="char")["chrf"] == 100
+    bleu = {
+        name: metrics.translation_scores(["你好吗朋友"], ["你好吗们友"], tokenize=name)["bleu"]
+        for name in ("char", "13a")
+    }
+    assert bleu["char"] > 10 > bleu["13a"]  # four of five characters, and no word
     with pytest.raises(UsageError, match="no tokenizer 'klingon'"):
         metrics.translation_scores(["a"], ["a"], tokenize="klingon")
 
@@ -158,8 +164,10 @@ def test_units_are_judged_by_their_joint_distribution_with_phones():
         "cluster_purity": 1,
         "pnmi": pytest.approx(1),
     }
-    with pytest.raises(UsageError, match="2 phones and 3 units"):
-        metrics.unit_quality(list("ab"), [1, 2, 3])
+    assert math.isnan(metrics.unit_quality(list("aa"), [1, 2])["pnmi"])  # nothing to be told about
+    for none in (("ab", [1, 2, 3]), ("", [])):
+        with pytest.raises(UsageError, match=f"{len(none[0])} phones and {len(none[1])} units"):
+            metrics.unit_quality(*none)
 
 
 def test_boundaries():
