@@ -179,6 +179,9 @@ raises("only one fsdp", shardings_for, params, mesh, [fsdp(), fsdp()])
 raises("needs 6 devices, and there are 8", make_mesh, {"data": 6})
 raises("at least 1", make_mesh, {"data": -1, "tensor": -1})
 raises("at least 1", make_mesh, {"data": 0})
+raises("needs 16 devices, and there are 8", make_mesh, {"data": -1, "tensor": 16})
+for axis, parts in (("data", 4), (("data", "fsdp"), 4), (("data", "tensor"), 8), ("fsdp", 1)):
+    assert sharding.shards(batch_sharding(mesh, axis)) == parts
 # Rules for a family of models may match nothing, and may name axes that this mesh does not have.
 assert shardings_for(params, make_mesh({"data": 8}), TRANSFORMER)["a"]["kernel"].spec == P(None, None)
 print("{}")
@@ -202,6 +205,8 @@ assert spec((3, 8, 6), P(None, None, "tensor")) == P(None, "tensor", None)
 assert spec((5, 6), P(None, "tensor")) == P(None, None)  # nor is 5: replicated
 assert spec((51865, 6), P("tensor")) == P(None, None)
 assert spec((6, 8), P(("data", "tensor"))) == P("data", "tensor")  # 6 is divisible by 2, not by 8
+assert spec((4, 8), P(("data", "tensor"))) == P("data", "tensor")  # 4 is divisible by either, not by both
+assert spec((8, 6), P("data", "tensor")) == P("data", None)  # the next axis is divided already
 assert spec((), P()) == P()
 assert spec((4, 0), P(None, "tensor")) == P(None, "tensor")
 for shape in ((8, 6), (5, 6), (51865, 6), (6, 8)):
@@ -220,6 +225,8 @@ assert fallback((16, 8)) == P("data", None)
 assert fallback((8, 17)) == P("data", None)
 assert fallback((9, 17)) == P(None, None)
 assert fallback((4, 8)) == P(None, None)  # smaller than min_size
+assert fallback((4, 16)) == P(None, "data")  # just as large
+assert spec((8, 16), P("tensor"), fsdp(64, combine=True)) == P("tensor", "data")
 assert fallback((8, 16), ("x", P("tensor"))) == P("tensor", None)
 assert fallback((9, 16), Rule("x", P("tensor"))) == P(None, "tensor")
 assert fallback((9, 18), Rule("x", P("tensor"))) == P(None, "data")  # tensor divides neither axis
