@@ -92,6 +92,15 @@ def test_transcription_counts_what_the_model_gets_wrong(items, waves, letters, c
     assert evaluate(letters, tiny.PROCESSOR, items, limit=1).count == 1
 
 
+def test_the_others_of_a_batch_are_heard_without_one_that_is_too_short(items, letters, corpus):
+    soundfile.write(corpus.parent / "short.wav", np.zeros(100), 16_000)
+    short = dataclasses.replace(items[0], name="short.wav", audio=corpus.parent / "short.wav")
+    with_it = evaluate(letters, tiny.PROCESSOR, [items[0], short, *items[1:]], batch_size=5, normalise="none")
+    without = evaluate(letters, tiny.PROCESSOR, items, batch_size=5, normalise="none")
+    assert with_it.predictions == without.predictions
+    assert list(with_it.unreadable) == ["short.wav"]
+
+
 def test_normalisation_is_whispers(items, letters, monkeypatch):
     heard = {"1": "the colour is thirty one", "2": "Größe"}
     monkeypatch.setattr(
@@ -169,6 +178,10 @@ def test_classification(items, waves):
     assert result.metrics["accuracy"] == np.mean(right)
     assert result.metrics["map"] == pytest.approx(metrics.mean_average_precision(targets, scores))
     assert result.predictions[0]["scores"] == pytest.approx(found[0], abs=1e-5)
+    many = TASKS["classification"](model, tiny.PROCESSOR)
+    many._names = list("abcdef")
+    rows = [{"label": label, "_scores": -np.arange(6.0)} for label in "aef"]
+    assert (many.score(rows)["accuracy"], many.score(rows)["top5"]) == (1 / 3, 2 / 3)
     with pytest.raises(UsageError, match="no label 'dog'"):
         evaluate(model, tiny.PROCESSOR, with_fields(items, ["dog"] * 4, "label"))
     with pytest.raises(UsageError, match="2 classes, and the model chooses one"):
@@ -211,6 +224,14 @@ def test_sounds_and_words(items):
     assert result.metrics["text_to_audio_recall@1"] == np.mean(ranks[:, 0] == np.arange(4))
     assert result.metrics["audio_to_text_recall@1"] == np.mean((sounds @ words.T).argmax(axis=1) == np.arange(4))
     assert result.metrics["audio_to_text_recall@5"] == 1.0
+    captions = [["a hum"], ["a bell", "bells", "owls"], ["sound 2", "sound 3"], ["sound 1"]]
+    result = evaluate(model, processor, with_fields(items, captions, "captions"))
+    words = clap.embed_text(model, processor, [text for texts in captions for text in texts])
+    owners = np.asarray([0, 1, 1, 1, 2, 2, 3])
+    assert result.metrics["text_to_audio_recall@1"] == np.mean((words @ sounds.T).argmax(axis=1) == owners)
+    assert result.metrics["audio_to_text_recall@1"] == np.mean(
+        owners[(sounds @ words.T).argmax(axis=1)] == np.arange(4)
+    )
 
 
 def test_verification(items, waves, tmp_path):
@@ -239,6 +260,14 @@ def test_verification(items, waves, tmp_path):
         (tmp_path / "trials.txt").write_text(text)
         with pytest.raises(UsageError, match=match):
             evaluate(model, tiny.PROCESSOR, items, trials=tmp_path / "trials.txt")
+
+
+def test_silence_has_no_ratio_to_noise():
+    model, processor = tiny.encodec_model()
+    rows = [{"si_snr": ratio, "seconds": 0.5, "bytes": 100, "mel_distance": 1.0} for ratio in (np.nan, 4.0, 6.0)]
+    score = TASKS["coding"](model, processor).score
+    assert score(rows) == {"si_snr": 5.0, "kbps": pytest.approx(1.6), "mel_distance": 1.0}
+    assert np.isnan(score(rows[:1])["si_snr"])
 
 
 @pytest.mark.slow
@@ -316,6 +345,14 @@ def test_alignment_and_units(items, waves, letters):
     assert result.task == "alignment"
     assert result.metrics["boundary_error"] == pytest.approx(0.06)
     assert (result.metrics["within_50ms"], result.metrics["within_100ms"]) == (0.0, 1.0)
+    rows = [{"_off": np.asarray([1.05 - 1.0, 0.1, 0.3])}]  # the first is 0.05 and a rounding
+    assert TASKS["alignment"](letters, tiny.PROCESSOR).score(rows) == {
+        "boundary_error": pytest.approx(0.15),
+        "median_boundary_error": 0.1,
+        "within_50ms": 1 / 3,
+        "within_100ms": 2 / 3,
+        "within_200ms": 2 / 3,
+    }
     with pytest.raises(UsageError, match="no list of objects with text, start and end"):
         evaluate(letters, tiny.PROCESSOR, with_fields(items, ["a"] * 4, "words"), "alignment")
 
