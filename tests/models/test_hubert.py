@@ -105,6 +105,15 @@ def test_sets_of_labels():
         model(x, None, labels)
 
 
+def test_a_cluster_without_frames_stays_where_it_is():
+    x = jnp.asarray([[1.0], [1.0], [5.0], [5.0]])  # two places for three clusters
+    kmeans = KMeans.fit(jax.random.key(0), x, 3, iterations=5)
+    assert set(np.ravel(kmeans.centroids).tolist()) == {1.0, 5.0}
+    assert kmeans.spread(x) == 0.0
+    with pytest.raises(ValueError, match="4 frames cannot be divided into 5 clusters"):
+        KMeans.fit(jax.random.key(0), x, 5)
+
+
 def test_runs_and_files_of_units(tmp_path):
     found, frames = deduplicate(np.array([3, 3, 1, 1, 1, 3]))
     np.testing.assert_array_equal(found, [3, 1, 3])
