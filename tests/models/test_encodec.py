@@ -264,6 +264,8 @@ def header(**changes) -> bytes:
         (header(m="encodec_24khz") + bytes(90), "made with encodec_24khz"),
         (header(al=10**9) + bytes(90), "cut short"),
         (header(al=10**30), "samples"),
+        (header(nc=0), "30 samples in 0 codebooks"),
+        (header(al=0, lm=True), "0 samples in 2 codebooks"),
     ],
     ids=itertools.count(),
 )
@@ -351,6 +353,15 @@ def test_streams_that_are_cut_or_cannot_be():
             list(codec.decompress_stream(codec.read_header(reader), reader, compiled()))
     with pytest.raises(CheckpointError, match="cut short after 0 frames"):
         codec.decompress(start, compiled())
+    # Frames of 12 bits: of eleven ten are left and a whole byte, which does not fill up what was written last.
+    larger = compiled(dataclasses.replace(TINY, codebook_size=64, target_bandwidths=(4.8,)))
+    data = b"".join(codec.compress_stream(larger, [sound(1, 22)]))
+    assert codec.decompress(data, larger).shape == (1, 22)
+    with pytest.raises(CheckpointError, match="cut short after 10 frames"):
+        codec.decompress(data[:-1], larger)
+    reader = codec.StreamReader(io.BytesIO(data[:-1]))
+    with pytest.raises(CheckpointError, match="cut short after 10 frames"):
+        list(codec.decompress_stream(codec.read_header(reader), reader, larger))
     for program, pieces, message in (
         (compiled(lm=True), [sound(1, 30)], "without a language model"),
         (compiled(STEREO), [sound(2, 30)], "looks ahead"),
