@@ -69,4 +69,5 @@ def repeat_by_duration(
     index = jax.vmap(partial(jnp.searchsorted, side="right"), in_axes=(0, None))(ends, position)
     valid = (position < ends[:, -1:])[..., None]
     index = jnp.minimum(index, ends.shape[1] - 1)[..., None]
-    return tuple(jnp.where(valid, jnp.take_along_axis(v, index, axis=1), jnp.zeros((), v.dtype)) for v in values)
+    repeated = (jnp.take_along_axis(at_least_float32(v), index, axis=1).astype(v.dtype) for v in values)
+    return tuple(jnp.where(valid, v, jnp.zeros((), v.dtype)) for v in repeated)

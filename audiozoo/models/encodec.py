@@ -1557,7 +1557,8 @@ class EncodecLanguageModel(nnx.Module):
 
     def _logits(self, x: jax.Array, books: int) -> jax.Array:
         x, kernel, bias = promote(x, self.kernel[...][:books], self.bias[...][:books], dtype=self.dtype)
-        return jnp.einsum("btd,kdn->btkn", x, kernel) + bias
+        y = jnp.einsum("btd,kdn->btkn", x, kernel)
+        return y + spread(bias, y)
 
 
 def language_model_loss(

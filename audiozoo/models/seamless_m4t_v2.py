@@ -64,6 +64,7 @@ from jaxtyping import Array, Bool, Float, Int
 from audiozoo.decoding.synthesis import bucket
 from audiozoo.errors import UsageError
 from audiozoo.layers import Conv1d, Dropout, Embed, LayerNorm, MultiHeadAttention, activation, layer_drop
+from audiozoo.layers.basic import spread
 from audiozoo.layers.losses import cross_entropy
 from audiozoo.layers.positions import sinusoids_of
 from audiozoo.layers.stacking import unseen
@@ -85,6 +86,7 @@ from audiozoo.models.seamless_m4t import (
 from audiozoo.models.speech_resynthesis import (
     SeamlessM4Tv2CodeHifiGan,
     VariancePredictor,
+    duration_error,
     frames_of,
     repeat,
 )
@@ -271,11 +273,11 @@ class SeamlessM4Tv2TextToUnitDecoder(nnx.Module):
         self.layer_norm = LayerNorm(width, **kwargs)
         self.config = units
 
-    def _positions(self, x: Float[Array, "batch time hidden"], alpha: nnx.Param) -> Float[Array, "1 time hidden"]:
+    def _positions(self, x: Float[Array, "batch time hidden"], alpha: nnx.Param) -> Float[Array, "batch time hidden"]:
         """Sinusoids, counted from `pad_token_id` + 1, by a learnt factor."""
         padding = self.config.pad_token_id
         every = jnp.full((1, x.shape[1]), padding + 1)
-        return alpha[...].astype(x.dtype) * sinusoids_of(every, x.shape[-1], padding=padding, dtype=x.dtype)
+        return spread(alpha[...], x) * sinusoids_of(every, x.shape[-1], padding=padding, dtype=x.dtype)
 
     def upsample(
         self,
@@ -411,8 +413,7 @@ class SeamlessM4Tv2TextToUnitForConditionalGeneration(nnx.Module):
         if labels is not None:
             loss = cross_entropy(logits, jnp.asarray(labels), label_smoothing=label_smoothing)
             if given:
-                error = jnp.square(log_durations - jnp.log1p(durations.astype(log_durations.dtype)))
-                loss = loss + duration_weight * jnp.sum(jnp.where(mask, error, 0)) / jnp.maximum(mask.sum(), 1)
+                loss = loss + duration_weight * duration_error(log_durations, durations, mask)
         return SeamlessM4Tv2TextToUnitOutput(
             last_hidden_state=logits,
             padding_mask=decoded.padding_mask,

@@ -172,7 +172,7 @@ class VariancePredictor(nnx.Module):
 
 def frames_of(log_durations: Float[Array, "batch time"], mask: Bool[Array, "batch time"]) -> Int[Array, "batch time"]:
     r"""$d = \max(1, \operatorname{round}(e^{\ln(1+d)} - 1))$ frames, halves to the even side; 0 outside the mask."""
-    durations = jnp.maximum(jnp.round(jnp.expm1(log_durations)).astype(jnp.int32), 1)
+    durations = jnp.maximum(jnp.round(jnp.expm1(at_least_float32(log_durations))).astype(jnp.int32), 1)
     return jnp.where(mask, durations, 0)
 
 
@@ -416,10 +416,19 @@ class CodeHifiGanLosses(ModelOutput):
     duration: Float[Array, ""] = ABSENT
 
 
+def duration_error(
+    predicted: Float[Array, "batch time"], durations: Int[Array, "batch time"], mask: Bool[Array, "batch time"]
+) -> Float[Array, ""]:
+    r"""Mean of $(\ln(1 + \hat d) - \ln(1 + d))^2$ inside the mask (arXiv 2107.05604)."""
+    predicted = at_least_float32(predicted)
+    error = jnp.square(predicted - jnp.log1p(durations.astype(predicted.dtype)))
+    return jnp.sum(jnp.where(mask, error, 0)) / jnp.maximum(mask.sum(), 1)
+
+
 def duration_loss(
     model: CodeHifiGan, units: Int[Array, "batch frames"], *, key: jax.Array | None = None
 ) -> Float[Array, ""]:
-    r"""Mean of $(\ln(1 + \hat d) - \ln(1 + d))^2$ over the runs of equal units (arXiv 2107.05604).
+    r"""`duration_error` over the runs of equal units.
 
     The first and the last run of a segment are cut by its ends, and left out, unless there are no others.
     """
@@ -430,9 +439,7 @@ def duration_loss(
     mask = index < count - 2 * first
     position = jnp.minimum(index + first, units.shape[1] - 1)
     reduced, durations = (jnp.take_along_axis(x, position, axis=1) for x in (reduced, durations))
-    predicted = model.dur_predictor(model.unit_embedding(reduced), mask, Dropout(key))
-    error = jnp.square(predicted - jnp.log1p(durations.astype(predicted.dtype)))
-    return jnp.sum(jnp.where(mask, error, 0)) / jnp.maximum(mask.sum(), 1)
+    return duration_error(model.dur_predictor(model.unit_embedding(reduced), mask, Dropout(key)), durations, mask)
 
 
 def generator_losses(

@@ -29,7 +29,9 @@ from audiozoo.models import (
     hifigan,
     mbart,
     musicgen,
+    seamless_m4t_v2,
     sew,
+    speech_resynthesis,
     speecht5,
     swin,
     unispeech_sat,
@@ -154,6 +156,10 @@ def test_scores_that_are_summed_over_frames_are_float32(monkeypatch):
 def test_losses_are_float32():
     half = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     assert jax.eval_shape(clap.tagging_loss, half((2, 5)), half((2, 5))).dtype == jnp.float32
+    lasting = jax.eval_shape(
+        speech_resynthesis.duration_error, half((2, 5)), jnp.ones((2, 5), int), jnp.ones((2, 5), bool)
+    )
+    assert lasting.dtype == jnp.float32
     config = encodec.EncodecConfig.encodec_24khz()
     model = abstract(lambda rngs: encodec.EncodecLanguageModel(config, dtype=jnp.bfloat16, rngs=rngs))
     codes = jax.ShapeDtypeStruct((1, 2, 9), jnp.int32)
@@ -261,6 +267,24 @@ SHARED = {  # what many frames have in common: a module, and its call with 64 of
         lambda module, x: unispeech_sat.utterance_contrastive_loss(
             x, module(x), jnp.zeros((1, 64, 100), int), jnp.ones((1, 64), bool)
         ),
+    ),
+    "characters that last 32 units each": (
+        lambda rngs: seamless_m4t_v2.SeamlessM4Tv2TextToUnitForConditionalGeneration(
+            SMALL["seamless_m4t_v2"][1], **HALF, rngs=rngs
+        ),
+        lambda module, x: (
+            module(
+                jnp.zeros((1, 4, 16), jnp.bfloat16),
+                jnp.ones((1, 16), int),
+                jnp.full((1, 4), 4),
+                durations=jnp.full((1, 16), 32),
+                frames=512,
+            ).last_hidden_state
+        ),
+    ),
+    "EnCodec's language model": (
+        lambda rngs: encodec.EncodecLanguageModel(SMALL["encodec"][1], **HALF, rngs=rngs),
+        lambda module, x: encodec.language_model_loss(module, jnp.ones((1, 1, 30), int)),
     ),
     # What 64 recordings have in common.
     "positions in Whisper": (
