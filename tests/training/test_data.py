@@ -107,6 +107,8 @@ def test_manifests(folder):
     assert [item.fields["text"] for item in items] == ["ONE TWO", "THREE"]
     assert items[0].fields["units"] == ["1", "1", "2"]
     assert [item.fields["samples"] for item in items] == [1600, 2400]
+    tsv.with_suffix(".wrd").write_text("one two\nthree\n")  # words before their letters
+    assert [item.fields["text"] for item in find_items(tsv)] == ["one two", "three"]
     tsv.with_suffix(".km").write_text("1\n")
     with pytest.raises(UsageError, match=r"set\.km has 1 lines for the 2"):
         find_items(tsv)
@@ -119,6 +121,7 @@ def test_tar_shards_are_read_in_place(folder):
             folder_of_that_name.type = tarfile.DIRTYPE
             file.addfile(folder_of_that_name)
             file.addfile(tarfile.TarInfo("._00.wav"))
+            file.addfile(tarfile.TarInfo("notes.txt"))  # of no recording
             for index in range(shard, 12, 2):
                 sound = io.BytesIO()
                 soundfile.write(sound, tone(0.2 + 0.1 * index), RATE, format="WAV")
@@ -126,6 +129,7 @@ def test_tar_shards_are_read_in_place(folder):
                     ("wav", sound.getvalue()),
                     ("txt", f"tone {index}".encode()),
                     ("cls", b"tone"),
+                    *([("json", b'{"caption": "a hum", "duration": 0.3}')] if index == 1 else []),
                 ):
                     info = tarfile.TarInfo(f"{index:02}.{suffix}")
                     info.size = len(content)
@@ -133,6 +137,8 @@ def test_tar_shards_are_read_in_place(folder):
     items = find_items(f"{folder}/s*.tar")
     assert len(items) == 12
     assert items[0].fields == {"text": "tone 0", "label": "tone"}
+    assert items[6].fields == {"text": "tone 1", "label": "tone", "caption": "a hum", "duration": 0.3}
+    assert items[6].seconds == 0.3
     whole = {
         int(n): length for b in batches(items).evaluation() for n, length in zip(b["number"], b["length"], strict=True)
     }
@@ -158,6 +164,9 @@ def test_what_is_no_data_gets_a_sentence(tmp_path):
         find_items(tmp_path / "a.jsonl")
     (tmp_path / "a.jsonl").write_text("{")
     with pytest.raises(UsageError, match=r"a\.jsonl:1 is not valid JSON"):
+        find_items(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_text("[3]")
+    with pytest.raises(UsageError, match=r"a\.jsonl:1 is no JSON object"):
         find_items(tmp_path / "a.jsonl")
     (tmp_path / "a.jsonl").write_bytes('{"audio": "à.wav"}'.encode("latin-1"))
     with pytest.raises(UsageError, match=r"a\.jsonl is not UTF-8 text \(byte 11\)"):
