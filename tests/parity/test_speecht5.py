@@ -890,6 +890,7 @@ NUMBERS = {
     "10 20 110 13 99": "ten twenty one hundred and ten thirteen ninety nine",
     "3.00 or 3.05, room 12b": "three or three point zero five, room 12b",
     "€100": "one hundred euros",
+    "1000, 1001 or 21000": "one thousand, one thousand one or twenty one thousand",
 }
 
 
