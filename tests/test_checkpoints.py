@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 from pathlib import Path
 
 import jax
@@ -156,14 +157,17 @@ def test_any_tree_of_arrays(tmp_path):
 def test_files_are_copied_and_checked(tree, tmp_path):
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_text("{}")
-    checkpoints.save(tree, tmp_path / "model", CONFIG, files=[tokenizer])
-    assert sorted(os.listdir(tmp_path / "model")) == ["config.json", "params", "tokenizer.json"]
+    (tmp_path / "voices").mkdir()
+    (tmp_path / "voices" / "ann.npy").write_bytes(b"a")
+    checkpoints.save(tree, tmp_path / "model", CONFIG, files=[tokenizer, tmp_path / "voices"])
+    assert sorted(os.listdir(tmp_path / "model")) == ["config.json", "params", "tokenizer.json", "voices"]
+    assert (tmp_path / "model" / "voices" / "ann.npy").read_bytes() == b"a"
     with pytest.raises(SourceError, match=r"vocab\.json is to be copied"):
         checkpoints.save(tree, tmp_path / "other", CONFIG, files=[tmp_path / "vocab.json"])
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UsageError, match="would overwrite"):
         checkpoints.save(tree, tmp_path / "other", CONFIG, files=[tmp_path / "config.json"])
-    assert sorted(os.listdir(tmp_path)) == ["config.json", "model", "tokenizer.json"]
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model", "tokenizer.json", "voices"]
 
 
 def test_an_existing_directory_is_kept_unless_told(tree, tmp_path):
@@ -181,6 +185,25 @@ def test_an_existing_directory_is_kept_unless_told(tree, tmp_path):
     with pytest.raises(CheckpointError, match="holds something else than a checkpoint"):
         checkpoints.save(tree, target, CONFIG, overwrite=True)
     assert os.listdir(target) == ["params"]
+
+
+def test_what_cannot_be_replaced_is_there_as_before(tree, saved, tmp_path, monkeypatch):
+    target, rename = tmp_path / "model", Path.rename
+    shutil.copytree(saved, target)
+
+    def failing(self, place):
+        if self.name == "model" and place == target:
+            raise OSError(28, "No space left on device")
+        return rename(self, place)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(CheckpointError, match=r"model cannot be written: No space left on device\."):
+        checkpoints.save({"new": jnp.ones(2)}, target, CONFIG, overwrite=True)
+    same(checkpoints.restore(target, structs(tree)), tree)
+    assert os.listdir(tmp_path) == ["model"]
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="link exists already"):
+        checkpoints.save(tree, tmp_path / "link", CONFIG)
 
 
 def test_a_full_disk(tmp_path, capfd):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import tracemalloc
 
 import ml_dtypes
@@ -16,6 +17,7 @@ from weights_conversion import labels_from_hugging_face, rules
 from weights_conversion.readers import TensorSource
 from weights_conversion.readers.tensors import Slab
 from weights_conversion.rules import (
+    Constant,
     Ignore,
     Rule,
     Table,
@@ -455,8 +457,19 @@ def test_tied_keys_are_compared_to_the_bit_and_left_out():
     assert load(TABLE, File.of(with_nan | {"head.weight": with_nan["embed.weight"]}), model())
     changed = tensors["embed.weight"].copy()
     changed[3, 2] = np.nextafter(changed[3, 2], np.float32(9))
-    lines = complaint(TABLE, File.of(tensors | {"head.weight": changed}), model())
-    assert "  + head.weight  (differs from embed.weight, to which the model ties it)" in lines
+    for other in (changed, tensors["embed.weight"].astype(np.float64), tensors["embed.weight"][:-1]):
+        lines = complaint(TABLE, File.of(tensors | {"head.weight": other}), model())
+        assert "  + head.weight  (differs from embed.weight, to which the model ties it)" in lines
+
+
+def test_constants_are_left_out_and_written_again():
+    table = dataclasses.replace(TABLE, constants=[Constant("mask", lambda: np.tri(3))])
+    for tensors in (checkpoint(), checkpoint() | {"mask": np.tri(3)}):
+        ours = load(table, File.of(tensors), model())
+        assert ours.keys() == model().keys()
+        back = dict(table.write(ours))
+        assert back.keys() == checkpoint().keys() | {"mask"}
+        np.testing.assert_array_equal(back["mask"], np.tri(3))
 
 
 def test_tied_keys_are_compared_to_the_last_piece(monkeypatch):
