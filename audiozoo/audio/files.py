@@ -35,6 +35,7 @@ Source = str | os.PathLike[str] | bytes | BinaryIO
 SUFFIXES: tuple[str, ...] = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".mp4", ".aac", ".aif", ".aiff")
 SUFFIXES += (".au", ".caf", ".amr", ".wma", ".webm")
 
+_OPUS_RATES = (8_000, 12_000, 16_000, 24_000, 48_000)  # Hz
 _DECODE_FRAMES = 1 << 16  # frames decoded at a time
 _UNKNOWN_FRAMES = (1 << 63) - 1  # libsndfile's number for a FLAC file whose writer did not know
 _SEVERAL_FRAMES = 4096  # bytes; an MP3 frame has 1441 at most
@@ -423,7 +424,7 @@ def write(path: str | os.PathLike[str], waveform: ArrayLike, sampling_rate: int,
     """Write a sound file under a temporary name and then rename it, so that no half-written file is ever left.
 
     Args:
-        path: the suffix chooses the container: wav, flac, ogg, opus, mp3, aiff ….
+        path: the suffix chooses the container: wav, flac, ogg, opus (at 48 kHz, if it has no such rate), mp3, aiff ….
         waveform: floats in [-1, 1], `(time,)` or `(channels, time)`; integer codings clip what lies outside.
         sampling_rate: Hz.
         subtype: libsndfile's name of the coding, such as "PCM_24" or "FLOAT"; the container's default if not given.
@@ -441,6 +442,8 @@ def write(path: str | os.PathLike[str], waveform: ArrayLike, sampling_rate: int,
     container = container_of(path)
     if path.suffix.lower() == ".opus" and subtype is None:
         subtype = "OPUS"
+    if subtype == "OPUS" and sampling_rate not in _OPUS_RATES:
+        samples, sampling_rate = resample(samples, sampling_rate, max(_OPUS_RATES)), max(_OPUS_RATES)
     if not path.parent.is_dir():
         raise SourceError(f"Cannot write '{path}': there is no directory '{path.parent}'.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -448,9 +451,9 @@ def write(path: str | os.PathLike[str], waveform: ArrayLike, sampling_rate: int,
         try:
             soundfile.write(temporary, samples.T.astype(np.float32), sampling_rate, format=container, subtype=subtype)
         except (soundfile.LibsndfileError, ValueError, RuntimeError) as problem:
-            raise UsageError(
-                f"Cannot write '{path}' as {container} {subtype or ''} at {sampling_rate} Hz: {problem}"
-            ) from None
+            reason = getattr(problem, "error_string", problem)  # without the temporary name
+            form = f"{container} {subtype or ''}".strip()
+            raise UsageError(f"Cannot write '{path}' as {form} at {sampling_rate} Hz: {reason}") from None
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -336,12 +336,23 @@ def test_writing_clips_and_refuses(tmp_path):
         ("b.wav", np.zeros((2, 2, 2)), AudioError, "shape"),
         ("b.wav", np.zeros((100, 2)), AudioError, "channels come first"),
         ("b.wav", np.array([np.inf]), AudioError, "infinite"),
-        ("b.opus", tone(44_100, 0.1), UsageError, "at 44100 Hz"),
+        ("b.mp3", tone(44_100, 0.1), UsageError, r"b\.mp3' as MP3 at 44101 Hz: Error : MPEG"),
     ]:
         with pytest.raises(kind, match=words) as error:
-            audio.write(tmp_path / path, samples, 44_100)
+            audio.write(tmp_path / path, samples, 44_101)
         sentence(error)
         assert not (tmp_path / path).exists()
+
+
+@pytest.mark.parametrize("rate", [22_050, 44_100, 96_000])
+def test_opus_of_rates_that_it_does_not_have(tmp_path, rate):
+    stereo = np.stack([tone(rate, 0.5), 0.5 * tone(rate, 0.5)])
+    audio.write(tmp_path / "a.opus", stereo, rate)
+    found = audio.info(tmp_path / "a.opus")
+    assert (found.sampling_rate, found.channels, found.format) == (48_000, 2, "OGG/OPUS")
+    assert found.seconds == pytest.approx(0.5, abs=1e-4)
+    heard, inside = audio.read(tmp_path / "a.opus", rate, mono=False), slice(rate // 50, -rate // 50)
+    np.testing.assert_allclose(heard[:, inside], stereo[:, inside], atol=5e-2)
 
 
 @pytest.mark.parametrize(
