@@ -151,6 +151,7 @@ def test_align(run, checkpoints, tmp_path):
     assert "-->" in run("align", sound, "abba", "--model", source, "--format", "vtt", "--star").out
     assert_refused(run("align", sound, "--model", source), "either as an argument or with --file")
     assert_refused(run("align", tmp_path / "no.wav", "abba", "--model", source), "no file")
+    assert_refused(run("align", sound, "--file", tmp_path / "no.txt", "--model", source), "There is no file")
     assert_refused(run("align", sound, "xyz", "--model", source), "no letter that the model knows")
     assert_refused(run("align", sound, "abba", "--model", checkpoints / "classifier"), "does not align")
 
@@ -259,7 +260,7 @@ def test_transcribe_where_somebody_is_speaking(run, checkpoints, tmp_path, monke
     assert json.loads(run(*arguments).out) == {"text": "", "segments": [], "language": None}
 
 
-def test_identify(run, checkpoints):
+def test_identify(run, checkpoints, tmp_path):
     source, sound = checkpoints / "classifier", checkpoints / "noise.wav"
     wanted = encoders.identify(audiozoo.load(source), audiozoo.load_processor(source), audiozoo.audio.read(sound))
     found = json.loads(run("identify", sound, "--model", source, "--json").out)
@@ -270,6 +271,8 @@ def test_identify(run, checkpoints):
     shown = run("identify", sound, "--model", source, "--top", "1")
     assert shown.out.strip().endswith(wanted[0][0])
     assert_refused(run("identify", sound, "--model", checkpoints / "ctc"), "does not identify")
+    soundfile.write(tmp_path / "one.wav", np.zeros(1), 16_000)
+    assert_refused(run("identify", tmp_path / "one.wav", "--model", source), "audiozoo: The waveform is too short")
     pieces = ("identify", sound, "--model", source, "--crops", "3", "--crop-length")
     model, processor = audiozoo.load(source), audiozoo.load_processor(source)
     wave = audiozoo.audio.read(sound)

@@ -215,6 +215,7 @@ def align(
         raise UsageError("Give the text either as an argument or with --file.")
     check_file(file)
     if text_file is not None:
+        check_file(str(text_file))
         try:
             text = text_file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError):

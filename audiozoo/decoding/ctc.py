@@ -720,7 +720,8 @@ def forced_alignment(
             raise UsageError(f"Item {item}: a token is outside the vocabulary of {scored.shape[2]}.")
         needed = len(row) + int(np.sum(row[1:] == row[:-1]))
         if needed > spoken[item]:
-            raise UsageError(f"Item {item}: {spoken[item]} frames are too few; the text takes {needed}.")
+            which = f"Item {item}" if batch > 1 else "The recording"
+            raise UsageError(f"{which} has {spoken[item]} frames, too few for its text, which takes {needed}.")
     # A few shapes, so that another length does not compile again.
     blocks = rounded(-(-frames // _BLOCK), 4)
     states = 2 * rounded(tokens.shape[1], 32) + 4

@@ -139,11 +139,11 @@ def _call(graphdef: Any, state: Any, *inputs: jax.Array | None, options: tuple =
     return nnx.merge(graphdef, state)(*inputs, **dict(options))
 
 
-def _run(model: Any, processor: Any, audios: list[np.ndarray], **options: Any) -> Any:
-    """A padded batch through the model, as if each item were alone."""
+def _run(model: Any, processor: Any, audio: np.ndarray, **options: Any) -> Any:
+    """A recording, padded, through the model, as if it were alone."""
     extractor = getattr(processor, "feature_extractor", processor)
     rate = extractor.sampling_rate
-    inputs = extractor(audios, sampling_rate=rate, pad_to_multiple_of=rate // 2, return_attention_mask=True)
+    inputs = extractor(audio, sampling_rate=rate, pad_to_multiple_of=rate // 2, return_attention_mask=True)
     values, mask = jnp.asarray(inputs["input_values"]), jnp.asarray(inputs["attention_mask"])
     options |= without_padding(model.config)
     graphdef, state = nnx.split(alone(model))
@@ -154,7 +154,7 @@ def _over_pieces(model: Any, processor: Any, audio: np.ndarray, field: str) -> n
     """A field of the output for a recording in equal pieces of at most `LONGEST_S`, averaged: `(1, width)`."""
     rate = getattr(processor, "feature_extractor", processor).sampling_rate
     pieces = np.array_split(np.asarray(audio), max(math.ceil(len(audio) / (LONGEST_S * rate)), 1))
-    found = [np.asarray(getattr(_run(model, processor, [piece]), field), np.float64) for piece in pieces]
+    found = [np.asarray(getattr(_run(model, processor, piece), field), np.float64) for piece in pieces]
     return np.mean(found, axis=0)
 
 
@@ -212,7 +212,7 @@ def embed(
         return found
 
     if len(audio) <= LONGEST_S * rate:
-        output = _run(model, processor, [audio], output_hidden_states=True)
+        output = _run(model, processor, audio, output_hidden_states=True)
         frames = np.asarray(state_of(output)[0, :count], np.float32)
         speaker = getattr(output, "embeddings", None)
     else:
@@ -222,7 +222,7 @@ def embed(
         def call(values: np.ndarray, mask: np.ndarray | None) -> jax.Array:
             return state_of(_call(graphdef, state, values, mask, options=options))
 
-        values = extractor([audio], sampling_rate=rate)["input_values"][0]
+        values = extractor(audio, sampling_rate=rate)["input_values"][0]
         frames = in_pieces(call, values, count, ratio, sampling_rate=rate).astype(np.float32)
         speaker = None
         if type(model).__name__.endswith(("ForXVector", "ForSpeakerVerification")):

@@ -456,7 +456,11 @@ def test_star_takes_what_the_text_leaves_out():
 
 @pytest.mark.parametrize(
     ("targets", "message"),
-    [([[2, 2, 2]], "4 frames are too few; the text takes 5"), ([[0, 1, 2]], "no token"), ([[9, 1, 2]], "outside")],
+    [
+        ([[2, 2, 2]], "The recording has 4 frames, too few for its text, which takes 5"),
+        ([[0, 1, 2]], "no token"),
+        ([[9, 1, 2]], "outside"),
+    ],
 )
 def test_impossible_targets(targets, message):
     with pytest.raises(ValueError, match=message):
