@@ -172,7 +172,11 @@ def test_a_full_disk(monkeypatch, capsys):
 
 
 def test_commands_that_make_no_sense(audiozoo_command):
-    for arguments in (("transcribe",), ("transcripe", "a.wav"), ("list", "--yaml"), ("convert", "only-a-source")):
+    seeds = (("speak", "a", "--seed", 2**32), ("music", "--seed", "-1"), ("transcribe", "a.wav", "--seed", 10**20))
+    for arguments in (
+        *(("transcribe",), ("transcripe", "a.wav"), ("list", "--yaml"), ("convert", "only-a-source")),
+        *seeds,
+    ):
         run = audiozoo_command(*arguments)
         assert run.code == 2
         assert "Traceback" not in run.err

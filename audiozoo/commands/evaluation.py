@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from audiozoo.commands import terminal
-from audiozoo.commands.terminal import progress_bar, say, write_whole
+from audiozoo.commands.terminal import progress_bar, say, seed_option, write_whole
 from audiozoo.errors import SourceError, UsageError
 
 
@@ -44,7 +44,7 @@ def evaluate(
     vocoder: Annotated[str | None, typer.Option(help="for SpeechT5; by default microsoft's")] = None,
     voice_preset: Annotated[str | None, typer.Option(help="of Bark")] = None,
     duration: Annotated[float | None, typer.Option(help="seconds of music")] = None,
-    seed: Annotated[int | None, typer.Option(help="of what is drawn when speech or music is made")] = None,
+    seed: Annotated[int | None, seed_option("of what is drawn when speech or music is made")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE, an option of the decoding")] = None,
     dtype: Annotated[str, typer.Option(help=terminal.COMPUTED_IN)] = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,

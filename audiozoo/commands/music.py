@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from audiozoo.commands import terminal
-from audiozoo.commands.terminal import check_file, check_sound, progress_bar, say, write_sound
+from audiozoo.commands.terminal import check_file, check_sound, progress_bar, say, seed_option, write_sound
 from audiozoo.errors import UsageError
 
 COMPOSER, MELODIST = "facebook/musicgen-small", "facebook/musicgen-melody"
@@ -29,7 +29,7 @@ def music(
     stride: Annotated[
         float | None, typer.Option(help="seconds that a window moves on in a piece of more than 30 s; by default 18")
     ] = None,
-    seed: Annotated[int, typer.Option(help="another seed, another piece")] = 0,
+    seed: Annotated[int, seed_option("another seed, another piece")] = 0,
     model: Annotated[
         str | None, typer.Option(help=f"hub id or directory; by default {COMPOSER}, with --melody {MELODIST}")
     ] = None,

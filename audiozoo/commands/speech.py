@@ -18,6 +18,7 @@ from audiozoo.commands.terminal import (
     keep_compiled_programs,
     progress_bar,
     say,
+    seed_option,
     write_sound,
     write_whole,
 )
@@ -42,7 +43,7 @@ def speak(
     speed: Annotated[float | None, typer.Option(help="speaking rate; 2 is twice as fast")] = None,
     noise_scale: Annotated[float | None, typer.Option(help="liveliness of the sound, 0 for none")] = None,
     noise_scale_duration: Annotated[float | None, typer.Option(help="liveliness of the rhythm, 0 for none")] = None,
-    seed: Annotated[int, typer.Option(help="of the noise: the same seed, the same speech")] = 0,
+    seed: Annotated[int, seed_option("of the noise: the same seed, the same speech")] = 0,
     pause: Annotated[float, typer.Option(help="seconds of silence between sentences")] = 0.0,
     normalize: Annotated[bool, typer.Option("--normalize", help="bring every sentence to full scale")] = False,
     phonemes: Annotated[bool, typer.Option("--phonemes", help="the text is phonemes already")] = False,
@@ -177,7 +178,7 @@ def convert_voice(
     noise_scale: Annotated[
         float | None, typer.Option(help="VITS: deviation about what was heard, 0 for none; by default 1")
     ] = None,
-    seed: Annotated[int, typer.Option(help="of the noise, or of the dropout")] = 0,
+    seed: Annotated[int, seed_option("of the noise, or of the dropout")] = 0,
     speaker_embedding: Speaker = None,
     vocoder: Vocoder = None,
 ) -> None:

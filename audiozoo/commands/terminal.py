@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -80,6 +81,11 @@ def write_whole(path: Path, text: str) -> None:
 
 
 COMPUTED_IN = "of the computation: float32, bfloat16 or float16"
+
+
+def seed_option(of: str) -> Any:
+    """An option for the seed of what is drawn: one of those that `jax.random.key` tells apart."""
+    return typer.Option(min=0, max=2**32 - 1, help=of)
 
 
 def check_dtype(dtype: str) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from audiozoo.commands.terminal import keep_compiled_programs, messages
+from audiozoo.commands.terminal import keep_compiled_programs, messages, seed_option
 from audiozoo.errors import UsageError
 
 
@@ -39,7 +39,7 @@ def train(
     remat: Annotated[str, typer.Option(help="none, layers or dots: what is computed again to save memory")] = "none",
     stack: Annotated[bool, typer.Option("--stack", help="equal blocks by one scan: compiles faster")] = False,
     average: Annotated[float | None, typer.Option(help="decay of a moving average of the parameters")] = None,
-    seed: Annotated[int, typer.Option(help="of all that is drawn")] = 0,
+    seed: Annotated[int, seed_option("of all that is drawn")] = 0,
     dtype: Annotated[str, typer.Option(help="of the computation: float32 or bfloat16")] = "float32",
     evaluate_every: Annotated[int | None, typer.Option(help="steps between evaluations and checkpoints")] = None,
     patience: Annotated[int | None, typer.Option(help="evaluations without improvement, then stop")] = None,

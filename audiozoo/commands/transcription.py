@@ -12,7 +12,7 @@ import typer
 
 from audiozoo import packaged
 from audiozoo.commands import recognition, terminal
-from audiozoo.commands.terminal import COMPUTED_IN, check_dtype, progress_bar, say, write_whole
+from audiozoo.commands.terminal import COMPUTED_IN, check_dtype, progress_bar, say, seed_option, write_whole
 from audiozoo.errors import AudiozooError, SourceError, UsageError
 from audiozoo.text import subtitles
 
@@ -80,7 +80,7 @@ def transcribe(
     allow_short: Annotated[
         bool, typer.Option("--allow-short", help="windows shorter than 30 s: sooner, as whisper_short trains")
     ] = False,
-    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+    seed: Annotated[int, seed_option("of the sampling")] = 0,
     language_model: Annotated[
         str | None,
         typer.Option(help="of words, an ARPA file, for CTC models; of tokens, a checkpoint, for SpeechT5"),
