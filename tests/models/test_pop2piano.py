@@ -380,7 +380,14 @@ def test_notes_of_midi_hold_with_the_pedal():
     np.testing.assert_allclose(
         rendering.notes_of(midi), [[0, 1.5, 60, 80], [0.5, 2.0, 64, 80], [1.5, 2.0, 60, 80], [3.0, 3.5, 67, 80]]
     )
-    midi.instruments.remove(piano)
+    other = pretty_midi.Instrument(0)  # half a pedal, as the key is let go
+    other.notes.append(pretty_midi.Note(80, 72, 0.25, 0.75))
+    other.control_changes += [pretty_midi.ControlChange(64, v, t) for v, t in ((64, 0.75), (63, 1.0))]
+    midi.instruments.append(other)
+    np.testing.assert_allclose(
+        rendering.notes_of(midi)[:3], [[0, 1.5, 60, 80], [0.25, 1.0, 72, 80], [0.5, 2.0, 64, 80]]
+    )
+    midi.instruments = [drums]
     assert rendering.notes_of(midi).shape == (0, 4)
     assert not rendering.played(midi, 8000).any()
 
