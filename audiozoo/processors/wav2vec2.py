@@ -441,7 +441,7 @@ class Wav2Vec2CTCTokenizer:
         start = 0
         for i in range(1, len(path) + 1):
             if i == len(path) or not group_tokens or path[i] != path[start]:
-                if path[start : start + 1] and path[start] != self.pad_token:
+                if path[start] != self.pad_token:
                     spans.append(Span(path[start], start, i))
                 start = i
         if self.phonemes:
