@@ -80,7 +80,7 @@ from audiozoo.layers import (
     check_mask,
     gelu,
 )
-from audiozoo.layers.basic import at_least_float32, spread
+from audiozoo.layers.basic import at_least_float32, matmul, promote, spread
 from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy
 from audiozoo.layers.stacking import unseen
 from audiozoo.models.encodec import EncodecConfig, EncodecModel
@@ -966,7 +966,7 @@ class BarkFineModel(_Transformer):
 
     def __call__(
         self,
-        codebook_idx: int,
+        codebook_idx: int | Int[Array, ""],
         input_ids: Int[Array, "batch frames codebooks"] | None = None,
         attention_mask: Int[Array, "batch frames"] | None = None,
         position_ids: Int[Array, "#batch frames"] | None = None,
@@ -980,7 +980,7 @@ class BarkFineModel(_Transformer):
         """Logits of one codebook for every frame and, with `labels`, their mean cross-entropy.
 
         Args:
-            codebook_idx: the codebook, counted from 0.
+            codebook_idx: the codebook, counted from 0; inside `jax.jit` it may be traced, and is then not checked.
             input_ids: all codebooks of every frame; those after `codebook_idx` are not looked at.
             attention_mask: 1 where a frame is real.
             position_ids: rows of the position table.
@@ -994,7 +994,9 @@ class BarkFineModel(_Transformer):
             UsageError: for a codebook that has no head, and unless exactly one kind of input is given.
         """
         given, total = self.config.n_codes_given, self.config.n_codes_total
-        if not max(given, 1) <= codebook_idx < total:
+        traced = isinstance(codebook_idx, jax.core.Tracer)
+        codebook_idx = codebook_idx if traced else int(codebook_idx)
+        if not traced and not max(given, 1) <= codebook_idx < total:
             raise UsageError(f"This model predicts codebooks {max(given, 1)} to {total - 1}, not {codebook_idx}.")
         if (input_ids is None) == (inputs_embeds is None):
             raise UsageError("Give the model input_ids or inputs_embeds, and not both.")
@@ -1007,8 +1009,11 @@ class BarkFineModel(_Transformer):
             x, attention_mask, position_ids, output_attentions=output_attentions, key=key
         )
         index = codebook_idx - given
-        tied = self.config.tie_word_embeddings
-        logits = self.input_embeds_layers[index + 1].attend(x) if tied else self.lm_heads[index](x)
+        if traced:
+            logits = matmul(*promote(x, self.heads()[index], dtype=x.dtype))
+        else:
+            tied = self.config.tie_word_embeddings
+            logits = self.input_embeds_layers[index + 1].attend(x) if tied else self.lm_heads[index](x)
         return CausalLMOutput(
             loss=None if labels is None else cross_entropy(logits, labels),
             logits=logits,

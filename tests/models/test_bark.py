@@ -204,6 +204,19 @@ def test_every_stage_learns(model):
     assert drawn == set(range(2, 8))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_one_program_is_for_every_codebook(model, tied):
+    """Compiled by `audiozoo.jit`, which traces numbers; a number of NumPy's is one, too."""
+    config = dataclasses.replace(model.fine_acoustics.config, tie_word_embeddings=tied)
+    fine = random_model(lambda rngs: bark.BarkFineModel(config, rngs=rngs))
+    codes = np.random.default_rng(0).integers(0, config.output_vocab_size, (2, 5, config.n_codes_total))
+    run = audiozoo.jit(fine)
+    for book in range(config.n_codes_given, config.n_codes_total):
+        logits = run(book, codes).logits
+        np.testing.assert_allclose(logits, fine(np.int64(book), jnp.asarray(codes)).logits, rtol=1e-4, atol=1e-5)
+    assert run.compiled._cache_size() == 1
+
+
 def test_half_precision_stays_near():
     config = config_from_hugging_face(CONFIG).fine_acoustics_config
     codes = jnp.asarray(np.random.default_rng(0).integers(0, 16, (1, 9, 8)))
