@@ -252,14 +252,21 @@ def test_verification(items, waves, tmp_path):
     (tmp_path / "trials.txt").write_text("1 0.wav 1.wav\n0 0.wav 3.wav\n")
     tried = evaluate(model, tiny.PROCESSOR, items, trials=tmp_path / "trials.txt")
     assert [row["score"] for row in tried.predictions] == pytest.approx([cosines[0], cosines[2]], abs=1e-5)
+    twins = [dataclasses.replace(items[0], name=f"{speaker}/again.wav") for speaker in SPEAKERS[1:3]]
     for text, match in (
         ("1 0.wav\n", "is no trial"),
         ("1 0.wav 9.wav\n", "9.wav, which is not among"),
         ("\n", "no trial"),
+        ("1 again.wav 0.wav\n", "again.wav, which several recordings are called"),
     ):
         (tmp_path / "trials.txt").write_text(text)
         with pytest.raises(UsageError, match=match):
-            evaluate(model, tiny.PROCESSOR, items, trials=tmp_path / "trials.txt")
+            evaluate(model, tiny.PROCESSOR, [*items, *twins], trials=tmp_path / "trials.txt")
+    # A recording of fewer frames than the vectors need is left out.
+    soundfile.write(tmp_path / "short.wav", waves[0][:500], 16_000)
+    short = dataclasses.replace(items[0], name="short.wav", audio=tmp_path / "short.wav")
+    found = evaluate(model, tiny.PROCESSOR, [*items, short])
+    assert (found.metrics["eer"], list(found.unreadable)) == (result.metrics["eer"], ["short.wav"])
 
 
 def test_silence_has_no_ratio_to_noise():

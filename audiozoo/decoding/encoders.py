@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from audiozoo.audio.features import covering
-from audiozoo.errors import UsageError
+from audiozoo.errors import AudioError, UsageError
 
 CLASSIFIERS = ("ForSequenceClassification", "WhisperForAudioClassification")  # how the names of their classes end
 LONGEST_S = 60.0  # seconds that are heard in one piece: the Transformer's memory grows with their square
@@ -188,7 +188,8 @@ def embed(
         model with an x-vector head `embedding`, by whose cosine speakers are compared.
 
     Raises:
-        UsageError: if the model is no such encoder, has no such layer, or wants a longer recording.
+        UsageError: if the model is no such encoder, or has no such layer.
+        AudioError: if the recording is too short for the model.
     """
     backbone = getattr(model, "backbone", model)
     if not hasattr(backbone, "frame_lengths"):
@@ -199,7 +200,7 @@ def embed(
     together = getattr(model.config, "squeeze_factor", 1)  # SEW's Transformer sees one frame for each two
     count = int(backbone.frame_lengths(len(audio), adapter=False)) // together
     if (least := getattr(model, "least_frames", 1)) > count:
-        raise UsageError(
+        raise AudioError(
             f"The recording is too short: it has {count} frames, and {type(model).__name__} needs {least}."
         )
     extractor = getattr(processor, "feature_extractor", processor)

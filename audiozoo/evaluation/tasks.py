@@ -603,11 +603,12 @@ def _read_trials(path: Path, names: Sequence[str]) -> list[tuple[bool, str, str]
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         raise SourceError(f"{path} cannot be read as UTF-8 text.") from None
-    whole: dict[str, str] = {}
+    ending: dict[str, set[str]] = {}  # names by their last parts
     for name in names:
         parts = Path(name).parts
         for start in range(len(parts)):
-            whole.setdefault("/".join(parts[start:]), name)
+            ending.setdefault("/".join(parts[start:]), set()).add(name)
+    ending |= {name: {name} for name in names}
     trials = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -616,9 +617,10 @@ def _read_trials(path: Path, names: Sequence[str]) -> list[tuple[bool, str, str]
         if len(words) != 3 or words[0] not in ("0", "1"):
             raise UsageError(f"{path}:{number} is no trial; write 1 or 0 and two recordings.")
         for word in words[1:]:
-            if word not in whole and word not in names:
-                raise UsageError(f"{path}:{number} names {word}, which is not among the recordings.")
-        trials.append((words[0] == "1", *(whole.get(word, word) for word in words[1:])))
+            if len(named := ending.get(word, ())) != 1:
+                which = "several recordings are called" if named else "is not among the recordings"
+                raise UsageError(f"{path}:{number} names {word}, which {which}.")
+        trials.append((words[0] == "1", *(name for word in words[1:] for name in ending[word])))
     if not trials:
         raise UsageError(f"{path} holds no trial.")
     return trials  # type: ignore[return-value]
