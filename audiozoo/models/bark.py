@@ -1008,7 +1008,7 @@ class BarkFineModel(_Transformer):
         x, _, states, attentions = self.blocks(
             x, attention_mask, position_ids, output_attentions=output_attentions, key=key
         )
-        index = codebook_idx - given
+        index: Any = codebook_idx - given
         if traced:
             logits = matmul(*promote(x, self.heads()[index], dtype=x.dtype))
         else:
