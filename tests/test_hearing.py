@@ -127,6 +127,16 @@ def test_embed_sounds_and_texts(command, checkpoints, tmp_path):
         np.testing.assert_allclose(kept["embeddings"], [row["embedding"] for row in rows], atol=1e-6)
         np.testing.assert_allclose(np.linalg.norm(kept["embeddings"], axis=1), 1, atol=1e-5)
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ""] == ["all.npz"]
+    # What cannot be heard is left out, and named.
+    broken = checkpoints / "sounds" / "broken.wav"
+    run = command("embed", broken, file, "--model", checkpoints / "clap", "-o", out)
+    assert run.code == 1
+    first, *_, last = run.err.splitlines()
+    assert first.startswith(f"audiozoo: {broken}: ")
+    assert last == "audiozoo: 1 of 2 files could not be embedded."
+    with np.load(out) as kept:
+        assert kept["names"].tolist() == [str(file)]
+        np.testing.assert_allclose(kept["embeddings"], [rows[0]["embedding"]], atol=1e-6)
 
 
 def test_embed_what_the_classifier_of_tags_sees(command, checkpoints):

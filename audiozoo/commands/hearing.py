@@ -14,7 +14,7 @@ import typer
 
 from audiozoo.commands import terminal
 from audiozoo.commands.terminal import check_file, check_output, progress_bar, say, written_whole
-from audiozoo.errors import AudiozooError, SourceError, UsageError
+from audiozoo.errors import AudioError, AudiozooError, SourceError, UsageError
 
 TAGGER = "MIT/ast-finetuned-audioset-10-10-0.4593"
 MATCHER = "laion/clap-htsat-unfused"
@@ -127,25 +127,36 @@ def embed(
     if layer is not None and kind != "speech":
         raise UsageError(f"--layer is for speech encoders; {source} has one embedding of a sound.")
     said = list(embed_text(embedder, processor, text)) if text else []
+    names: list[str] = []
     rows: list[np.ndarray] = []
     more: dict[str, np.ndarray] = {}
     with progress_bar("embedding", len(files), "files") as update:
         for count, file in enumerate(files, 1):
-            if kind == "speech":
-                more = _speech_embedding(embedder, processor, file, layer)
-                rows.append(more["mean"] if layer is not None else more.get("embedding", more["mean"]))
+            try:
+                if kind == "speech":
+                    more = _speech_embedding(embedder, processor, file, layer)
+                    rows.append(more["mean"] if layer is not None else more.get("embedding", more["mean"]))
+                else:
+                    rows.append(_embedding(embedder, processor, file))
+            except (AudioError, SourceError) as error:
+                if len(files) == 1:
+                    raise
+                say(f"audiozoo: {file}: {error}", "red")
             else:
-                rows.append(_embedding(embedder, processor, file))
+                names.append(file)
             update(count, len(files))
+    failed = len(files) - len(names)
     rows += said
-    names = [*files, *text]
+    names += text
     if output is None:
         for name, row in zip(names, rows, strict=True):
             print(json.dumps({"name": name, "embedding": [round(float(x), 7) for x in row]}))
-        return
-    more = more if len(files) == 1 else {}
-    _write_arrays(output, more | {"names": np.asarray(names), "embeddings": np.stack(rows)})
-    say(f"{len(rows)} embeddings in {output}")
+    elif rows:
+        more = more if len(files) == 1 else {}
+        _write_arrays(output, more | {"names": np.asarray(names), "embeddings": np.stack(rows)})
+        say(f"{len(rows)} embeddings in {output}")
+    if failed:
+        raise SourceError(f"{failed} of {len(files)} files could not be embedded.")
 
 
 def search(

@@ -25,7 +25,7 @@ from audiozoo.commands.terminal import (
 from audiozoo.errors import SourceError, UsageError
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="sound file to write; - is standard output, as WAV")]
-Model = Annotated[str | None, typer.Option(help="hub id, directory or file of a voice")]
+Model = Annotated[str | None, typer.Option(help="hub id, directory or file of a voice; by default an English one")]
 Speaker = Annotated[Path | None, typer.Option(help="x-vector of the wanted voice, a .npy file; for SpeechT5")]
 VOCODER = "microsoft/speecht5_hifigan"
 Vocoder = Annotated[
