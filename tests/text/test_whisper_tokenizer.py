@@ -261,7 +261,7 @@ def test_tiktoken_files_give_the_same_merges(tmp_path):
     assert tokenizer.vocabulary_size == tokenizer.eot + 1 + 1 + 99 + 6 + 1_501
     for text in TEXTS:
         assert tokenizer.encode_ordinary(text) == backend.encode(text).ids
-    large = WhisperTokenizer.from_tiktoken(tmp_path / "multilingual.tiktoken", num_languages=100)
+    large = WhisperTokenizer.from_tiktoken(str(tmp_path / "multilingual.tiktoken"), num_languages=100)
     assert large.all_language_codes[-1] == "yue"
     assert large.timestamp_begin == tokenizer.timestamp_begin + 1
     assert large.encode("<|1.00|>", add_special_tokens=False) == [large.timestamp_begin + 50]
