@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.fft
 from flax import nnx
 
+from audiozoo.audio.features import kaldi_fbank
 from audiozoo.decoding.units import KMeans, cepstra, deduplicate, units
 from audiozoo.errors import AudiozooError
 from audiozoo.models import hubert
@@ -103,6 +105,19 @@ def test_sets_of_labels():
         model(x, None, [labels[0], labels[1] + 1], mask_time_indices=spans)
     with pytest.raises(ValueError, match="needs masks"):
         model(x, None, labels)
+
+
+def test_cepstra_are_a_cosine_transform_and_its_slopes():
+    def slopes(x):
+        near = [[x[np.clip(t + n, 0, len(x) - 1)] for n in range(-2, 3)] for t in range(len(x))]
+        return np.array([(2 * (b - a) + d - c) / 10 for a, c, _, d, b in near])
+
+    wave = np.random.default_rng(0).standard_normal(2_000).astype(np.float32)
+    found = cepstra(jnp.asarray(wave))
+    transformed = scipy.fft.dct(np.asarray(kaldi_fbank(jnp.asarray(wave), 23)), norm="ortho")[:, :13]
+    wanted = transformed * (1 + 11 * np.sin(np.pi * np.arange(13) / 22))
+    wanted = np.concatenate([wanted, slopes(wanted), slopes(slopes(wanted))], axis=1)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_cluster_without_frames_stays_where_it_is():
