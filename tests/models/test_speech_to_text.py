@@ -426,6 +426,7 @@ def test_cuts_are_where_it_is_quiet():
     assert 8_500 <= pieces[0][1] <= 9_000
     assert 17_000 <= pieces[1][1] <= 17_600
     assert quiet_cuts(wave[:500], rate, 10.0) == [(0, 500)]
+    assert quiet_cuts(wave[: 10 * rate], rate, 10.0) == [(0, 10 * rate)]  # just as long as a piece may be
     with pytest.raises(UsageError, match="too short"):
         quiet_cuts(wave, rate, 0.5)
 
