@@ -13,7 +13,7 @@ import audiozoo
 from audiozoo import loading, registry, sharding
 from audiozoo.errors import UsageError
 from audiozoo.layers import Dropout, abstract
-from audiozoo.layers.stacking import Scanned, rematerialise, scanned, stacks, unscanned
+from audiozoo.layers.stacking import Scanned, layer_drop, rematerialise, scanned, stacks, unscanned
 from audiozoo.models import unispeech_sat
 from audiozoo.models.conformer import ConformerConfig, ConformerEncoder
 from audiozoo.models.speecht5 import SpeechT5Config, SpeechT5Decoder
@@ -183,6 +183,39 @@ def test_statistics_of_a_stack_move_as_those_of_its_layers():
         assert path == same
         np.testing.assert_allclose(theirs[...], ours[...], rtol=1e-4, atol=1e-6)
         assert not np.allclose(ours[...], old[...])
+
+
+class Adding(nnx.Module):
+    """A block whose index can be read off what it adds."""
+
+    def __init__(self, index):
+        self.part = nnx.Param(jnp.asarray(2.0**index))
+
+    def __call__(self, x, dropout):
+        return x + dropout(jnp.full(x.shape, self.part[...]), 0.25), None
+
+
+def test_each_block_of_a_stack_draws_for_itself():
+    """Dropout keeps, and layer drop leaves, three of four, independently from block to block; in evaluation all."""
+    owner = nnx.Module()
+    owner.layers = nnx.List([Adding(index) for index in range(4)])
+    (stack,) = scanned(owner).layers
+    zeros = jnp.zeros(10_000)
+    kept = stack(zeros, Dropout(jax.random.key(0)))[0] * 0.75
+    each = jnp.arange(len(zeros))
+
+    def left(index):
+        return layer_drop(stack, 0.0 * zeros[0], 0.25, Dropout(jax.random.fold_in(jax.random.key(1), index)))[0]
+
+    stayed = jax.vmap(left)(each)
+    present = [np.round(np.asarray(kept)).astype(int)[:, None] >> np.arange(4) & 1]
+    # What a block adds is 4/3 of its part, or, of a quarter of those that are kept, nothing.
+    present.append(np.round(0.75 * np.asarray(stayed)).astype(int)[:, None] >> np.arange(4) & 1)
+    for drawn, share in zip(present, (0.75, 0.75**2), strict=True):
+        np.testing.assert_allclose(drawn.mean(axis=0), share, atol=0.02)
+        np.testing.assert_allclose(np.corrcoef(drawn.T), np.eye(4), atol=0.05)
+    np.testing.assert_array_equal(stack(zeros, Dropout(None))[0], 15)
+    np.testing.assert_array_equal(layer_drop(stack, zeros, 0.25, Dropout(None))[0], 15)
 
 
 def instructions(compiled):
