@@ -161,6 +161,14 @@ def test_one_bit_is_noticed(tmp_path):
     checkpoints.close()
 
 
+def test_another_dtype_is_no_damage(tmp_path):
+    checkpoints, state = Checkpoints(tmp_path), {"kernel": jax.random.normal(jax.random.key(0), (4, 4))}
+    saved_now(checkpoints, 2, state)
+    restored = checkpoints.restore({"kernel": jax.ShapeDtypeStruct((4, 4), jnp.bfloat16)}, step=2)
+    np.testing.assert_array_equal(restored["kernel"], state["kernel"].astype(jnp.bfloat16))
+    checkpoints.close()
+
+
 def test_no_good_checkpoint_and_one_of_another_model(saved, tmp_path):
     directory = tmp_path / "checkpoints"
     shutil.copytree(saved[0], directory)
@@ -173,6 +181,8 @@ def test_no_good_checkpoint_and_one_of_another_model(saved, tmp_path):
         checkpoints.restore(Trainer(task(model={"width": 16})).abstract())
     for step in (2, 4):
         shutil.rmtree(directory / str(step) / "state")
+    with pytest.raises(CheckpointError, match=r"step 4 .* is damaged \(.*\)\.$"):  # of others nothing was asked
+        checkpoints.restore(saved[2].abstract(), step=4)
     with pytest.raises(CheckpointError, match=r"step 2 .* is damaged .*, and there is no other"):
         checkpoints.restore(saved[2].abstract())
     assert Checkpoints(tmp_path / "empty").restore(saved[2].abstract()) is None
