@@ -19,7 +19,7 @@ from rich.console import Console
 
 from audiozoo.errors import CheckpointError
 from audiozoo.recipes import run
-from audiozoo.training.checkpointing import Checkpoints
+from audiozoo.training.checkpointing import Checkpoints, checksums
 from audiozoo.training.loop import Trainer
 from tests import processes
 from tests.training.networks import Net, Numbers, arrays, task
@@ -159,6 +159,15 @@ def test_one_bit_is_noticed(tmp_path):
     assert "step 4" in checkpoints.messages[0]
     assert "kernel is not what was saved); it is set aside" in checkpoints.messages[0]
     checkpoints.close()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8, jnp.int32])
+def test_the_last_bit_counts(dtype):
+    x = np.asarray(jnp.linspace(0, 100, 9).astype(dtype))
+    other = x.copy()
+    other.view(np.uint8)[0] ^= 1
+    assert checksums({"x": jnp.asarray(x)}) != checksums({"x": jnp.asarray(other)})
+    assert checksums({"x": jnp.asarray(x)}) == checksums({"x": jnp.asarray(x[::-1])})
 
 
 def test_another_dtype_is_no_damage(tmp_path):
