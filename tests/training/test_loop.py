@@ -227,8 +227,9 @@ def test_phases_alternate_and_hand_on():
     assert last["judge/loss"] < 0.5 * first["judge/loss"]
     for name, value in results[40].items():
         np.testing.assert_allclose(value, first[name], rtol=1e-4)
-    with pytest.raises(UsageError, match="a network of its own"):
-        Trainer(Task(networks, [phases[0], phases[0]]))
+    for wrong in ([phases[0], phases[0]], [Phase("nobody", judge, optax.adam(1e-2))]):
+        with pytest.raises(UsageError, match="a network of its own"):
+            Trainer(Task(networks, wrong))
 
 
 # --- many steps ------------------------------------------------------------------------------------------------------
