@@ -628,6 +628,30 @@ PAPERS: tuple[Paper, ...] = (
         processor="audiozoo.processors.wav2vec2:Wav2Vec2Processor",
     ),
     Paper(
+        name="wav2vec2_bert",
+        title="w2v-BERT 2.0",
+        paper="w2v-BERT: Combining Contrastive Learning and Masked Language Modeling for Self-Supervised Speech "
+        "Pre-Training",
+        year=2021,
+        arxiv="2108.06209",
+        classes=(
+            "Wav2Vec2BertModel",
+            "Wav2Vec2BertForPreTraining",
+            "Wav2Vec2BertForCTC",
+            "Wav2Vec2BertForSequenceClassification",
+            "Wav2Vec2BertForAudioFrameClassification",
+            "Wav2Vec2BertForXVector",
+        ),
+        config="Wav2Vec2BertConfig",
+        sizes=("w2v_bert_2", "w2v_bert_2_300m"),
+        tasks=("embedding", "transcription", "alignment", "classification", "speaker embedding", "pre-training"),
+        checkpoints=(
+            Checkpoint("facebook/w2v-bert-2.0", "w2v_bert_2", "MIT"),
+            Checkpoint("conformer_shaw.pt", "w2v_bert_2", "MIT"),
+        ),
+        processor="audiozoo.processors.wav2vec2_bert:Wav2Vec2BertProcessor",
+    ),
+    Paper(
         name="xls_r",
         title="XLS-R",
         paper="XLS-R: Self-supervised Cross-lingual Speech Representation Learning at Scale",

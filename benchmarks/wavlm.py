@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -41,19 +42,24 @@ def waves(batch: int, seconds: int) -> np.ndarray:
     return np.random.default_rng(1).standard_normal((batch, seconds * RATE)).astype(np.float32)
 
 
-def our_forward(paper: str, config: str, cls: str, size: str, batch: int, seconds: int) -> Run:
+Inputs = Callable[[int, int], np.ndarray]  # of so many recordings of so many seconds
+
+
+def our_forward(paper: str, config: str, cls: str, size: str, batch: int, seconds: int, inputs: Inputs = waves) -> Run:
     import jax
 
     import audiozoo
 
-    run, x = audiozoo.jit(model(paper, config, cls, size)), jax.numpy.asarray(waves(batch, seconds))
+    run, x = audiozoo.jit(model(paper, config, cls, size)), jax.numpy.asarray(inputs(batch, seconds))
     return lambda: np.asarray(run(x).logits)
 
 
-def their_forward(paper: str, config: str, cls: str, size: str, batch: int, seconds: int) -> Run:
+def their_forward(
+    paper: str, config: str, cls: str, size: str, batch: int, seconds: int, inputs: Inputs = waves
+) -> Run:
     import torch
 
-    theirs, x = original(paper, config, cls, size), tensor(waves(batch, seconds))
+    theirs, x = original(paper, config, cls, size), tensor(inputs(batch, seconds))
 
     def run() -> Any:
         with torch.inference_mode():
@@ -62,13 +68,15 @@ def their_forward(paper: str, config: str, cls: str, size: str, batch: int, seco
     return run
 
 
-def forwards(paper: str, config: str, rows: tuple[tuple[str, str, int, int, int], ...]) -> tuple[Case, ...]:
+def forwards(
+    paper: str, config: str, rows: tuple[tuple[str, str, int, int, int], ...], inputs: Inputs = waves
+) -> tuple[Case, ...]:
     """Forward passes, one a row: class, size, batch, seconds, repeats."""
     return tuple(
         Case(
             f"forward, {batch} x {seconds} s, {size}",
-            functools.partial(our_forward, paper, config, cls, size, batch, seconds),
-            {"transformers": functools.partial(their_forward, paper, config, cls, size, batch, seconds)},
+            functools.partial(our_forward, paper, config, cls, size, batch, seconds, inputs),
+            {"transformers": functools.partial(their_forward, paper, config, cls, size, batch, seconds, inputs)},
             target=1.5,
             agreement=within(1e-3),
             repeats=repeats,

@@ -32,6 +32,7 @@ from tests.hub_server import HubServer
 from tests.models import tiny_whisper
 from tests.models.random_model import random_model
 from tests.test_cli import ROOT, Run, assert_refused, audiozoo_command  # noqa: F401 - a fixture
+from tests.training import tiny
 from weights_conversion import wav2vec2 as conversion
 
 NETWORK = {
@@ -80,6 +81,22 @@ def run(audiozoo_command, monkeypatch):  # noqa: F811
         return audiozoo_command(*arguments, **options)
 
     return call
+
+
+def test_a_recogniser_of_features_transcribes_and_embeds(run, tmp_path, checkpoints):
+    """w2v-BERT's, whose files name no paper of waveforms."""
+    model, sound = tiny.family("wav2vec2_bert", "Wav2Vec2BertForCTC"), checkpoints / "noise.wav"
+    audiozoo.export(model, tmp_path / "model")
+    tiny.PROCESSORS["wav2vec2_bert"].save(tmp_path / "model")
+    heard = ctc.transcribe_ctc(model, tiny.PROCESSORS["wav2vec2_bert"], audiozoo.audio.read(sound))
+    assert heard.text
+    said = run("transcribe", sound, "--model", tmp_path / "model")
+    assert " ".join(said.out.split()) == " ".join(heard.text.split()), said.err
+    assert run("embed", sound, "--model", tmp_path / "model", "-o", tmp_path / "out.npz").code == 0
+    assert np.load(tmp_path / "out.npz")["frames"].shape == (99, 16)
+    aligned = run("align", sound, "sow", "--model", tmp_path / "model")
+    assert aligned.code == 0, aligned.err
+    assert "sow" in aligned.out
 
 
 def test_transcribe(run, checkpoints, tmp_path):

@@ -58,8 +58,7 @@ UNREAD = (
     Ignore(r".*\.embed_positions\.inv_freq", "frequencies, which follow from the settings"),
 )
 _BLOCK = "encoder.layers.{i}."
-_POOL = "adapter.layers.{i}.", "adapter.{i}."
-SPEECH_ENCODER = (
+CONFORMER = (
     *norm("feature_projection.layer_norm"),
     *linear("feature_projection.projection"),
     *norm(_BLOCK + "{n:ffn1_layer_norm|ffn2_layer_norm|self_attn_layer_norm|final_layer_norm}"),
@@ -79,15 +78,16 @@ SPEECH_ENCODER = (
     Rule(_BLOCK + "conv_module.depthwise_conv.weight", _BLOCK + "conv_module.depthwise_conv.kernel", conv1d),
     *norm("encoder.layer_norm"),
     *feed_forward("intermediate_ffn", "intermediate_ffn"),
-    *(
-        rule.prefixed(*_POOL)
-        for rule in (
-            *norm("{n:residual_layer_norm|self_attn_layer_norm|ffn_layer_norm}"),
-            *convolution("{c:residual_conv|self_attn_conv}"),
-            *attention("self_attn", "self_attn"),
-            *feed_forward("ffn", "ffn"),
-        )
-    ),
+)
+LENGTH_ADAPTOR = (
+    *norm("{n:residual_layer_norm|self_attn_layer_norm|ffn_layer_norm}"),
+    *convolution("{c:residual_conv|self_attn_conv}"),
+    *attention("self_attn", "self_attn"),
+    *feed_forward("ffn", "ffn"),
+)
+SPEECH_ENCODER = (
+    *CONFORMER,
+    *(rule.prefixed("adapter.layers.{i}.", "adapter.{i}.") for rule in LENGTH_ADAPTOR),
     *norm("inner_layer_norm"),
 )
 

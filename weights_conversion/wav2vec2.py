@@ -209,7 +209,8 @@ def config_to_hugging_face(config: Any, model_class: str, model_type: str) -> di
     if raw.get("output_hidden_size") is None:
         raw.pop("output_hidden_size", None)
     raw |= {"architectures": [model_class], "model_type": model_type, "dtype": "float32"}
-    raw["num_feat_extract_layers"] = len(config.conv_dim)
+    if "conv_dim" in raw:
+        raw["num_feat_extract_layers"] = len(config.conv_dim)
     return raw | labels_to_hugging_face(labels)
 
 

@@ -30,7 +30,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from audiozoo.audio.speech import spoken_samples
-from audiozoo.decoding.encoders import alone, in_pieces, rounded, without_padding
+from audiozoo.decoding.encoders import alone, first_heard, in_pieces, rounded, steps_a_frame, without_padding
 from audiozoo.decoding.pieces import SHORTEST
 from audiozoo.errors import SourceError, UsageError
 from audiozoo.layers.losses import LOG_ZERO
@@ -769,16 +769,18 @@ def _forward(graphdef: Any, state: Any, values: jax.Array, mask: jax.Array | Non
     return model(values, mask, **without_padding(model.config)).logits
 
 
-def _samples_a_frame(model: Any) -> int:
-    """From one row of a model's logits to the next, strided convolutions behind the Transformer included."""
-    config = model.config
-    behind = config.adapter_stride**config.num_adapter_layers if getattr(config, "add_adapter", False) else 1
-    return config.inputs_to_logits_ratio * behind
+def _frames_a_row(config: Any) -> int:
+    """Frames from one row of a model's logits to the next: more where strided convolutions are behind them."""
+    return config.adapter_stride**config.num_adapter_layers if getattr(config, "add_adapter", False) else 1
+
+
+def _samples_a_row(model: Any) -> int:
+    return model.config.inputs_to_logits_ratio * _frames_a_row(model.config)
 
 
 def chunked_logits(
     model: Any,
-    input_values: Float[np.ndarray, " samples"],
+    input_values: Float[np.ndarray, "steps ..."],
     *,
     chunk_length_s: float = 30.0,
     stride_length_s: float = 5.0,
@@ -790,7 +792,7 @@ def chunked_logits(
 
     Args:
         model: a CTC model of the wav2vec 2.0 family.
-        input_values: one waveform, normalised by the processor.
+        input_values: one recording as the processor returns it.
         chunk_length_s: seconds a piece; longer is better and takes memory with its square.
         stride_length_s: seconds thrown away at each inner edge.
         batch_size: pieces at a time.
@@ -801,15 +803,17 @@ def chunked_logits(
         UsageError: if the strides leave nothing of a piece.
     """
     graphdef, state = nnx.split(alone(model))
+    step, samples = steps_a_frame(model.config), model.config.inputs_to_logits_ratio
     return in_pieces(
         partial(_forward, graphdef, state),
         input_values,
         int(model.backbone.frame_lengths(len(input_values))),
-        _samples_a_frame(model),
+        step * _frames_a_row(model.config),
         chunk_length_s=chunk_length_s,
         stride_length_s=stride_length_s,
         batch_size=batch_size,
-        sampling_rate=sampling_rate,
+        sampling_rate=sampling_rate * step // samples,
+        window=400 * step // samples,
         progress=progress,
     )
 
@@ -901,7 +905,7 @@ def in_one_language(
 
 
 def _prepared(processor: Any, audio: Any) -> np.ndarray:
-    return np.asarray(processor(audio, sampling_rate=processor.feature_extractor.sampling_rate)["input_values"][0])
+    return first_heard(processor(audio, sampling_rate=processor.feature_extractor.sampling_rate))
 
 
 def transcribe_ctc(
@@ -990,7 +994,7 @@ def _transcribe_region(
     logits = chunked_logits(model, _prepared(processor, audio), **pieces)
     tokenizer = processor.tokenizer
     rate = processor.feature_extractor.sampling_rate
-    frame = _samples_a_frame(model) / rate
+    frame = _samples_a_row(model) / rate
     vocabulary = tokenizer.tokens()
     log_probs = np.asarray(jax.nn.log_softmax(jnp.asarray(logits, jnp.float32), axis=-1))
     if search is not None:
@@ -1093,7 +1097,7 @@ def align(
     scores[:, : log_probs.shape[1]], scores[:, any_token] = log_probs, 0
     aligned = forced_alignment(scores[None], np.asarray([targets]), blank=tokenizer.pad_token_id, window=window)
     spans = aligned.spans(0, list(range(len(targets))))
-    frame = _samples_a_frame(model) / processor.feature_extractor.sampling_rate
+    frame = _samples_a_row(model) / processor.feature_extractor.sampling_rate
     result = []
     for word, first, following in words:
         if word == STAR:

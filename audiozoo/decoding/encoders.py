@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,22 @@ CLASSIFIERS = ("ForSequenceClassification", "WhisperForAudioClassification")  # 
 LONGEST_S = 60.0  # seconds that are heard in one piece: the Transformer's memory grows with their square
 
 
+def steps_a_frame(config: Any) -> int:
+    """Steps of a model's input from one frame to the next: samples, or of w2v-BERT's features one."""
+    return int(getattr(config, "steps_a_frame", config.inputs_to_logits_ratio))
+
+
+def heard(inputs: Mapping[str, Any]) -> Any:
+    """What a model of the family reads, of what its processor returns: waveforms, or w2v-BERT's features."""
+    return inputs["input_values"] if "input_values" in inputs else inputs["input_features"]
+
+
+def first_heard(inputs: Mapping[str, Any]) -> np.ndarray:
+    """The first recording of these inputs, without what its mask leaves out: w2v-BERT's last step may be half empty."""
+    values, mask = np.asarray(heard(inputs)[0]), inputs.get("attention_mask")
+    return values if mask is None else values[: int(mask[0].sum())]
+
+
 def rounded(count: int, least: int) -> int:
     """`count` up to two leading binary digits: one of few sizes, at most a third larger."""
     step = max(least, 1 << max(int(count).bit_length() - 3, 0))
@@ -32,7 +48,7 @@ def rounded(count: int, least: int) -> int:
 
 def in_pieces(
     call: Callable[[np.ndarray, np.ndarray | None], Any],
-    input_values: Float[np.ndarray, " samples"],
+    input_values: Float[np.ndarray, "steps ..."],
     count: int,
     ratio: int,
     *,
@@ -40,6 +56,7 @@ def in_pieces(
     stride_length_s: float = 5.0,
     batch_size: int = 4,
     sampling_rate: int = 16_000,
+    window: int = 400,
     progress: Callable[[int, int], None] | None = None,
 ) -> Float[np.ndarray, "frames width"]:
     """The frames that a model makes of a recording of any length.
@@ -49,14 +66,16 @@ def in_pieces(
     forward of the whole recording. What fits into one piece is computed in one piece.
 
     Args:
-        call: makes `(batch, frames, width)` of `(batch, samples)` and its mask, or None where nothing is padded.
-        input_values: one waveform, normalised by the processor.
+        call: makes `(batch, frames, width)` of `(batch, steps, *channels)` and its mask `(batch, steps)`, or None where
+            nothing is padded.
+        input_values: one recording as the processor returns it: a waveform, so that a step is a sample, or features.
         count: frames of the whole recording.
-        ratio: samples from one frame to the next.
+        ratio: steps from one frame to the next.
         chunk_length_s: seconds a piece; longer is better and takes memory with its square.
         stride_length_s: seconds thrown away at each inner edge.
         batch_size: pieces at a time.
-        sampling_rate: of the waveform.
+        sampling_rate: steps a second.
+        window: steps that a frame sees.
         progress: called with the pieces done and the pieces in all.
 
     Raises:
@@ -85,16 +104,16 @@ def in_pieces(
     # One length in samples for all: bucketed for short recordings, so that another length does not compile again.
     longest = max(end - start for start, end, _, _ in pieces)
     frames = min(rounded(longest, 25), max(chunk, longest))
-    width = (frames - 1) * ratio + max(reach, 400)
+    width = (frames - 1) * ratio + max(reach, window)
     result: np.ndarray | None = None
     for first in range(0, len(pieces), batch_size):
         group = pieces[first : first + batch_size]
         rows = batch_size if len(pieces) > batch_size else len(group)
-        values = np.zeros((rows, width), np.float32)
+        values = np.zeros((rows, width, *input_values.shape[1:]), np.float32)
         mask = np.zeros((rows, width), np.int32)
         mask[len(group) :] = 1  # rows that only fill the batch
         for row, (start, end, _, _) in enumerate(group):
-            piece = input_values[start * ratio : (end - 1) * ratio + max(reach, 400)]
+            piece = input_values[start * ratio : (end - 1) * ratio + max(reach, window)]
             values[row, : len(piece)] = piece
             mask[row, : len(piece)] = 1
         full = bool(mask.all())
@@ -143,8 +162,9 @@ def _run(model: Any, processor: Any, audio: np.ndarray, **options: Any) -> Any:
     """A recording, padded, through the model, as if it were alone."""
     extractor = getattr(processor, "feature_extractor", processor)
     rate = extractor.sampling_rate
-    inputs = extractor(audio, sampling_rate=rate, pad_to_multiple_of=rate // 2, return_attention_mask=True)
-    values, mask = jnp.asarray(inputs["input_values"]), jnp.asarray(inputs["attention_mask"])
+    half = 50 if hasattr(extractor, "num_mel_bins") else rate // 2  # a second, in samples or frames of 10 ms
+    inputs = extractor(audio, sampling_rate=rate, pad_to_multiple_of=half, return_attention_mask=True)
+    values, mask = jnp.asarray(heard(inputs)), jnp.asarray(inputs["attention_mask"])
     options |= without_padding(model.config)
     graphdef, state = nnx.split(alone(model))
     return _call(graphdef, state, values, mask, options=tuple(sorted(options.items())))
@@ -198,14 +218,15 @@ def embed(
     if layer is not None and not -layers - 1 <= layer <= layers:
         raise UsageError(f"There is no layer {layer}; this model has {layers}, and its input counts as layer 0.")
     together = getattr(model.config, "squeeze_factor", 1)  # SEW's Transformer sees one frame for each two
-    count = int(backbone.frame_lengths(len(audio), adapter=False)) // together
+    extractor = getattr(processor, "feature_extractor", processor)
+    rate, which = extractor.sampling_rate, -1 if layer is None else layer
+    values = first_heard(extractor(audio, sampling_rate=rate))
+    count = int(backbone.frame_lengths(len(values), adapter=False)) // together
     if (least := getattr(model, "least_frames", 1)) > count:
         raise AudioError(
             f"The recording is too short: it has {count} frames, and {type(model).__name__} needs {least}."
         )
-    extractor = getattr(processor, "feature_extractor", processor)
-    rate, which = extractor.sampling_rate, -1 if layer is None else layer
-    ratio = together * model.config.inputs_to_logits_ratio
+    step, samples = steps_a_frame(model.config), model.config.inputs_to_logits_ratio
 
     def state_of(output: Any) -> jax.Array:
         if (found := output.hidden_states[which]) is None:
@@ -223,12 +244,12 @@ def embed(
         def call(values: np.ndarray, mask: np.ndarray | None) -> jax.Array:
             return state_of(_call(graphdef, state, values, mask, options=options))
 
-        values = extractor(audio, sampling_rate=rate)["input_values"][0]
-        frames = in_pieces(call, values, count, ratio, sampling_rate=rate).astype(np.float32)
+        seen = {"sampling_rate": rate * step // samples, "window": 400 * step // samples}
+        frames = in_pieces(call, values, count, together * step, **seen).astype(np.float32)
         speaker = None
         if type(model).__name__.endswith(("ForXVector", "ForSpeakerVerification")):
             speaker = _over_pieces(model, processor, audio, "embeddings")
-    result = {"frames": frames, "times": np.arange(count) * ratio / rate, "mean": frames.mean(axis=0)}
+    result = {"frames": frames, "times": np.arange(count) * (together * samples / rate), "mean": frames.mean(axis=0)}
     if speaker is not None:
         result["embedding"] = np.asarray(speaker[0], np.float32)
     return result
@@ -271,7 +292,12 @@ def identify(
         raise UsageError(f"Pieces of {crop_length_s} s have no end.")
     extractor = getattr(processor, "feature_extractor", processor)
     length = round(crop_length_s * extractor.sampling_rate)
-    if crops > 1 and (length // extractor.n_fft if whisper else model.backbone.frame_lengths(length)) < 1:
+    if whisper:
+        frames = length // extractor.n_fft
+    else:
+        steps = length * steps_a_frame(model.config) // model.config.inputs_to_logits_ratio
+        frames = model.backbone.frame_lengths(steps)
+    if crops > 1 and frames < 1:
         raise UsageError(f"Pieces of {crop_length_s} s are too short for one frame.")
     pieces = [np.asarray(audio)]
     if crops > 1 and len(audio) > length:

@@ -17,12 +17,14 @@ other, between two halves of a feed-forward network.
 | §2.4, Eq. 1, block | `ConformerBlock` |
 | Fig. 1, encoder behind the subsampling | `ConformerEncoder` |
 | Table 1, sizes | `ConformerConfig.conformer_s()`, `.conformer_m()`, `.conformer_l()` |
+| not in the paper: length adaptor (arXiv 2207.00952) | `LengthAdaptorLayer` |
 
 A configuration chooses between this and what w2v-BERT 2.0 made of it in the second SeamlessM4T (arXiv 2312.05187):
 learnt positions of clipped distance (arXiv 1803.02155), a convolution that looks back only, with LayerNorm, and
 attention that looks back a number of chunks.
 
-Checkpoints: the speech encoders inside `facebook/hf-seamless-m4t-{medium,large}` and `facebook/seamless-m4t-v2-large`.
+Checkpoints: `facebook/w2v-bert-2.0`, and the speech encoders inside `facebook/hf-seamless-m4t-{medium,large}` and
+`facebook/seamless-m4t-v2-large`.
 The paper's own subsampling and transducer are not here: no paper of the zoo uses them.
 
     import audiozoo
@@ -72,9 +74,14 @@ class ConformerConfig:
     intermediate_size: int = 2048  # width inside a feed-forward module
     hidden_act: str = "swish"  # of feed-forward and convolution module
     conv_depthwise_kernel_size: int = 32  # frames that the convolution sees
-    dropout: float = 0.1  # everywhere, attention weights included
+    dropout: float = 0.1  # everywhere, attention weights included, where the next three do not say otherwise
+    activation_dropout: float | None = None  # inside a feed-forward module
+    attention_dropout: float | None = None  # on attention weights, and behind attention
+    conv_dropout: float | None = None  # behind the convolution module
     layerdrop: float = 0.0  # chance that training skips a block
     layer_norm_eps: float = 1e-5  # of the features' and the last LayerNorm
+    block_layer_norm_eps: float = 1e-5  # of the blocks' LayerNorms
+    last_layer_norm: bool = True  # a LayerNorm behind the last block, whose own is the last thing in the paper
     # "relative" (§2.1), "relative_key" (learnt, arXiv 1803.02155), "rotary" (arXiv 2104.09864), or None.
     position_embeddings_type: str | None = "relative"
     rotary_embedding_base: int = 10_000  # "rotary": longest period / 2π
@@ -90,6 +97,10 @@ class ConformerConfig:
                 f"There are no positions of type {self.position_embeddings_type!r}; there are relative, relative_key, "
                 "rotary and None."
             )
+
+    def rate(self, own: float | None) -> float:
+        """The dropout of a part that may have one of its own."""
+        return self.dropout if own is None else own
 
     @classmethod
     def conformer_s(cls) -> ConformerConfig:
@@ -180,7 +191,8 @@ class ConformerSelfAttention(MultiHeadAttention):
     ):
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         width, heads = config.hidden_size, config.num_attention_heads
-        super().__init__(width, heads, dropout=config.dropout if dropout is None else dropout, **kwargs)
+        rate = config.rate(config.attention_dropout) if dropout is None else dropout
+        super().__init__(width, heads, dropout=rate, **kwargs)
         kind = config.position_embeddings_type if positions else None
         init = nnx.initializers.xavier_uniform()
         if kind == "relative":
@@ -245,13 +257,13 @@ class ConformerConvolutionModule(nnx.Module):
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         width, taps = config.hidden_size, config.conv_depthwise_kernel_size
         before = taps - 1 if config.causal_convolution else (taps - 1) // 2
-        self.layer_norm = LayerNorm(width, **kwargs)
+        self.layer_norm = LayerNorm(width, epsilon=config.block_layer_norm_eps, **kwargs)
         self.pointwise_conv1 = Linear(width, 2 * width, use_bias=False, **kwargs)
         self.depthwise_conv = Conv1d(
             width, width, taps, padding=(before, taps - 1 - before), groups=width, use_bias=False, **kwargs
         )
         if config.causal_convolution:
-            self.depthwise_layer_norm = LayerNorm(width, **kwargs)
+            self.depthwise_layer_norm = LayerNorm(width, epsilon=config.block_layer_norm_eps, **kwargs)
         else:
             self.batch_norm = BatchNorm(width, **kwargs)
         self.pointwise_conv2 = Linear(width, width, use_bias=False, **kwargs)
@@ -274,7 +286,7 @@ class ConformerConvolutionModule(nnx.Module):
         else:
             x = self.batch_norm(x, train=dropout.key is not None)
         x = self.pointwise_conv2(activation(self.config.hidden_act)(x))
-        return dropout(x, self.config.dropout)
+        return dropout(x, self.config.rate(self.config.conv_dropout))
 
 
 class ConformerFeedForward(nnx.Module):
@@ -294,11 +306,12 @@ class ConformerFeedForward(nnx.Module):
         self.fc1 = Linear(config.hidden_size, config.intermediate_size, **kwargs)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, **kwargs)
         self.act = act or config.hidden_act
+        self.inner_dropout = config.rate(config.activation_dropout) if dropout is None else dropout
         self.dropout = config.dropout if dropout is None else dropout
 
     def __call__(self, x: Float[Array, "batch time channels"], dropout: Dropout) -> Float[Array, "batch time channels"]:
         """The network's output."""
-        x = dropout(activation(self.act)(self.fc1(x)), self.dropout)
+        x = dropout(activation(self.act)(self.fc1(x)), self.inner_dropout)
         return dropout(self.fc2(x), self.dropout)
 
 
@@ -311,14 +324,14 @@ class ConformerBlock(nnx.Module):
     def __init__(self, config: ConformerConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         width = config.hidden_size
-        self.ffn1_layer_norm = LayerNorm(width, **kwargs)
+        self.ffn1_layer_norm = LayerNorm(width, epsilon=config.block_layer_norm_eps, **kwargs)
         self.ffn1 = ConformerFeedForward(config, **kwargs)
-        self.self_attn_layer_norm = LayerNorm(width, **kwargs)
+        self.self_attn_layer_norm = LayerNorm(width, epsilon=config.block_layer_norm_eps, **kwargs)
         self.self_attn = ConformerSelfAttention(config, **kwargs)
         self.conv_module = ConformerConvolutionModule(config, **kwargs)
-        self.ffn2_layer_norm = LayerNorm(width, **kwargs)
+        self.ffn2_layer_norm = LayerNorm(width, epsilon=config.block_layer_norm_eps, **kwargs)
         self.ffn2 = ConformerFeedForward(config, **kwargs)
-        self.final_layer_norm = LayerNorm(width, **kwargs)
+        self.final_layer_norm = LayerNorm(width, epsilon=config.block_layer_norm_eps, **kwargs)
         self.config = config
 
     def __call__(
@@ -342,7 +355,7 @@ class ConformerBlock(nnx.Module):
         x = x + 0.5 * self.ffn1(self.ffn1_layer_norm(x), dropout)
         # x' = x~ + MHSA(x~)
         attended, weights = self.self_attn(self.self_attn_layer_norm(x), attention_mask, dropout, need_weights)
-        x = x + dropout(attended, self.config.dropout)
+        x = x + dropout(attended, self.config.rate(self.config.attention_dropout))
         # x'' = x' + Conv(x')
         x = x + self.conv_module(x, dropout, mask)
         # y = LayerNorm(x'' + ½ FFN(x''))
@@ -355,7 +368,8 @@ class ConformerEncoder(nnx.Module):
     def __init__(self, config: ConformerConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.layers = nnx.List([ConformerBlock(config, **kwargs) for _ in range(config.num_hidden_layers)])
-        self.layer_norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, **kwargs)
+        if config.last_layer_norm:
+            self.layer_norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, **kwargs)
         self.config = config
 
     def __call__(
@@ -391,7 +405,65 @@ class ConformerEncoder(nnx.Module):
             x, weights = layer_drop(layer, x, config.layerdrop, dropout, seen, mask, output_attentions)
             attentions.append(weights)
         return BaseModelOutput(
-            last_hidden_state=self.layer_norm(x),
+            last_hidden_state=self.layer_norm(x) if self.config.last_layer_norm else x,
             hidden_states=(*hidden_states, x) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
+
+
+# --- not in the paper: length adaptor --------------------------------------------------------------------------------
+
+
+class LengthAdaptorLayer(nnx.Module):
+    r"""Not in the paper; in the released checkpoints (after arXiv 2207.00952): a Transformer block that shortens.
+
+    What goes into attention and what goes around it are both pooled, each by a gated convolution of its own.
+    """
+
+    def __init__(
+        self,
+        config: ConformerConfig,
+        taps: int,
+        stride: int,
+        *,
+        act: str,
+        dropout: float,
+        ffn_dropout: float | None = None,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        width, norm = config.hidden_size, {"epsilon": config.block_layer_norm_eps, **kwargs}
+
+        def pooling() -> Conv1d:
+            return Conv1d(width, 2 * width, taps, stride=stride, padding=stride // 2, **kwargs)
+
+        self.residual_layer_norm = LayerNorm(width, **norm)
+        self.residual_conv = pooling()
+        self.self_attn_layer_norm = LayerNorm(width, **norm)
+        self.self_attn_conv = pooling()
+        self.self_attn = ConformerSelfAttention(config, positions=False, **kwargs)
+        self.ffn_layer_norm = LayerNorm(width, **norm)
+        self.ffn = ConformerFeedForward(config, act=act, dropout=ffn_dropout, **kwargs)
+        self.rate = dropout
+
+    def __call__(
+        self,
+        x: Float[Array, "batch time hidden"],
+        lengths: Int[Array, " batch"] | None = None,
+        real: Bool[Array, "batch time"] | None = None,
+        *,
+        dropout: Dropout,  # by name: what changes the number of frames is no block of a stack
+    ) -> Float[Array, "batch frames hidden"]:
+        """Fewer frames; `lengths` says how many of them are speech, and outside `real` the convolutions see zeros."""
+
+        def seen_by_convolutions(x: jax.Array) -> jax.Array:
+            return x if real is None else jnp.where(real[:, :, None], x, 0)
+
+        # (batch, time / stride, hidden)
+        residual = nnx.glu(self.residual_conv(seen_by_convolutions(self.residual_layer_norm(x))))
+        x = nnx.glu(self.self_attn_conv(seen_by_convolutions(self.self_attn_layer_norm(x))))
+        seen = None if lengths is None else (jnp.arange(x.shape[1]) < lengths[:, None])[:, None, None, :]
+        x = residual + dropout(self.self_attn(x, seen, dropout, need_weights=False)[0], self.rate)
+        return x + self.ffn(self.ffn_layer_norm(x), dropout)

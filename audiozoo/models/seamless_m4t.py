@@ -17,7 +17,7 @@ states and writes units, a phonetic alphabet learnt from speech; a vocoder speak
 | --- | --- |
 | §4.1, w2v-BERT 2.0: a Conformer | `SeamlessM4TFeatureProjection`, `audiozoo.models.conformer` |
 | §4.1, both, and the adaptor behind them | `SeamlessM4TSpeechEncoder` |
-| §4.1, length adaptor | `SeamlessM4TAdapterLayer` |
+| §4.1, length adaptor: one frame in eight | `audiozoo.models.conformer.LengthAdaptorLayer` |
 | §4.2, text encoder and decoder: NLLB | `audiozoo.models.nllb` |
 | §4.3, text to units (UnitY, arXiv 2212.08055) | `SeamlessM4TTextToUnitModel`, `…ForConditionalGeneration` |
 | §4.3, vocoder of units | `audiozoo.models.speech_resynthesis` |
@@ -67,10 +67,10 @@ from audiozoo.decoding import GenerateOutput, GenerationConfig
 from audiozoo.decoding.generate import Streamer
 from audiozoo.decoding.synthesis import bucket
 from audiozoo.errors import UsageError
-from audiozoo.layers import Conv1d, Dropout, LayerNorm, Linear, check_frames, check_ids
+from audiozoo.layers import Dropout, LayerNorm, Linear, check_frames, check_ids
 from audiozoo.layers.basic import at_least_float32
 from audiozoo.layers.losses import IGNORED_LABEL, cross_entropy, shift_tokens_right
-from audiozoo.models.conformer import ConformerConfig, ConformerEncoder, ConformerFeedForward, ConformerSelfAttention
+from audiozoo.models.conformer import ConformerConfig, ConformerEncoder, ConformerFeedForward, LengthAdaptorLayer
 from audiozoo.models.mbart import MBartCache, continue_text
 from audiozoo.models.nllb import NllbConfig, NllbDecoder, NllbEncoder
 from audiozoo.models.speech_resynthesis import CodeHifiGanConfig, SeamlessM4TCodeHifiGan
@@ -249,49 +249,6 @@ class SeamlessM4TFeatureProjection(nnx.Module):
         return dropout(self.projection(self.layer_norm(x)), self.rate)
 
 
-class SeamlessM4TAdapterLayer(nnx.Module):
-    r"""§4.1, the length adaptor (after arXiv 2207.00952): a block of a Transformer that keeps one frame in eight.
-
-    What goes into attention and what goes around it are both pooled, each by a gated convolution of its own.
-    """
-
-    def __init__(self, config: SeamlessM4TConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
-        kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        width, taps, stride = config.hidden_size, config.adaptor_kernel_size, config.adaptor_stride
-
-        def pooling() -> Conv1d:
-            return Conv1d(width, 2 * width, taps, stride=stride, padding=stride // 2, **kwargs)
-
-        self.residual_layer_norm = LayerNorm(width, **kwargs)
-        self.residual_conv = pooling()
-        self.self_attn_layer_norm = LayerNorm(width, **kwargs)
-        self.self_attn_conv = pooling()
-        self.self_attn = ConformerSelfAttention(config.conformer, positions=False, **kwargs)
-        self.ffn_layer_norm = LayerNorm(width, **kwargs)
-        self.ffn = ConformerFeedForward(config.conformer, act="relu", dropout=config.adaptor_dropout, **kwargs)
-        self.rate = config.adaptor_dropout
-
-    def __call__(
-        self,
-        x: Float[Array, "batch time hidden"],
-        lengths: Int[Array, " batch"] | None = None,
-        real: Bool[Array, "batch time"] | None = None,
-        *,
-        dropout: Dropout,  # by name: what changes the number of frames is no block of a stack
-    ) -> Float[Array, "batch frames hidden"]:
-        """Fewer frames; `lengths` says how many of them are speech, and outside `real` the convolutions see zeros."""
-
-        def seen_by_convolutions(x: jax.Array) -> jax.Array:
-            return x if real is None else jnp.where(real[:, :, None], x, 0)
-
-        # (batch, time / stride, hidden)
-        residual = nnx.glu(self.residual_conv(seen_by_convolutions(self.residual_layer_norm(x))))
-        x = nnx.glu(self.self_attn_conv(seen_by_convolutions(self.self_attn_layer_norm(x))))
-        seen = None if lengths is None else (jnp.arange(x.shape[1]) < lengths[:, None])[:, None, None, :]
-        x = residual + dropout(self.self_attn(x, seen, dropout, need_weights=False)[0], self.rate)
-        return x + self.ffn(self.ffn_layer_norm(x), dropout)
-
-
 class SeamlessM4TSpeechEncoder(nnx.Module):
     """§4.1: w2v-BERT 2.0, half a feed-forward network, and the length adaptor: 160 ms a frame."""
 
@@ -301,7 +258,9 @@ class SeamlessM4TSpeechEncoder(nnx.Module):
         self.encoder = ConformerEncoder(config.conformer, **kwargs)
         self.intermediate_ffn = ConformerFeedForward(config.conformer, act="relu", dropout=0.0, **kwargs)
         layers = config.num_adapter_layers if config.add_adapter else 0
-        self.adapter = nnx.List([SeamlessM4TAdapterLayer(config, **kwargs) for _ in range(layers)])
+        pooling: dict[str, Any] = {"taps": config.adaptor_kernel_size, "stride": config.adaptor_stride, "act": "relu"}
+        pooling |= {"dropout": config.adaptor_dropout, "ffn_dropout": config.adaptor_dropout}
+        self.adapter = nnx.List([LengthAdaptorLayer(config.conformer, **pooling, **kwargs) for _ in range(layers)])
         self.inner_layer_norm = LayerNorm(config.hidden_size, **kwargs)
         self.config = config
 

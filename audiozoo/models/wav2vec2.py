@@ -858,12 +858,21 @@ class Wav2Vec2GumbelVectorQuantizer(nnx.Module):
     and what goes forward is the most probable entry alone, while the gradient goes through $p$ (straight-through).
     """
 
-    def __init__(self, config: Any, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: Any,
+        *,
+        channels: int | None = None,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """With `channels` for features of that width, else for those of the convolutions."""
         self.groups, self.entries = config.num_codevector_groups, config.num_codevectors_per_group
         shape = (1, self.groups * self.entries, config.codevector_dim // self.groups)
         self.codevectors = nnx.Param(jax.random.uniform(rngs.params(), shape, param_dtype))
         self.weight_proj = Linear(
-            config.conv_dim[-1],
+            channels or config.conv_dim[-1],
             self.groups * self.entries,
             kernel_init=nnx.initializers.normal(1.0),
             dtype=dtype,
@@ -1422,7 +1431,7 @@ class Wav2Vec2ForXVector(_WithLayerSum):
         """
         config = self.config
         self.check_classes(labels)
-        shortest = input_values.shape[-1]
+        shortest = input_values.shape[1]
         if attention_mask is not None and not (ignore_dilation or isinstance(attention_mask, jax.core.Tracer)):
             shortest = int(np.asarray(attention_mask).sum(axis=-1).min(initial=shortest))
         fewest = self.backbone.frame_lengths(shortest)

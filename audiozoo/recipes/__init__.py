@@ -122,6 +122,7 @@ _FINETUNING = {
         learning_rate=2e-5,
         held_steps=0.1,
     ),
+    "wav2vec2_bert": _like(_CTC, f"our choice, {_FROM_WAV2VEC2}{_CTC.source}", frozen=None),
 }
 _HEAD = r"^lm_head\.|masked_spec_embed"
 _CLASSIFIER = r"^(projector|classifier)\.|masked_spec_embed"
@@ -133,6 +134,7 @@ _FAMILY = {  # module: prefix of its classes, the size to start from
     "sew": ("SEW", "sew_tiny"),
     "unispeech": ("UniSpeech", "large"),
     "unispeech_sat": ("UniSpeechSat", "base"),
+    "wav2vec2_bert": ("Wav2Vec2Bert", "w2v_bert_2"),
 }
 _GAN = Settings(
     source="VITS, §3.3, and its authors' ljs_base.json: AdamW with betas 0.8 and 0.99 and weight decay 0.01, 2e-4 "
@@ -312,6 +314,15 @@ ROWS = [
             seconds=20.0,
         ),
         "large",
+    ),
+    Recipe(
+        "wav2vec2_bert_pretraining",
+        "wav2vec2_bert",
+        "Wav2Vec2BertForPreTraining",
+        Pretraining(end_temperature=0.1),
+        _like(_PRETRAINING, f"our choice, {_FROM_WAV2VEC2}{_PRETRAINING.source}; masks and temperature as in fairseq2"),
+        "w2v_bert_2",
+        config={"mask_time_prob": 0.65, "layerdrop": 0.0},
     ),
     # --- recognition and translation by a decoder ---
     Recipe(

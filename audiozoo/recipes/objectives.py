@@ -105,6 +105,8 @@ class Objective:
 
     def padding(self, processor: Any) -> dict[str, Padding]:
         """How examples become a batch."""
+        if _computes_features(processor):
+            return {"waveform": Padding()}
         return {"input_values": Padding(), "attention_mask": Padding(0)}
 
     def prepare(self, processor: Any, config: Any, waveform: np.ndarray, fields: Fields, rng: Any) -> Example:
@@ -133,9 +135,16 @@ class Objective:
         return Task({"model": model}, [phase], evaluation_key=self.evaluation_key)
 
 
+def _computes_features(processor: Any) -> bool:
+    """Whether what the model reads is computed of waveforms on the device (w2v-BERT's, and S2T's)."""
+    return hasattr(getattr(processor, "feature_extractor", processor), "in_jax")
+
+
 def speech_example(processor: Any, waveform: np.ndarray) -> Example:
     """A waveform as the wav2vec 2.0 family reads it."""
     extractor = getattr(processor, "feature_extractor", processor)
+    if _computes_features(processor):
+        return unprocessed_example(waveform)
     if extractor.do_normalize:
         waveform = zero_mean_unit_variance(waveform)
     return {"input_values": waveform.astype(np.float32), "attention_mask": np.ones(len(waveform), np.int32)}
@@ -144,6 +153,13 @@ def speech_example(processor: Any, waveform: np.ndarray) -> Example:
 def unprocessed_example(waveform: np.ndarray) -> Example:
     """A waveform whose features are computed on the device."""
     return {"waveform": waveform.astype(np.float32), "length": np.asarray(len(waveform), np.int32)}
+
+
+def speech_of(processor: Any, batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+    """What a model of the wav2vec 2.0 family reads of a batch, and which steps of it are speech."""
+    if "waveform" in batch:
+        return getattr(processor, "feature_extractor", processor).in_jax(batch["waveform"], batch["length"])
+    return batch["input_values"], batch["attention_mask"]
 
 
 # --- recognition -----------------------------------------------------------------------------------------------------
@@ -166,11 +182,12 @@ class CTC(Objective):
         """See `Objective`."""
 
         def loss(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
-            model, labels, mask = networks["model"], batch["labels"], batch["attention_mask"]
+            model, labels = networks["model"], batch["labels"]
+            values, mask = speech_of(processor, batch)
             key = turn.key if turn.training else None
             more: dict[str, Any] = {"languages": batch["languages"]} if "languages" in batch else {}
             more |= without_padding(model.config)
-            logits = model(batch["input_values"], mask, key=key, **more).logits
+            logits = model(values, mask, key=key, **more).logits
             lengths = model.backbone.frame_mask(mask, logits.shape[1]).sum(axis=1)
             blank = model.config.pad_token_id
             losses = ctc_loss(logits, labels, lengths, blank=blank, reduction="none", zero_infinity=True)
@@ -323,7 +340,7 @@ class Pretraining(Objective):
         """See `Objective`."""
 
         def loss(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
-            model, values, present = networks["model"], batch["input_values"], batch["attention_mask"]
+            model, (values, present) = networks["model"], speech_of(processor, batch)
             mask_key, mix_key, negative_key, key = jax.random.split(turn.key, 4)  # type: ignore[arg-type]
             backbone, options = model.backbone, dict[str, Any](without_padding(model.config))
             frames = backbone.frame_lengths(values.shape[1], adapter=False)
@@ -349,15 +366,10 @@ class Pretraining(Objective):
                     options["sampled_negative_indices"] = wav2vec2.sample_negative_indices(
                         negative_key, among, model.config.num_negatives
                     )
-            output = model(
-                values,
-                present,
-                mask_time_indices=spans,
-                features_pen_weight=self.features_penalty,
-                feature_grad_mult=self.feature_gradient,
-                key=key if turn.training else None,
-                **options,
-            )
+            if hasattr(backbone, "feature_extractor"):
+                options["features_pen_weight"] = self.features_penalty
+                options["feature_grad_mult"] = self.feature_gradient
+            output = model(values, present, mask_time_indices=spans, key=key if turn.training else None, **options)
             count = (spans & valid).sum()
             parts = {n: output[n] for n in output.keys() if n.endswith("_loss") and jnp.ndim(output[n]) == 0}  # noqa: SIM118
             return Loss(output.loss, count, parts)
@@ -474,7 +486,8 @@ class Utterance(Objective):
 
         def loss(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
             model, labels = networks["model"], batch["labels"]
-            output = model(**batch, **without_padding(model.config), key=turn.key if turn.training else None)
+            options = without_padding(model.config) | {"key": turn.key if turn.training else None}
+            output = model(*speech_of(processor, batch), labels=labels, **options)
             right = (output.logits.argmax(axis=-1) == labels).sum()
             return Loss(output.loss * len(labels), len(labels), {"accuracy": right})
 

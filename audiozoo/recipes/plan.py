@@ -228,6 +228,10 @@ def inputs(choice: Choice, amount: Amount, *, labels: bool = False) -> Shapes:
             known = {"input_ids": text, "attention_mask": text}
         speaks = paper == "seamless_m4t" and choice.model_class.endswith(("Speech", "Model"))
         known |= written | ({"unit_labels": of(round(50 * amount.seconds))} if labels and speaks else {})
+    elif paper == "wav2vec2_bert":
+        frames = round(50 * amount.seconds)
+        features = {"input_features": floats(frames, config.feature_projection_input_dim), "attention_mask": of(frames)}
+        known = features | {"labels": text}
     else:
         known = waveform | {"labels": text} | ({"languages": of()} if choice.model_class == "MMSForCTC" else {})
     return _asked(choice, known, labels)
@@ -362,7 +366,7 @@ def _processor(choice: Choice, amount: Amount) -> Any:
         extractor: Any = _clap(config)
     elif paper == "speech_to_text":
         extractor = Speech2TextFeatureExtractor(num_mel_bins=config.input_feat_per_channel)
-    elif paper in ("seamless_m4t", "seamless_m4t_v2"):
+    elif paper in ("seamless_m4t", "seamless_m4t_v2", "wav2vec2_bert"):
         extractor = SeamlessM4TFeatureExtractor(num_mel_bins=config.feature_projection_input_dim // 2)
     elif paper == "speecht5":
         extractor = SpeechT5FeatureExtractor(num_mel_bins=config.num_mel_bins)

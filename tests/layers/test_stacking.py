@@ -26,7 +26,7 @@ from tests.training import small_plans as small
 
 # How many stacks each small model has: the encoders and decoders of Transformers, and nothing else that is a list.
 STACKS = {
-    **dict.fromkeys(("wav2vec2", "hubert", "sew", "unispeech", "unispeech_sat", "mms"), 1),
+    **dict.fromkeys(("wav2vec2", "hubert", "sew", "unispeech", "unispeech_sat", "mms", "wav2vec2_bert"), 1),
     "wavlm": 0,  # the first of its two blocks holds the table of positions
     "whisper": 2,
     "audio_spectrogram_transformer": 1,

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers.models.seamless_m4t import modeling_seamless_m4t as first
 from transformers.models.seamless_m4t_v2 import modeling_seamless_m4t_v2 as second
+from transformers.models.wav2vec2_bert import modeling_wav2vec2_bert as bert
 
 TINY: dict[str, Any] = {
     "vocab_size": 60,
@@ -78,7 +79,8 @@ def exact_positions() -> Iterator[None]:
             second.SeamlessM4Tv2SinusoidalPositionalEmbedding,
         ):
             patch.setattr(sinusoids, "get_embedding", staticmethod(make))
-        patch.setattr(first.SeamlessM4TConformerRelPositionalEmbedding, "forward", relative)
+        for distances in (first.SeamlessM4TConformerRelPositionalEmbedding, bert.Wav2Vec2BertRelPositionalEmbedding):
+            patch.setattr(distances, "forward", relative)
         yield
 
 

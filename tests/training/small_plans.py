@@ -90,6 +90,7 @@ def _configurations() -> dict[str, tuple[str, Any]]:
             "sew": "SEW",
             "unispeech": "UniSpeech",
             "unispeech_sat": "UniSpeechSat",
+            "wav2vec2_bert": "Wav2Vec2Bert",
         }.items()
     }
     decoder = MBartConfig(vocab_size=64, d_model=16, decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=16)

@@ -25,6 +25,7 @@ from audiozoo.models import (
     unispeech_sat,
     vits,
     wav2vec2,
+    wav2vec2_bert,
     wavlm,
     whisper,
     xls_r,
@@ -39,6 +40,7 @@ from audiozoo.processors.speech_to_text import Speech2TextFeatureExtractor
 from audiozoo.processors.speecht5 import SpeechT5FeatureExtractor
 from audiozoo.processors.vits import VitsProcessor, VitsTokenizer
 from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
+from audiozoo.processors.wav2vec2_bert import Wav2Vec2BertProcessor
 from audiozoo.recipes import Recipe
 from audiozoo.text.numbers import spell_numbers
 from tests.models import tiny_bark, tiny_speecht5, tiny_vits, tiny_whisper
@@ -74,8 +76,13 @@ FAMILY: dict[str, tuple[Any, dict[str, Any]]] = {
         unispeech_sat.UniSpeechSatConfig,
         CODES | UNITS | {"num_clusters": 7, "utterance_contrastive_layer": 1},
     ),
+    "wav2vec2_bert": (
+        wav2vec2_bert.Wav2Vec2BertConfig,
+        CODES | {"num_hidden_layers": 2, "num_contrastive_layers": 1, "conv_depthwise_kernel_size": 5},
+    ),
 }
 PROCESSOR = Wav2Vec2Processor(Wav2Vec2FeatureExtractor(), Wav2Vec2CTCTokenizer(LETTERS))
+PROCESSORS = {"wav2vec2_bert": Wav2Vec2BertProcessor(SeamlessM4TFeatureExtractor(), PROCESSOR.tokenizer)}
 
 
 def family(paper: str, name: str, **changes: Any) -> Any:
@@ -88,6 +95,7 @@ def family(paper: str, name: str, **changes: Any) -> Any:
     module = {"wav2vec2": wav2vec2, "hubert": hubert, "wavlm": wavlm, "sew": sew}.get(paper) or {
         "unispeech": unispeech,
         "unispeech_sat": unispeech_sat,
+        "wav2vec2_bert": wav2vec2_bert,
     }[paper]
     return random_model(lambda rngs: getattr(module, name)(config, rngs=rngs))
 
@@ -377,5 +385,5 @@ def small(recipe: Recipe) -> tuple[Recipe, Any, Any]:
     if recipe.name in SMALL:
         recipe = dataclasses.replace(recipe, objective=dataclasses.replace(recipe.objective, **SMALL[recipe.name]))
     if recipe.paper in FAMILY:
-        return recipe, family(recipe.paper, recipe.model_class), PROCESSOR
+        return recipe, family(recipe.paper, recipe.model_class), PROCESSORS.get(recipe.paper, PROCESSOR)
     return (recipe, *MAKERS[recipe.name if recipe.name in MAKERS else recipe.paper]())
