@@ -27,10 +27,10 @@ distances and whose convolutions look back only.
 | not in the paper; in checkpoints for translation: a length adaptor | `Wav2Vec2BertAdapter` |
 | sizes of 2.0 | `Wav2Vec2BertConfig.w2v_bert_2()`, `.w2v_bert_2_300m()` |
 
-2.0's own objective has a second masked prediction, of codebooks drawn at random; neither its code nor its settings are
-published, and it is not here. What is here is the first paper's, with the settings of fairseq2's recipe. Where
-`transformers` and this file part: it has no pre-training class; and where there are adaptors, their convolutions see
-its padding (`masked_adapter=True` keeps it out).
+2.0's own objective has more codebooks, and a second masked prediction, of the nearest entry to a random projection; its
+code is not published, and it is not here. What is here is the first paper's, with the settings of fairseq2's. Where
+`transformers` and this file part: it has no pre-training class; and in a length adaptor its convolutions see the
+padding (`masked_adapter=True` keeps it out).
 
 Checkpoints: `facebook/w2v-bert-2.0`, as a Hugging Face directory or as fairseq2's `conformer_shaw.pt` beside it, and
 what has been fine-tuned from it.
@@ -460,14 +460,15 @@ class Wav2Vec2BertForPreTraining(_WithBackbone):
             raise UsageError("Pre-training needs masks: apply_spec_augment with a mask_time_prob above 0.")
         wanted = options | {"output_hidden_states": True}
         outputs = self.backbone(input_features, attention_mask, mask_time_indices, key=keys[1], **wanted)
+        states = all_states(outputs.hidden_states)
         # c, behind the contrastive module's blocks
-        context = self.project_hid(all_states(outputs.hidden_states)[config.num_contrastive_layers])
+        context = self.project_hid(states[config.num_contrastive_layers])
         unmasked = Dropout(keys[2])(outputs.extract_features, config.feat_quantizer_dropout)
         quantised, in_use, codes = self.quantizer(
             unmasked, mask_time_indices, temperature=temperature, gumbel_noise=gumbel_noise, key=keys[3]
         )
         quantised = self.project_q(quantised)
-        logits = self.prediction(outputs.last_hidden_state)
+        logits = self.prediction(states[-1])
         logits = logits.reshape(*logits.shape[:2], config.num_codevector_groups, config.num_codevectors_per_group)
         if sampled_negative_indices is None and keys[4] is not None and mask_time_indices is not None:
             sampled_negative_indices = sample_negative_indices(keys[4], mask_time_indices, config.num_negatives)

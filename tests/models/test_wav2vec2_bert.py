@@ -102,6 +102,8 @@ def test_a_key_draws_all_that_pretraining_needs():
     config = model.config
     whole = config.contrastive_weight * (first.contrastive_loss + config.diversity_loss_weight * first.diversity_loss)
     assert first.loss == pytest.approx(float(whole + config.prediction_weight * first.prediction_loss), rel=1e-5)
+    adapted = pretraining(add_adapter=True)  # which is behind all of it
+    assert run(adapted, jax.random.key(0)).prediction_logits.shape[:2] == (2, 30)
     still = jax.jit(lambda m: m(features(), mask))(model)
     assert still.loss is None
     assert still.codes.shape == (2, 30, 1)
