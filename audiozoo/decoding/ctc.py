@@ -30,7 +30,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from audiozoo.audio.speech import spoken_samples
-from audiozoo.decoding.encoders import alone, first_heard, in_pieces, rounded, steps_a_frame, without_padding
+from audiozoo.decoding.encoders import alone, first_heard, in_pieces, in_steps, rounded, without_padding
 from audiozoo.decoding.pieces import SHORTEST
 from audiozoo.errors import SourceError, UsageError
 from audiozoo.layers.losses import LOG_ZERO
@@ -769,13 +769,11 @@ def _forward(graphdef: Any, state: Any, values: jax.Array, mask: jax.Array | Non
     return model(values, mask, **without_padding(model.config)).logits
 
 
-def _frames_a_row(config: Any) -> int:
-    """Frames from one row of a model's logits to the next: more where strided convolutions are behind them."""
-    return config.adapter_stride**config.num_adapter_layers if getattr(config, "add_adapter", False) else 1
-
-
 def _samples_a_row(model: Any) -> int:
-    return model.config.inputs_to_logits_ratio * _frames_a_row(model.config)
+    """From one row of a model's logits to the next, strided convolutions behind the Transformer included."""
+    config = model.config
+    behind = config.adapter_stride**config.num_adapter_layers if getattr(config, "add_adapter", False) else 1
+    return config.inputs_to_logits_ratio * behind
 
 
 def chunked_logits(
@@ -803,17 +801,16 @@ def chunked_logits(
         UsageError: if the strides leave nothing of a piece.
     """
     graphdef, state = nnx.split(alone(model))
-    step, samples = steps_a_frame(model.config), model.config.inputs_to_logits_ratio
     return in_pieces(
         partial(_forward, graphdef, state),
         input_values,
         int(model.backbone.frame_lengths(len(input_values))),
-        step * _frames_a_row(model.config),
+        in_steps(_samples_a_row(model), model.config),
         chunk_length_s=chunk_length_s,
         stride_length_s=stride_length_s,
         batch_size=batch_size,
-        sampling_rate=sampling_rate * step // samples,
-        window=400 * step // samples,
+        sampling_rate=in_steps(sampling_rate, model.config),
+        window=in_steps(400, model.config),
         progress=progress,
     )
 

@@ -24,9 +24,9 @@ CLASSIFIERS = ("ForSequenceClassification", "WhisperForAudioClassification")  # 
 LONGEST_S = 60.0  # seconds that are heard in one piece: the Transformer's memory grows with their square
 
 
-def steps_a_frame(config: Any) -> int:
-    """Steps of a model's input from one frame to the next: samples, or of w2v-BERT's features one."""
-    return int(getattr(config, "steps_a_frame", config.inputs_to_logits_ratio))
+def in_steps(samples: int, config: Any) -> int:
+    """Samples as steps of what a model reads, which are samples themselves, or w2v-BERT's features."""
+    return int(samples // getattr(config, "samples_a_step", 1))
 
 
 def heard(inputs: Mapping[str, Any]) -> Any:
@@ -162,7 +162,7 @@ def _run(model: Any, processor: Any, audio: np.ndarray, **options: Any) -> Any:
     """A recording, padded, through the model, as if it were alone."""
     extractor = getattr(processor, "feature_extractor", processor)
     rate = extractor.sampling_rate
-    half = 50 if hasattr(extractor, "num_mel_bins") else rate // 2  # a second, in samples or frames of 10 ms
+    half = 50 if hasattr(model.config, "samples_a_step") else rate // 2  # a second, in frames of 10 ms or in samples
     inputs = extractor(audio, sampling_rate=rate, pad_to_multiple_of=half, return_attention_mask=True)
     values, mask = jnp.asarray(heard(inputs)), jnp.asarray(inputs["attention_mask"])
     options |= without_padding(model.config)
@@ -226,7 +226,7 @@ def embed(
         raise AudioError(
             f"The recording is too short: it has {count} frames, and {type(model).__name__} needs {least}."
         )
-    step, samples = steps_a_frame(model.config), model.config.inputs_to_logits_ratio
+    ratio = together * model.config.inputs_to_logits_ratio
 
     def state_of(output: Any) -> jax.Array:
         if (found := output.hidden_states[which]) is None:
@@ -244,12 +244,12 @@ def embed(
         def call(values: np.ndarray, mask: np.ndarray | None) -> jax.Array:
             return state_of(_call(graphdef, state, values, mask, options=options))
 
-        seen = {"sampling_rate": rate * step // samples, "window": 400 * step // samples}
-        frames = in_pieces(call, values, count, together * step, **seen).astype(np.float32)
+        length, second, window = (in_steps(samples, model.config) for samples in (ratio, rate, 400))
+        frames = in_pieces(call, values, count, length, sampling_rate=second, window=window).astype(np.float32)
         speaker = None
         if type(model).__name__.endswith(("ForXVector", "ForSpeakerVerification")):
             speaker = _over_pieces(model, processor, audio, "embeddings")
-    result = {"frames": frames, "times": np.arange(count) * (together * samples / rate), "mean": frames.mean(axis=0)}
+    result = {"frames": frames, "times": np.arange(count) * ratio / rate, "mean": frames.mean(axis=0)}
     if speaker is not None:
         result["embedding"] = np.asarray(speaker[0], np.float32)
     return result
@@ -295,8 +295,7 @@ def identify(
     if whisper:
         frames = length // extractor.n_fft
     else:
-        steps = length * steps_a_frame(model.config) // model.config.inputs_to_logits_ratio
-        frames = model.backbone.frame_lengths(steps)
+        frames = model.backbone.frame_lengths(in_steps(length, model.config))
     if crops > 1 and frames < 1:
         raise UsageError(f"Pieces of {crop_length_s} s are too short for one frame.")
     pieces = [np.asarray(audio)]

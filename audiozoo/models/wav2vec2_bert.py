@@ -174,9 +174,9 @@ class Wav2Vec2BertConfig:
         return 320
 
     @property
-    def steps_a_frame(self) -> int:
-        """Steps of the model's input a frame; other models of the family read samples."""
-        return 1
+    def samples_a_step(self) -> int:
+        """Samples of 16 kHz a step of what the model reads; other models of the family read samples."""
+        return 320
 
     @property
     def conformer(self) -> ConformerConfig:
