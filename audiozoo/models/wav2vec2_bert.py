@@ -55,7 +55,6 @@ from jaxtyping import Array, Bool, Float, Int
 from audiozoo.errors import CheckpointError, UsageError
 from audiozoo.layers import Dropout, LayerNorm, Linear, check_frames
 from audiozoo.layers.basic import at_least_float32
-from audiozoo.layers.stacking import all_states
 from audiozoo.models.conformer import ConformerConfig, ConformerEncoder, ConformerFeedForward, LengthAdaptorLayer
 from audiozoo.models.wav2vec2 import (
     Lengths,
@@ -414,6 +413,7 @@ class Wav2Vec2BertForPreTraining(_WithBackbone):
                 "blocks: num_contrastive_layers is from 1 on, and leaves one for the masked prediction."
             )
         super().__init__(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.backbone.encoder.seen_after = config.num_contrastive_layers
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.quantizer = Wav2Vec2GumbelVectorQuantizer(config, channels=config.feature_projection_input_dim, **kwargs)
         self.project_hid = Linear(config.hidden_size, config.proj_codevector_dim, **kwargs)
@@ -451,16 +451,16 @@ class Wav2Vec2BertForPreTraining(_WithBackbone):
             `prediction_logits`, and `codes`, what they should have said; with negatives `loss`, and its parts.
 
         Raises:
-            UsageError: without masks, and for stacked blocks, between which no states are known.
+            UsageError: without masks.
         """
         config = self.config
         keys = [None] * 5 if key is None else list(jax.random.split(key, 5))
         mask_time_indices, _ = self.frames_to_predict(input_features, attention_mask, mask_time_indices, keys[0])
         if mask_time_indices is None and (key is not None or sampled_negative_indices is not None):
-            raise UsageError("Pre-training needs masks: apply_spec_augment with a mask_time_prob above 0.")
+            raise UsageError("Pre-training needs masks: give mask_time_indices, or a key and a mask_time_prob.")
         wanted = options | {"output_hidden_states": True}
         outputs = self.backbone(input_features, attention_mask, mask_time_indices, key=keys[1], **wanted)
-        states = all_states(outputs.hidden_states)
+        states = outputs.hidden_states
         # c, behind the contrastive module's blocks
         context = self.project_hid(states[config.num_contrastive_layers])
         unmasked = Dropout(keys[2])(outputs.extract_features, config.feat_quantizer_dropout)

@@ -14,7 +14,7 @@ from audiozoo import loading, registry, sharding
 from audiozoo.errors import UsageError
 from audiozoo.layers import Dropout, abstract
 from audiozoo.layers.stacking import Scanned, layer_drop, rematerialise, scanned, stacks, unscanned
-from audiozoo.models import unispeech_sat
+from audiozoo.models import unispeech_sat, wav2vec2_bert
 from audiozoo.models.conformer import ConformerConfig, ConformerEncoder
 from audiozoo.models.speecht5 import SpeechT5Config, SpeechT5Decoder
 from audiozoo.models.whisper import WhisperForAudioClassification, WhisperForConditionalGeneration
@@ -143,6 +143,12 @@ def test_states_between_stacked_layers():
     wave, key = jnp.zeros((2, 4000)), jax.random.key(0)
     output = jax.eval_shape(lambda x: deep(x, labels=jnp.ones((2, 9), int), key=key, output_hidden_states=True), wave)
     assert output.utterance_loss.shape == ()
+    assert [state is None for state in output.hidden_states] == [False, True, False, True, False]
+    halves = dataclasses.replace(small.choice("wav2vec2_bert").config, num_hidden_layers=4, num_contrastive_layers=2)
+    deep = scanned(wav2vec2_bert.Wav2Vec2BertForPreTraining(halves, rngs=nnx.Rngs(0)))
+    assert count(deep) == 2
+    output = jax.eval_shape(lambda x: deep(x, key=key, output_hidden_states=True), jnp.zeros((2, 30, 160)))
+    assert output.loss.shape == ()
     assert [state is None for state in output.hidden_states] == [False, True, False, True, False]
     mixed = dataclasses.replace(config, use_weighted_layer_sum=True)
     classifier = scanned(unispeech_sat.UniSpeechSatForSequenceClassification(mixed, rngs=nnx.Rngs(0)))
