@@ -1022,7 +1022,10 @@ class Wav2Vec2ForPreTrainingOutput(ModelOutput):
 
 
 class _WithBackbone(nnx.Module):
-    """What the heads share: a model under its family's name, `wav2vec2` here, and options that go through to it."""
+    """What the heads share: a model under its family's name, `wav2vec2` here, and options that go through to it.
+
+    The `...` of an input's shape is nothing, or the bands of a follow-up that hears features.
+    """
 
     base_model_prefix: ClassVar[str] = "wav2vec2"
     base_class: ClassVar[type] = Wav2Vec2Model
@@ -1039,7 +1042,7 @@ class _WithBackbone(nnx.Module):
 
     def frames_to_predict(
         self,
-        input_values: Float[Array, "batch samples"],
+        input_values: Float[Array, "batch samples ..."],
         attention_mask: Int[Array, "batch samples"] | None,
         mask_time_indices: Bool[Array, "batch frames"] | None,
         key: jax.Array | None,
@@ -1180,7 +1183,7 @@ class Wav2Vec2ForCTC(_WithBackbone):
 
     def __call__(
         self,
-        input_values: Float[Array, "batch samples"],
+        input_values: Float[Array, "batch samples ..."],
         attention_mask: Int[Array, "batch samples"] | None = None,
         labels: Int[Array, "batch tokens"] | None = None,
         *,
@@ -1277,7 +1280,7 @@ class Wav2Vec2ForSequenceClassification(_WithLayerSum):
 
     def __call__(
         self,
-        input_values: Float[Array, "batch samples"],
+        input_values: Float[Array, "batch samples ..."],
         attention_mask: Int[Array, "batch samples"] | None = None,
         labels: Int[Array, " batch"] | None = None,
         **options: Any,
@@ -1321,7 +1324,7 @@ class Wav2Vec2ForAudioFrameClassification(_WithLayerSum):
 
     def __call__(
         self,
-        input_values: Float[Array, "batch samples"],
+        input_values: Float[Array, "batch samples ..."],
         attention_mask: Int[Array, "batch samples"] | None = None,
         labels: Float[Array, "batch frames labels"] | None = None,
         **options: Any,
@@ -1409,7 +1412,7 @@ class Wav2Vec2ForXVector(_WithLayerSum):
 
     def __call__(
         self,
-        input_values: Float[Array, "batch samples"],
+        input_values: Float[Array, "batch samples ..."],
         attention_mask: Int[Array, "batch samples"] | None = None,
         labels: Int[Array, " batch"] | None = None,
         *,

@@ -11,7 +11,7 @@ from flax import nnx
 import audiozoo
 from audiozoo.decoding import ctc, encoders
 from audiozoo.errors import AudioError, CheckpointError, UsageError
-from audiozoo.models import wav2vec2_bert
+from audiozoo.models import wav2vec2, wav2vec2_bert
 from tests.shapes import enforce
 from tests.tolerances import tolerance
 from tests.training import tiny
@@ -150,8 +150,8 @@ def test_annotations_hold(monkeypatch):
         head: tiny.family("wav2vec2_bert", f"Wav2Vec2Bert{head}")
         for head in ("Model", "ForPreTraining", "ForCTC", "ForAudioFrameClassification")
     }
-    checked = enforce(monkeypatch, wav2vec2_bert)
-    assert {"Wav2Vec2BertModel.__call__", "Wav2Vec2BertForPreTraining.__call__"} <= set(checked)
+    checked = enforce(monkeypatch, wav2vec2) + enforce(monkeypatch, wav2vec2_bert)
+    assert {"Wav2Vec2ForCTC.__call__", "Wav2Vec2BertModel.__call__"} <= set(checked)
     mask, labels = jnp.ones((2, 30), jnp.int32), jnp.ones((2, 2), jnp.int32)
     key = jax.random.key(0)
     assert jax.eval_shape(lambda: models["ForPreTraining"](features(), mask, key=key)).loss.shape == ()
