@@ -51,6 +51,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -995,7 +996,7 @@ class BarkFineModel(_Transformer):
         """
         given, total = self.config.n_codes_given, self.config.n_codes_total
         traced = isinstance(codebook_idx, jax.core.Tracer)
-        codebook_idx = codebook_idx if traced else int(codebook_idx)
+        codebook_idx = codebook_idx if traced else operator.index(codebook_idx)
         if not traced and not max(given, 1) <= codebook_idx < total:
             raise UsageError(f"This model predicts codebooks {max(given, 1)} to {total - 1}, not {codebook_idx}.")
         if (input_ids is None) == (inputs_embeds is None):
