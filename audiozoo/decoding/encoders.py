@@ -83,12 +83,11 @@ def in_pieces(
     """
     if not (math.isfinite(chunk_length_s) and math.isfinite(stride_length_s)):
         raise UsageError(f"Pieces of {chunk_length_s} s with {stride_length_s} s cut off on both sides have no end.")
-    samples = len(input_values)
     chunk = round(chunk_length_s * sampling_rate / ratio)  # in frames
     stride = round(stride_length_s * sampling_rate / ratio)
     if not 0 <= 2 * stride < chunk:
         raise UsageError(f"Pieces of {chunk_length_s} s with {stride_length_s} s cut off on both sides leave nothing.")
-    reach = samples - (count - 1) * ratio  # samples that the last frame sees, and a rest
+    reach = len(input_values) - (count - 1) * ratio  # steps that the last frame sees, and a rest
     if count <= chunk:
         pieces = [(0, count, 0, count)]
     else:
@@ -101,7 +100,7 @@ def in_pieces(
             pieces.append((start, end, keep, stop))
             if end == count:
                 break
-    # One length in samples for all: bucketed for short recordings, so that another length does not compile again.
+    # One length for all: bucketed for short recordings, so that another length does not compile again.
     longest = max(end - start for start, end, _, _ in pieces)
     frames = min(rounded(longest, 25), max(chunk, longest))
     width = (frames - 1) * ratio + max(reach, window)
@@ -271,7 +270,7 @@ def identify(
     end, and what is shorter with silence behind it, as in training.
 
     Args:
-        model: with a sequence classifier.
+        model: with a classifier of recordings, a …ForSequenceClassification or WhisperForAudioClassification.
         processor: its processor.
         audio: waveform at the processor's rate.
         top_k: how many.
