@@ -12,7 +12,7 @@ def check_chunk(name: str, seconds: float, sampling_rate: int) -> None:
 
     Args:
         name: what the length is called.
-        seconds: that it has.
+        seconds: the length.
         sampling_rate: Hz.
 
     Raises:

@@ -424,7 +424,8 @@ def write(path: str | os.PathLike[str], waveform: ArrayLike, sampling_rate: int,
     """Write a sound file under a temporary name and then rename it, so that no half-written file is ever left.
 
     Args:
-        path: the suffix chooses the container: wav, flac, ogg, opus (at 48 kHz, if it has no such rate), mp3, aiff ….
+        path: the suffix chooses the container: wav, flac, ogg, opus, mp3, aiff …. For Opus, a rate that it does not
+            have is resampled to 48 kHz.
         waveform: floats in [-1, 1], `(time,)` or `(channels, time)`; integer codings clip what lies outside.
         sampling_rate: Hz.
         subtype: libsndfile's name of the coding, such as "PCM_24" or "FLOAT"; the container's default if not given.

@@ -220,6 +220,10 @@ def spoken_samples(
         waveform: to be heard.
         sampling_rate: Hz of it.
         vad: see `SpeechOptions.meant_by`.
+
+    Raises:
+        UsageError: for an option that does not exist, or without the package of the detector.
+        AudioError: if the waveform cannot be used.
     """
     if (options := SpeechOptions.meant_by(vad)) is None:
         return [(0, len(waveform))]

@@ -106,7 +106,7 @@ def embed(
 
     AST gives what its classifier sees. A speech encoder (wav2vec 2.0, HuBERT, WavLM, ...) gives the vector of the
     speaker, where it has a head for that, or the mean of the frames. The .npz file of a single recording holds the
-    frames and their times as well.
+    frames and their times as well. Of several recordings, those that cannot be heard are named and left out.
     """
     files, text = files or [], text or []
     if not files and not text:

@@ -19,8 +19,10 @@ def music(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="sound file to write; - is standard output, as WAV")
     ] = Path("music.wav"),
-    melody: Annotated[str | None, typer.Option(help="sound file whose melody to follow")] = None,
-    prompt: Annotated[str | None, typer.Option("--continue", help="sound file to continue")] = None,
+    melody: Annotated[str | None, typer.Option(help="sound file whose melody to follow; - is standard input")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--continue", help="sound file to continue; - is standard input")
+    ] = None,
     duration: Annotated[float, typer.Option(help="seconds in all, those of --continue included")] = 8.0,
     guidance: Annotated[float | None, typer.Option(help="how closely to follow text and melody; 1 is loosely")] = None,
     temperature: Annotated[float, typer.Option(help="how adventurous: 0 always takes the likeliest code")] = 1.0,
