@@ -87,7 +87,7 @@ def config_from_hugging_face(config: Mapping[str, Any], where: str = "config.jso
     """Our configuration from a `config.json`.
 
     Raises:
-        CheckpointError: if its encoder is none of wav2vec 2.0's family, or its decoder neither mBART nor Speech2Text2.
+        CheckpointError: if its encoder is none of `ENCODERS`, or its decoder neither mBART nor Speech2Text2.
     """
     encoder, decoder = config.get("encoder") or {}, config.get("decoder") or {}
     hears, writes = str(encoder.get("model_type")), str(decoder.get("model_type"))

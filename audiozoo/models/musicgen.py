@@ -1487,7 +1487,7 @@ class MusicgenRecipe:
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     weight_decay: float = 0.1  # of AdamW
     clip: float = 1.0  # largest norm of the gradient
-    ema_decay: float = 0.99  # of the average of the weights that is released; in the authors' code of ten updates
+    ema_decay: float = 0.99  # of the average of the weights that is released; of every tenth, in the authors' code
     d_adaptation: bool = True  # let the optimiser find its rate (arXiv 2301.07733): the 300M model's
     condition_dropout: float = 0.3  # how often an item loses its conditions
     melody_dropout: float = 0.5  # released code: how often a melody model hears none

@@ -22,7 +22,7 @@ model of the target language, trained on web text, has a say in the beam search.
 
 What differs from fairseq S2T's decoder, whose sinusoids and embedding it has: each LayerNorm comes after its part's
 residual sum instead of before the part, so there is none at the end; and in the released checkpoints the head is a
-matrix of its own. Any encoder of wav2vec 2.0's family can stand before it, frozen or not.
+matrix of its own. Any encoder of `audiozoo.models.xls_r.ENCODERS` can stand before it, frozen or not.
 
 Checkpoints: `facebook/s2t-wav2vec2-large-en-{de,tr,ca,ar}`, and fairseq's `.pt` files of its `wav2vec_seq2seq`. They
 load as a `SpeechEncoderDecoderModel`. `transformers` lost this decoder with version 5; what `audiozoo.export` writes

@@ -207,7 +207,7 @@ def sample_languages(
 class SpeechEncoderDecoderModel(nnx.Module):
     """§4, speech translation: XLS-R, its frames shortened to 160 ms, and mBART's decoder.
 
-    Any encoder of the family and any decoder of `DECODERS` fit: with wav2vec 2.0 and Speech2Text2's decoder this is
+    Any encoder of `ENCODERS` and any decoder of `DECODERS` fit: with wav2vec 2.0 and Speech2Text2's decoder this is
     the model of arXiv 2104.06678.
     """
 

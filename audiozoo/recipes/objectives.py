@@ -292,7 +292,7 @@ class Seq2Seq(Objective):
 
 @dataclass(frozen=True)
 class Pretraining(Objective):
-    """Masked frames, told from distractors (wav2vec 2.0, §3.2) or by their cluster (HuBERT, §II-B).
+    """Masked frames, told from distractors (wav2vec 2.0, §3.2), by their cluster (HuBERT, §II-B), or both (w2v-BERT).
 
     Attributes:
         units: whether the targets are clusters (`units` beside the recordings, or of MFCCs; HuBERT, §IV-B).
