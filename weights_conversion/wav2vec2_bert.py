@@ -35,11 +35,12 @@ def hugging_face_table(config: Wav2Vec2BertConfig, model_class: str) -> Table:
     """The correspondence with what `save_pretrained` writes for that class; pre-training has none there."""
     heads = {"ForPreTraining": _PRETRAINING}
     table = family_table(config, model_class, family=FAMILY, prefix=PREFIX, backbone=BACKBONE, heads=heads)
-    own = (
-        () if model_class == f"{FAMILY}ForPreTraining" else (Ignore(r"prediction\..*", "left over from pre-training"),)
-    )
-    renames = ((r"^(intermediate_ffn)\b", rf"{PREFIX}.\1"), *table.renames) if model_class != f"{FAMILY}Model" else ()
-    return dataclasses.replace(table, ignored=(*table.ignored, *UNREAD, *own), renames=renames or table.renames)
+    ignored, renames = (*table.ignored, *UNREAD), table.renames
+    if model_class != f"{FAMILY}ForPreTraining":
+        ignored += (Ignore(r"prediction\..*", "left over from pre-training"),)
+    if model_class != f"{FAMILY}Model":
+        renames = ((r"^(intermediate_ffn)\b", rf"{PREFIX}.\1"), *renames)
+    return dataclasses.replace(table, ignored=ignored, renames=renames)
 
 
 _CONFIG_DEFAULTS: dict[str, Any] = {
