@@ -202,7 +202,9 @@ def recognise(path: Path) -> bool:
         names = open_tensors(path).names()
     except (CheckpointError, SourceError):
         return False
-    return any(name.endswith("ups.0.weight_g") for name in names) and not any("enc_p" in name for name in names)
+    others = ("enc_p", "dict.weight")  # what only a VITS and a vocoder of units have
+    foreign = any(part in name for name in names for part in others)
+    return any(name.endswith("ups.0.weight_g") for name in names) and not foreign
 
 
 def processor_of_file(path: Path) -> HifiGanProcessor:

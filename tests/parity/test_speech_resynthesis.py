@@ -172,9 +172,11 @@ def test_the_authors_files(tmp_path, v2):
         else:
             state[name] = tensor.clone()
     torch.save({"generator": state}, tmp_path / "vocoder_v2.pt")
+    from audiozoo.loading import paper_of
     from weights_conversion.code_hifigan_names import config_from_original, is_original
     from weights_conversion.readers import open_tensors
 
+    assert paper_of(tmp_path / "vocoder_v2.pt").name == "seamless_m4t_v2"  # and no HiFi-GAN
     tensors = open_tensors(tmp_path / "vocoder_v2.pt")
     assert is_original(tensors)
     found = config_from_original(tensors)
