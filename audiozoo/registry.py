@@ -112,8 +112,11 @@ def _whisper_checkpoints() -> tuple[Checkpoint, ...]:
             ("large-v3", "large_v3"),
         )
     ]
+    first = {"large": "large-v1"}
     faster = [
-        Checkpoint(f"Systran/faster-whisper-{name}", size, "MIT") for name, size in sizes.items() if "turbo" not in name
+        Checkpoint(f"Systran/faster-whisper-{first.get(name, name)}", size, "MIT")
+        for name, size in sizes.items()
+        if "turbo" not in name
     ]
     return (*openai, *files, *distil, *faster)
 
