@@ -20,7 +20,7 @@ def piano(
     output: Annotated[Path, typer.Option("--output", "-o", help="MIDI file to write")] = Path("piano.mid"),
     composer: Annotated[str, typer.Option(help="whose style: composer1 … composer21")] = "composer1",
     model: Annotated[str | None, typer.Option(help=f"hub id, directory or file; by default {ARRANGER}")] = None,
-    tracker: Annotated[str | None, typer.Option(help="of the beats: librosa, essentia or madmom")] = None,
+    tracker: Annotated[str | None, typer.Option(help="beats by librosa (default), essentia or madmom")] = None,
     batch_size: Annotated[int, typer.Option(help="segments of two bars at a time")] = 16,
     sound: Annotated[Path | None, typer.Option(help="also write how it sounds: a sound file")] = None,
     mix: Annotated[Path | None, typer.Option(help="also write it on the left, the song on the right")] = None,

@@ -24,7 +24,7 @@ def evaluate(
     model_class: Annotated[str | None, typer.Option(help="the class, where the checkpoint leaves a choice")] = None,
     language: Annotated[str | None, typer.Option(help="that is spoken, or written by a translator")] = None,
     batch_size: Annotated[int, typer.Option(help="recordings, or pieces of one, at a time")] = 8,
-    limit: Annotated[int | None, typer.Option(help="hear the first recordings only")] = None,
+    limit: Annotated[int | None, typer.Option(help="hear only the first so many recordings")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="write predictions as JSON lines")] = None,
     normalise: Annotated[
         str | None, typer.Option("--normalize", "--normalise", help="of texts: english or basic as Whisper's, or none")

@@ -24,7 +24,7 @@ def music(
         str | None, typer.Option("--continue", help="sound file to continue; - is standard input")
     ] = None,
     duration: Annotated[float, typer.Option(help="seconds in all, those of --continue included")] = 8.0,
-    guidance: Annotated[float | None, typer.Option(help="how closely to follow text and melody; 1 is loosely")] = None,
+    guidance: Annotated[float | None, typer.Option(help="how closely to follow text and melody; 1: unguided")] = None,
     temperature: Annotated[float, typer.Option(help="how adventurous: 0 always takes the likeliest code")] = 1.0,
     top_k: Annotated[int | None, typer.Option(help="draw from so many of the likeliest codes; 0 is all")] = None,
     top_p: Annotated[float | None, typer.Option(help="draw from the likeliest codes of this probability")] = None,

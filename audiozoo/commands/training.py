@@ -30,7 +30,7 @@ def train(
     evaluation: Annotated[str | None, typer.Option(help="data to evaluate on")] = None,
     held_out: Annotated[float, typer.Option(help="share of the data to evaluate on instead")] = 0.0,
     language: Annotated[str | None, typer.Option(help="of the texts, where the recordings do not say")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE, a number of the recipe")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE, a setting: steps=1000")] = None,
     config: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, a field of the model's configuration")] = None,
     lora: Annotated[int | None, typer.Option(help="train low-rank factors of this rank")] = None,
     mesh: Annotated[str | None, typer.Option(help="data=4,fsdp=2,tensor=1")] = None,

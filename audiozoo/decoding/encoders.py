@@ -291,11 +291,11 @@ def identify(
         raise UsageError(f"Pieces of {crop_length_s} s have no end.")
     extractor = getattr(processor, "feature_extractor", processor)
     length = round(crop_length_s * extractor.sampling_rate)
-    if whisper:
-        frames = length // extractor.n_fft
-    else:
-        frames = model.backbone.frame_lengths(in_steps(length, model.config))
-    if crops > 1 and frames < 1:
+
+    def frames(samples: int) -> int:
+        return samples // extractor.n_fft if whisper else model.backbone.frame_lengths(in_steps(samples, model.config))
+
+    if crops > 1 and frames(length) < 1:
         raise UsageError(f"Pieces of {crop_length_s} s are too short for one frame.")
     pieces = [np.asarray(audio)]
     if crops > 1 and len(audio) > length:

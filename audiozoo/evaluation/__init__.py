@@ -85,7 +85,7 @@ def evaluate(
         processor: its processor.
         items: recordings and what is known of them.
         task: its name; by default what the model does and the recordings allow.
-        limit: hear the first recordings only.
+        limit: hear only the first so many recordings.
         batch_size: recordings at a time.
         progress: called with the recordings done and the recordings in all.
         options: of the task: the fields of its class in `tasks`.

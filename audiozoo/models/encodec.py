@@ -28,6 +28,7 @@ arithmetic coder spend fewer bits on them.
 | §3.4, commitment loss, Eq. 3 | `EncodecResidualVectorQuantizer.train_step` |
 | §3.4, balancer, Eq. 5; its weights, §4.4 | `Balancer`, `codec_gradients` |
 | §4.1 and released checkpoints, sizes | `EncodecConfig.encodec_24khz()`, `encodec_48khz()`, `encodec_32khz()` |
+| not in the paper; the codec of AudioGen | `EncodecConfig.audiogen_16khz()` |
 
 Where the released training code departs from the paper, the paper is followed, and `released=True` gives the other:
 there the commitment loss reaches the encoder through the first codebook only, since the residual that the second one

@@ -31,8 +31,9 @@ standardises its input (`normalize_before`), VITS' leaves its first and last con
 without bias, and adds a speaker's embedding (`condition_dim`). In all of them the slope before the last convolution is
 0.01, not 0.1: the released code leaves it at PyTorch's default.
 
-Checkpoints: the authors' `generator_v1`, `g_02500000` and `do_02500000`, and the decoders inside
-`microsoft/speecht5_hifigan`, `facebook/hf-seamless-m4t-medium`, VITS, MMS and Piper voices.
+Checkpoints: the authors' `generator_v1`, `generator_v2`, `generator_v3` and `g_02500000`, each with its `config.json`
+beside it; `microsoft/speecht5_hifigan`; and the decoders inside SeamlessM4T, VITS, MMS and Piper voices. The tables for
+the discriminators in `do_02500000` are in `weights_conversion.hifigan`; `load` does not open that file.
 
     import audiozoo
     vocoder = audiozoo.jit(audiozoo.load("microsoft/speecht5_hifigan"))

@@ -33,7 +33,7 @@ is wanted, or fairseq's `mms1b_{fl102,l1107,all}.pt`, which holds all of them
 (`weights_conversion.mms.open_checkpoint` picks some, and `unpack_languages` there writes such a directory).
 
     import audiozoo
-    model = audiozoo.load("mms-1b-all", model_class="MMSForCTC")
+    model = audiozoo.load("mms-1b-all", model_class="MMSForCTC")  # a directory with a few languages' files
     processor = audiozoo.load_processor("mms-1b-all")
     inputs = processor([english, french], sampling_rate=16_000)
     logits = model(**inputs, languages=["eng", "fra"]).logits

@@ -27,8 +27,8 @@ states and writes units, a phonetic alphabet learnt from speech; a vocoder speak
 | §4.4, fine-tuning: smoothed cross-entropy of text and units | `finetuning_losses`, `SeamlessM4TRecipe` |
 | Table 12, sizes | `SeamlessM4TConfig.large()`, `.medium()` |
 
-What is not here: how w2v-BERT 2.0 (see `audiozoo.models.wav2vec2_bert`) and NLLB were trained beforehand, and the
-extractor of units (XLS-R and k-means).
+What is not here: how NLLB was trained beforehand, and the extractor of units (XLS-R and k-means). How w2v-BERT
+is trained, as far as it is published, is in `audiozoo.models.wav2vec2_bert`.
 
 What differs from `transformers`: an item of a batch gives what it gives alone; of speech, with `batch_invariant=True`,
 for without it the padding of a batch reaches an item's last state through the length adaptor, as there. There also,

@@ -11,8 +11,8 @@ pre-training has taught to hear. From nothing, CTC stays for long where every fr
 - the first convolution begins as what it would become, a bank of band-pass filters (`filterbank`);
 - the first eighth of the time is a flat start, as hidden Markov models have it: single words and short parts of
   sentences, with their letters laid evenly along the frames (`EvenCTC`); CTC then moves them to where they belong;
-- all is trained, at a rate fifty times that of fine-tuning, which rises over the first twentieth of the time and falls
-  to nothing at its end.
+- all is trained, at a rate some seventy times that of fine-tuning, which rises over the first twentieth of the time and
+  falls to nothing at its end.
 
 What is said of the result is measured on sentences that were never said in training, apart for voices of training and
 for voices never heard. Of 100 sentences each, 5 % and 16 % of the characters were wrong after 5,900 updates, which take
