@@ -31,8 +31,8 @@ probability reaches 0.2.
 
 **Where `transformers` departs from Suno's code.** Not followed, with a test that shows both: it ignores the
 checkpoint's `min_eos_p`; in the fine stage, padding alters the rows of a batch that are shorter than the longest; a
-history of fewer than two semantic tokens is taken whole instead of not at all (so does Suno). Followed with
-`sampling="transformers"`, because its tokens would be others: the second codebook may choose tokens that belong to no
+history of fewer than two semantic tokens is taken whole instead of not at all, as in Suno's code too. Followed with
+`sampling="transformers"`, for else the tokens would differ: the second codebook may choose tokens that belong to no
 codebook, and the fine stage is greedy at temperature 1. Options with a prefix are obeyed in the fine stage too
 (`fine_do_sample`, `fine_top_k`, …); of those without, the temperature reaches it, as in `transformers`.
 

@@ -29,8 +29,8 @@ of the last checkpoints; and one model for many target languages, told which by 
 
 What differs from `transformers`: a position is right also where padding is not token 1; convolutions can be told where
 the padding begins (`batch_invariant=True`), so that an item of a padded batch gives what it gives alone, where the
-original's biases leak into its last frames; labels can be smoothed; a text that is cut short ends all the same, as in
-fairseq; and silence has features (its are infinite).
+original's biases leak into its last frames; labels can be smoothed; a text that is cut short ends all the same, and the
+features of digital silence are finite, both as in fairseq.
 
 Checkpoints: `facebook/s2t-{small,medium,large}-librispeech-asr`, `facebook/s2t-medium-mustc-multilingual-st`,
 `facebook/s2t-small-mustc-en-{de,es,fr,it,nl,pt,ro,ru}-st`, `facebook/s2t-small-covost2-{ca,de,es,fr}-en-st` and
