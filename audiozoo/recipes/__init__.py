@@ -322,6 +322,7 @@ ROWS = [
         Pretraining(end_temperature=0.1),
         _like(_PRETRAINING, f"our choice, {_FROM_WAV2VEC2}{_PRETRAINING.source}; masks and temperature as in fairseq2"),
         "w2v_bert_2",
+        new=r"^(quantizer|project_hid|project_q|prediction)\.|masked_spec_embed",
         config={"mask_time_prob": 0.65, "layerdrop": 0.0},
     ),
     # --- recognition and translation by a decoder ---
