@@ -157,12 +157,16 @@ def _call(graphdef: Any, state: Any, *inputs: jax.Array | None, options: tuple =
     return nnx.merge(graphdef, state)(*inputs, **dict(options))
 
 
-def _run(model: Any, processor: Any, audio: np.ndarray, **options: Any) -> Any:
-    """A recording, padded, through the model, as if it were alone."""
+def _padded(model: Any, processor: Any, audio: np.ndarray) -> dict[str, np.ndarray]:
+    """What the processor returns of a recording, filled up to one of few lengths, and its mask."""
     extractor = getattr(processor, "feature_extractor", processor)
     rate = extractor.sampling_rate
     half = 50 if hasattr(model.config, "samples_a_step") else rate // 2  # a second, in frames of 10 ms or in samples
-    inputs = extractor(audio, sampling_rate=rate, pad_to_multiple_of=half, return_attention_mask=True)
+    return extractor(audio, sampling_rate=rate, pad_to_multiple_of=half, return_attention_mask=True)
+
+
+def _run(model: Any, inputs: Mapping[str, np.ndarray], **options: Any) -> Any:
+    """A padded recording through the model, as if it were alone."""
     values, mask = jnp.asarray(heard(inputs)), jnp.asarray(inputs["attention_mask"])
     options |= without_padding(model.config)
     graphdef, state = nnx.split(alone(model))
@@ -173,7 +177,7 @@ def _over_pieces(model: Any, processor: Any, audio: np.ndarray, field: str) -> n
     """A field of the output for a recording in equal pieces of at most `LONGEST_S`, averaged: `(1, width)`."""
     rate = getattr(processor, "feature_extractor", processor).sampling_rate
     pieces = np.array_split(np.asarray(audio), max(math.ceil(len(audio) / (LONGEST_S * rate)), 1))
-    found = [np.asarray(getattr(_run(model, processor, piece), field), np.float64) for piece in pieces]
+    found = [np.asarray(getattr(_run(model, _padded(model, processor, piece)), field), np.float64) for piece in pieces]
     return np.mean(found, axis=0)
 
 
@@ -219,7 +223,9 @@ def embed(
     together = getattr(model.config, "squeeze_factor", 1)  # SEW's Transformer sees one frame for each two
     extractor = getattr(processor, "feature_extractor", processor)
     rate, which = extractor.sampling_rate, -1 if layer is None else layer
-    values = first_heard(extractor(audio, sampling_rate=rate))
+    whole = len(audio) <= LONGEST_S * rate
+    inputs = _padded(model, processor, audio) if whole else extractor(audio, sampling_rate=rate)
+    values = first_heard(inputs)
     count = int(backbone.frame_lengths(len(values), adapter=False)) // together
     if (least := getattr(model, "least_frames", 1)) > count:
         raise AudioError(
@@ -232,8 +238,8 @@ def embed(
             raise UsageError("The states between stacked layers are not known: load the model unstacked.")
         return found
 
-    if len(audio) <= LONGEST_S * rate:
-        output = _run(model, processor, audio, output_hidden_states=True)
+    if whole:
+        output = _run(model, inputs, output_hidden_states=True)
         frames = np.asarray(state_of(output)[0, :count], np.float32)
         speaker = getattr(output, "embeddings", None)
     else:
@@ -292,10 +298,8 @@ def identify(
     extractor = getattr(processor, "feature_extractor", processor)
     length = round(crop_length_s * extractor.sampling_rate)
 
-    def frames(samples: int) -> int:
-        return samples // extractor.n_fft if whisper else model.backbone.frame_lengths(in_steps(samples, model.config))
-
-    if crops > 1 and frames(length) < 1:
+    steps = in_steps(length, model.config)
+    if crops > 1 and (steps // extractor.n_fft if whisper else model.backbone.frame_lengths(steps)) < 1:
         raise UsageError(f"Pieces of {crop_length_s} s are too short for one frame.")
     pieces = [np.asarray(audio)]
     if crops > 1 and len(audio) > length:

@@ -169,12 +169,12 @@ class Wav2Vec2BertConfig:
 
     @property
     def inputs_to_logits_ratio(self) -> int:
-        """Samples of 16 kHz a frame: two filterbank frames of 10 ms."""
-        return 320
+        """Samples of 16 kHz a frame, of which there is one for each step."""
+        return self.samples_a_step
 
     @property
     def samples_a_step(self) -> int:
-        """Samples of 16 kHz a step of what the model reads; other models of the family read samples."""
+        """Samples of 16 kHz a step, two filterbank frames of 10 ms; other models of the family read samples."""
         return 320
 
     @property
