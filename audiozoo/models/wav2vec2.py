@@ -96,8 +96,43 @@ def check_convolutions(config: Any) -> None:
         )
 
 
+def check_division(config: Any, whole: str, parts: str) -> None:
+    """Refuse a width (§2: of a quantised frame, of the positional convolution) that its groups do not divide.
+
+    Raises:
+        CheckpointError: if a rest remains, or there is no group.
+    """
+    width, count = getattr(config, whole), getattr(config, parts)
+    if count < 1 or width % count:
+        raise CheckpointError(f"{whole} ({width}) does not divide into {count} ({parts}).")
+
+
+class _HeadSizes:
+    """What the heads ask of a configuration."""
+
+    id2label: tuple[str, ...]
+    hidden_size: int
+    output_hidden_size: int | None
+    add_adapter: bool
+
+    @property
+    def num_labels(self) -> int:
+        """Classes of the classifier."""
+        return len(self.id2label)
+
+    @property
+    def adapter_size(self) -> int:
+        """Width after the strided adapter."""
+        return self.output_hidden_size or self.hidden_size
+
+    @property
+    def head_size(self) -> int:
+        """Width that a head reads."""
+        return self.adapter_size if self.add_adapter else self.hidden_size
+
+
 @dataclass(frozen=True)
-class Wav2Vec2Config:
+class Wav2Vec2Config(_HeadSizes):
     """Sizes of one checkpoint (§4.2 of the paper for BASE and LARGE)."""
 
     vocab_size: int = 32  # letters and special tokens of the CTC head
@@ -161,34 +196,14 @@ class Wav2Vec2Config:
         check_convolutions(self)
         if self.feat_extract_norm not in ("group", "layer"):
             raise CheckpointError(f"feat_extract_norm is {self.feat_extract_norm!r}; there are 'group' and 'layer'.")
-        for whole, parts in (
-            ("hidden_size", "num_conv_pos_embedding_groups"),
-            ("codevector_dim", "num_codevector_groups"),
-        ):
-            width, count = getattr(self, whole), getattr(self, parts)
-            if count < 1 or width % count:
-                raise CheckpointError(f"{whole} ({width}) does not divide into {count} ({parts}).")
+        check_division(self, "hidden_size", "num_conv_pos_embedding_groups")
+        check_division(self, "codevector_dim", "num_codevector_groups")
         x_vector = (self.tdnn_dim, self.tdnn_kernel, self.tdnn_dilation)
         if not x_vector[0] or len({len(sizes) for sizes in x_vector}) > 1:
             raise CheckpointError(
                 "tdnn_dim, tdnn_kernel and tdnn_dilation describe {}, {} and {} layers; they must describe the same "
                 "ones, and one at least.".format(*map(len, x_vector))
             )
-
-    @property
-    def num_labels(self) -> int:
-        """Classes of the classifier."""
-        return len(self.id2label)
-
-    @property
-    def adapter_size(self) -> int:
-        """Width after the strided adapter."""
-        return self.output_hidden_size or self.hidden_size
-
-    @property
-    def head_size(self) -> int:
-        """Width that a head reads."""
-        return self.adapter_size if self.add_adapter else self.hidden_size
 
     @property
     def inputs_to_logits_ratio(self) -> int:

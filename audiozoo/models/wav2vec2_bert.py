@@ -64,7 +64,9 @@ from audiozoo.models.wav2vec2 import (
     Wav2Vec2ForXVector,
     Wav2Vec2GumbelVectorQuantizer,
     Wav2Vec2Model,
+    _HeadSizes,
     _WithBackbone,
+    check_division,
     contrastive_logits,
     contrastive_loss,
     diversity_loss,
@@ -74,7 +76,7 @@ from audiozoo.outputs import ModelOutput, Wav2Vec2BaseModelOutput
 
 
 @dataclass(frozen=True)
-class Wav2Vec2BertConfig:
+class Wav2Vec2BertConfig(_HeadSizes):
     """Not in the paper: sizes of 2.0, as `transformers` names them, and those of the pre-training."""
 
     vocab_size: int = 32  # letters and special tokens of the CTC head
@@ -144,28 +146,9 @@ class Wav2Vec2BertConfig:
             raise CheckpointError("use_intermediate_ffn_before_adapter is for models with add_adapter.")
         if self.conv_depthwise_kernel_size % 2 == 0:
             raise CheckpointError(f"conv_depthwise_kernel_size is odd; {self.conv_depthwise_kernel_size} is not.")
-        if self.num_codevector_groups < 1 or self.codevector_dim % self.num_codevector_groups:
-            raise CheckpointError(
-                f"codevector_dim ({self.codevector_dim}) does not divide into {self.num_codevector_groups} "
-                "(num_codevector_groups)."
-            )
+        check_division(self, "codevector_dim", "num_codevector_groups")
         if not self.tdnn_dim or not len(self.tdnn_dim) == len(self.tdnn_kernel) == len(self.tdnn_dilation):
             raise CheckpointError("tdnn_dim, tdnn_kernel and tdnn_dilation must describe the same layers.")
-
-    @property
-    def num_labels(self) -> int:
-        """Classes of the classifier."""
-        return len(self.id2label)
-
-    @property
-    def adapter_size(self) -> int:
-        """Width behind the length adaptor."""
-        return self.output_hidden_size or self.hidden_size
-
-    @property
-    def head_size(self) -> int:
-        """Width that a head reads."""
-        return self.adapter_size if self.add_adapter else self.hidden_size
 
     @property
     def inputs_to_logits_ratio(self) -> int:
