@@ -78,6 +78,8 @@ CONVOLUTIONS = {  # channels in, channels out, taps, frames, and the geometry
     "fewer frames than taps": (8, 6, 5, 3, {}),
     "many taps": (8, 6, 40, 60, {}),
     "groups": (8, 6, 3, 30, {"groups": 2}),
+    "depthwise": (8, 8, 5, 30, {"groups": 8, "padding": (4, 0), "dilation": 2}),
+    "depthwise, fewer frames than taps": (8, 8, 5, 3, {"groups": 8}),
 }
 
 
