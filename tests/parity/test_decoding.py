@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -235,6 +236,34 @@ def test_beam_sampling_with_the_same_noise(monkeypatch):
         options = {"do_sample": True, "eos_token_id": 3, "num_beams": 3, "num_return_sequences": 2, "temperature": 1.5}
         lookup = table_model.make_tables(seed, VOCABULARY, eos=(3,))
         _compare(*_both(lookup, _prompt(seed), options, noise=noise))
+
+
+@pytest.mark.parametrize("eos", [None, 3, (3, 8)])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_what_shapes_the_distribution(beams, eos):
+    """Which warpers there are, in which order, and how many tokens they keep; also at the ends of their ranges."""
+    logits = np.random.default_rng(beams).normal(size=(5, VOCABULARY)).astype(np.float32)
+    tokens = np.zeros((5, NEW), np.int32)
+    for options in (
+        {},
+        {"top_k": 1},
+        {"top_k": None, "top_p": 0.01},
+        {"top_k": 0, "min_p": 1.0},
+        {"top_k": 0, "typical_p": 0.01},
+        {"top_k": 0, "epsilon_cutoff": 0.99},
+        {"top_k": 0, "eta_cutoff": 0.99},
+        {"top_k": 0, "top_p": 1.0, "typical_p": 1.0, "epsilon_cutoff": 1.0, "eta_cutoff": 1.0},
+        {"top_k": 6, "top_p": 0.8, "min_p": 0.1, "temperature": 0.5, "renormalize_logits": True},
+    ):
+        common = {"do_sample": True, "num_beams": beams, **options}
+        wanted = transformers.GenerationConfig(**common, eos_token_id=list(eos) if isinstance(eos, tuple) else eos)
+        model = TableModel(None)
+        model._prepare_special_tokens(wanted)
+        chain = model._get_logits_processor(wanted, input_ids_seq_length=PROMPT)
+        found = ours.apply(
+            ours.warpers_from_config(GenerationConfig(**common, eos_token_id=eos)), logits, tokens, np.int32(NEW)
+        )
+        _close(found, chain(torch.from_numpy(tokens), torch.from_numpy(logits.copy())).numpy())
 
 
 # --- padding ---------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import copy
 import importlib
 import itertools
 import sys
+import zlib
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,11 +25,13 @@ from flax import nnx
 
 import audiozoo
 from audiozoo.audio import files
+from audiozoo.decoding import windows
 from audiozoo.decoding.generate import invert_cdf
 from audiozoo.decoding.long_form import Recording, detect_language, transcribe
 from audiozoo.decoding.timestamps import WordTiming, add_words, dynamic_time_warping
+from audiozoo.decoding.windows import Decoded, WindowDecoder, compression_ratio
 from audiozoo.loading import variables
-from audiozoo.models.whisper import WhisperConfig, WhisperForConditionalGeneration
+from audiozoo.models.whisper import WhisperForConditionalGeneration
 from audiozoo.text.whisper_tokenizer import WhisperTokenizer
 from tests.parity import harness
 from tests.random_weights import uniform
@@ -215,7 +218,7 @@ GRID = {
     "not conditioned": {"condition_on_previous_text": False},
     "initial prompt": {"initial_prompt": "Names: Aino, Bjørn, Cécile."},
     "carried prompt": {"initial_prompt": "Names: Aino, Bjørn, Cécile.", "carry_initial_prompt": True},
-    "prefix": {"prefix": "And then", "sample_len": 200},
+    "prefix": {"prefix": "And then they said", "sample_len": 222},
     "nothing suppressed": {"suppress_tokens": "", "suppress_blank": False},
     "some suppressed": {"suppress_tokens": "-1,50,1000"},
     "any first time": {"max_initial_timestamp": None},
@@ -304,6 +307,135 @@ def test_words_of_segments(monkeypatch: pytest.MonkeyPatch):
         assert ours == theirs, seed
 
 
+# --- made-up answers -------------------------------------------------------------------------------------------------
+
+SAID = (" no", " matter", " what", "x", ".", ",", "?", "!", " (", ")", ' "', '"', " -", " ", "日本", "語。")
+SETTINGS: dict[str, tuple[float, tuple[Any, ...]]] = {  # how often, and of which values
+    "word_timestamps": (0.75, (True,)),
+    "hallucination_silence_threshold": (0.65, (0.0, 0.06, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0)),
+    "prepend_punctuations": (0.2, ("", "(-")),
+    "append_punctuations": (0.2, ("", ".,")),
+    "initial_prompt": (0.5, ("Names: Aino, Bjørn.", "  ", "long " * 150, *("word " * n for n in (222, 223, 224, 300)))),
+    "carry_initial_prompt": (0.4, (True,)),
+    "condition_on_previous_text": (0.3, (False,)),
+    "without_timestamps": (0.2, (True,)),
+    "no_speech_threshold": (0.4, (None, 0.0, 0.3, 1.0)),
+    "logprob_threshold": (0.4, (None, -0.3, -2.0, 0.0)),
+    "compression_ratio_threshold": (0.3, (None, 0.5, 1.0)),
+    "temperature": (0.7, (0.0, 0.4, (0.0, 0.5, 0.6), (0.6,))),
+}
+
+
+def made_up(*seeds: Any) -> np.random.Generator:
+    """Random numbers that are the same wherever the same is asked for."""
+    return np.random.default_rng(zlib.crc32(repr(seeds).encode()))
+
+
+def made_up_decoding(seed: int, seek: int, prompt: tuple, temperature: float) -> tuple[list[int], float, float]:
+    """What a window's decoding might be: its tokens, their mean log-probability, and how likely it is silence."""
+    rng, zero = made_up(seed, seek, prompt, temperature), tokenizer().timestamp_begin
+
+    def text() -> list[int]:
+        return [id for word in rng.choice(SAID, rng.integers(7)) for id in tokenizer().encode_ordinary(str(word))]
+
+    tokens: list[int] = []
+    kind = rng.integers(8)
+    if kind < 6:
+        stamps = np.sort(rng.integers(0, rng.choice([30, 300, 1500]), rng.integers(1, 9)))
+        stamps[: int(kind < 3)] = 0
+        for i, stamp in enumerate(stamps.tolist()):
+            tokens += [zero + stamp, *(text() if i % 2 == 0 else [])]
+        tokens += tokens[-1:] if kind == 0 else []
+    elif kind == 6:
+        tokens = text()
+    return tokens, float(rng.choice([-0.1, -0.3, -0.9, -1.0, -2.0])), float(rng.choice([0.0, 0.0, 0.3, 0.6, 0.95]))
+
+
+def made_up_words(seed: int, tokens: tuple, frames: int, words: list[str], parts: list[list[int]]) -> list[tuple]:
+    """When the words might be said; with a `parts` more, for the end."""
+    rng, clock, found = made_up(seed, tokens, frames), 0.0, []
+    for word, part in zip(words, parts[:-1], strict=False):
+        start = min(clock + rng.choice([0.0, 0.0, 0.02, 0.3, 2.5, 6.0]), frames / 100)
+        clock = min(start + rng.choice([0.0, 0.02, 0.1, 0.2, 0.5, 1.7, 4.0]), frames / 100)
+        found.append((word, list(part), round(start, 2), round(clock, 2), float(rng.choice([0.05, 0.15, 0.5, 0.9]))))
+    return found
+
+
+class TakesLong(Exception):
+    """Some answers keep the original, and us, where we are."""
+
+
+def test_the_loop_with_made_up_answers(monkeypatch: pytest.MonkeyPatch):
+    """Windows, prompts, clips, fallback, silence and hallucinations, whatever a model might answer."""
+    timing, eot, compared = importlib.import_module("whisper.timing"), tokenizer().eot, 0
+    now: dict[str, Any] = {}
+
+    def decode(segment: Any, options: Any) -> Any:
+        now["calls"] += 1
+        if now["calls"] > 60:
+            raise TakesLong
+        seek, prompt = sys._getframe(2).f_locals["seek"], tuple((options.prompt or [])[-223:])
+        tokens, likely, silent = made_up_decoding(now["seed"], seek, prompt, options.temperature)
+        text = tokenizer().decode(tokens).strip()
+        return original_decoding.DecodingResult(
+            torch.zeros(1), "en", None, tokens, text, likely, silent, options.temperature, compression_ratio(text)
+        )
+
+    def find(model: Any, theirs: Any, text: list[int], mel: Any, frames: int, **_: Any) -> list:
+        split = theirs.split_to_word_tokens([*text, eot])
+        return [timing.WordTiming(*word) for word in made_up_words(now["seed"], tuple(text), frames, *split)]
+
+    def decode_at(self: Any, temperature: float, asked: Any, audio: Any, attempt: int = 0) -> list[Decoded]:
+        (window,) = asked
+        prompt = window.prompt[1 : window.start]
+        tokens, likely, silent = made_up_decoding(now["seed"], window.seek, prompt, temperature)
+        text = tokenizer().decode(tokens).strip()
+        return [Decoded(audio[0], tokens, text, likely, silent, temperature, compression_ratio(text))]
+
+    def align(self: Any, requests: Any) -> list[list[WordTiming]]:
+        (asked,) = requests
+        split = tokenizer().split_to_word_tokens([*asked.text_tokens, eot], asked.language)
+        found = made_up_words(now["seed"], asked.text_tokens, asked.frames, *split)
+        return [[WordTiming(*word) for word in found]]
+
+    sizes = SimpleNamespace(n_mels=1, n_audio_ctx=1500, n_text_ctx=448)
+    theirs = SimpleNamespace(device=torch.device("cpu"), dims=sizes, is_multilingual=True, num_languages=99)
+    theirs.decode = decode
+    config = SimpleNamespace(num_mel_bins=1, max_source_positions=1500, max_target_positions=448)
+    ours = SimpleNamespace(config=config, generation_config=None)
+    monkeypatch.setattr(timing, "find_alignment", find)
+    monkeypatch.setattr(original, "log_mel_spectrogram", lambda *_, **__: torch.zeros(1, now["frames"] + 3000))
+    monkeypatch.setattr(windows.nnx, "split", lambda model: (None, None))
+    monkeypatch.setattr(windows, "_programs", lambda graphdef: None)
+    monkeypatch.setattr(WindowDecoder, "encode", lambda self, features: [None] * len(features))
+    monkeypatch.setattr(WindowDecoder, "decode_at", decode_at)
+    monkeypatch.setattr(WindowDecoder, "align", align)
+    monkeypatch.setattr(
+        Recording, "of", lambda *_: Recording(np.zeros((1, now["frames"] + 3000), np.float32), now["frames"])
+    )
+    for seed in range(150):
+        rng = made_up(seed)
+        now.update(seed=seed, calls=0, frames=int(rng.choice([3, 99, 2999, 3000, 3001, 4500, 6001, 9500])))
+        options = {n: v[rng.integers(len(v))] for n, (often, v) in SETTINGS.items() if rng.random() < often}
+        if "word_timestamps" not in options:
+            options.pop("hallucination_silence_threshold", None)
+        clips = {}
+        if rng.random() < 0.4:
+            points = np.round(rng.uniform(0, now["frames"] / 100, rng.integers(6)), 2)
+            points = (np.sort(points) if seed % 2 else points).tolist()
+            options["clip_timestamps"] = points
+            clips["clip_timestamps"] = [*points, *[999.0] * (len(points) % 2)]  # a clip without an end is one past it
+        options |= {"language": str(rng.choice(["en", "ja"])), "task": str(rng.choice(["transcribe", "translate"]))}
+        try:
+            wanted = whisper.transcribe(theirs, np.zeros(1), fp16=False, **options)
+        except TakesLong:
+            continue
+        found = transcribe(ours, tokenizer(), np.zeros(1), padding="zeros", **options | clips)
+        assert found == wanted, (seed, options)
+        compared += 1
+    assert compared > 100
+
+
 def test_languages():
     audio = sound(12.0)
     mel = torch.from_numpy(Recording.of(audio, 80).features[:, :3000])
@@ -313,14 +445,17 @@ def test_languages():
     np.testing.assert_allclose([ours[code] for code in theirs], list(theirs.values()), rtol=1e-3, atol=1e-6)
 
 
-def test_few_positions():
-    """A prompt is padded to no more than the positions that a model has."""
-    sizes = {"d_model": 8, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_source_positions": 50}
-    sizes |= {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "vocab_size": 51864}
-    model = WhisperForConditionalGeneration(WhisperConfig(**sizes, max_target_positions=24), rngs=nnx.Rngs(0))
+def test_few_positions(monkeypatch: pytest.MonkeyPatch):
+    """A prompt is padded to no more than the positions that a model has, and leaves less than half of them."""
+    theirs = whisper.model.Whisper(whisper.model.ModelDimensions(80, 1500, 8, 2, 1, 51865, 24, 8, 2, 1)).eval()
+    for name, parameter in theirs.named_parameters():
+        parameter.data = _tensor(name, tuple(parameter.shape), 0.5)
+    same_spectrogram(monkeypatch)
     options = {"initial_prompt": "Names: Aino, Bjørn, Cécile.", "temperature": 0.0, "no_speech_threshold": None}
-    result = transcribe(model, tokenizer(51864), sound(1.5), **options)
-    assert any(segment["tokens"] for segment in result["segments"])
+    wanted = whisper.transcribe(theirs, sound(1.5), fp16=False, language="en", **options)
+    found = transcribe(ported(theirs), tokenizer(), sound(1.5), padding="zeros", language="en", **options)
+    assert_same(found, wanted)
+    assert any(segment["tokens"] for segment in found["segments"])
 
 
 # --- real weights ----------------------------------------------------------------------------------------------------
