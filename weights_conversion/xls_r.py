@@ -29,6 +29,7 @@ from weights_conversion import (
     unispeech,
     unispeech_sat,
     wav2vec2,
+    wav2vec2_bert,
     wavlm,
 )
 from weights_conversion import xm_transformer_names as xm
@@ -48,6 +49,7 @@ ENCODERS: dict[str, tuple[Any, str]] = {
     "unispeech-sat": (unispeech_sat, "UniSpeechSatModel"),
     "sew": (sew, "SEWModel"),
     "sew-d": (sew, "SEWDModel"),
+    "wav2vec2-bert": (wav2vec2_bert, "Wav2Vec2BertModel"),
 }
 
 _HEAD = "lm_head.weight"

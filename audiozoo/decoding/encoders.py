@@ -34,6 +34,17 @@ def heard(inputs: Mapping[str, Any]) -> Any:
     return inputs["input_values"] if "input_values" in inputs else inputs["input_features"]
 
 
+def given_speech(input_values: Any, input_features: Any) -> Any:
+    """What a model is given to hear that takes either: waveforms, or features in their place.
+
+    Raises:
+        UsageError: if it is given both, or neither.
+    """
+    if (input_values is None) == (input_features is None):
+        raise UsageError("Give what is to be heard either as input_values or as input_features.")
+    return input_features if input_values is None else input_values
+
+
 def first_heard(inputs: Mapping[str, Any]) -> np.ndarray:
     """The first recording of these inputs, without what its mask leaves out: w2v-BERT's last step may be half empty."""
     values, mask = np.asarray(heard(inputs)[0]), inputs.get("attention_mask")

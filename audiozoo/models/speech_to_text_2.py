@@ -50,6 +50,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from audiozoo.decoding import GenerateOutput, GenerationConfig
+from audiozoo.decoding.encoders import given_speech
 from audiozoo.errors import UsageError
 from audiozoo.layers.basic import at_least_float32
 from audiozoo.models.mbart import (
@@ -156,9 +157,10 @@ class LanguageModelFusion:
 
 def translate(
     model: Any,
-    input_values: Float[Array, "batch samples"],
-    attention_mask: Int[Array, "batch samples"] | None = None,
+    input_values: Float[Array, "batch steps *bands"] | None = None,
+    attention_mask: Int[Array, "batch steps"] | None = None,
     *,
+    input_features: Float[Array, "batch steps bands"] | None = None,
     fusion: LanguageModelFusion | None = None,
     **options: Any,
 ) -> Int[np.ndarray, "rows tokens"] | GenerateOutput:
@@ -166,17 +168,19 @@ def translate(
 
     Args:
         model: a `SpeechEncoderDecoderModel`.
-        input_values: waveforms at 16 kHz.
-        attention_mask: 1 for a sample of the recording, 0 for padding behind it.
+        input_values: waveforms at 16 kHz, or what else the encoder reads.
+        attention_mask: 1 for a sample, or a step, of the recording, 0 for padding behind it.
+        input_features: what an encoder reads that hears no waveforms (w2v-BERT), in place of `input_values`.
         fusion: the language model and its weight; without it this is `model.generate`.
         options: as for `transformers.generate`; by default the checkpoint's, or else five beams.
 
     Returns:
         Tokens, the beginning included, padded to the longest; with `return_dict_in_generate=True` a `GenerateOutput`.
     """
+    heard = given_speech(input_values, input_features)
     options = {"num_beams": dict(model.generation_config.options).get("num_beams", 5)} | options
     if fusion is None:
-        return model.generate(input_values, attention_mask, **options)
+        return model.generate(heard, attention_mask, **options)
     config, chosen = model.config, model.search_config(**options)
     if fusion.weight < 0 or fusion.model.config.vocab_size != config.decoder.vocab_size:
         raise UsageError(
@@ -184,12 +188,12 @@ def translate(
             f"this one has {fusion.weight} and {fusion.model.config.vocab_size}."
         )
     chosen = chosen.replace(suppress_tokens=(*(chosen.suppress_tokens or ()), config.decoder.vocab_size))
-    prompt = jnp.full((len(input_values), 1), config.decoder_start_token_id, jnp.int32)
+    prompt = jnp.full((len(heard), 1), config.decoder_start_token_id, jnp.int32)
     mask = None if attention_mask is None else jnp.asarray(attention_mask)
     output = _translate(
         *nnx.split(model),
         *nnx.split(fusion.model),
-        jnp.asarray(input_values),
+        jnp.asarray(heard),
         mask,
         prompt,
         fusion.weight,
@@ -204,7 +208,7 @@ def _translate(
     state: Any,
     language_graphdef: Any,
     language_state: Any,
-    input_values: jax.Array,
+    heard: jax.Array,
     attention_mask: jax.Array | None,
     prompt: jax.Array,
     weight: jax.Array,
@@ -212,7 +216,7 @@ def _translate(
     config: GenerationConfig,
 ) -> GenerateOutput:
     model, language = nnx.merge(graphdef, state), nnx.merge(language_graphdef, language_state)
-    encoded, mask = model.encode(input_values, attention_mask)
+    encoded, mask = model.encode(heard, attention_mask)
     room = prompt.shape[1] + config.new_tokens(prompt.shape[1])
 
     def decode(tokens: Any, rows: Any, past: MBartCache, position: Any) -> tuple[jax.Array, MBartCache]:

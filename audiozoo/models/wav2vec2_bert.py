@@ -33,7 +33,7 @@ code is not published, and it is not here. What is here is the first paper's, wi
 padding (`masked_adapter=True` keeps it out).
 
 Checkpoints: `facebook/w2v-bert-2.0`, as a Hugging Face directory or as fairseq2's `conformer_shaw.pt` beside it, and
-what has been fine-tuned from it.
+what has been fine-tuned from it; as the encoder of a translator it stands in `audiozoo.models.xls_r`.
 
     import audiozoo
     model = audiozoo.load("facebook/w2v-bert-2.0")

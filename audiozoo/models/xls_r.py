@@ -55,6 +55,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from audiozoo.configs import restore_parts
 from audiozoo.decoding import GenerateOutput, GenerationConfig
+from audiozoo.decoding.encoders import given_speech
 from audiozoo.decoding.generate import Streamer
 from audiozoo.errors import UsageError
 from audiozoo.layers import Linear, check_ids
@@ -66,6 +67,7 @@ from audiozoo.models.speech_to_text_2 import Speech2Text2Config, Speech2Text2For
 from audiozoo.models.unispeech import UniSpeechConfig, UniSpeechModel
 from audiozoo.models.unispeech_sat import UniSpeechSatConfig, UniSpeechSatModel
 from audiozoo.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2Model
+from audiozoo.models.wav2vec2_bert import Wav2Vec2BertConfig, Wav2Vec2BertModel
 from audiozoo.models.wavlm import WavLMConfig, WavLMModel
 from audiozoo.outputs import BaseModelOutput, Seq2SeqLMOutput
 
@@ -115,6 +117,7 @@ ENCODERS: dict[str, tuple[Any, Any]] = {
     "unispeech-sat": (UniSpeechSatConfig, UniSpeechSatModel),
     "sew": (SEWConfig, SEWModel),
     "sew-d": (SEWConfig, SEWDModel),
+    "wav2vec2-bert": (Wav2Vec2BertConfig, Wav2Vec2BertModel),
 }
 DECODERS: dict[str, tuple[Any, Any]] = {
     "mbart": (MBartConfig, MBartForCausalLM),
@@ -228,8 +231,8 @@ class SpeechEncoderDecoderModel(nnx.Module):
 
     def encode(
         self,
-        input_values: Float[Array, "batch samples"],
-        attention_mask: Int[Array, "batch samples"] | None = None,
+        input_values: Float[Array, "batch steps *bands"],
+        attention_mask: Int[Array, "batch steps"] | None = None,
         **options: Any,
     ) -> tuple[BaseModelOutput, Bool[Array, "batch frames"] | None]:
         """What the decoder attends to, and which of its frames are speech; `options` are `Wav2Vec2Model`'s."""
@@ -245,11 +248,12 @@ class SpeechEncoderDecoderModel(nnx.Module):
 
     def __call__(
         self,
-        input_values: Float[Array, "batch samples"],
-        attention_mask: Int[Array, "batch samples"] | None = None,
+        input_values: Float[Array, "batch steps *bands"] | None = None,
+        attention_mask: Int[Array, "batch steps"] | None = None,
         decoder_input_ids: Int[Array, "batch tokens"] | None = None,
         decoder_attention_mask: Int[Array, "batch tokens"] | None = None,
         *,
+        input_features: Float[Array, "batch steps bands"] | None = None,
         labels: Int[Array, "batch tokens"] | None = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
@@ -259,10 +263,11 @@ class SpeechEncoderDecoderModel(nnx.Module):
         """Logits for every token and, with `labels`, their mean cross-entropy.
 
         Args:
-            input_values: waveforms at 16 kHz.
-            attention_mask: 1 for a sample of the recording, 0 for padding behind it.
+            input_values: waveforms at 16 kHz, or what else the encoder reads.
+            attention_mask: 1 for a sample, or a step, of the recording, 0 for padding behind it.
             decoder_input_ids: tokens; by default `labels` shifted right.
             decoder_attention_mask: 1 where a token is real.
+            input_features: what an encoder reads that hears no waveforms (w2v-BERT), in place of `input_values`.
             labels: targets, -100 where there is none.
             output_attentions: return attention weights.
             output_hidden_states: return the input of every block, and the output.
@@ -270,7 +275,7 @@ class SpeechEncoderDecoderModel(nnx.Module):
             options: of the encoder; see `Wav2Vec2Model`.
 
         Raises:
-            UsageError: if there are neither tokens nor labels.
+            UsageError: if there is nothing to hear, or there are neither tokens nor labels.
         """
         if decoder_input_ids is None:
             if labels is None:
@@ -280,7 +285,8 @@ class SpeechEncoderDecoderModel(nnx.Module):
             )
         returned = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         keys = [None, None] if key is None else list(jax.random.split(key))
-        encoded, mask = self.encode(input_values, attention_mask, key=keys[0], **returned, **options)
+        heard = given_speech(input_values, input_features)
+        encoded, mask = self.encode(heard, attention_mask, key=keys[0], **returned, **options)
         decoded = self.decoder(
             decoder_input_ids,
             decoder_attention_mask,
@@ -311,9 +317,10 @@ class SpeechEncoderDecoderModel(nnx.Module):
 
     def generate(
         self,
-        input_values: Float[Array, "batch samples"],
-        attention_mask: Int[Array, "batch samples"] | None = None,
+        input_values: Float[Array, "batch steps *bands"] | None = None,
+        attention_mask: Int[Array, "batch steps"] | None = None,
         *,
+        input_features: Float[Array, "batch steps bands"] | None = None,
         decoder_input_ids: Any = None,
         masked_group_norm: bool = False,
         masked_adapter: bool = False,
@@ -324,8 +331,9 @@ class SpeechEncoderDecoderModel(nnx.Module):
         """Translate, by one compiled loop.
 
         Args:
-            input_values: waveforms at 16 kHz.
-            attention_mask: 1 for a sample of the recording, 0 for padding behind it.
+            input_values: waveforms at 16 kHz, or what else the encoder reads.
+            attention_mask: 1 for a sample, or a step, of the recording, 0 for padding behind it.
+            input_features: what an encoder reads that hears no waveforms (w2v-BERT), in place of `input_values`.
             decoder_input_ids: the text's beginning; by default `decoder_start_token_id`.
             masked_group_norm: together with the next translate a padded batch as its items one by one, which
                 `audiozoo translate` does; by default padding is heard as the encoder's own class hears it. See
@@ -341,20 +349,21 @@ class SpeechEncoderDecoderModel(nnx.Module):
             `GenerateOutput`.
         """
         config, chosen = self.config, self.search_config(**options)
+        heard = given_speech(input_values, input_features)
         if decoder_input_ids is None:
-            decoder_input_ids = np.full((len(input_values), 1), config.decoder_start_token_id)
+            decoder_input_ids = np.full((len(heard), 1), config.decoder_start_token_id)
         check_ids(decoder_input_ids, config.decoder.vocab_size)
         mask = None if attention_mask is None else jnp.asarray(attention_mask)
         masked = {"masked_group_norm": masked_group_norm, "masked_adapter": masked_adapter}
         output = _generate(
             *nnx.split(self),
-            jnp.asarray(input_values),
+            jnp.asarray(heard),
             mask,
             jnp.asarray(decoder_input_ids, jnp.int32),
             key,
             config=chosen,
             streamer=streamer,
-            masked=tuple(masked.items()),
+            masked=tuple(name for name, wanted in masked.items() if wanted),
         ).trim()
         return output if chosen.return_dict_in_generate else np.asarray(output.sequences)
 
@@ -363,17 +372,17 @@ class SpeechEncoderDecoderModel(nnx.Module):
 def _generate(
     graphdef: Any,
     state: Any,
-    input_values: jax.Array,
+    heard: jax.Array,
     attention_mask: jax.Array | None,
     prompt: jax.Array,
     key: jax.Array | None,
     *,
     config: GenerationConfig,
     streamer: Streamer | None,
-    masked: tuple[tuple[str, bool], ...],
+    masked: tuple[str, ...],
 ) -> GenerateOutput:
     model = nnx.merge(graphdef, state)
-    encoded, mask = model.encode(input_values, attention_mask, **dict(masked))
+    encoded, mask = model.encode(heard, attention_mask, **dict.fromkeys(masked, True))
     decoder = model.decoder.model.decoder
     cache = decoder.start(encoded.last_hidden_state, prompt.shape[1] + config.new_tokens(prompt.shape[1]))
 

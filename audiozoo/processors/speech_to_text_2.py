@@ -13,6 +13,7 @@ import numpy as np
 from audiozoo.errors import CheckpointError, UsageError
 from audiozoo.processors import read_json, read_vocabulary, tidied, token_lists, write_json
 from audiozoo.processors.wav2vec2 import Wav2Vec2FeatureExtractor, Wav2Vec2Processor, fairseq_symbols
+from audiozoo.processors.wav2vec2_bert import speech_extractor
 
 CONTINUED, WORD_END = "@@ ", "</w>"
 
@@ -142,7 +143,7 @@ class Speech2Text2Processor(Wav2Vec2Processor):
         """
         if target_lang is not None:
             raise UsageError("A Speech2Text2 checkpoint translates into one language; leave target_lang out.")
-        return cls(Wav2Vec2FeatureExtractor.from_directory(directory), Speech2Text2Tokenizer.from_directory(directory))
+        return cls(speech_extractor(directory), Speech2Text2Tokenizer.from_directory(directory))
 
     @staticmethod
     def recognise(directory: str | os.PathLike[str]) -> bool:

@@ -5,8 +5,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from audiozoo.processors import extractor_settings
 from audiozoo.processors.seamless_m4t import SeamlessM4TFeatureExtractor
-from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2Processor
+from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
+
+
+def speech_extractor(directory: str | os.PathLike[str]) -> Wav2Vec2FeatureExtractor:
+    """What makes the input of a speech encoder of either kind: features if the files of a directory say so."""
+    named = (extractor_settings(Path(directory)) or {}).get("feature_extractor_type")
+    if named == SeamlessM4TFeatureExtractor.__name__:
+        return SeamlessM4TFeatureExtractor.from_directory(directory)  # type: ignore[return-value]
+    return Wav2Vec2FeatureExtractor.from_directory(directory)
 
 
 class Wav2Vec2BertProcessor(Wav2Vec2Processor):
@@ -31,4 +40,4 @@ class Wav2Vec2BertProcessor(Wav2Vec2Processor):
         return cls(SeamlessM4TFeatureExtractor.from_directory(folder), cls.tokenizer_in(folder, target_lang))
 
 
-__all__ = ["Wav2Vec2BertProcessor"]
+__all__ = ["Wav2Vec2BertProcessor", "speech_extractor"]

@@ -13,6 +13,7 @@ from audiozoo.errors import SourceError, UsageError
 from audiozoo.processors import read_json, token_lists
 from audiozoo.processors.speech_to_text_2 import Speech2Text2Processor
 from audiozoo.processors.wav2vec2 import Wav2Vec2FeatureExtractor, Wav2Vec2Processor
+from audiozoo.processors.wav2vec2_bert import speech_extractor
 
 # arXiv 2008.00401, Table 1: the 25 of mBART and 27 more, in the order of their tokens.
 _CODES = """
@@ -113,4 +114,4 @@ class XLSRProcessor(Wav2Vec2Processor):
         config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
         language = target_lang or config.get("tgt_lang") or "en_XX"
         tokenizer = MBart50Tokenizer(folder / "sentencepiece.bpe.model", language)
-        return cls(Wav2Vec2FeatureExtractor.from_directory(folder), tokenizer)
+        return cls(speech_extractor(folder), tokenizer)

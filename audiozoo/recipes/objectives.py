@@ -276,6 +276,8 @@ class Seq2Seq(Objective):
                     options["ignore_prefix_size"] = 1
                     labels = labels.at[:, 0].set(IGNORED_LABEL)
             else:
+                values, mask = speech_of(processor, batch)
+                batch = {"input_values": values, "attention_mask": mask, "labels": labels}
                 options |= without_padding(getattr(model.config, "encoder", model.config))
             if self.smoothing and turn.training:
                 options["label_smoothing"] = self.smoothing

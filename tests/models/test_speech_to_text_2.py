@@ -17,13 +17,17 @@ from audiozoo.errors import CheckpointError, UsageError
 from audiozoo.models import speech_to_text_2
 from audiozoo.models.hubert import HubertConfig
 from audiozoo.models.speech_to_text_2 import LanguageModelFusion, Speech2Text2Config, Speech2Text2ForCausalLM
+from audiozoo.models.wav2vec2_bert import Wav2Vec2BertConfig
 from audiozoo.models.xls_r import (
     SpeechEncoderDecoderConfig,
     SpeechEncoderDecoderGenerationConfig,
     SpeechEncoderDecoderModel,
 )
+from audiozoo.processors.seamless_m4t import SeamlessM4TFeatureExtractor
 from audiozoo.processors.speech_to_text_2 import Speech2Text2Processor, Speech2Text2Tokenizer
 from audiozoo.processors.wav2vec2 import Wav2Vec2FeatureExtractor
+from audiozoo.recipes import recipe
+from audiozoo.training.loop import Turn
 from tests.models.random_model import random_model
 from tests.shapes import enforce
 from tests.test_cli import assert_refused, audiozoo_command  # noqa: F401 - a fixture
@@ -171,6 +175,43 @@ def test_directories_and_the_command_line(model, audiozoo_command, monkeypatch, 
         Speech2Text2Processor.from_directory(tmp_path / "model", "de")
     with pytest.raises(CheckpointError, match="<unk>"):
         Speech2Text2Tokenizer({"<s>": 0, "<pad>": 1, "</s>": 2})
+
+
+def test_an_encoder_that_hears_features(audiozoo_command, monkeypatch, tmp_path):  # noqa: F811
+    """w2v-BERT before Speech2Text2's decoder: its directory says what it hears."""
+    from audiozoo.commands import terminal
+
+    monkeypatch.setattr(terminal, "keep_compiled_programs", lambda: None)
+    encoder = Wav2Vec2BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, add_adapter=True,
+        conv_depthwise_kernel_size=5, mask_time_prob=0.0,
+    )  # fmt: skip
+    config = SpeechEncoderDecoderConfig(encoder, DECODER, "wav2vec2-bert", "speech_to_text_2")
+    model = random_model(lambda rngs: SpeechEncoderDecoderModel(config, rngs=rngs))
+    extractor = SeamlessM4TFeatureExtractor()
+    audiozoo.export(model, tmp_path / "model")
+    Speech2Text2Processor(extractor, Speech2Text2Tokenizer({token: index for index, token in enumerate(TOKENS)})).save(
+        tmp_path / "model"
+    )
+    loaded, read = audiozoo.load(tmp_path / "model"), audiozoo.load_processor(tmp_path / "model")
+    assert loaded.config == config
+    assert isinstance(read.feature_extractor, SeamlessM4TFeatureExtractor)
+    wave = (0.1 * np.random.default_rng(0).standard_normal(24_000)).astype(np.float32)
+    soundfile.write(tmp_path / "noise.wav", wave, 16_000, subtype="FLOAT")
+    found = audiozoo_command("translate", tmp_path / "noise.wav", "--model", tmp_path / "model", "--beams", "2")
+    assert found.code == 0, found.err
+    alone = extractor(wave, sampling_rate=16_000, pad_to_multiple_of=256)
+    tokens = speech_to_text_2.translate(loaded, **alone, num_beams=2, max_new_tokens=200, masked_adapter=True)
+    assert found.out == read.decode(tokens[0], skip_special_tokens=True).strip() + "\n"
+    # In training the features are computed on the device.
+    loss, labels = recipe("speech_to_text_2").objective.loss(read), jnp.asarray([[4, 5, 2]])
+    batch = {"waveform": jnp.asarray(wave)[None], "length": jnp.asarray([len(wave)]), "labels": labels}
+    learnt = jax.jit(lambda m, batch: loss({"model": m}, batch, Turn(None, jnp.asarray(0), training=False)).total)(
+        loaded, batch
+    )
+    heard = extractor(wave, sampling_rate=16_000)
+    wanted = jax.jit(lambda m, heard: m(**heard, labels=labels, masked_adapter=True).loss)(loaded, heard)
+    np.testing.assert_allclose(learnt, 3 * wanted, rtol=1e-4)
 
 
 def test_the_decoder_alone_in_a_directory(author, tmp_path):

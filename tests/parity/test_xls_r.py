@@ -29,6 +29,9 @@ from tests.parity import harness
 from tests.parity.harness import blank
 from tests.parity.speech_family import LAYER, NO_DROPOUT, TINY, padded, reference_in_double
 from tests.parity.test_wav2vec2 import fairseq_names
+from tests.parity.test_wav2vec2_bert import ADAPTED, STILL
+from tests.parity.test_wav2vec2_bert import TINY as FEATURES
+from tests.parity.test_wav2vec2_bert import padded as steps
 from weights_conversion import wav2vec2 as encoders
 from weights_conversion import xls_r as conversion
 
@@ -101,9 +104,9 @@ DECODER = {
 }
 
 
-def translators(decoder=None, **changes):
+def translators(decoder=None, encoder=None, **changes):
     """The original with random weights, ours with the same, and the table between them."""
-    encoder = transformers.Wav2Vec2Config(**(ENCODER | changes), attn_implementation="eager")
+    encoder = encoder or transformers.Wav2Vec2Config(**(ENCODER | changes), attn_implementation="eager")
     text = transformers.MBartConfig(**(DECODER | (decoder or {})), attn_implementation="eager")
     theirs = transformers.SpeechEncoderDecoderConfig.from_encoder_decoder_configs(encoder, text)
     theirs.decoder_start_token_id, theirs.pad_token_id, theirs.eos_token_id = 2, 1, 2
@@ -206,6 +209,45 @@ def test_a_padded_batch_equals_its_items(norm):
     found = run(model, True)[1, : len(alone)]
     harness.assert_close(found, alone, name="the shorter item")
     assert np.abs(np.asarray(run(model, False))[1, : len(alone)] - alone).max() > 1e-3
+
+
+def test_an_encoder_that_hears_features():
+    """w2v-BERT before mBART: taps, gradients, tokens. (`transformers` projects from its inner width.)"""
+    sizes = FEATURES | ADAPTED | STILL | {"num_hidden_layers": 1, "num_adapter_layers": 1, "output_hidden_size": 24}
+    encoder = transformers.Wav2Vec2BertConfig(**sizes, mask_time_prob=0.0, attn_implementation="eager")
+    reference, model, table = translators({"d_model": 21}, encoder)
+    x, mask = steps()
+    heard, given = (torch.tensor(x), torch.tensor(mask)), (jnp.asarray(x), jnp.asarray(mask))
+    tokens = np.array([[2, 7, 5, 9], [2, 8, 4, 6]])
+    everything = {"output_attentions": True, "output_hidden_states": True}
+    taps = harness.compare_taps(
+        reference,
+        lambda: reference(*heard, decoder_input_ids=torch.tensor(tokens), **everything),
+        model,
+        lambda: model(*given, jnp.asarray(tokens), **everything),
+        table,
+        minimum=40,
+        skip={r".*\.distance_embedding": "read as a table, not called"},
+    )
+    harness.compare_outputs(taps.ours, taps.reference)
+    labels = np.array([[7, 5, 9, 2], [8, 2, -100, -100]])
+    with reference_in_double():
+        harness.compare_gradients(
+            reference,
+            lambda: reference(input_features=heard[0], attention_mask=heard[1], labels=torch.tensor(labels)).loss,
+            model,
+            jax.jit(lambda m: m(input_features=x, attention_mask=mask, labels=jnp.asarray(labels)).loss),
+            table,
+        )
+    special = {"decoder_start_token_id": 2, "eos_token_id": 2, "pad_token_id": 1}
+    with torch.no_grad():
+        theirs = reference.generate(heard[0], attention_mask=heard[1], num_beams=2, max_new_tokens=6, **special)
+    ours = model.generate(input_features=given[0], attention_mask=given[1], num_beams=2, max_new_tokens=6)
+    np.testing.assert_array_equal(ours, theirs)
+    assert without_padding(model.config.encoder) == {"masked_adapter": True}
+    for both in ({}, {"input_values": x, "input_features": x}):
+        with pytest.raises(UsageError, match="either as input_values or as input_features"):
+            model.generate(**both)
 
 
 @pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied, projected"])
