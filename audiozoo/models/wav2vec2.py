@@ -107,6 +107,30 @@ def check_division(config: Any, whole: str, parts: str) -> None:
         raise CheckpointError(f"{whole} ({width}) does not divide into {count} ({parts}).")
 
 
+def check_x_vector(config: Any) -> None:
+    """Refuse sizes of x-vector layers that do not belong together.
+
+    Raises:
+        CheckpointError: if they describe different numbers of layers, or none.
+    """
+    counts = [len(sizes) for sizes in (config.tdnn_dim, config.tdnn_kernel, config.tdnn_dilation)]
+    if counts[0] < 1 or len(set(counts)) > 1:
+        raise CheckpointError(
+            "tdnn_dim, tdnn_kernel and tdnn_dilation describe {}, {} and {} layers; they must describe the same "
+            "ones, and one at least.".format(*counts)
+        )
+
+
+def check_every_frame(config: Any, purpose: str) -> None:
+    """Refuse strided convolutions behind the Transformer for what needs each of its frames.
+
+    Raises:
+        UsageError: if there are some.
+    """
+    if getattr(config, "add_adapter", False):
+        raise UsageError(f"{purpose} reads a frame every 20 ms; it does not go with add_adapter.")
+
+
 class _HeadSizes:
     """What the heads ask of a configuration."""
 
@@ -198,12 +222,7 @@ class Wav2Vec2Config(_HeadSizes):
             raise CheckpointError(f"feat_extract_norm is {self.feat_extract_norm!r}; there are 'group' and 'layer'.")
         check_division(self, "hidden_size", "num_conv_pos_embedding_groups")
         check_division(self, "codevector_dim", "num_codevector_groups")
-        x_vector = (self.tdnn_dim, self.tdnn_kernel, self.tdnn_dilation)
-        if not x_vector[0] or len({len(sizes) for sizes in x_vector}) > 1:
-            raise CheckpointError(
-                "tdnn_dim, tdnn_kernel and tdnn_dilation describe {}, {} and {} layers; they must describe the same "
-                "ones, and one at least.".format(*map(len, x_vector))
-            )
+        check_x_vector(self)
 
     @property
     def inputs_to_logits_ratio(self) -> int:
@@ -1084,6 +1103,7 @@ class Wav2Vec2ForPreTraining(_WithBackbone):
     """
 
     def __init__(self, config: Any, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        check_every_frame(config, "Pre-training")
         super().__init__(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.quantizer = Wav2Vec2GumbelVectorQuantizer(config, **kwargs)
@@ -1257,8 +1277,7 @@ class _WithLayerSum(_WithBackbone):
     """A backbone whose layers may be mixed with learned weights, as the SUPERB benchmark (arXiv 2105.01051) does."""
 
     def __init__(self, config: Any, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        if getattr(config, "add_adapter", False):
-            raise UsageError("Classification reads a frame every 20 ms; it does not go with add_adapter.")
+        check_every_frame(config, "Classification")
         super().__init__(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         if config.use_weighted_layer_sum:
             states = config.num_hidden_layers + 1

@@ -67,6 +67,7 @@ from audiozoo.models.wav2vec2 import (
     _HeadSizes,
     _WithBackbone,
     check_division,
+    check_x_vector,
     contrastive_logits,
     contrastive_loss,
     diversity_loss,
@@ -147,8 +148,7 @@ class Wav2Vec2BertConfig(_HeadSizes):
         if self.conv_depthwise_kernel_size % 2 == 0:
             raise CheckpointError(f"conv_depthwise_kernel_size is odd; {self.conv_depthwise_kernel_size} is not.")
         check_division(self, "codevector_dim", "num_codevector_groups")
-        if not self.tdnn_dim or not len(self.tdnn_dim) == len(self.tdnn_kernel) == len(self.tdnn_dilation):
-            raise CheckpointError("tdnn_dim, tdnn_kernel and tdnn_dilation must describe the same layers.")
+        check_x_vector(self)
 
     @property
     def inputs_to_logits_ratio(self) -> int:

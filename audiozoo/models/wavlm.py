@@ -84,6 +84,7 @@ from audiozoo.models.wav2vec2 import (
     Wav2Vec2ForXVector,
     Wav2Vec2Model,
     _WithBackbone,
+    check_every_frame,
     check_labels,
     features_penalty,
 )
@@ -482,6 +483,7 @@ class WavLMForPreTraining(_WithBackbone):
     base_class = WavLMModel
 
     def __init__(self, config: Any, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        check_every_frame(config, "Pre-training")
         super().__init__(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.final_proj = Linear(config.hidden_size, config.proj_codevector_dim, **kwargs)

@@ -130,7 +130,7 @@ def test_what_cannot_be_is_refused():
         ({"use_intermediate_ffn_before_adapter": True}, "is for models with add_adapter"),
         ({"conv_depthwise_kernel_size": 4}, "is odd; 4 is not"),
         ({"codevector_dim": 9, "num_codevector_groups": 2}, r"codevector_dim \(9\) does not divide into 2"),
-        ({"tdnn_dim": (1,)}, "must describe the same layers"),
+        ({"tdnn_dim": (1,)}, "must describe the same ones"),
     ):
         with pytest.raises(CheckpointError, match=sentence):
             wav2vec2_bert.Wav2Vec2BertConfig(**wrong)

@@ -245,3 +245,12 @@ def test_annotations_of_mms_and_xls_r_hold(monkeypatch):
     assert found.logits.shape == (3, 3, 64)
     with pytest.raises(Exception, match="Type-check"):
         jax.eval_shape(lambda x: translator(x[0], None, TOKENS), waves())
+
+
+@pytest.mark.parametrize(
+    ("paper", "name"),
+    [("wav2vec2", "Wav2Vec2ForPreTraining"), ("wavlm", "WavLMForPreTraining"), ("wav2vec2", "Wav2Vec2ForXVector")],
+)
+def test_heads_that_read_every_frame(paper, name):
+    with pytest.raises(UsageError, match="reads a frame every 20 ms; it does not go with add_adapter"):
+        tiny.family(paper, name, add_adapter=True)
