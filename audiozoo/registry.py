@@ -102,7 +102,8 @@ def _whisper_checkpoints() -> tuple[Checkpoint, ...]:
         Checkpoint(f"openai/whisper-{name}", size, "MIT" if name == "large-v3-turbo" else "Apache-2.0")
         for name, size in sizes.items()
     ]
-    files = [Checkpoint(f"{name}.pt", size, "MIT") for name, size in sizes.items() if name != "large"]
+    first = {"large": "large-v1"}
+    files = [Checkpoint(f"{first.get(name, name)}.pt", size, "MIT") for name, size in sizes.items()]
     distil = [
         Checkpoint(f"distil-whisper/distil-{name}", f"distil_{size}", "MIT")
         for name, size in (
@@ -112,7 +113,6 @@ def _whisper_checkpoints() -> tuple[Checkpoint, ...]:
             ("large-v3", "large_v3"),
         )
     ]
-    first = {"large": "large-v1"}
     faster = [
         Checkpoint(f"Systran/faster-whisper-{first.get(name, name)}", size, "MIT")
         for name, size in sizes.items()

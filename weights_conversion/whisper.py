@@ -298,7 +298,8 @@ def _with_token_ids(sizes: dict[str, Any]) -> WhisperConfig:
 
 
 # (decoder layer, head) pairs of the released models whose attention follows the words, by (vocabulary, encoder
-# layers, decoder layers). large-v1 and large-v2 have the same sizes: v2's are given, the better known of the two.
+# layers, decoder layers). large-v1 and large-v2 have the same sizes: v2's are given, v1's taken for its file alone.
+_LARGE_V1_HEADS = "9.19 11.2 11.4 11.17 22.7 22.11 22.17 23.2 23.15"
 _ALIGNMENT_HEADS: dict[tuple[int, int, int], str] = {
     (51864, 4, 4): "1.0 2.0 2.5 3.0 3.1 3.2 3.3 3.4",
     (51865, 4, 4): "2.2 3.0 3.2 3.3 3.4 3.5",
@@ -319,8 +320,9 @@ _ALIGNMENT_HEADS: dict[tuple[int, int, int], str] = {
 }
 
 
-def _alignment_heads(config: WhisperConfig) -> tuple[tuple[int, int], ...]:
-    known = _ALIGNMENT_HEADS.get((config.vocab_size, config.encoder_layers, config.decoder_layers))
+def _alignment_heads(config: WhisperConfig, file: str = "") -> tuple[tuple[int, int], ...]:
+    sizes = (config.vocab_size, config.encoder_layers, config.decoder_layers)
+    known = _LARGE_V1_HEADS if file == "large-v1.pt" else _ALIGNMENT_HEADS.get(sizes)
     if known:
         pairs = [pair.split(".") for pair in known.split()]
         return tuple((int(layer), int(head)) for layer, head in pairs)
@@ -344,7 +346,7 @@ def _languages(config: WhisperConfig) -> int:
     return _LANGUAGES_OF_51865 + max(0, config.vocab_size - 51865)
 
 
-def _generation_defaults(config: WhisperConfig) -> WhisperGenerationConfig:
+def _generation_defaults(config: WhisperConfig, file: str = "") -> WhisperGenerationConfig:
     """The ids that follow from the vocabulary's size: end, start, languages, tasks, and so on, in this order."""
     start = config.decoder_start_token_id
     multilingual = config.vocab_size > _ENGLISH_VOCABULARY
@@ -362,7 +364,7 @@ def _generation_defaults(config: WhisperConfig) -> WhisperGenerationConfig:
         lang_to_id=languages if multilingual else (),
         task_to_id=(("translate", translate), ("transcribe", translate + 1)) if multilingual else (),
         begin_suppress_tokens=(220, config.eos_token_id),
-        alignment_heads=_alignment_heads(config),
+        alignment_heads=_alignment_heads(config, file),
         max_length=config.max_target_positions,
     )
 
@@ -449,7 +451,7 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
         if not isinstance(dims, Mapping):
             raise CheckpointError(f"{path} holds no dims, so it is not one of OpenAI's Whisper files.")
         config, table = config_from_openai(dims), OPENAI_TABLE
-        generation = _generation_defaults(config)
+        generation = _generation_defaults(config, path.name)
     elif tensors.format == "ctranslate2":
         config, table = config_from_ctranslate2(tensors), CTRANSLATE2_TABLE
         generation = _generation_defaults(config)

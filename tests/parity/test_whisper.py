@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +13,11 @@ import torch
 import transformers
 from flax import nnx
 
+import audiozoo
 from audiozoo.layers import activations
 from audiozoo.models import whisper
 from tests.parity import generation, harness
+from weights_conversion import whisper as conversion
 from weights_conversion.whisper import (
     OPENAI_TABLE,
     config_from_hugging_face,
@@ -394,6 +399,17 @@ def test_openai_model_through_its_own_names():
         # LayerNorm and softmax are float32 inside the original whatever its weights are.
         ours = model(jnp.asarray(x), decoder_input_ids=jnp.asarray(ids)).logits
         harness.assert_close(ours, theirs, name="logits")
+
+
+def test_the_files_of_the_original_and_their_alignment_heads():
+    """Each is listed, and words are timed by the heads that its name stands for there."""
+    openai = pytest.importorskip("whisper", reason="openai-whisper is part of the extra `reference`")
+    sizes = {listed.checkpoint: listed.size for listed in audiozoo.list_models("whisper")}
+    for name in {url.rsplit("/")[-1] for url in openai._MODELS.values()}:
+        config = getattr(whisper.WhisperConfig, sizes[name])()
+        packed = base64.b85decode(openai._ALIGNMENT_HEADS[name.removesuffix(".pt")])
+        heads = np.frombuffer(gzip.decompress(packed), bool).reshape(config.decoder_layers, -1)
+        assert conversion._alignment_heads(config, name) == tuple(map(tuple, np.argwhere(heads).tolist())), name
 
 
 def test_bfloat16_stays_close():
