@@ -114,6 +114,14 @@ def test_classify_by_tags(command, checkpoints):
     run = command("classify", checkpoints / "sounds" / "hum.wav", "--model", checkpoints / "ast", "--top", 3)
     assert run.code == 0, run.err
     assert {line.split("  ", 1)[1] for line in run.out.splitlines()} == {"low", "high", "noise"}
+    # Also by the command that tells keywords, of which there are AST's.
+    hears = ("identify", checkpoints / "sounds" / "hum.wav", "--model", checkpoints / "ast")
+    told = command(*hears, "--json")
+    assert told.code == 0, told.err
+    scores = {row["label"]: row["probability"] for row in json.loads(told.out)}
+    said = (line.split("  ", 1) for line in run.out.splitlines())
+    assert scores == pytest.approx({label: float(score) for score, label in said}, abs=1e-3)
+    assert "leave --crops out" in command(*hears, "--crops", 2).err
 
 
 def test_embed_sounds_and_texts(command, checkpoints, tmp_path):

@@ -260,7 +260,8 @@ def identify(
     """Say which language, speaker or keyword is heard. The model's classes decide what is asked.
 
     A long recording is heard in pieces, of a minute at most, and they are averaged. Whisper's classifiers hear windows
-    of 30 s, and what is shorter with silence behind it. Whisper itself says the language of the first 30 s.
+    of 30 s, AST's of what they were trained on, and what is shorter with silence behind it. Whisper itself says the
+    language of the first 30 s.
     """
     if top < 1 or crops < 1:
         raise UsageError("--top and --crops count from 1.")
@@ -269,14 +270,20 @@ def identify(
     check_file(file)
     from audiozoo import audio
     from audiozoo.decoding import encoders, long_form
+    from audiozoo.models import audio_spectrogram_transformer as ast
 
-    classifier, processor = _load(model, (*encoders.CLASSIFIERS, "WhisperForConditionalGeneration"), "identify")
+    others = ("WhisperForConditionalGeneration", "ASTForAudioClassification")
+    classifier, processor = _load(model, (*encoders.CLASSIFIERS, *others), "identify")
     wave = audio.read(file, getattr(processor, "feature_extractor", processor).sampling_rate)
-    if type(classifier).__name__ == "WhisperForConditionalGeneration":
+    if (name := type(classifier).__name__) == "WhisperForConditionalGeneration":
         if crops > 1:
             raise UsageError("Whisper tells the language of the first 30 s; leave --crops out.")
         languages = long_form.detect_language(classifier, processor, wave)
         found = sorted(languages.items(), key=lambda language: -language[1])[:top]
+    elif name == "ASTForAudioClassification":
+        if crops > 1:
+            raise UsageError("AST hears a whole recording, window by window; leave --crops out.")
+        found = ast.classify(classifier, processor, wave, top, sampling_rate=processor.sampling_rate)
     else:
         length = 10.0 if crop_length is None else crop_length
         found = encoders.identify(classifier, processor, wave, top_k=top, crops=crops, crop_length_s=length)
