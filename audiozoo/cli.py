@@ -161,14 +161,22 @@ def export(
     source: Annotated[str, typer.Argument(help="hub id, directory or file")],
     out: Annotated[Path, typer.Argument(help="directory to write")],
     model_class: Annotated[str | None, typer.Option(help="the class, where the checkpoint leaves a choice")] = None,
+    language: Annotated[str | None, typer.Option(help="of the recogniser to write, of those that MMS has")] = None,
     overwrite: Annotated[bool, typer.Option(help="replace OUT if it exists")] = False,
 ) -> None:
     """Write a checkpoint of any form for PyTorch (Hugging Face)."""
-    _convert(source, out, model_class, "float32", overwrite, to_hugging_face=True)
+    _convert(source, out, model_class, "float32", overwrite, to_hugging_face=True, language=language)
 
 
 def _convert(
-    source: str, out: Path, model_class: str | None, param_dtype: str, overwrite: bool, *, to_hugging_face: bool
+    source: str,
+    out: Path,
+    model_class: str | None,
+    param_dtype: str,
+    overwrite: bool,
+    *,
+    to_hugging_face: bool,
+    language: str | None = None,
 ) -> None:
     import tempfile
 
@@ -186,7 +194,7 @@ def _convert(
     if path.resolve().is_relative_to(out.resolve()):
         raise SourceError(f"{path} lies in {out} and would be lost; give another place.")
     with progress_bar("reading", None, "MB") as update:
-        model = audiozoo.load(path, model_class=model_class, param_dtype=param_dtype, progress=megabytes(update))
+        model: Any = audiozoo.load(path, model_class=model_class, param_dtype=param_dtype, progress=megabytes(update))
     directory = path if path.is_dir() else path.parent
     with tempfile.TemporaryDirectory() as made:
         try:
@@ -194,6 +202,10 @@ def _convert(
         except (SourceError, CheckpointError) as problem:
             processor = None
             say(f"{out} will have no tokenizer, and reads no texts until one is put there: {problem}", style="yellow")
+        if to_hugging_face and (language is not None or hasattr(model, "speaking")):
+            if getattr(model.config, "adapter_attn_dim", None) is None:
+                raise UsageError(f"{source} has no adapters of languages; leave --language out.")
+            model, processor = loading.speak_language(model, loading.processor_of(path), language, source)
         if processor is not None:
             processor.save(made)
             directory = Path(made)

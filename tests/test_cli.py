@@ -431,6 +431,8 @@ def test_convert_and_export(audiozoo_command, directories, tmp_path):
 
 
 def test_conversions_that_cannot_be_done(audiozoo_command, directories, tmp_path):
+    spoken = audiozoo_command("export", directories / "good", tmp_path / "one", "--language", "fra")
+    assert_refused(spoken, "has no adapters of languages; leave --language out")
     there = tmp_path / "there"
     there.mkdir()
     (there / "file").write_text("kept")

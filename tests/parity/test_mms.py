@@ -26,6 +26,7 @@ from tests.parity import harness
 from tests.parity.harness import blank
 from tests.parity.speech_family import LAYER, NO_DROPOUT, TINY, padded
 from tests.parity.test_wav2vec2 import fairseq_names
+from tests.test_cli import assert_refused, audiozoo_command  # noqa: F401 - a fixture
 from weights_conversion import mms as conversion
 from weights_conversion import wav2vec2 as alone
 
@@ -177,6 +178,28 @@ def test_one_language_alone_exports(directory, model, tmp_path):
         model.language_index(["ita"], 1)
     with pytest.raises(FileNotFoundError, match=r"holds no adapter"):
         audiozoo.load(tmp_path / "fra", model_class="MMSForCTC")
+
+
+def test_the_command_exports_one_language(directory, audiozoo_command, tmp_path):  # noqa: F811
+    """Of a directory of Hugging Face's, and of a native one with all languages."""
+    with harness.precision("float32"):
+        audiozoo.save(audiozoo.load(directory, model_class="MMSForCTC"), tmp_path / "native", processor_from=directory)
+        reference = transformers.Wav2Vec2ForCTC.from_pretrained(directory)
+        reference.load_adapter("fra")
+        for source, out in ((directory, tmp_path / "one"), (tmp_path / "native", tmp_path / "two")):
+            run = audiozoo_command("export", source, out, "--language", "fra")
+            assert run.code == 0, run.err
+            back, info = transformers.Wav2Vec2ForCTC.from_pretrained(out, output_loading_info=True)
+            assert not info["missing_keys"]
+            assert not info["unexpected_keys"]
+            for key, tensor in reference.state_dict().items():
+                np.testing.assert_array_equal(back.state_dict()[key], tensor, err_msg=key)
+            tokenizer = transformers.Wav2Vec2CTCTokenizer.from_pretrained(out)
+            assert (tokenizer.target_lang, tokenizer.vocab_size) == ("fra", LETTERS["fra"])
+    refused = audiozoo_command("export", tmp_path / "native", tmp_path / "all")
+    assert_refused(refused, "holds deu, eng, fra; say which with --language")
+    refused = audiozoo_command("export", directory, tmp_path / "ita", "--language", "ita")
+    assert_refused(refused, "has no adapter for 'ita'")
 
 
 def in_fairseq(state: dict) -> dict:
