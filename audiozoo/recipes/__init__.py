@@ -155,7 +155,7 @@ _GAN = Settings(
 )
 _AST = Settings(
     source="AST, its authors' run_esc.sh, ESC-50 from AudioSet's weights (`ASTRecipe.esc50`): Adam, 1e-5, times 0.85 a "
-    "pass after the fifth, 25 passes of 1,600 recordings, 48 an update",
+    "pass after the fifth, 25 passes of 1,600 recordings, 48 an update; traintest.py: beta 0.95, weight decay 5e-7",
     steps=825,
     batch_size=48,
     learning_rate=1e-5,
@@ -165,6 +165,8 @@ _AST = Settings(
     decay_start=4 * 33,
     optimizer="adam",
     beta1=0.95,
+    weight_decay=5e-7,
+    decays="all",
     seconds=10.24,
 )
 
@@ -457,7 +459,8 @@ ROWS = [
         dataclasses.replace(
             _AST,
             source="AST, §3.1 and its authors' run.sh, full AudioSet (`ASTRecipe.audioset`): Adam, 1e-5, halved in "
-            "each pass after the second, 5 passes of 2 million recordings, 12 an update",
+            "each pass after the second, 5 passes of 2 million recordings, 12 an update; traintest.py: beta 0.95, "
+            "weight decay 5e-7",
             steps=830_000,
             batch_size=12,
             warmup=1000,

@@ -37,7 +37,7 @@ class Settings:
         beta1: of Adam.
         beta2: of Adam.
         epsilon: of Adam.
-        weight_decay: of AdamW.
+        weight_decay: of AdamW; of Adam an L2 penalty, which is part of the gradient, as in PyTorch.
         decays: what weight decay is for: "matrices" (no biases, scales and single vectors), or "all", as in fairseq and
             PyTorch where nothing else is said, and always in D-Adaptation.
         clip: largest norm of the gradient.
@@ -83,8 +83,8 @@ class Settings:
             raise UsageError(f"There is no optimiser {self.optimizer!r}; there are {', '.join(OPTIMIZERS)}.")
         if self.decays not in ("matrices", "all"):
             raise UsageError(f"Weight decay is for matrices or for all, not for {self.decays!r}.")
-        if self.weight_decay and self.optimizer in ("adam", "adafactor"):
-            raise UsageError(f"{self.optimizer} has no weight decay: take adamw, or a weight_decay of 0.")
+        if self.weight_decay and self.optimizer == "adafactor":
+            raise UsageError("adafactor has no weight decay: take adamw, or a weight_decay of 0.")
 
     def _counted(self, steps: float) -> int:
         """How many steps a share of them is, or, above 1, a number of them."""
@@ -133,8 +133,10 @@ class Settings:
             betas = (self.beta1, self.beta2)
             chain.append(optax.contrib.dadapt_adamw(self.rate(), betas, self.epsilon, weight_decay=self.weight_decay))
         else:
-            decay = self.weight_decay if self.optimizer == "adamw" else 0.0
-            mask = decayed if self.decays == "matrices" else None
+            decay, mask = self.weight_decay, decayed if self.decays == "matrices" else None
+            if self.optimizer == "adam" and decay:
+                chain.append(optax.add_decayed_weights(decay, mask))
+                decay = 0.0
             chain.append(optax.adamw(self.rate(), self.beta1, self.beta2, self.epsilon, weight_decay=decay, mask=mask))
         return optax.chain(*chain, *holding)  # which weight decay does not move either
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 import transformers
@@ -21,6 +22,7 @@ from audiozoo.errors import CheckpointError
 from audiozoo.layers import activations
 from audiozoo.models import audio_spectrogram_transformer as ast
 from audiozoo.processors.audio_spectrogram_transformer import ASTFeatureExtractor
+from audiozoo.recipes import recipe
 from tests.parity import harness
 from weights_conversion.audio_spectrogram_transformer import (
     ORIGINAL_TABLE,
@@ -586,3 +588,25 @@ def test_processor_files(tmp_path):
     check_features(x, ours, theirs)
     in_jax = jax.jit(ours.in_jax)(jnp.asarray(x[None], jnp.float32))
     harness.assert_close(in_jax, ours(x, 16_000)["input_values"], kind="features in float32", name="in_jax")
+
+
+@pytest.mark.parametrize(
+    "published", [ast.ASTRecipe.esc50().optimizer(33), recipe("ast").settings.transformation()], ids=["paper", "recipe"]
+)
+def test_the_optimiser(published):
+    """`torch.optim.Adam` with its `weight_decay`, part of the gradient, for weights and biases alike."""
+    rng = np.random.default_rng(0)
+    start = {"layer.kernel": rng.standard_normal((3, 2)), "layer.bias": rng.standard_normal(2)}
+    theirs = {name: torch.tensor(value, requires_grad=True) for name, value in start.items()}
+    adam = torch.optim.Adam(theirs.values(), 1e-5, weight_decay=5e-7, betas=(0.95, 0.999))
+    ours = {name: jnp.asarray(value) for name, value in start.items()}
+    state = published.init(ours)
+    for _ in range(3):
+        gradients = {name: 1e-7 * rng.standard_normal(value.shape) for name, value in start.items()}
+        for name, value in theirs.items():
+            value.grad = torch.tensor(gradients[name])
+        adam.step()
+        changes, state = published.update({n: jnp.asarray(g) for n, g in gradients.items()}, state, ours)
+        ours = optax.apply_updates(ours, changes)
+    for name, value in start.items():
+        np.testing.assert_allclose(ours[name] - value, theirs[name].detach().numpy() - value, rtol=1e-6, err_msg=name)
