@@ -21,6 +21,7 @@ from weights_conversion import ForeignCheckpoint, HuggingFaceForm, read_json, ta
 from weights_conversion.readers import open_tensors
 from weights_conversion.rules import (
     Arrays,
+    Ignore,
     Operation,
     Rule,
     Table,
@@ -167,6 +168,17 @@ MULTI_SCALE_TABLE = Table(
     renames=tuple((rf"^(discriminators\.[1-9].*){pattern}", r"\1" + new) for pattern, new in WEIGHT_NORM_RENAMES),
 )
 
+DISCRIMINATOR_TABLE = Table(
+    (
+        *(rule.prefixed("mpd.", "mpd.") for rule in MULTI_PERIOD_TABLE.rules),
+        *(rule.prefixed("msd.", "msd.") for rule in MULTI_SCALE_TABLE.rules),
+    ),
+    renames=tuple(
+        (rf"^(mpd|msd\.discriminators\.[1-9])\b(.*){pattern}", r"\1\2" + new) for pattern, new in WEIGHT_NORM_RENAMES
+    ),
+    ignored=(Ignore(r"optim_[gd]\..*", "states of the optimisers"),),
+)
+
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(HifiGanConfig)}
 # What a `SpeechT5HifiGan`'s configuration says of them.
 _KEPT = (
@@ -232,6 +244,23 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
     return ForeignCheckpoint(known, config, tensors, original_table(config), path)
 
 
+def discriminators_beside(path: Path) -> Path | None:
+    """The file of the discriminators that were trained with a generator, `do_02500000` with `g_02500000`, if any."""
+    file = path.with_name(path.name.replace("g_", "do_", 1))
+    return file if path.name.startswith("g_") and file.is_file() else None
+
+
+def read_discriminators(path: Path, expected: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The parameters of a `HifiGanDiscriminator` by their paths, from the authors' file.
+
+    Raises:
+        CheckpointError: if they are not those that are `expected`, which have a `.shape` each.
+    """
+    tensors = open_tensors(path, root="")
+    steps = DISCRIMINATOR_TABLE.plan(tensors, expected, where=str(path), model="HifiGanDiscriminator")
+    return dict(DISCRIMINATOR_TABLE.read(tensors, steps))
+
+
 def hugging_face(model: Any) -> HuggingFaceForm:
     """A generator as the directory of a `SpeechT5HifiGan`: folded kernels, a standardised input."""
     config: HifiGanConfig = model.config
@@ -245,12 +274,14 @@ def hugging_face(model: Any) -> HuggingFaceForm:
 
 
 __all__ = [
+    "DISCRIMINATOR_TABLE",
     "MULTI_PERIOD_TABLE",
     "MULTI_SCALE_TABLE",
     "WEIGHT_NORM_RENAMES",
     "column_conv1d",
     "config_from_hugging_face",
     "config_from_original",
+    "discriminators_beside",
     "generator_rules",
     "hugging_face",
     "hugging_face_table",
@@ -259,6 +290,7 @@ __all__ = [
     "original_table",
     "period_rules",
     "processor_of_file",
+    "read_discriminators",
     "recognise",
     "scale_rules",
 ]

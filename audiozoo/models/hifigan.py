@@ -32,8 +32,8 @@ without bias, and adds a speaker's embedding (`condition_dim`). In all of them t
 0.01, not 0.1: the released code leaves it at PyTorch's default.
 
 Checkpoints: the authors' `generator_v1`, `generator_v2`, `generator_v3` and `g_02500000`, each with its `config.json`
-beside it; `microsoft/speecht5_hifigan`; and the decoders inside SeamlessM4T, VITS, MMS and Piper voices. The tables for
-the discriminators in `do_02500000` are in `weights_conversion.hifigan`; `load` does not open that file.
+beside it; `microsoft/speecht5_hifigan`; and the decoders inside SeamlessM4T, VITS, MMS and Piper voices. A
+training that goes on from a `g_02500000` takes the discriminators from the `do_02500000` beside it.
 
     import audiozoo
     vocoder = audiozoo.jit(audiozoo.load("microsoft/speecht5_hifigan"))

@@ -40,6 +40,7 @@ from audiozoo.training.loop import Options, State, Trainer
 from audiozoo.training.parameters import Lora, Trainable
 from audiozoo.training.reporting import Reporter
 from weights_conversion import audio_spectrogram_transformer as ast_files
+from weights_conversion import hifigan as vocoder_files
 
 
 @dataclass
@@ -164,7 +165,8 @@ def build(
     Args:
         recipe: a row of `RECIPES`.
         items: the recordings, from which letters, labels and clusters are learnt where a checkpoint brings none.
-        init: a checkpoint to go on from, of the same model or of one below another head; for AST a DeiT, too.
+        init: a checkpoint to go on from, of the same model or of one below another head; for AST a DeiT, too;
+            beside a `g_…` of HiFi-GAN's authors, its `do_…`.
         size: a named configuration, to begin with nothing.
         processor: instead of the checkpoint's.
         model: instead of `init` and `size`.
@@ -208,6 +210,8 @@ def build(
         lora = dataclasses.replace(lora, within=lora.within or recipe.adapted)
         trainable = Trainable(pattern=recipe.new, frozen=frozen, lora=lora)
     task = recipe.objective.task(model, processor, numbers, trainable, dtype)
+    if init is not None and isinstance(recipe.objective, Vocoder):
+        task = dataclasses.replace(task, networks=_with_judge(task.networks, hub.resolve(str(init))))
     how = as_stacked(with_average(options, numbers), type(model), model.config)
     return Run(recipe, numbers, model, processor, Trainer(task, how, mesh=mesh))
 
@@ -235,6 +239,16 @@ def _begun(
         rules=rules,
     )
     return model, loading.processor_of(path, paper)
+
+
+def _with_judge(networks: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """A vocoder's networks, with the discriminators of HiFi-GAN's authors where they lie beside the generator."""
+    if (file := vocoder_files.discriminators_beside(path)) is None:
+        return networks
+    wanted = loading.variables(networks["judge"])
+    read = vocoder_files.read_discriminators(file, wanted)
+    values = {name: jnp.asarray(array, wanted[name].dtype) for name, array in read.items()}
+    return {**networks, "judge": loading.with_variables(networks["judge"], values)}
 
 
 def _headed(recipe: Recipe, model: Any, path: Path, dtype: Any) -> Any:

@@ -16,14 +16,18 @@ from transformers.models.seamless_m4t.modeling_seamless_m4t import SeamlessM4THi
 import audiozoo
 import audiozoo.cli
 import audiozoo.loading
+from audiozoo.errors import CheckpointError
 from audiozoo.layers import Conv1d, ConvTranspose1d
 from audiozoo.layers.weight_norm import apply_weight_norm, fold_weight_norm
 from audiozoo.models import hifigan
 from audiozoo.models.hifigan import HifiGanConfig, HifiGanGenerator
 from audiozoo.processors.hifigan import HifiGanProcessor
+from audiozoo.recipes import recipe, run
 from tests.models.random_model import random_model
 from tests.parity import harness
+from tests.training import tiny
 from weights_conversion.hifigan import (
+    DISCRIMINATOR_TABLE,
     MULTI_SCALE_TABLE,
     config_from_hugging_face,
     generator_rules,
@@ -262,3 +266,50 @@ def test_the_authors_files_load(tmp_path):
         str(tmp_path / "g_02500000"), tmp_path / "ours", None, "float32", False, to_hugging_face=False
     )
     assert vars(audiozoo.load_processor(tmp_path / "ours")) == vars(processor)
+
+
+def test_training_goes_on_with_the_authors_discriminators(tmp_path):
+    """`do_02500000` beside `g_02500000`, in the spelling of the release, with the states of its optimisers."""
+    vocoder = tiny.hifigan_model()[0]
+    judge = random_model(lambda rngs: hifigan.HifiGanDiscriminator(**tiny.JUDGE, rngs=rngs), seed=1)
+
+    def spelt(table, model):
+        values = {name: leaf[...] for name, leaf in audiozoo.loading.variables(model).items()}
+        names = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+        for name, array in table.write(values):
+            for today, old in names.items():
+                name = name.replace(today, old)
+            yield name, torch.tensor(np.asarray(array))
+
+    generator = {n.removeprefix("generator."): t for n, t in spelt(original_table(vocoder.config), vocoder)}
+    both = dict(spelt(DISCRIMINATOR_TABLE, judge))
+    assert {"mpd.discriminators.0.convs.0.weight_g", "msd.discriminators.0.convs.0.weight_u"} <= set(both)
+    assert both["mpd.discriminators.0.convs.0.weight_v"].ndim == 4
+    file = {kind: {n[4:]: t for n, t in both.items() if n.startswith(kind)} for kind in ("mpd", "msd")}
+    states = {"state": {0: {"step": 3, "exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 2e-4}]}
+    file |= {"optim_g": states, "optim_d": states, "steps": 2_500_000, "epoch": 100}
+    names = ("upsample_rates", "upsample_kernel_sizes", "upsample_initial_channel", "resblock_kernel_sizes")
+    settings = {n: getattr(vocoder.config, n) for n in (*names, "resblock_dilation_sizes", "sampling_rate", "resblock")}
+    settings |= {"num_mels": 20, "n_fft": 128, "hop_size": 32, "fmin": 80, "fmax": 3600}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    torch.save({"generator": generator}, tmp_path / "g_02500000")
+    row, _, _ = tiny.small(recipe("hifigan"))
+    judges = []
+    for beside in (True, False):
+        if beside:
+            torch.save(file, tmp_path / "do_02500000")
+        else:
+            (tmp_path / "do_02500000").unlink()
+        begun = run.build(row, [], init=tmp_path / "g_02500000")
+        judges.append(audiozoo.loading.variables(begun.trainer.task.networks["judge"]))
+    wanted = audiozoo.loading.variables(judge)
+    assert set(judges[0]) == set(wanted)
+    for name, leaf in wanted.items():
+        np.testing.assert_array_equal(judges[0][name][...], leaf[...], err_msg=name)
+    assert not np.array_equal(
+        judges[1]["mpd.discriminators.0.convs.0.kernel_v"][...], wanted["mpd.discriminators.0.convs.0.kernel_v"][...]
+    )
+    file["mpd"].pop("discriminators.0.conv_post.bias")
+    torch.save(file, tmp_path / "do_02500000")
+    with pytest.raises(CheckpointError, match="do_02500000 does not fit HifiGanDiscriminator"):
+        run.build(row, [], init=tmp_path / "g_02500000")
