@@ -27,6 +27,7 @@ from audiozoo.recipes.objectives import (
     Fields,
     Objective,
     speech_example,
+    speech_of,
     text_of,
     unprocessed_example,
     whole_numbers,
@@ -94,7 +95,7 @@ class Translated(Objective):
         """See `Objective`."""
 
         def loss(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
-            features, mask = processor.feature_extractor.in_jax(batch["waveform"], batch["length"])
+            features, mask = speech_of(processor, batch)
             losses = seamless_m4t.finetuning_losses(
                 networks["model"],
                 batch["labels"],

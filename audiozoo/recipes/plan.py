@@ -162,7 +162,10 @@ def inputs(choice: Choice, amount: Amount, *, labels: bool = False) -> Shapes:
     floats = partial(of, dtype=jnp.float32)
     text = of(amount.tokens)
     samples = amount.samples(getattr(config, "sampling_rate", 16_000))
-    waveform = {"input_values": floats(samples), "attention_mask": of(samples)}
+    heard = {"input_values": floats(samples), "attention_mask": of(samples)}
+    if bands := getattr(getattr(config, "encoder", config), "feature_projection_input_dim", None):
+        steps = round(50 * amount.seconds)  # two filterbank frames of 10 ms each
+        heard = {"input_features": floats(steps, bands), "attention_mask": of(steps)}
     written = {"decoder_input_ids": text, "labels": text}
     known: Shapes
     if paper == "whisper":
@@ -188,7 +191,7 @@ def inputs(choice: Choice, amount: Amount, *, labels: bool = False) -> Shapes:
             "labels": floats(frames, config.num_mel_bins),
             "speaker_embeddings": floats(config.speaker_embedding_dim),
         }
-        spoken = {"input_ids": text} if choice.model_class == "SpeechT5ForTextToSpeech" else waveform
+        spoken = {"input_ids": text} if choice.model_class == "SpeechT5ForTextToSpeech" else heard
         known = spoken | (written if choice.model_class == "SpeechT5ForSpeechToText" else speech)
     elif paper == "hifigan":
         known = {
@@ -197,7 +200,7 @@ def inputs(choice: Choice, amount: Amount, *, labels: bool = False) -> Shapes:
             )
         }
     elif paper == "xls_r":
-        known = waveform | written
+        known = heard | written
     elif paper == "speech_to_text":
         frames = round(100 * amount.seconds)
         known = {
@@ -222,18 +225,12 @@ def inputs(choice: Choice, amount: Amount, *, labels: bool = False) -> Shapes:
         if labels:
             known = {"input_ids": text, "attention_mask": text, "labels": of(steps, config.num_codebooks)}
     elif paper in ("seamless_m4t", "seamless_m4t_v2"):
-        frames = round(50 * amount.seconds)
-        known = {"input_features": floats(frames, config.feature_projection_input_dim), "attention_mask": of(frames)}
-        if choice.model_class.endswith(("TextToText", "TextToSpeech")):
-            known = {"input_ids": text, "attention_mask": text}
+        reads = choice.model_class.endswith(("TextToText", "TextToSpeech"))
+        known = {"input_ids": text, "attention_mask": text} if reads else heard
         speaks = paper == "seamless_m4t" and choice.model_class.endswith(("Speech", "Model"))
         known |= written | ({"unit_labels": of(round(50 * amount.seconds))} if labels and speaks else {})
-    elif paper == "wav2vec2_bert":
-        frames = round(50 * amount.seconds)
-        features = {"input_features": floats(frames, config.feature_projection_input_dim), "attention_mask": of(frames)}
-        known = features | {"labels": text}
     else:
-        known = waveform | {"labels": text} | ({"languages": of()} if choice.model_class == "MMSForCTC" else {})
+        known = heard | {"labels": text} | ({"languages": of()} if choice.model_class == "MMSForCTC" else {})
     return _asked(choice, known, labels)
 
 
