@@ -171,8 +171,8 @@ def _anomaly(word: Mapping[str, Any]) -> float:
 
 
 def _is_anomalous(segment: Mapping[str, Any] | None) -> bool:
-    """Whether a segment's first words look like a hallucination."""
-    if segment is None or not segment["words"]:
+    """Whether the first words of a segment that has some look like a hallucination."""
+    if segment is None:
         return False
     words = [word for word in segment["words"] if word["word"] not in PREPENDED + APPENDED][:8]
     score = sum(map(_anomaly, words))

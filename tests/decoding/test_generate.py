@@ -431,6 +431,15 @@ def test_unknown_options_are_named_with_their_neighbours():
         ({"eos_token_id": "</s>"}, "must be a token id, or a list of them"),
         ({"length_penalty": float("nan")}, "must be a finite number"),
         ({"num_beams": 2, "patience": float("inf")}, "must be greater than 0, and finite"),
+        ({"num_beams": 2, "patience": 1.0, "do_sample": True}, "used with num_beams > 1 and do_sample=False"),
+        ({"num_beams": 3, "patience": 0.5, "num_return_sequences": 4}, "at most 3"),
+        ({"num_beams": 2, "patience": 2.0, "num_return_sequences": 5}, "at most 4"),
+        ({"sequence_bias": [[[], 1.0]]}, r"sequence_bias=.* must be without an empty list"),
+        ({"min_length": -1}, "min_length=-1 must be 0 or more"),
+        ({"min_new_tokens": -1}, "min_new_tokens=-1 must be 0 or more"),
+        ({"top_k": -1}, "top_k=-1 must be 0 or more"),
+        ({"typical_p": 0.0}, "typical_p=0.0 must be greater than 0"),
+        ({"top_p": True}, "top_p=True must be a number"),
     ],
 )
 def test_impossible_values(options, message):
@@ -443,12 +452,21 @@ def test_impossible_calls():
         run(tables(), PROMPT, GenerationConfig(max_length=2))
     with pytest.raises(UsageError, match="needs a key"):
         run(tables(), PROMPT, GREEDY.replace(do_sample=True))
-    with pytest.raises(UsageError, match=f"forced token {VOCABULARY} is not in the vocabulary"):
-        run(tables(), PROMPT, GREEDY.replace(forced_eos_token_id=VOCABULARY))
+    for token in (-1, VOCABULARY):
+        with pytest.raises(UsageError, match=f"forced token {token} is not in the vocabulary"):
+            run(tables(), PROMPT, GREEDY.replace(forced_eos_token_id=token))
+        with pytest.raises(UsageError, match=rf"names the tokens \[1, {token}\], of which one is not in"):
+            run(tables(), PROMPT, GREEDY.replace(bad_words_ids=((1, token),)))
     with pytest.raises(UsageError, match="streamer needs num_beams=1"):
         run(tables(), PROMPT, GREEDY.replace(num_beams=2), streamer=print)
     with pytest.raises(UsageError, match="2 random keys were given for 3 rows"):
         run(tables(), PROMPT, GREEDY.replace(do_sample=True), key=jax.random.split(jax.random.key(0)))
+
+
+def test_words_longer_than_the_text_are_not_in_it():
+    short = GREEDY.replace(max_new_tokens=3)
+    found = run(tables(), PROMPT, short.replace(bad_words_ids=((4,) * 9,), no_repeat_ngram_size=9))
+    np.testing.assert_array_equal(found.sequences, run(tables(), PROMPT, short).sequences)
 
 
 def test_a_stopping_rule_ends_its_row_only():

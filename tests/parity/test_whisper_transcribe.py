@@ -11,7 +11,7 @@ import importlib
 import itertools
 import sys
 import zlib
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +29,7 @@ from audiozoo.decoding import windows
 from audiozoo.decoding.generate import invert_cdf
 from audiozoo.decoding.long_form import Recording, detect_language, transcribe
 from audiozoo.decoding.timestamps import WordTiming, add_words, dynamic_time_warping
-from audiozoo.decoding.windows import Decoded, WindowDecoder, compression_ratio
+from audiozoo.decoding.windows import Decoded, TranscriptionOptions, WindowDecoder, compression_ratio
 from audiozoo.loading import variables
 from audiozoo.models.whisper import WhisperForConditionalGeneration
 from audiozoo.text.whisper_tokenizer import WhisperTokenizer
@@ -220,7 +220,7 @@ GRID = {
     "carried prompt": {"initial_prompt": "Names: Aino, Bjørn, Cécile.", "carry_initial_prompt": True},
     "prefix": {"prefix": "And then they said", "sample_len": 222},
     "nothing suppressed": {"suppress_tokens": "", "suppress_blank": False},
-    "some suppressed": {"suppress_tokens": "-1,50,1000"},
+    "some suppressed": {"suppress_tokens": "-1,50,1000", "max_initial_timestamp": 0.0},
     "any first time": {"max_initial_timestamp": None},
     "short windows": {"sample_len": 12},
     "clips": {"clip_timestamps": "30,33,3,14.5", "language": "en"},  # in the order in which they are given
@@ -309,7 +309,7 @@ def test_words_of_segments(monkeypatch: pytest.MonkeyPatch):
 
 # --- made-up answers -------------------------------------------------------------------------------------------------
 
-SAID = (" no", " matter", " what", "x", ".", ",", "?", "!", " (", ")", ' "', '"', " -", " ", "日本", "語。")
+SAID = (" no", " matter", " what", "x", ".", ",", "?", "!", " (", ")", ' "', '"', " -", "-", " ", "日本", "語。")
 SETTINGS: dict[str, tuple[float, tuple[Any, ...]]] = {  # how often, and of which values
     "word_timestamps": (0.75, (True,)),
     "hallucination_silence_threshold": (0.65, (0.0, 0.06, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0)),
@@ -336,7 +336,11 @@ def made_up_decoding(seed: int, seek: int, prompt: tuple, temperature: float) ->
     rng, zero = made_up(seed, seek, prompt, temperature), tokenizer().timestamp_begin
 
     def text() -> list[int]:
-        return [id for word in rng.choice(SAID, rng.integers(7)) for id in tokenizer().encode_ordinary(str(word))]
+        return [
+            id
+            for word in rng.choice(SAID, rng.integers(rng.choice([3, 9, 30])))
+            for id in tokenizer().encode_ordinary(str(word))
+        ]
 
     tokens: list[int] = []
     kind = rng.integers(8)
@@ -354,9 +358,12 @@ def made_up_decoding(seed: int, seek: int, prompt: tuple, temperature: float) ->
 def made_up_words(seed: int, tokens: tuple, frames: int, words: list[str], parts: list[list[int]]) -> list[tuple]:
     """When the words might be said; with a `parts` more, for the end."""
     rng, clock, found = made_up(seed, tokens, frames), 0.0, []
+    pauses, lasts = (0.0, 0.0, 0.02, 0.3, 2.5, 6.0), (0.0, 0.02, 0.1, 0.2, 0.5, 1.7, 4.0)
+    if rng.random() < 0.5:
+        pauses, lasts = (0.0, 0.0, 0.3), (0.1, 0.2, 0.3)
     for word, part in zip(words, parts[:-1], strict=False):
-        start = min(clock + rng.choice([0.0, 0.0, 0.02, 0.3, 2.5, 6.0]), frames / 100)
-        clock = min(start + rng.choice([0.0, 0.02, 0.1, 0.2, 0.5, 1.7, 4.0]), frames / 100)
+        start = min(clock + rng.choice(pauses), frames / 100)
+        clock = min(start + rng.choice(lasts), frames / 100)
         found.append((word, list(part), round(start, 2), round(clock, 2), float(rng.choice([0.05, 0.15, 0.5, 0.9]))))
     return found
 
@@ -413,7 +420,7 @@ def test_the_loop_with_made_up_answers(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
         Recording, "of", lambda *_: Recording(np.zeros((1, now["frames"] + 3000), np.float32), now["frames"])
     )
-    for seed in range(150):
+    for seed in range(250):
         rng = made_up(seed)
         now.update(seed=seed, calls=0, frames=int(rng.choice([3, 99, 2999, 3000, 3001, 4500, 6001, 9500])))
         options = {n: v[rng.integers(len(v))] for n, (often, v) in SETTINGS.items() if rng.random() < often}
@@ -433,7 +440,7 @@ def test_the_loop_with_made_up_answers(monkeypatch: pytest.MonkeyPatch):
         found = transcribe(ours, tokenizer(), np.zeros(1), padding="zeros", **options | clips)
         assert found == wanted, (seed, options)
         compared += 1
-    assert compared > 100
+    assert compared > 200
 
 
 def test_languages():
@@ -452,10 +459,33 @@ def test_few_positions(monkeypatch: pytest.MonkeyPatch):
         parameter.data = _tensor(name, tuple(parameter.shape), 0.5)
     same_spectrogram(monkeypatch)
     options = {"initial_prompt": "Names: Aino, Bjørn, Cécile.", "temperature": 0.0, "no_speech_threshold": None}
-    wanted = whisper.transcribe(theirs, sound(1.5), fp16=False, language="en", **options)
-    found = transcribe(ported(theirs), tokenizer(), sound(1.5), padding="zeros", language="en", **options)
+    options |= {"language": "en", "word_timestamps": True}
+    wanted = whisper.transcribe(theirs, sound(0.15), fp16=False, **options)
+    found = transcribe(ported(theirs), tokenizer(), sound(0.15), padding="zeros", **options)
     assert_same(found, wanted)
     assert any(segment["tokens"] for segment in found["segments"])
+
+
+@pytest.mark.parametrize("given", ["-1", "-1,50,1000", [50, 1000], (3,)])
+def test_what_is_suppressed(given: Any):
+    options = original_decoding.DecodingOptions(
+        language="en", suppress_tokens=given if type(given) is str else list(given)
+    )
+    wanted = original_decoding.DecodingTask(openai_model(), options)._get_suppress_tokens()
+    found = WindowDecoder(our_model(), tokenizer(), TranscriptionOptions(suppress_tokens=given))._suppressed
+    assert {token for token in wanted if token >= 0} == set(found)
+
+
+@pytest.mark.parametrize("penalty", [None, 0.0, 0.6, 1.0])
+def test_which_candidate_is_the_best(penalty: float | None):
+    ranker = original_decoding.MaximumLikelihoodRanker(penalty)
+    ranking = SimpleNamespace(options=TranscriptionOptions(length_penalty=penalty))
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        texts, totals = [[0] * n for n in rng.integers(1, 12, 4)], rng.uniform(-12, -8, 4).tolist()
+        (wanted,) = ranker.rank([[torch.tensor(text) for text in texts]], [totals])
+        candidates = list(zip(texts, totals, strict=True))
+        assert max(candidates, key=partial(WindowDecoder._rank, ranking)) == candidates[wanted]
 
 
 # --- real weights ----------------------------------------------------------------------------------------------------
