@@ -1,5 +1,6 @@
 """`audiozoo plan`: the very step, compiled for TPUs. Without their compiler (libtpu, the extra `tpu`) it is skipped."""
 
+import dataclasses
 import json
 import math
 import re
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from audiozoo.cli import app
 from audiozoo.errors import UsageError
+from audiozoo.models.wav2vec2_bert import Wav2Vec2BertConfig
 from audiozoo.recipes import plan
 from audiozoo.recipes.plan import Amount
 from audiozoo.training import hlo, tpu
@@ -171,3 +173,13 @@ def test_sizes_of_checkpoints_by_name():
     assert math.prod(shapes["decoder_input_ids"].shape) == 32
     assert jnp.dtype(shapes["input_features"].dtype) == np.float32
     assert hlo.collectives_by_kind([hlo.Collective("all-gather", 2, 8, 3)]) == {"all-gather": (3, 12.0)}
+
+
+def test_a_translator_may_hear_features():
+    choice = plan.choose("xls_r:xls_r_300m")
+    config = dataclasses.replace(choice.config, encoder=Wav2Vec2BertConfig.w2v_bert_2(), encoder_type="wav2vec2-bert")
+    choice = dataclasses.replace(choice, config=config)
+    shapes = plan.inputs(choice, Amount(2, 30.0, 16))
+    assert shapes["input_features"].shape == (2, 1500, 160)
+    model = choice.create(jnp.float32, jnp.float32)
+    assert jax.eval_shape(lambda m, given: m(**given).logits, model, shapes).shape == (2, 16, config.decoder.vocab_size)
