@@ -13,6 +13,7 @@ import typer
 from audiozoo import packaged
 from audiozoo.commands import recognition, terminal
 from audiozoo.commands.terminal import COMPUTED_IN, check_dtype, progress_bar, say, seed_option, write_whole
+from audiozoo.commands.translation import TRANSLATORS
 from audiozoo.errors import AudiozooError, SourceError, UsageError
 from audiozoo.text import subtitles
 
@@ -195,6 +196,8 @@ def _recogniser(
     model: Any = audiozoo.load(source, dtype=dtype if dtype != "float32" else None)
     name = type(model).__name__
     writes = name in ("Speech2TextForConditionalGeneration", "SpeechT5ForSpeechToText")
+    if name in TRANSLATORS and not writes:
+        raise UsageError(f"{source} holds a {name}, which audiozoo translate takes.")
     if not (writes or name.endswith("ForCTC") or name == "WhisperForConditionalGeneration"):
         raise UsageError(f"{source} holds a {name}, which does not transcribe.")
     fusion.refuse(name, source)

@@ -203,6 +203,8 @@ def test_an_encoder_that_hears_features(audiozoo_command, monkeypatch, tmp_path)
     alone = extractor(wave, sampling_rate=16_000, pad_to_multiple_of=256)
     tokens = speech_to_text_2.translate(loaded, **alone, num_beams=2, max_new_tokens=200, masked_adapter=True)
     assert found.out == read.decode(tokens[0], skip_special_tokens=True).strip() + "\n"
+    refused = audiozoo_command("transcribe", tmp_path / "noise.wav", "--model", tmp_path / "model")
+    assert_refused(refused, "which audiozoo translate takes")
     # In training the features are computed on the device.
     loss, labels = recipe("speech_to_text_2").objective.loss(read), jnp.asarray([[4, 5, 2]])
     batch = {"waveform": jnp.asarray(wave)[None], "length": jnp.asarray([len(wave)]), "labels": labels}
