@@ -229,7 +229,7 @@ class Dictionary:
         self.symbols, self.indices = symbols, {symbol: index for index, symbol in enumerate(symbols)}
 
 
-def test_fairseqs_file_of_all_languages(directory, tmp_path, monkeypatch):
+def test_fairseqs_file_of_all_languages(directory, audiozoo_command, tmp_path, monkeypatch):  # noqa: F811
     """`mms1b_all.pt`: the network, and every language's adapters, head and alphabet; both ways."""
     from audiozoo.loading import convert
 
@@ -263,6 +263,11 @@ def test_fairseqs_file_of_all_languages(directory, tmp_path, monkeypatch):
         for name, leaf in variables(french).items():
             np.testing.assert_array_equal(leaf[...], ours[name][...], err_msg=name)
         assert type(audiozoo.load(path)) is wav2vec2.Wav2Vec2ForCTC  # speaks English
+        run = audiozoo_command("export", path, tmp_path / "spoken", "--language", "fra")
+        assert run.code == 0, run.err
+        assert audiozoo.load_processor(tmp_path / "spoken").tokenizer.target_lang == "fra"
+        for name, leaf in variables(audiozoo.load(tmp_path / "spoken")).items():
+            np.testing.assert_array_equal(leaf[...], ours[name][...], err_msg=name)
         back = conversion.fairseq_checkpoint(loaded)
         assert set(back["adapter"]) == set(LETTERS)
         today = alone.fairseq_table(loaded.config, "Wav2Vec2ForCTC").today
