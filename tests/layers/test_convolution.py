@@ -1,4 +1,4 @@
-"""Convolutions in groups, whose gradients (and of depthwise ones the sums) are ours, against JAX's own."""
+"""Convolutions whose sums or gradients are ours, in groups and large ones, against JAX's own."""
 
 import jax
 import jax.numpy as jnp
@@ -21,42 +21,91 @@ GEOMETRIES = {
 }
 
 
+LARGE = {
+    "three taps": (128, 120, {"kernel_size": 3, "padding": (5, 0)}),
+    "four": (96, 100, {"kernel_size": 4, "dilation": 3}),
+    "seven, dilated": (64, 52, {"kernel_size": 7, "dilation": 5, "padding": 15}),
+    "eleven, of few channels": (32, 40, {"kernel_size": 11, "padding": (0, 3)}),
+}
+
+
+def _plain(layer, x, kernel):
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (layer.stride,),
+        (layer.padding,),
+        rhs_dilation=(layer.dilation,),
+        dimension_numbers=("NWC", "WIO", "NWC"),
+        feature_group_count=layer.groups,
+    )
+
+
+def _like_jax(layer, x):
+    def derived(x, kernel):
+        return jnp.sin(_plain(layer, x, kernel) + layer.bias[...])
+
+    def ours(x, kernel):
+        copy = nnx.clone(layer)
+        copy.kernel[...] = kernel
+        return jnp.sin(copy(x))
+
+    def gradients(function):
+        return jax.jit(jax.grad(lambda *args: jnp.square(function(*args)).sum(), (0, 1)))(x, layer.kernel[...])
+
+    exact, allowed = tolerance("output", "float64"), tolerance("gradient", "float64")
+    y, expected = ours(x, layer.kernel[...]), derived(x, layer.kernel[...])
+    np.testing.assert_allclose(y, expected, rtol=exact.rtol, atol=exact.atol)
+    for a, b in zip(gradients(ours), gradients(derived), strict=True):
+        np.testing.assert_allclose(a, b, rtol=allowed.rtol, atol=allowed.atol)
+
+
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_gradients_of_groups(name):
     geometry = GEOMETRIES[name]
     outputs = 24 if geometry["groups"] < 12 or name == "twice the channels" else 12
     with jax.enable_x64(True):
         layer = Conv1d(12, outputs, **geometry, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
-        x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 31, 12)))
-        padding = layer.padding
+        _like_jax(layer, jnp.asarray(np.random.default_rng(0).normal(size=(2, 31, 12))))
 
-        def derived(x, kernel):
-            y = jax.lax.conv_general_dilated(
-                x,
-                kernel,
-                (layer.stride,),
-                (padding,),
-                rhs_dilation=(layer.dilation,),
-                dimension_numbers=("NWC", "WIO", "NWC"),
-                feature_group_count=layer.groups,
-            )
-            return jnp.sin(y + layer.bias[...])
 
-        def ours(x, kernel):
-            copy = nnx.clone(layer)
-            copy.kernel[...] = kernel
-            return jnp.sin(copy(x))
+@pytest.mark.parametrize("name", LARGE)
+def test_large_ones_in_fewer_products(name):
+    """Winograd's sums, whatever frames are left over at the end of a block."""
+    inputs, outputs, geometry = LARGE[name]
+    shape = (8, 67, inputs) if name.startswith("seven") else (1, 515, inputs)
+    with jax.enable_x64(True):
+        layer = Conv1d(inputs, outputs, **geometry, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+        _like_jax(layer, jnp.asarray(np.random.default_rng(0).normal(size=shape)))
 
-        def gradients(function):
-            return jax.jit(jax.grad(lambda *args: jnp.square(function(*args)).sum(), (0, 1)))(x, layer.kernel[...])
 
-        allowed = tolerance("gradient", "float64")
-        exact = tolerance("output", "float64")
-        np.testing.assert_allclose(
-            ours(x, layer.kernel[...]), derived(x, layer.kernel[...]), rtol=exact.rtol, atol=exact.atol
-        )
-        for a, b in zip(gradients(ours), gradients(derived), strict=True):
-            np.testing.assert_allclose(a, b, rtol=allowed.rtol, atol=allowed.atol)
+@pytest.mark.parametrize("name", LARGE)
+def test_rounding_of_fewer_products(name):
+    """In float32 the sums are at most eight times as far from exact ones as those of the plain convolution."""
+    inputs, outputs, geometry = LARGE[name]
+    layer = Conv1d(inputs, outputs, **geometry, use_bias=False, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(1, 1000, inputs)).astype(np.float32)
+    found, plain = layer(jnp.asarray(x)), _plain(layer, jnp.asarray(x), layer.kernel[...])
+    with jax.enable_x64(True):
+        exact = _plain(layer, jnp.asarray(x, jnp.float64), jnp.asarray(np.asarray(layer.kernel[...]), jnp.float64))
+    error, of_plain = (np.sqrt(np.mean(np.square(np.asarray(y, np.float64) - exact))) for y in (found, plain))
+    assert error < 8 * of_plain
+
+
+@pytest.mark.parametrize(("dilation", "frames"), [(40, 0), (1, 234)])
+def test_fewer_frames_than_taps_in_a_large_batch(dilation, frames):
+    layer = Conv1d(64, 64, 7, dilation=dilation, rngs=nnx.Rngs(0))
+    assert layer(jnp.ones((4, 240, 64))).shape == (4, frames, 64)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what is read is a CPU's program")
+@pytest.mark.parametrize(("taps", "most"), [(7, 0.6), (5, 1.0)])
+def test_large_ones_take_half_the_operations(taps, most):
+    """Where the taps fill blocks of four; of five taps seven eighths of the products would be left."""
+    layer = Conv1d(64, 128, taps, padding=taps // 2, rngs=nnx.Rngs(0))
+    compiled = jax.jit(layer).lower(jnp.zeros((1, 4000, 64))).compile()
+    share = compiled.cost_analysis()["flops"] / (2 * 4000 * taps * 64 * 128)
+    assert most - 0.1 < share < most + 0.1
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="what is read is a CPU's program")
