@@ -88,7 +88,9 @@ def test_rounding_of_fewer_products(name):
     found, plain = layer(jnp.asarray(x)), _plain(layer, jnp.asarray(x), layer.kernel[...])
     with jax.enable_x64(True):
         exact = _plain(layer, jnp.asarray(x, jnp.float64), jnp.asarray(np.asarray(layer.kernel[...]), jnp.float64))
-    error, of_plain = (np.sqrt(np.mean(np.square(np.asarray(y, np.float64) - exact))) for y in (found, plain))
+    error, of_plain = (
+        np.sqrt(np.mean(np.square(np.asarray(y, np.float64) - np.asarray(exact)))) for y in (found, plain)
+    )
     assert error < 8 * of_plain
 
 
