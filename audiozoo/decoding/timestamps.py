@@ -68,7 +68,7 @@ class TimestampRules:
             return lax.dynamic_index_in_dim(stamped, jnp.maximum(index, 0), axis=1)  # (batch, 1)
 
         is_first = length == self.begin
-        last_was_stamp = stamp_at(length - 1) & ~is_first
+        last_was_stamp = stamp_at(length - 1)
         one_before_was_stamp = (length - self.begin < 2) | stamp_at(length - 2)
 
         # Rule 3. After the end of a segment the next one may begin at the same time; else time moves on.
@@ -187,7 +187,7 @@ def dynamic_time_warping(cost: Float[np.ndarray, "rows columns"]) -> tuple[np.nd
         ).astype(np.int8)
         least = np.where(move == 0, diagonal, np.where(move == 1, above, left))
         first = (low - 1) * (columns + 1) + d - low - 1
-        cells = flat[first :: max(columns, 1)][: high - low + 1]
+        cells = flat[first::columns][: high - low + 1]
         new = infinite.copy()
         new[low : high + 1] = least + cells
         moves[d, low : high + 1] = move
