@@ -140,9 +140,9 @@ def in_pieces(
 
 def alone(model: Any) -> Any:
     """The model as it hears every item of a padded batch as if it were alone, by whatever rules it was trained."""
-    rules = {"frame_rule": "lengths", "squeeze_rule": "floor"}
+    rules = {"frame_rule": "lengths", "squeeze_rule": "floor", "masked_convolution": True}
 
-    def other(part: Any) -> dict[str, str]:
+    def other(part: Any) -> dict[str, Any]:
         config = getattr(part, "config", None)
         return {name: rule for name, rule in rules.items() if getattr(config, name, rule) != rule}
 

@@ -23,7 +23,8 @@ A configuration chooses between this and what w2v-BERT 2.0 made of it in the sec
 learnt positions of clipped distance (arXiv 1803.02155), a convolution that looks back only, with LayerNorm, and
 attention that looks back a number of chunks.
 
-Checkpoints: `facebook/w2v-bert-2.0`, and the speech encoders inside `facebook/hf-seamless-m4t-{medium,large}` and
+Checkpoints: `facebook/wav2vec2-conformer-{rel-pos,rope}-large` (and what has been fine-tuned from them),
+`facebook/w2v-bert-2.0`, and the speech encoders inside `facebook/hf-seamless-m4t-{medium,large}` and
 `facebook/seamless-m4t-v2-large`.
 The paper's own subsampling and transducer are not here: no paper of the zoo uses them.
 
@@ -88,6 +89,7 @@ class ConformerConfig:
     left_max_position_embeddings: int = 64  # "relative_key": frames back that are told apart
     right_max_position_embeddings: int = 8  # "relative_key": frames ahead that are told apart
     causal_convolution: bool = False  # the convolution looks back only, and has LayerNorm instead of BatchNorm
+    masked_convolution: bool = True  # the convolution sees zeros in place of padding
     chunk_size: int | None = None  # frames that see one another, and none ahead; None: all
     left_chunk_num: int = -1  # chunks before its own that a frame sees; negative: all
 
@@ -97,6 +99,26 @@ class ConformerConfig:
                 f"There are no positions of type {self.position_embeddings_type!r}; there are relative, relative_key, "
                 "rotary and None."
             )
+
+    @classmethod
+    def of_speech_encoder(cls, config: Any, **others: Any) -> ConformerConfig:
+        """Blocks by the names that wav2vec 2.0's descendants in `transformers` give their sizes; and `others`."""
+        return cls(
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            intermediate_size=config.intermediate_size,
+            hidden_act=config.hidden_act,
+            conv_depthwise_kernel_size=config.conv_depthwise_kernel_size,
+            dropout=config.hidden_dropout,
+            activation_dropout=config.activation_dropout,
+            attention_dropout=config.attention_dropout,
+            conv_dropout=config.conformer_conv_dropout,
+            layerdrop=config.layerdrop,
+            position_embeddings_type=config.position_embeddings_type,
+            rotary_embedding_base=config.rotary_embedding_base,
+            **others,
+        )
 
     def rate(self, own: float | None) -> float:
         """The dropout of a part that may have one of its own."""
@@ -395,6 +417,8 @@ class ConformerEncoder(nnx.Module):
         seen = None if mask is None else mask[:, None, None, :]
         if mask is not None:
             x = jnp.where(mask[:, :, None], x, 0)
+        if not config.masked_convolution:
+            mask = None
         if config.chunk_size is not None:
             chunks = chunk_mask(x.shape[1], config.chunk_size, config.left_chunk_num)
             seen = chunks if seen is None else seen & chunks

@@ -163,22 +163,10 @@ class Wav2Vec2BertConfig(_HeadSizes):
     @property
     def conformer(self) -> ConformerConfig:
         """2.0's blocks."""
-        return ConformerConfig(
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.num_hidden_layers,
-            num_attention_heads=self.num_attention_heads,
-            intermediate_size=self.intermediate_size,
-            hidden_act=self.hidden_act,
-            conv_depthwise_kernel_size=self.conv_depthwise_kernel_size,
-            dropout=self.hidden_dropout,
-            activation_dropout=self.activation_dropout,
-            attention_dropout=self.attention_dropout,
-            conv_dropout=self.conformer_conv_dropout,
-            layerdrop=self.layerdrop,
+        return ConformerConfig.of_speech_encoder(
+            self,
             block_layer_norm_eps=self.layer_norm_eps,
             last_layer_norm=False,
-            position_embeddings_type=self.position_embeddings_type,
-            rotary_embedding_base=self.rotary_embedding_base,
             left_max_position_embeddings=self.left_max_position_embeddings,
             right_max_position_embeddings=self.right_max_position_embeddings,
             causal_convolution=True,
