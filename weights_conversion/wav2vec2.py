@@ -217,30 +217,9 @@ def config_to_hugging_face(config: Any, model_class: str, model_type: str) -> di
 # --- fairseq ---------------------------------------------------------------------------------------------------------
 
 
-def fairseq_table(config: Any, model_class: str, *, family: str = "Wav2Vec2", prefix: str = "wav2vec2") -> Table:
-    """The correspondence with fairseq's names, of pre-trained and of fine-tuned files.
-
-    Args:
-        config: our configuration.
-        model_class: "Wav2Vec2ForCTC".
-        family: its beginning.
-        prefix: the name of the backbone in the classes with a head.
-    """
-    suffix = model_class.removeprefix(family)
+def _fairseq_blocks() -> list[Rule]:
     block = "encoder.layers.{i}."
-    layer_norms = "feature_extractor.conv_layers.{i}.2.1"
     rules = [
-        *convolution("feature_extractor.conv_layers.{i}.0", "feature_extractor.conv_layers.{i}.conv"),
-        *(
-            norm(layer_norms, "feature_extractor.conv_layers.{i}.layer_norm")
-            if config.feat_extract_norm == "layer"
-            else norm("feature_extractor.conv_layers.0.2", "feature_extractor.conv_layers.0.layer_norm")
-        ),
-        *norm("layer_norm", "feature_projection.layer_norm"),
-        *linear("post_extract_proj", "feature_projection.projection"),
-        Rule("mask_emb", "masked_spec_embed"),
-        *positional_convolution("encoder.pos_conv.0", "encoder.pos_conv_embed.conv"),
-        *norm("encoder.layer_norm"),
         *linear(
             block + "self_attn.{p:q_proj|k_proj|v_proj|out_proj}", block + "attention.{p:q_proj|k_proj|v_proj|out_proj}"
         ),
@@ -259,6 +238,42 @@ def fairseq_table(config: Any, model_class: str, *, family: str = "Wav2Vec2", pr
         ("ln_b", "norm.bias", squeeze(0)),
     ):
         rules.append(Rule(f"{block}adapter_layer.{theirs}", f"{block}adapter_layer.{mine}", operation))
+    return rules
+
+
+def fairseq_table(
+    config: Any,
+    model_class: str,
+    *,
+    family: str = "Wav2Vec2",
+    prefix: str = "wav2vec2",
+    blocks: Sequence[Rule] | None = None,
+) -> Table:
+    """The correspondence with fairseq's names, of pre-trained and of fine-tuned files.
+
+    Args:
+        config: our configuration.
+        model_class: "Wav2Vec2ForCTC".
+        family: its beginning.
+        prefix: the name of the backbone in the classes with a head.
+        blocks: rules of the blocks, where they are not the Transformer's.
+    """
+    suffix = model_class.removeprefix(family)
+    layer_norms = "feature_extractor.conv_layers.{i}.2.1"
+    rules = [
+        *convolution("feature_extractor.conv_layers.{i}.0", "feature_extractor.conv_layers.{i}.conv"),
+        *(
+            norm(layer_norms, "feature_extractor.conv_layers.{i}.layer_norm")
+            if config.feat_extract_norm == "layer"
+            else norm("feature_extractor.conv_layers.0.2", "feature_extractor.conv_layers.0.layer_norm")
+        ),
+        *norm("layer_norm", "feature_projection.layer_norm"),
+        *linear("post_extract_proj", "feature_projection.projection"),
+        Rule("mask_emb", "masked_spec_embed"),
+        *positional_convolution("encoder.pos_conv.0", "encoder.pos_conv_embed.conv"),
+        *norm("encoder.layer_norm"),
+        *(_fairseq_blocks() if blocks is None else blocks),
+    ]
     if suffix != "Model":
         rules = [rule.prefixed("", f"{prefix}.") for rule in rules]
     if suffix == "ForPreTraining":
@@ -427,10 +442,19 @@ def network_sizes(tensors: Tensors, names: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def config_from_fairseq(tensors: TensorSource, inside: str = "") -> Wav2Vec2Config:
-    """Our configuration from the settings and shapes of a fairseq file, in which the model may lie `inside` another."""
+def config_from_fairseq(
+    tensors: TensorSource, inside: str = "", renames: Sequence[tuple[str, str]] = ()
+) -> Wav2Vec2Config:
+    """Our configuration from the settings and shapes of a fairseq file.
+
+    Args:
+        tensors: the file.
+        inside: what stands before the names of a model that lies inside another.
+        renames: other names of what is looked up, as a `Table` has them.
+    """
     settings = fairseq_settings(tensors.metadata)
     table = fairseq_table(Wav2Vec2Config(), "Wav2Vec2ForPreTraining")
+    table = dataclasses.replace(table, renames=(*table.renames, *renames))
     names = {table.today(name.removeprefix(inside)): name for name in tensors.names() if name.startswith(inside)}
     fields = network_sizes(tensors, names)
     for theirs, mine in _FAIRSEQ_FIELDS.items():
@@ -468,7 +492,8 @@ def config_from_fairseq(tensors: TensorSource, inside: str = "") -> Wav2Vec2Conf
     return Wav2Vec2Config(**fields)
 
 
-def _fairseq_class(tensors: TensorSource) -> str:
+def fairseq_class(tensors: TensorSource) -> str:
+    """The class of a fairseq file, by what stands behind the network in it."""
     names = tensors.names()
     if "w2v_encoder.proj.weight" in names:
         return "Wav2Vec2ForCTC"
@@ -523,8 +548,8 @@ def _architectures(directory: Path) -> list[str]:
     return (read_json(config).get("architectures") or []) if config.is_file() else []
 
 
-def _kind(tensors: TensorSource) -> str | None:
-    """ "fairseq", "torchaudio" or None."""
+def kind_of_file(tensors: TensorSource) -> str | None:
+    """ "fairseq", "conformer" (fairseq's too, with other blocks), "torchaudio" or None."""
     names = tensors.names()
     if "encoder.transformer.layer_norm.weight" in names and "feature_extractor.conv_layers.0.conv.weight" in names:
         return None if any("rel_attn_embed" in name for name in names) else "torchaudio"  # WavLM
@@ -547,12 +572,14 @@ def _kind(tensors: TensorSource) -> str | None:
     foreign = ("label_embs_concat", "spk_proj", "relative_attention_bias", "grep_linear", "encoder.upsample.")
     if any(word in name for name in names for word in foreign) or any("decoder." in name for name in names):
         return None
-    return "fairseq"
+    return "conformer" if any(".conv_module." in name for name in names) else "fairseq"
 
 
 def recognise(path: Path) -> bool:
     """Is this a `.pt` file of fairseq's wav2vec 2.0, or a state dict of torchaudio's?"""
-    return path.is_file() and path.suffix in {".pt", ".pth", ".bin"} and _kind(open_tensors(path)) is not None
+    if not path.is_file() or path.suffix not in {".pt", ".pth", ".bin"}:
+        return False
+    return kind_of_file(open_tensors(path)) in ("fairseq", "torchaudio")
 
 
 def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckpoint:
@@ -565,7 +592,7 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
     if path.is_dir() and (path / "config.json").is_file():
         return open_hugging_face(path, model_class, config_from_hugging_face, hugging_face_table)
     tensors = open_tensors(path)
-    kind = _kind(tensors)
+    kind = kind_of_file(tensors)
     if kind == "torchaudio":
         model_class = model_class or ("Wav2Vec2ForCTC" if "aux.weight" in tensors.names() else "Wav2Vec2Model")
         table = torchaudio_table(model_class)
@@ -575,7 +602,7 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
 
         if ecapa.is_verification(tensors):
             return ecapa.open_verification(path, tensors, "Wav2Vec2", "wav2vec2", config_from_fairseq, fairseq_table)
-        model_class = model_class or _fairseq_class(tensors)
+        model_class = model_class or fairseq_class(tensors)
         config = config_from_fairseq(tensors)
         return ForeignCheckpoint(model_class, config, tensors, fairseq_table(config, model_class), path)
     raise SourceError(f"{path} is no wav2vec 2.0 of fairseq or torchaudio, and has no config.json beside it.")
