@@ -43,6 +43,7 @@ class Paper:
         tasks: what it does for a user.
         checkpoints: what has been published.
         processor: `module:Class` of its processor.
+        shown_with: the paper whose notebook shows this one, if it has none of its own.
     """
 
     name: str
@@ -56,11 +57,17 @@ class Paper:
     tasks: tuple[str, ...]
     checkpoints: tuple[Checkpoint, ...]
     processor: str
+    shown_with: str = ""
 
     @property
     def module(self) -> Any:
         """The paper's model file."""
         return importlib.import_module(f"audiozoo.models.{self.name}")
+
+    @property
+    def notebook(self) -> str:
+        """The notebook that shows it."""
+        return self.shown_with or self.name
 
     @property
     def conversion(self) -> Any:
@@ -187,6 +194,18 @@ def _wav2vec2_checkpoints() -> tuple[Checkpoint, ...]:
     return (
         *(Checkpoint(f"facebook/wav2vec2-{n}", size, other.get(n, "Apache-2.0")) for n, size in hub.items()),
         *(Checkpoint(name, size, "MIT") for name, size in files.items()),
+    )
+
+
+def _wav2vec2_conformer_checkpoints() -> tuple[Checkpoint, ...]:
+    sizes = {"rel-pos": "rel_pos_large", "rope": "rope_large"}
+    return (
+        *(
+            Checkpoint(f"facebook/wav2vec2-conformer-{positions}-large{tuned}", size, "Apache-2.0")
+            for positions, size in sizes.items()
+            for tuned in ("", "-100h-ft", "-960h-ft")
+        ),
+        *(Checkpoint(f"LL_{p.replace('-', '')}_PT_no_FT", size, "MIT") for p, size in sizes.items()),
     )
 
 
@@ -631,6 +650,27 @@ PAPERS: tuple[Paper, ...] = (
         processor="audiozoo.processors.wav2vec2:Wav2Vec2Processor",
     ),
     Paper(
+        name="wav2vec2_conformer",
+        title="wav2vec2-Conformer",
+        paper="fairseq S2T: Fast Speech-to-Text Modeling with fairseq",
+        year=2020,
+        arxiv="2010.05171",
+        classes=(
+            "Wav2Vec2ConformerForCTC",
+            "Wav2Vec2ConformerForPreTraining",
+            "Wav2Vec2ConformerForSequenceClassification",
+            "Wav2Vec2ConformerForAudioFrameClassification",
+            "Wav2Vec2ConformerForXVector",
+            "Wav2Vec2ConformerModel",
+        ),
+        config="Wav2Vec2ConformerConfig",
+        sizes=("rel_pos_large", "rope_large"),
+        tasks=("transcription", "alignment", "classification", "embedding", "pre-training"),
+        checkpoints=_wav2vec2_conformer_checkpoints(),
+        processor="audiozoo.processors.wav2vec2:Wav2Vec2Processor",
+        shown_with="wav2vec2",
+    ),
+    Paper(
         name="wav2vec2_bert",
         title="w2v-BERT 2.0",
         paper="w2v-BERT: Combining Contrastive Learning and Masked Language Modeling for Self-Supervised Speech "
@@ -859,6 +899,6 @@ def markdown_table() -> str:
         rows.append(
             f"| {link} | {entry.year} | {', '.join(entry.tasks)} | {len(entry.sizes)} | {len(entry.checkpoints)} "
             f"| [{entry.name}.py](audiozoo/models/{entry.name}.py) "
-            f"| [{entry.name}.ipynb](notebooks/{entry.name}.ipynb) |"
+            f"| [{entry.notebook}.ipynb](notebooks/{entry.notebook}.ipynb) |"
         )
     return "\n".join(rows) + "\n"

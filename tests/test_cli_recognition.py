@@ -99,6 +99,29 @@ def test_a_recogniser_of_features_transcribes_and_embeds(run, tmp_path, checkpoi
     assert "sow" in aligned.out
 
 
+def test_a_conformer_goes_the_way_of_its_family(run, tmp_path, checkpoints):
+    """wav2vec 2.0 with other blocks: each command hears its files as those of wav2vec 2.0."""
+    sound, folders = checkpoints / "noise.wav", {}
+    for head in ("ForCTC", "ForSequenceClassification"):
+        folders[head] = tmp_path / head
+        model = tiny.family("wav2vec2_conformer", f"Wav2Vec2Conformer{head}")
+        audiozoo.export(model, folders[head])
+        tiny.PROCESSOR.save(folders[head])
+        if head == "ForCTC":
+            heard = ctc.transcribe_ctc(model, tiny.PROCESSOR, audiozoo.audio.read(sound)).text
+    assert heard
+    made = run("convert", folders["ForCTC"], tmp_path / "native")
+    assert made.code == 0, made.err
+    for source in (folders["ForCTC"], tmp_path / "native"):
+        said = run("transcribe", sound, "--model", source)
+        assert " ".join(said.out.split()) == " ".join(heard.split()), said.err
+    assert "sow" in run("align", sound, "sow", "--model", tmp_path / "native").out
+    assert run("embed", sound, "--model", folders["ForCTC"], "-o", tmp_path / "out.npz").code == 0
+    assert np.load(tmp_path / "out.npz")["frames"].shape == (100, 16)
+    named = run("identify", sound, "--model", folders["ForSequenceClassification"])
+    assert {"high", "low"} <= set(named.out.split()), named.err
+
+
 def test_transcribe(run, checkpoints, tmp_path):
     source, sound = checkpoints / "ctc", checkpoints / "noise.wav"
     wave = audiozoo.audio.read(sound)

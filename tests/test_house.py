@@ -253,12 +253,13 @@ def test_configuration_fields_are_used_and_explained(path, node, statement):
         "weights_conversion/{}.py",
         "tests/parity/test_{}.py",
         "tests/golden/{}.npz",
-        "notebooks/{}.ipynb",
+        "notebooks/{notebook}.ipynb",
         "benchmarks/{}.py",
     ],
 )
 def test_a_paper_is_whole(paper, pattern):
-    assert list(ROOT.glob(pattern.format(paper.name))), f"{paper.title} lacks {pattern.format(paper.name)}"
+    file = pattern.format(paper.name, notebook=paper.notebook)
+    assert (ROOT / file).is_file(), f"{paper.title} lacks {file}"
 
 
 # Papers whose code stands and whose proof is not complete: `audiozoo.load` does not offer them yet.

@@ -34,6 +34,7 @@ HEADS = {
     "unispeech": "UniSpeechForCTC",
     "unispeech_sat": "UniSpeechSatForCTC",
     "sew": "SEWForCTC",
+    "wav2vec2_conformer": "Wav2Vec2ConformerForCTC",
     "wav2vec2_bert": "Wav2Vec2BertForCTC",
 }
 
@@ -88,6 +89,7 @@ def test_a_recogniser_becomes_a_classifier(tmp_path):
 
 ALONE = {
     "half a pair": ("sew", "SEWForCTC", {}),
+    "convolutions in the blocks": ("wav2vec2_conformer", "Wav2Vec2ConformerForCTC", {}),
     "blocks of samples": ("hubert", "HubertForCTC", {"frame_rule": "samples"}),
     "strided convolutions": ("wav2vec2", "Wav2Vec2ForCTC", {"add_adapter": True, "num_adapter_layers": 2}),
 }

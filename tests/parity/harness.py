@@ -101,12 +101,14 @@ def _named_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 def randomise(module: torch.nn.Module, seed: int = 0, dtype: torch.dtype | None = None) -> torch.nn.Module:
     """Fill every floating parameter and persistent buffer with `random_tensor(name, shape, seed)`; evaluation mode.
 
-    Integer buffers, and buffers outside the checkpoint (tables computed at construction), keep their values.
+    Integer buffers, and what is computed at construction (buffers outside the checkpoint; frequencies of rotary
+    positions), keep their values.
     """
     module = module.to(dtype or torch.get_default_dtype()).eval()
     with torch.no_grad():
         for name, tensor in _named_tensors(module).items():
-            tensor.copy_(torch.from_numpy(random_tensor(name, tuple(tensor.shape), seed)))
+            if not name.endswith("inv_freq"):
+                tensor.copy_(torch.from_numpy(random_tensor(name, tuple(tensor.shape), seed)))
     return module
 
 

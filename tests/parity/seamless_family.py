@@ -15,6 +15,7 @@ import torch
 from transformers.models.seamless_m4t import modeling_seamless_m4t as first
 from transformers.models.seamless_m4t_v2 import modeling_seamless_m4t_v2 as second
 from transformers.models.wav2vec2_bert import modeling_wav2vec2_bert as bert
+from transformers.models.wav2vec2_conformer import modeling_wav2vec2_conformer as conformer
 
 TINY: dict[str, Any] = {
     "vocab_size": 60,
@@ -79,7 +80,11 @@ def exact_positions() -> Iterator[None]:
             second.SeamlessM4Tv2SinusoidalPositionalEmbedding,
         ):
             patch.setattr(sinusoids, "get_embedding", staticmethod(make))
-        for distances in (first.SeamlessM4TConformerRelPositionalEmbedding, bert.Wav2Vec2BertRelPositionalEmbedding):
+        for distances in (
+            first.SeamlessM4TConformerRelPositionalEmbedding,
+            bert.Wav2Vec2BertRelPositionalEmbedding,
+            conformer.Wav2Vec2ConformerRelPositionalEmbedding,
+        ):
             patch.setattr(distances, "forward", relative)
         yield
 

@@ -306,7 +306,7 @@ def test_full_size_in_float32():
         ("Model", {}),
         ("Model", ADAPTED),
         ("ForCTC", ADAPTED | {"position_embeddings_type": "relative"}),
-        ("ForSequenceClassification", {"use_weighted_layer_sum": True}),
+        ("ForSequenceClassification", {"use_weighted_layer_sum": True, "position_embeddings_type": "rotary"}),
         ("ForAudioFrameClassification", {"position_embeddings_type": None}),
         ("ForXVector", {"mask_time_prob": 0.0}),
     ],

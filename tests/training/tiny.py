@@ -26,6 +26,7 @@ from audiozoo.models import (
     vits,
     wav2vec2,
     wav2vec2_bert,
+    wav2vec2_conformer,
     wavlm,
     whisper,
     xls_r,
@@ -76,6 +77,7 @@ FAMILY: dict[str, tuple[Any, dict[str, Any]]] = {
         unispeech_sat.UniSpeechSatConfig,
         CODES | UNITS | {"num_clusters": 7, "utterance_contrastive_layer": 1},
     ),
+    "wav2vec2_conformer": (wav2vec2_conformer.Wav2Vec2ConformerConfig, CODES | {"conv_depthwise_kernel_size": 5}),
     "wav2vec2_bert": (
         wav2vec2_bert.Wav2Vec2BertConfig,
         CODES | {"num_hidden_layers": 2, "num_contrastive_layers": 1, "conv_depthwise_kernel_size": 5},
@@ -95,6 +97,7 @@ def family(paper: str, name: str, **changes: Any) -> Any:
     module = {"wav2vec2": wav2vec2, "hubert": hubert, "wavlm": wavlm, "sew": sew}.get(paper) or {
         "unispeech": unispeech,
         "unispeech_sat": unispeech_sat,
+        "wav2vec2_conformer": wav2vec2_conformer,
         "wav2vec2_bert": wav2vec2_bert,
     }[paper]
     return random_model(lambda rngs: getattr(module, name)(config, rngs=rngs))
