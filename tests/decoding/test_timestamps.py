@@ -181,3 +181,11 @@ def test_words_correct_their_segments():
     assert [word["word"] for word in segment["words"]] == [" a", " b", " c", " d"]
     assert segment["words"][0]["start"] == pytest.approx(12.6)
     assert (segment["start"], segment["end"]) == (pytest.approx(12.6), 13.6)
+
+
+def test_no_word_begins_before_the_recording():
+    """The segment begins within the first word, which is shorter than the usual one."""
+    alignment = words((" a", 0.0, 0.6), (" b", 0.6, 1.6), (" c", 1.6, 2.6))
+    segment = {"start": 0.55, "end": 2.6, "tokens": [0, 1, 2]}
+    add_words([segment], alignment, is_text=lambda _: True, time_offset=0.0, last_speech=0.0)
+    assert segment["words"][0]["start"] == 0

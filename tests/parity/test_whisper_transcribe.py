@@ -274,7 +274,7 @@ def test_dynamic_time_warping(shape: tuple[int, int], ties: bool):
 
 def spoken(rng: np.random.Generator, offset: float) -> tuple[list[tuple], list[dict[str, Any]]]:
     """Words with their times in a window that begins after so many seconds, and segments that agree more or less."""
-    texts = [" no", " matter", "x", " (", ' "', ".", "?", ",", ")", '"', " -"]
+    texts = [" no", " matter ", "x", " (", ' "', ".", "?", ",", ")", '"', " -"]
     words, tokens, clock = [], itertools.count(), 0.0
     for _ in range(rng.integers(0, 9)):
         start = clock + rng.choice([0.0, 0.0, 0.3, 2.5])
