@@ -66,7 +66,7 @@ class PrefixScorer:
         before = jnp.pad(extended, ((0, 0), (2, 0)), constant_values=self.blank)[:, :-2]
         may_skip = (extended != self.blank) & (extended != before)
         last = jnp.take_along_axis(labels, jnp.broadcast_to(jnp.maximum(count - 1, 0), (rows, 1)), axis=1)
-        repeats = (jnp.arange(vocabulary) == last) & (count > 0)
+        repeats = jnp.arange(vocabulary) == last
         zero = jnp.asarray(LOG_ZERO, log_probs.dtype)
 
         def shifted(alpha: jax.Array, by: int) -> jax.Array:

@@ -316,6 +316,11 @@ def test_probabilities_of_prefixes():
             np.testing.assert_allclose(np.exp(following[row, end]), exactly, rtol=1e-4)
             for token in (0, 1):
                 np.testing.assert_allclose(np.exp(following[row, token]), brute(row, (*prefix, token))[0], rtol=1e-4)
+    beams = np.array([[0, 1, 9, 9], [1, 1, 9, 9]] * 2)  # two of each recording
+    whole, following = scorer.prefix(jnp.asarray(beams), jnp.asarray(2))
+    for i, prefix in enumerate(beams[:, :2].tolist()):
+        np.testing.assert_allclose(np.exp(whole[i]), brute(i // 2, prefix)[0], rtol=1e-4)
+        np.testing.assert_allclose(np.exp(following[i, 0]), brute(i // 2, (*prefix, 0))[0], rtol=1e-4)
     heard = jax.nn.log_softmax(jnp.asarray(rng.standard_normal((2, 4))))
     tokens = jnp.asarray([[2, 0, 1, 9], [2, 1, 1, 9]])
     mixed = scorer(heard, tokens, jnp.asarray(3))
