@@ -122,6 +122,7 @@ _FINETUNING = {
         learning_rate=2e-5,
         held_steps=0.1,
     ),
+    "wav2vec2_conformer": _like(_CTC, f"our choice, {_FROM_WAV2VEC2}{_CTC.source}"),
     "wav2vec2_bert": _like(_CTC, f"our choice, {_FROM_WAV2VEC2}{_CTC.source}", frozen=None),
 }
 _HEAD = r"^lm_head\.|masked_spec_embed"
@@ -134,6 +135,7 @@ _FAMILY = {  # module: prefix of its classes, the size to start from
     "sew": ("SEW", "sew_tiny"),
     "unispeech": ("UniSpeech", "large"),
     "unispeech_sat": ("UniSpeechSat", "base"),
+    "wav2vec2_conformer": ("Wav2Vec2Conformer", "rel_pos_large"),
     "wav2vec2_bert": ("Wav2Vec2Bert", "w2v_bert_2"),
 }
 _GAN = Settings(
@@ -257,6 +259,7 @@ ROWS = [
             new=_CLASSIFIER,
         )
         for paper, (prefix, size) in _FAMILY.items()
+        if paper != "wav2vec2_conformer"  # a frozen one's batch normalisation would not stand still
     ),
     Recipe(
         "wav2vec2_pretraining",
@@ -316,6 +319,31 @@ ROWS = [
             seconds=20.0,
         ),
         "large",
+    ),
+    Recipe(
+        "wav2vec2_conformer_pretraining",
+        "wav2vec2_conformer",
+        "Wav2Vec2ConformerForPreTraining",
+        Pretraining(end_temperature=0.1, features_penalty=0.0, feature_gradient=1.0),
+        _like(
+            _PRETRAINING,
+            "fairseq's wav2vec2_conformer_large_librivox.yaml: 1,000,000 updates, Adam with betas 0.9 and 0.98, a peak "
+            "of 5e-3 after 32,000, linear decay, weight decay 0.01, crops of 20 s, 75 s on each of 128 devices",
+            steps=1_000_000,
+            batch_size=480,
+            learning_rate=5e-3,
+            warmup=32_000,
+            seconds=20.0,
+        ),
+        "rel_pos_large",
+        config={
+            "mask_time_prob": 0.65,
+            "layerdrop": 0.0,
+            "hidden_dropout": 0.0,
+            "activation_dropout": 0.0,
+            "attention_dropout": 0.0,
+            "conformer_conv_dropout": 0.0,
+        },
     ),
     Recipe(
         "wav2vec2_bert_pretraining",
