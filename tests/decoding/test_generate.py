@@ -21,6 +21,7 @@ from audiozoo.decoding import (
     generate,
 )
 from audiozoo.decoding.generate import invert_cdf
+from audiozoo.decoding.processors import EncoderNoRepeatNGram, SequenceBias
 from audiozoo.errors import UsageError
 from tests.decoding import table_model, tiny_transformer
 
@@ -467,6 +468,15 @@ def test_words_longer_than_the_text_are_not_in_it():
     short = GREEDY.replace(max_new_tokens=3)
     found = run(tables(), PROMPT, short.replace(bad_words_ids=((4,) * 9,), no_repeat_ngram_size=9))
     np.testing.assert_array_equal(found.sequences, run(tables(), PROMPT, short).sequences)
+
+
+def test_what_is_not_filled_yet_completes_nothing():
+    for banned, tokens in (
+        (EncoderNoRepeatNGram(4, jnp.array([[5, 6, 7, 8]])), [7, 0, 0, 5, 6]),
+        (SequenceBias((((5, 6, 7, 8), -np.inf),)), [0, 0, 5, 6, 7]),
+    ):
+        logits = banned(jnp.zeros((1, VOCABULARY)), jnp.array([tokens]), jnp.asarray(1))
+        assert np.isfinite(logits).all(), banned
 
 
 def test_a_stopping_rule_ends_its_row_only():
