@@ -409,6 +409,17 @@ def test_unknown_options_are_named_with_their_neighbours():
     assert hash(relaxed) == hash(arrays) == hash(GenerationConfig(num_beams=4, eos_token_id=(1, 2)))
 
 
+def test_what_none_and_mappings_mean():
+    assert GenerationConfig(top_k=None).top_k is None  # all tokens
+    assert GenerationConfig(num_beams=None).num_beams == 1
+    assert GenerationConfig.from_dict({"top_k": None}).top_k == 50
+    assert GenerationConfig.over({"max_new_tokens": 5}, {"max_length": 13}).new_tokens(4) == 9
+    assert GenerationConfig.over({"max_new_tokens": 5}, {"max_length": None}).new_tokens(4) == 5
+    bias = GenerationConfig(sequence_bias={(5, 6): 1.0})
+    assert bias == GenerationConfig(sequence_bias=[[[5, 6], 1.0]])
+    assert GenerationConfig(num_beams=2, patience=0.2).max_candidates == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
