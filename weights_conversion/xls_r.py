@@ -30,11 +30,12 @@ from weights_conversion import (
     unispeech_sat,
     wav2vec2,
     wav2vec2_bert,
+    wav2vec2_conformer,
     wavlm,
 )
 from weights_conversion import xm_transformer_names as xm
 from weights_conversion.readers import TensorSource, open_tensors
-from weights_conversion.rules import Ignore, Rule, Table, Tied, transpose
+from weights_conversion.rules import Constant, Ignore, Rule, Table, Tied, transpose
 from weights_conversion.wav2vec2 import OLD_WEIGHT_NORM, linear
 from weights_conversion.xm_transformer_names import MBART
 
@@ -49,6 +50,7 @@ ENCODERS: dict[str, tuple[Any, str]] = {
     "unispeech-sat": (unispeech_sat, "UniSpeechSatModel"),
     "sew": (sew, "SEWModel"),
     "sew-d": (sew, "SEWDModel"),
+    "wav2vec2-conformer": (wav2vec2_conformer, "Wav2Vec2ConformerModel"),
     "wav2vec2-bert": (wav2vec2_bert, "Wav2Vec2BertModel"),
 }
 
@@ -73,8 +75,13 @@ def hugging_face_table(config: SpeechEncoderDecoderConfig, model_class: str) -> 
     rules += [rule.prefixed("decoder.", "decoder.") for rule in decoder.rules]
     ignored = [Ignore(rf"encoder\.(?:{i.pattern})", i.reason) for i in encoder.ignored]
     ignored += [Ignore(rf"decoder\.(?:{i.pattern})", i.reason) for i in decoder.ignored]
-    tied = tuple(Tied(f"decoder.{t.name}", f"decoder.{t.same_as}") for t in decoder.tied)
-    return Table((*rules, *linear("enc_to_dec_proj")), renames=OLD_WEIGHT_NORM, ignored=tuple(ignored), tied=tied)
+    return type(encoder)(
+        (*rules, *linear("enc_to_dec_proj")),
+        renames=OLD_WEIGHT_NORM,
+        ignored=tuple(ignored),
+        tied=tuple(Tied(f"decoder.{t.name}", f"decoder.{t.same_as}") for t in decoder.tied),
+        constants=[Constant(f"encoder.{c.name}", c.value) for c in encoder.constants],
+    )
 
 
 _DECODER_DEFAULTS = {f.name: f.default for f in dataclasses.fields(MBartConfig)}

@@ -68,6 +68,7 @@ from audiozoo.models.unispeech import UniSpeechConfig, UniSpeechModel
 from audiozoo.models.unispeech_sat import UniSpeechSatConfig, UniSpeechSatModel
 from audiozoo.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2Model
 from audiozoo.models.wav2vec2_bert import Wav2Vec2BertConfig, Wav2Vec2BertModel
+from audiozoo.models.wav2vec2_conformer import Wav2Vec2ConformerConfig, Wav2Vec2ConformerModel
 from audiozoo.models.wavlm import WavLMConfig, WavLMModel
 from audiozoo.outputs import BaseModelOutput, Seq2SeqLMOutput
 
@@ -117,6 +118,7 @@ ENCODERS: dict[str, tuple[Any, Any]] = {
     "unispeech-sat": (UniSpeechSatConfig, UniSpeechSatModel),
     "sew": (SEWConfig, SEWModel),
     "sew-d": (SEWConfig, SEWDModel),
+    "wav2vec2-conformer": (Wav2Vec2ConformerConfig, Wav2Vec2ConformerModel),
     "wav2vec2-bert": (Wav2Vec2BertConfig, Wav2Vec2BertModel),
 }
 DECODERS: dict[str, tuple[Any, Any]] = {

@@ -27,11 +27,13 @@ from audiozoo.models.xls_r import (
 from audiozoo.processors.xls_r import LANGUAGES, MBart50Tokenizer, XLSRProcessor
 from tests.parity import harness
 from tests.parity.harness import blank
+from tests.parity.seamless_family import exact_positions
 from tests.parity.speech_family import LAYER, NO_DROPOUT, TINY, padded, reference_in_double
 from tests.parity.test_wav2vec2 import fairseq_names
 from tests.parity.test_wav2vec2_bert import ADAPTED, STILL
 from tests.parity.test_wav2vec2_bert import TINY as FEATURES
 from tests.parity.test_wav2vec2_bert import padded as steps
+from tests.parity.test_wav2vec2_conformer import TINY as BLOCKS
 from weights_conversion import wav2vec2 as encoders
 from weights_conversion import xls_r as conversion
 
@@ -250,21 +252,47 @@ def test_an_encoder_that_hears_features():
             model.generate(**both)
 
 
-@pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied, projected"])
-def test_hugging_face_directories(untied, tmp_path):
+def conformer(positions):
+    sizes = BLOCKS | NO_DROPOUT | {"conformer_conv_dropout": 0.0, "position_embeddings_type": positions}
+    return transformers.Wav2Vec2ConformerConfig(**sizes, attn_implementation="eager")
+
+
+def test_conformer_blocks_before_mbart():
+    """wav2vec2-Conformer as encoder: taps and outputs."""
+    with exact_positions():
+        reference, model, table = translators(encoder=conformer("relative"))
+        x, mask = padded()
+        tokens = np.array([[2, 7, 5, 9], [2, 8, 4, 6]])
+        heard = (torch.tensor(x), torch.tensor(mask), torch.tensor(tokens))
+        taps = harness.compare_taps(
+            reference,
+            lambda: reference(*heard),
+            model,
+            lambda: model(jnp.asarray(x), jnp.asarray(mask), jnp.asarray(tokens)),
+            table,
+            minimum=40,
+        )
+    harness.compare_outputs(taps.ours, taps.reference)
+
+
+UNTIED = {"decoder": {"tie_word_embeddings": False}, "hidden_size": 30, "add_adapter": False}
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied, projected", "Conformer"])
+def test_hugging_face_directories(kind, tmp_path):
     from audiozoo import checkpoints
     from audiozoo.loading import convert, variables
     from weights_conversion.readers import write_safetensors
 
     with harness.precision("float32"):
-        changes = {"decoder": {"tie_word_embeddings": False}, "hidden_size": 30, "add_adapter": False} if untied else {}
+        changes = {"tied": {}, "untied, projected": UNTIED, "Conformer": {"encoder": conformer("rotary")}}[kind]
         reference, _, _ = translators(**changes)
         reference.generation_config.update(num_beams=3, forced_bos_token_id=6, max_length=9)
         reference.save_pretrained(tmp_path / "theirs")
         assert conversion.recognise(tmp_path / "theirs")
         foreign = conversion.open_checkpoint(tmp_path / "theirs")
         model = convert(foreign, SpeechEncoderDecoderModel)
-        assert hasattr(model, "enc_to_dec_proj") == untied
+        assert hasattr(model, "enc_to_dec_proj") == (kind == "untied, projected")
         form = conversion.hugging_face(model)
         with checkpoints.written_whole(tmp_path / "ours") as folder:
             for file, content in form.files.items():
