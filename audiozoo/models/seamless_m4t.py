@@ -16,16 +16,16 @@ states and writes units, a phonetic alphabet learnt from speech; a vocoder speak
 | paper | here |
 | --- | --- |
 | §4.1, w2v-BERT 2.0: a Conformer | `SeamlessM4TFeatureProjection`, `audiozoo.models.conformer` |
-| §4.1, both, and the adaptor behind them | `SeamlessM4TSpeechEncoder` |
-| §4.1, length adaptor: one frame in eight | `audiozoo.models.conformer.LengthAdaptorLayer` |
+| §4.1 and §4.2.3, both, and the adaptor behind them | `SeamlessM4TSpeechEncoder` |
+| §4.2.3, length adaptor: one frame in eight | `audiozoo.models.conformer.LengthAdaptorLayer` |
 | §4.2, text encoder and decoder: NLLB | `audiozoo.models.nllb` |
 | §4.3, text to units (UnitY, arXiv 2212.08055) | `SeamlessM4TTextToUnitModel`, `…ForConditionalGeneration` |
 | §4.3, vocoder of units | `audiozoo.models.speech_resynthesis` |
 | §4, Fig. 4: T2TT; S2TT and ASR; T2ST; S2ST; all | `SeamlessM4TFor…To…`, `SeamlessM4TModel` |
 | the same, what these share | `SeamlessM4TPreTrainedModel` |
-| §4.2, X2T: speech and text into text, with distillation | `into_text_losses` |
-| §4.4, fine-tuning: smoothed cross-entropy of text and units | `finetuning_losses`, `SeamlessM4TRecipe` |
-| Table 12, sizes | `SeamlessM4TConfig.large()`, `.medium()` |
+| §4.2.3, Eq. 3 to 5, X2T: speech and text into text, with distillation | `into_text_losses` |
+| §4.3.3, fine-tuning: smoothed cross-entropy of text and units | `finetuning_losses`, `SeamlessM4TRecipe` |
+| Table 13, sizes | `SeamlessM4TConfig.large()`, `.medium()` |
 
 What is not here: how NLLB was trained beforehand, and the extractor of units (XLS-R and k-means). How w2v-BERT
 is trained, as far as it is published, is in `audiozoo.models.wav2vec2_bert`.
@@ -83,7 +83,7 @@ VOCODER = CodeHifiGanConfig()
 
 @dataclass(frozen=True)
 class SeamlessM4TConfig:
-    """Sizes of one checkpoint (§4 and Table 12), under the names that `transformers` gives them."""
+    """Sizes of one checkpoint (§4 and Table 13), under the names that `transformers` gives them."""
 
     hidden_size: int = 1024  # width of everything but the vocoder
     layer_norm_eps: float = 1e-5  # of the features' LayerNorm, and of the one behind the Conformer
@@ -111,7 +111,7 @@ class SeamlessM4TConfig:
     eos_token_id: int = 3  # ends a text
     decoder_start_token_id: int = 3  # what the decoder reads first
 
-    # --- speech encoder, w2v-BERT 2.0 and the length adaptor (§4.1)
+    # --- speech encoder, w2v-BERT 2.0 and the length adaptor (§4.1, §4.2.3)
     feature_projection_input_dim: int = 160  # two frames of 80 log-mel bands
     speech_encoder_layers: int = 24  # Conformer blocks
     speech_encoder_attention_heads: int = 16  # heads
@@ -214,12 +214,12 @@ class SeamlessM4TConfig:
 
     @classmethod
     def large(cls) -> SeamlessM4TConfig:
-        """Table 12, SeamlessM4T-Large: 2.3 B parameters."""
+        """Table 13, SeamlessM4T-Large: 2.3 B parameters."""
         return cls()
 
     @classmethod
     def medium(cls) -> SeamlessM4TConfig:
-        """Table 12, SeamlessM4T-Medium: 1.2 B parameters."""
+        """Table 13, SeamlessM4T-Medium: 1.2 B parameters."""
         return cls(
             vocab_size=256_206,
             encoder_layers=12,
@@ -251,7 +251,7 @@ class SeamlessM4TFeatureProjection(nnx.Module):
 
 
 class SeamlessM4TSpeechEncoder(nnx.Module):
-    """§4.1: w2v-BERT 2.0, half a feed-forward network, and the length adaptor: 160 ms a frame."""
+    """§4.1 and §4.2.3: w2v-BERT 2.0, half a feed-forward network, and the length adaptor: 160 ms a frame."""
 
     def __init__(self, config: SeamlessM4TConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -958,11 +958,11 @@ class SeamlessM4TModel(SeamlessM4TPreTrainedModel):
         return self._speak(inputs, tgt_lang, speaker, return_intermediate_token_ids, key, **options)
 
 
-# --- §4.4, training ---------------------------------------------------------------------------------------------------
+# --- §4.2.3 and §4.3.3, training --------------------------------------------------------------------------------------
 
 
 class SeamlessM4TLosses(ModelOutput):
-    """§4.4: the loss of fine-tuning, and its two parts."""
+    """§4.3.3: the loss of fine-tuning, and its two parts."""
 
     total: Float[Array, ""] = ABSENT
     text: Float[Array, ""] = ABSENT
@@ -982,7 +982,7 @@ def finetuning_losses(
     freeze_text: bool = False,
     key: jax.Array | None = None,
 ) -> SeamlessM4TLosses:
-    r"""§4.4: $L_\text{S2T} + L_\text{S2U}$, the smoothed cross-entropies of text and of units, each a mean over tokens.
+    r"""§4.3.3: $L_\text{S2T} + L_\text{S2U}$, the smoothed cross-entropies of text and units, each a mean over tokens.
 
     Both begin with their language, which is given and not learnt. The text-to-unit model reads the states in which the
     text decoder, forced to write the right text, stands.
@@ -996,7 +996,7 @@ def finetuning_losses(
         attention_mask: 1 where the input is real.
         batch_invariant: of speech, keep the padding out of the length adaptor too.
         label_smoothing: $\epsilon$, which fairseq spreads over all tokens but the right one.
-        freeze_text: only the text-to-unit model learns (the authors' mode TEXT_TO_SPEECH).
+        freeze_text: only the text-to-unit model learns, as in the paper (the authors' mode TEXT_TO_SPEECH).
         key: switches dropout on.
     """
     config, keys = model.config, [None] * 4 if key is None else list(jax.random.split(key, 4))
@@ -1023,7 +1023,7 @@ def _forced(
     batch_invariant: bool = False,
     keys: list[Any],
 ) -> tuple[jax.Array, jax.Array]:
-    """§4.2: the states and logits of the text decoder, forced to write the right text."""
+    """§4.2.3: the states and logits of the text decoder, forced to write the right text."""
     config = model.config
     encoded, mask = model.encode(*source, batch_invariant=batch_invariant, key=keys[0])
     tokens = inputs_of(labels, config.pad_token_id, config.decoder_start_token_id)
@@ -1032,7 +1032,7 @@ def _forced(
 
 
 class SeamlessM4TIntoTextLosses(ModelOutput):
-    """§4.2: the loss of X2T, and its three parts without their weights."""
+    """§4.2.3: the loss of X2T, and its three parts without their weights."""
 
     total: Float[Array, ""] = ABSENT
     speech: Float[Array, ""] = ABSENT
@@ -1053,7 +1053,7 @@ def into_text_losses(
     batch_invariant: bool = False,
     key: jax.Array | None = None,
 ) -> SeamlessM4TIntoTextLosses:
-    r"""§4.2, X2T: $\alpha L_\text{S2TT} + \beta L_\text{T2TT} + \gamma L_\text{KD}$.
+    r"""§4.2.3, X2T: $\alpha L_\text{S2TT} + \beta L_\text{T2TT} + \gamma L_\text{KD}$.
 
     Speech and its text have one translation and one decoder. What it makes of the text teaches what it makes of the
     speech, token by token:
@@ -1093,7 +1093,7 @@ def into_text_losses(
 
 
 def without_language(labels: Int[Array, "batch time"]) -> Int[Array, "batch time"]:
-    """§4.4: labels, the first of which is given and not learnt."""
+    """§4.2.3 and §4.3.3: labels, the first of which is given and not learnt."""
     return labels.at[:, 0].set(IGNORED_LABEL)
 
 

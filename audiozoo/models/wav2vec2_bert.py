@@ -17,11 +17,11 @@ distances and whose convolutions look back only.
 
 | paper | here |
 | --- | --- |
-| § "Contrastive module", "Masked prediction module": Conformer blocks | `audiozoo.models.conformer` |
-| § "Feature encoder"; in 2.0 no convolutions but pairs of filterbank frames | `Wav2Vec2BertFeatureProjection` |
+| §3.1, contrastive module and masked prediction module: Conformer blocks | `audiozoo.models.conformer` |
+| §3.1, feature encoder; in 2.0 no convolutions but pairs of filterbank frames | `Wav2Vec2BertFeatureProjection` |
 | the network | `Wav2Vec2BertModel` |
-| § "Pre-training": $\mathcal L_p = \beta \mathcal L_c + \gamma \mathcal L_m$ | `Wav2Vec2BertForPreTraining` |
-| § "Fine-tuning" | `Wav2Vec2BertForCTC` |
+| §3.2, Eq. 2, pre-training: $\mathcal L_p = \beta \mathcal L_c + \gamma \mathcal L_m$ | `Wav2Vec2BertForPreTraining` |
+| §3.3, fine-tuning | `Wav2Vec2BertForCTC` |
 | not in the paper; in fine-tuned checkpoints: classes | `Wav2Vec2BertForSequenceClassification` |
 | the same, of every frame; speakers | `Wav2Vec2BertForAudioFrameClassification`, `Wav2Vec2BertForXVector` |
 | not in the paper; in checkpoints for translation: a length adaptor | `Wav2Vec2BertAdapter` |
@@ -253,7 +253,7 @@ def pooled_lengths(lengths: Lengths, config: Wav2Vec2BertConfig, layers: int) ->
 
 
 class Wav2Vec2BertModel(Wav2Vec2Model):
-    """§ "Contrastive module" and § "Masked prediction module", one behind the other: N Conformer blocks."""
+    """§3.1: contrastive module and masked prediction module, one behind the other: N Conformer blocks."""
 
     def __init__(
         self, config: Wav2Vec2BertConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
@@ -342,11 +342,11 @@ class Wav2Vec2BertModel(Wav2Vec2Model):
         )
 
 
-# --- § "Pre-training" ------------------------------------------------------------------------------------------------
+# --- §3.2, pre-training -----------------------------------------------------------------------------------------------
 
 
 class Wav2Vec2BertForPreTrainingOutput(ModelOutput):
-    """§ "Pre-training": the loss, a sum over the masked frames of the batch, and its parts."""
+    """§3.2: the loss, a sum over the masked frames of the batch, and its parts."""
 
     loss: Float[Array, ""] | None = None
     projected_states: Float[Array, "batch frames width"] | None = None
@@ -362,7 +362,7 @@ class Wav2Vec2BertForPreTrainingOutput(ModelOutput):
 
 
 class Wav2Vec2BertForPreTraining(_WithBackbone):
-    r"""§ "Pre-training":
+    r"""§3.2, Eq. 1 and 2:
 
     $$\mathcal L_p = \beta\, \mathcal L_c + \gamma\, \mathcal L_m, \qquad \mathcal L_c = \mathcal L_w + \alpha\,
     \mathcal L_d$$
@@ -471,7 +471,7 @@ class Wav2Vec2BertForPreTraining(_WithBackbone):
         )
 
 
-# --- § "Fine-tuning", and the heads of fine-tuned checkpoints --------------------------------------------------------
+# --- §3.3, fine-tuning, and the heads of fine-tuned checkpoints -------------------------------------------------------
 
 
 class _FromFeatures:
@@ -492,7 +492,7 @@ class _FromFeatures:
 
 
 class Wav2Vec2BertForCTC(_FromFeatures, Wav2Vec2ForCTC):  # type: ignore[misc]
-    """§ "Fine-tuning": a linear layer onto letters, trained with CTC. (The paper's own has a transducer.)"""
+    """§3.3: a linear layer onto letters, trained with CTC. (The paper's own has a transducer.)"""
 
 
 class Wav2Vec2BertForSequenceClassification(_FromFeatures, Wav2Vec2ForSequenceClassification):  # type: ignore[misc]

@@ -19,13 +19,13 @@ blocks, which each frame opens or closes by a gate of its own.
 
 | paper | here |
 | --- | --- |
-| § "Model structure", gated relative position bias | `WavLMAttention`, `relative_position_buckets` |
-| § "Model structure", Transformer | `WavLMEncoder`, `WavLMEncoderLayer`, `WavLMModel` |
-| § "Masked speech denoising and prediction", Algorithm 1 | `draw_mixes`, `mix` |
-| the same, loss (HuBERT's, arXiv 2106.07447, Eq. 3) | `WavLMForPreTraining` |
-| Table I, sizes | `WavLMConfig.base()`, `.base_plus()`, `.large()` |
+| §IV-A, gated relative position bias | `WavLMAttention`, `relative_position_buckets` |
+| §IV-A, Transformer | `WavLMEncoder`, `WavLMEncoderLayer`, `WavLMModel` |
+| §IV-B, masked speech denoising and prediction; Algorithm 1 | `draw_mixes`, `mix` |
+| §IV-B, Eq. 7, loss (HuBERT's, arXiv 2106.07447, Eq. 3) | `WavLMForPreTraining` |
+| §V-A, sizes | `WavLMConfig.base()`, `.base_plus()`, `.large()` |
 | not in the paper; in the released checkpoints | `WavLMFor…` heads, `WavLMEncoder…StableLayerNorm` |
-| § "Universal representation evaluation", speaker verification | `WavLMForSpeakerVerification` |
+| §V-C, speaker verification | `WavLMForSpeakerVerification` |
 
 The convolutions, masking and heads are wav2vec 2.0's, the masked prediction is HuBERT's, imported from their files. The
 paper gates by the projected query; the released models, and this one, by what the attention layer reads, cut into
@@ -93,7 +93,7 @@ from audiozoo.outputs import ModelOutput
 
 @dataclass(frozen=True)
 class WavLMConfig(Wav2Vec2Config):
-    """Sizes of one checkpoint (Table I of the paper): wav2vec 2.0's, and what the paper adds."""
+    """Sizes of one checkpoint (§V-A): wav2vec 2.0's, and what the paper adds."""
 
     num_buckets: int = 320  # rows of the table of relative positions, half of them for each direction
     max_bucket_distance: int = 800  # frames; all distances beyond share the last bucket
@@ -109,17 +109,17 @@ class WavLMConfig(Wav2Vec2Config):
 
     @classmethod
     def base(cls) -> WavLMConfig:
-        """Table I, WavLM Base: 12 blocks of width 768, pre-trained on 960 hours; 94.4 M parameters."""
+        """§V-A, WavLM Base: 12 blocks of width 768, pre-trained on 960 hours; 94.4 M parameters."""
         return cls()
 
     @classmethod
     def base_plus(cls) -> WavLMConfig:
-        """Table I, WavLM Base+: Base, pre-trained on 94,000 hours."""
+        """§V-A, WavLM Base+: Base, pre-trained on 94,000 hours."""
         return cls()
 
     @classmethod
     def large(cls) -> WavLMConfig:
-        """Table I, WavLM Large: 24 pre-norm blocks of width 1024, LayerNorm in the convolutions; 315.5 M parameters."""
+        """§V-A, WavLM Large: 24 pre-norm blocks of width 1024, LayerNorm in the convolutions; 315.5 M parameters."""
         return cls(
             hidden_size=1024,
             num_hidden_layers=24,
@@ -132,11 +132,11 @@ class WavLMConfig(Wav2Vec2Config):
         )
 
 
-# --- § "Model structure", gated relative position bias ---------------------------------------------------------------
+# --- §IV-A, gated relative position bias ------------------------------------------------------------------------------
 
 
 def relative_position_buckets(distances: np.ndarray, num_buckets: int = 320, max_distance: int = 800) -> np.ndarray:
-    r"""The bucket of each signed distance $j - i$ in frames (§ "Model structure"; T5's rule, arXiv 1910.10683).
+    r"""The bucket of each signed distance $j - i$ in frames (§IV-A; T5's rule, arXiv 1910.10683).
 
     Half of the $n$ buckets belong to each direction. Of that half the first $n/4$ hold one distance each; the others
     hold ranges that widen with the logarithm, up to the maximum $m$:
@@ -212,7 +212,7 @@ def attend_gated(
 
 
 class WavLMAttention(MultiHeadAttention):
-    r"""§ "Model structure": self-attention with a gated relative position bias.
+    r"""§IV-A: self-attention with a gated relative position bias.
 
     $$a_{ij} \propto \exp\Bigl(\frac{q_i \cdot k_j}{\sqrt d} + r_{ij}\Bigr), \qquad
     g^\text{update}_i = \sigma(x_i \cdot u), \quad g^\text{reset}_i = \sigma(x_i \cdot w)$$
@@ -258,7 +258,7 @@ class WavLMAttention(MultiHeadAttention):
 
 
 class WavLMEncoderLayer(nnx.Module):
-    r"""§ "Model structure", a block, norms last: $x = \mathrm{LN}(x + \mathrm{Attention}(x))$, then the MLP alike."""
+    r"""§IV-A, a block, norms last: $x = \mathrm{LN}(x + \mathrm{Attention}(x))$, then the MLP alike."""
 
     def __init__(self, config: Any, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -304,7 +304,7 @@ class WavLMEncoderLayerStableLayerNorm(WavLMEncoderLayer):
 
 
 class WavLMEncoder(Wav2Vec2Encoder):
-    r"""§ "Model structure", the Transformer; its first block owns the table $d$, and all blocks use it."""
+    r"""§IV-A, the Transformer; its first block owns the table $d$, and all blocks use it."""
 
     layer_class: ClassVar[type] = WavLMEncoderLayer
     never_dropped: ClassVar[int] = 1
@@ -336,7 +336,7 @@ class WavLMEncoderStableLayerNorm(WavLMEncoder):
 
 
 class WavLMModel(Wav2Vec2Model):
-    """§ "Model structure": wav2vec 2.0's model around this Transformer."""
+    """§IV-A: wav2vec 2.0's model around this Transformer."""
 
     encoder_class = WavLMEncoder
     stable_encoder_class = WavLMEncoderStableLayerNorm
@@ -347,7 +347,7 @@ class WavLMModel(Wav2Vec2Model):
         return self.config.frame_rule
 
 
-# --- § "Masked speech denoising and prediction" ----------------------------------------------------------------------
+# --- §IV-B, masked speech denoising and prediction --------------------------------------------------------------------
 
 
 class Mixes(ModelOutput):
@@ -465,7 +465,7 @@ def mix(
 
 
 class WavLMForPreTrainingOutput(ModelOutput):
-    """§ "Masked speech denoising and prediction": the loss, a sum over masked frames, and its parts."""
+    """§IV-B, Eq. 7: the loss, a sum over masked frames, and its parts."""
 
     loss: Float[Array, ""] | None = None
     projected_states: Float[Array, "batch frames width"] | None = None
@@ -477,7 +477,7 @@ class WavLMForPreTrainingOutput(ModelOutput):
 
 
 class WavLMForPreTraining(_WithBackbone):
-    r"""§ "Masked speech denoising and prediction": clusters of the main speaker, predicted from disturbed speech."""
+    r"""§IV-B: clusters of the main speaker, predicted from disturbed speech."""
 
     base_model_prefix = "wavlm"
     base_class = WavLMModel
@@ -565,7 +565,7 @@ class WavLMForPreTraining(_WithBackbone):
 
 
 class WavLMForCTC(Wav2Vec2ForCTC):
-    """§ "Speech recognition": a linear layer onto the letters, trained with CTC."""
+    """§V-F: a linear layer onto the letters, trained with CTC."""
 
     base_model_prefix = "wavlm"
     base_class = WavLMModel
@@ -579,21 +579,21 @@ class WavLMForSequenceClassification(Wav2Vec2ForSequenceClassification):
 
 
 class WavLMForAudioFrameClassification(Wav2Vec2ForAudioFrameClassification):
-    """§ "Universal representation evaluation": who speaks when (`microsoft/wavlm-base-plus-sd`)."""
+    """§V-B: who speaks when (`microsoft/wavlm-base-plus-sd`)."""
 
     base_model_prefix = "wavlm"
     base_class = WavLMModel
 
 
 class WavLMForXVector(Wav2Vec2ForXVector):
-    """§ "Universal representation evaluation": a vector for a speaker (`microsoft/wavlm-base-plus-sv`)."""
+    """§V-B: a vector for a speaker (`microsoft/wavlm-base-plus-sv`)."""
 
     base_model_prefix = "wavlm"
     base_class = WavLMModel
 
 
 class WavLMForSpeakerVerification(Wav2Vec2ForSpeakerVerification):
-    """§ "Universal representation evaluation": speakers, by ECAPA-TDNN (`wavlm_large_finetune.pth`)."""
+    """§V-C: speakers, by ECAPA-TDNN (`wavlm_large_finetune.pth`)."""
 
     base_model_prefix = "wavlm"
     base_class = WavLMModel

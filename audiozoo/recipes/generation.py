@@ -69,7 +69,7 @@ class Languages(CTC):
 
 @dataclass(frozen=True)
 class Translated(Objective):
-    """SeamlessM4T, §4.2, X2T of speech alone: the text, in its `language`, that is said or meant, smoothed.
+    """SeamlessM4T, §4.2.3, X2T of speech alone: the text, in its `language`, that is said or meant, smoothed.
 
     The paper also learns from texts, and from the text's translation what the speech's should be: `into_text_losses`.
 

@@ -674,7 +674,7 @@ class Vocoder(Objective):
     """HiFi-GAN, §2.4: segments of recordings, and on the device the processor's spectrograms; then the judge's turn.
 
     Attributes:
-        segment: samples (§3.1: 8,192).
+        segment: samples (8,192 in the authors' config_v1.json).
         judge: arguments of `HifiGanDiscriminator`.
     """
 

@@ -311,7 +311,7 @@ class Returned(Objective):
 
         def loss(networks: dict[str, Any], batch: Any, turn: Turn) -> Loss:
             model, key = networks["model"], turn.key if turn.training else None
-            if "unit_labels" in batch:  # SeamlessM4T, §4.4
+            if "unit_labels" in batch:  # SeamlessM4T, §4.3.3
                 return Loss(finetuning_losses(model, **batch, key=key).total)
             return Loss(model(**batch, key=key).loss)
 
