@@ -15,16 +15,16 @@ of the last checkpoints; and one model for many target languages, told which by 
 | paper | here |
 | --- | --- |
 | §2, log-mel features; CMVN by utterance or by corpus | `processors.speech_to_text`, `audio.features.kaldi_fbank` |
-| §2, SpecAugment: LB, LD, SM, SS (arXiv 1904.08779, Table 1) | `SpecAugmentPolicy`, `spec_augment` |
-| §2, convolutional subsampling (arXiv 1911.08460) | `Conv1dSubsampler` |
+| §2 and §3.1, SpecAugment: LB, LD; SM, SS (arXiv 1904.08779, Table 1) | `SpecAugmentPolicy`, `spec_augment` |
+| not in the paper; in the released code: convolutional subsampling (arXiv 1911.08460) | `Conv1dSubsampler` |
 | §2, Transformer (arXiv 1706.03762), LayerNorm first | `Speech2TextEncoder`, `Speech2TextDecoder` |
 | §2, the encoder's blocks | `Speech2TextEncoderLayer` |
 | §2, the model with its head or without | `Speech2TextModel`, `Speech2TextForConditionalGeneration` |
-| §3, sizes S, M, L | `Speech2TextConfig.small()`, `.medium()`, `.large()` |
-| §3, label-smoothed cross-entropy | `label_smoothed_cross_entropy` |
-| §3, encoder pre-trained on recognition | `with_encoder_of` |
-| §3, average of the last ten checkpoints | `average` |
-| §3, multilingual translation by a language's token | `forced_bos_token_id` of `generate`, `ignore_prefix_size` |
+| Table 3, sizes S, M, L | `Speech2TextConfig.small()`, `.medium()`, `.large()` |
+| not in the paper; in the released recipes: label-smoothed cross-entropy | `label_smoothed_cross_entropy` |
+| §3.1, encoder pre-trained on recognition | `with_encoder_of` |
+| §3.1, average of the last ten checkpoints | `average` |
+| §3.3.1, multilingual translation | `forced_bos_token_id` of `generate`, `ignore_prefix_size` |
 | §2, simultaneous translation: wait-k (arXiv 1810.08398) | `wait_k_mask`, `simultaneous`, `average_lagging` |
 
 What differs from `transformers`: a position is right also where padding is not token 1; convolutions can be told where
@@ -88,7 +88,7 @@ from audiozoo.outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutpu
 
 @dataclass(frozen=True)
 class Speech2TextConfig:
-    """Sizes of one checkpoint (§3); by default those of S."""
+    """Sizes of one checkpoint (Table 3); by default those of S."""
 
     vocab_size: int = 10_000  # pieces of words
     input_feat_per_channel: int = 80  # mel bands
@@ -160,23 +160,23 @@ class Speech2TextConfig:
 
     @classmethod
     def small(cls) -> Speech2TextConfig:
-        """§3, S (`s2t_transformer_s`): 30 M parameters."""
+        """Table 3, S (`s2t_transformer_s`): 30 M parameters."""
         return cls._size(256, 4, 2048, 0.1)
 
     @classmethod
     def medium(cls) -> Speech2TextConfig:
-        """§3, M (`s2t_transformer_m`): 71 M parameters."""
+        """Table 3, M (`s2t_transformer_m`): 71 M parameters."""
         return cls._size(512, 8, 2048, 0.15)
 
     @classmethod
     def large(cls) -> Speech2TextConfig:
-        """§3, L (`s2t_transformer_l`): 268 M parameters."""
+        """Table 3, L (`s2t_transformer_l`): 268 M parameters."""
         return cls._size(1024, 16, 4096, 0.2)
 
 
 @dataclass(frozen=True)
 class Speech2TextGenerationConfig:
-    """§3: how the released checkpoints search, by a beam of five."""
+    """§3.1: how the released checkpoints search, by a beam of five."""
 
     num_beams: int = 5  # beams
     max_length: int | None = 200  # tokens of a text, the first included
@@ -185,12 +185,12 @@ class Speech2TextGenerationConfig:
     options: tuple[tuple[str, Any], ...] = ()  # the rest of the search, as for `transformers.GenerationConfig`
 
 
-# --- §2, SpecAugment --------------------------------------------------------------------------------------------------
+# --- §2 and §3.1, SpecAugment -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class SpecAugmentPolicy:
-    """§2: SpecAugment's numbers (arXiv 1904.08779, Table 1), without time warping unless `time_warp` is set."""
+    """§3.1: SpecAugment's numbers (arXiv 1904.08779, Table 1), without time warping unless `time_warp` is set."""
 
     freq_masks: int  # m_F, bands of masked frequencies
     freq_width: int  # F, each is narrower than this
@@ -299,7 +299,7 @@ def warp_time(
 
 
 class Conv1dSubsampler(nnx.Module):
-    """§2, from arXiv 1911.08460: convolutions of stride two, each with a gated linear unit."""
+    """Not in the paper; in the released code (arXiv 1911.08460): convolutions of stride two with gated linear units."""
 
     def __init__(self, config: Speech2TextConfig, **kwargs: Any):
         widths = [config.conv_channels] * (config.num_conv_layers - 1) + [2 * config.d_model]
@@ -525,7 +525,7 @@ class Speech2TextModel(nnx.Module):
 def label_smoothed_cross_entropy(
     logits: Float[Array, "batch time vocabulary"], labels: Int[Array, "batch time"], label_smoothing: float = 0.1
 ) -> Float[Array, ""]:
-    r"""§3: mean of $-\sum_v q_v \log p_v$ with $q = 1 - \epsilon$ on the label and $\epsilon / (V - 1)$ elsewhere.
+    r"""The mean of $-\sum_v q_v \log p_v$ with $q = 1 - \epsilon$ on the label and $\epsilon / (V - 1)$ elsewhere.
 
     fairseq spreads $\epsilon$ over the other classes, PyTorch over all: its $\epsilon V / (V - 1)$ is $\epsilon$ here.
     """
@@ -572,8 +572,8 @@ class Speech2TextForConditionalGeneration(nnx.Module):
             decoder_attention_mask: 1 where a token is real.
             encoder_outputs: an earlier encoding, instead of `input_features`.
             labels: targets, -100 where there is none; for many languages each begins with its language's token.
-            label_smoothing: ε; 0.1 in the paper, 0 in `transformers`.
-            ignore_prefix_size: so many first labels are read but not learnt: 1 for the language's token (§3).
+            label_smoothing: ε; 0.1 in the released recipes, 0 in `transformers`.
+            ignore_prefix_size: so many first labels are read but not learnt: 1 for the language's token.
             options: of `Speech2TextModel`.
 
         Raises:
@@ -730,7 +730,7 @@ def simultaneous(
     Args:
         model: the translator.
         pieces: log-mel frames `(time, mels)` in the order in which they come, of any lengths; normalised as in
-            training, by statistics that do not need the end (§2, global CMVN): see
+            training, by statistics that do not need the end (global CMVN): see
             `audiozoo.processors.speech_to_text.stream_filterbanks`.
         k: pieces of `pre_decision_ratio` encoder frames to be ahead by.
         pre_decision_ratio: encoder frames of a piece; of 40 ms each.
@@ -819,7 +819,7 @@ def average_lagging(read: Sequence[float], source: float, target: int | None = N
 
 @dataclass(frozen=True)
 class Speech2TextRecipe:
-    """§3, and for the numbers the released recipe of LibriSpeech."""
+    """§3.1, and for what it leaves open the released recipe of LibriSpeech."""
 
     learning_rate: float = 2e-3  # the highest; S, and 1e-3 for M, 5e-4 for L
     warmup_updates: int = 10_000  # until it is reached
@@ -828,7 +828,7 @@ class Speech2TextRecipe:
     averaged_checkpoints: int = 10  # the last so many
 
     def schedule(self) -> optax.Schedule:
-        r"""§3: linear up to the highest rate, then $\propto 1/\sqrt{\text{update}}$ (arXiv 1706.03762, Eq. 3)."""
+        r"""Linear up to the highest rate, then $\propto 1/\sqrt{\text{update}}$ (arXiv 1706.03762, Eq. 3)."""
         warmup = max(self.warmup_updates, 1)
 
         def rate(update: Any) -> Any:
@@ -838,12 +838,12 @@ class Speech2TextRecipe:
         return rate
 
     def optimizer(self) -> optax.GradientTransformation:
-        """§3: Adam with clipped gradients."""
+        """Adam with clipped gradients."""
         return optax.chain(optax.clip_by_global_norm(self.clip_norm), optax.adam(self.schedule()))
 
 
 def average(models: Sequence[Any]) -> Any:
-    """§3: one model whose every parameter is the mean of the models'.
+    """§3.1: one model whose every parameter is the mean of the models'.
 
     Raises:
         UsageError: if there is none.
@@ -856,7 +856,7 @@ def average(models: Sequence[Any]) -> Any:
 def with_encoder_of(
     model: Speech2TextForConditionalGeneration, recogniser: Speech2TextForConditionalGeneration
 ) -> Speech2TextForConditionalGeneration:
-    """§3: a translator to be trained, whose encoder begins as that of a recogniser.
+    """§3.1: a translator to be trained, whose encoder begins as that of a recogniser.
 
     Raises:
         UsageError: if the two encoders differ in size.

@@ -5,8 +5,8 @@ Changhan Wang, Yun Tang, Xutai Ma, Anne Wu, Sravya Popuri, Dmytro Okhonko, Juan 
 wav2vec 2.0 with other blocks: those of the Conformer, in which a convolution stands behind attention. Where a frame
 lies is no longer told by a convolution in front of them but in each block's attention, by the distance of two frames
 or by a rotation of each. Everything else is wav2vec 2.0's: the convolutions that hear, what is masked, the quantiser,
-the contrastive task, and the heads that are trained afterwards. What fairseq's S2T says of it is two tables of results
-in its later version; the network is described in no paper.
+the contrastive task, and the heads that are trained afterwards. What fairseq's S2T says of it, in its later version, is
+a size (Table 3) and word error rates (Table 4); the network is described in no paper.
 
     waveform 16 kHz ── 7 × [Conv, LN, GELU], 320 samples a frame ──> z (T, 512) ── LN ──┬─> product quantiser ─> q
                                                                                         │                       │

@@ -272,7 +272,7 @@ class Seq2Seq(Objective):
                     options["key"], of_masks = jax.random.split(turn.key)  # type: ignore[arg-type]
                     x = spec_augment(x, self.augmentation, of_masks, mask)
                 batch["input_features"], batch["attention_mask"], options["batch_invariant"] = x, mask, True
-                if getattr(processor.tokenizer, "lang_code_to_id", None):  # S2T, §3: a language is given, not learnt
+                if getattr(processor.tokenizer, "lang_code_to_id", None):  # S2T: a language is given, not learnt
                     options["ignore_prefix_size"] = 1
                     labels = labels.at[:, 0].set(IGNORED_LABEL)
             else:
