@@ -35,7 +35,7 @@ from audiozoo.processors.wav2vec2 import fairseq_symbols
 
 VARIANCE_FLOOR = 1e-10  # of fairseq
 CHUNK = 512  # frames that one row of a compiled program transforms
-ROWS = 16  # such rows at a time, at most
+ROWS = 4  # such rows at a time, at most: what they become on the way stays in the caches
 STATISTICS = ("mean", "std")  # of a corpus, by their names in files
 LANGUAGES = {"mustc": ("pt", "fr", "ru", "nl", "ro", "it", "es", "de")}
 
@@ -55,7 +55,7 @@ def filterbanks(
 ) -> list[Float[np.ndarray, "frames mels"]]:
     """Kaldi's log-mel energies of waveforms in [-1, 1], scaled to 16-bit integers; frames of 25 ms every 10 ms.
 
-    All waveforms are cut into stretches of 512 frames, which a program transforms sixteen at a time, in float64 on the
+    All waveforms are cut into stretches of 512 frames, which a program transforms four at a time, in float64 on the
     CPU: no length compiles anew, and an hour takes two seconds.
 
     Args:
