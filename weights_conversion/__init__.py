@@ -80,20 +80,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def take(config: Mapping[str, Any], names: Mapping[str, Any], where: str) -> dict[str, Any]:
+def take(
+    config: Mapping[str, Any], names: Mapping[str, Any], where: str, nullable: Collection[str] = ()
+) -> dict[str, Any]:
     """The entries of a foreign configuration that are named, each of the type of its default.
 
     Args:
         config: the foreign configuration.
         names: names and defaults of our configuration.
         where: the file, for messages.
+        nullable: names whose null is a value; that of others says nothing.
 
     Raises:
         CheckpointError: for a value of the wrong type.
     """
-    taken = {}
+    taken: dict[str, Any] = {}
     for name, default in names.items():
         if config.get(name) is None:
+            if name in nullable and name in config:
+                taken[name] = None
             continue
         value = config[name]
         kind = type(default)

@@ -181,9 +181,7 @@ def config_from_hugging_face(
 ) -> SeamlessM4TConfig:
     """Our configuration from a `config.json`; `weight_norm` if the vocoder has magnitudes and directions."""
     sizes = CodeHifiGanConfig(**take(config, _VOCODER_DEFAULTS, where), weight_norm=weight_norm)
-    taken = take(config, _DEFAULTS, where)
-    if "position_embeddings_type" in config and config["position_embeddings_type"] is None:
-        taken["position_embeddings_type"] = None
+    taken = take(config, _DEFAULTS, where, nullable=("position_embeddings_type",))
     return SeamlessM4TConfig(**taken, vocoder=sizes, sampling_rate=sizes.sampling_rate)
 
 

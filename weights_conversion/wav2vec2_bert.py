@@ -50,9 +50,7 @@ _CONFIG_DEFAULTS: dict[str, Any] = {
 
 def config_from_hugging_face(config: Mapping[str, Any], where: str = "config.json") -> Wav2Vec2BertConfig:
     """Our configuration from a `config.json`."""
-    taken = take(config, _CONFIG_DEFAULTS, where)
-    if "position_embeddings_type" in config and config["position_embeddings_type"] is None:
-        taken["position_embeddings_type"] = None
+    taken = take(config, _CONFIG_DEFAULTS, where, nullable=("position_embeddings_type",))
     return Wav2Vec2BertConfig(**taken, **labels_from_hugging_face(config))
 
 

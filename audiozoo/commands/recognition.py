@@ -270,7 +270,6 @@ def identify(
     check_file(file)
     from audiozoo import audio
     from audiozoo.decoding import encoders, long_form
-    from audiozoo.models import audio_spectrogram_transformer as ast
 
     others = ("WhisperForConditionalGeneration", "ASTForAudioClassification")
     classifier, processor = _load(model, (*encoders.CLASSIFIERS, *others), "identify")
@@ -283,6 +282,8 @@ def identify(
     elif name == "ASTForAudioClassification":
         if crops > 1:
             raise UsageError("AST hears a whole recording, window by window; leave --crops out.")
+        from audiozoo.models import audio_spectrogram_transformer as ast
+
         found = ast.classify(classifier, processor, wave, top, sampling_rate=processor.sampling_rate)
     else:
         length = 10.0 if crop_length is None else crop_length

@@ -43,10 +43,13 @@ def _program(
 
     def on_a_cpu(program: Callable[..., jax.Array]) -> jax.Array:
         def ours(x: jax.Array, kernel: jax.Array) -> jax.Array:
-            return program(x, kernel, stride, padding, dilation)
+            return program(x, kernel, frames, stride, padding, dilation)
 
         return jax.lax.platform_dependent(x, kernel, cpu=ours, default=whole)
 
+    frames = (x.shape[1] + sum(padding) - (len(kernel) - 1) * dilation - 1) // stride + 1
+    if frames < 1:
+        return jnp.zeros((x.shape[0], 0, kernel.shape[2]), x.dtype)
     if _depthwise(kernel, groups):
         return on_a_cpu(_by_tap)
     if _is_large(x, kernel, stride, groups):
@@ -62,20 +65,16 @@ def _depthwise(kernel: jax.Array, groups: int) -> bool:
 
 
 def _by_tap(
-    x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[int, int], dilation: int
+    x: jax.Array, kernel: jax.Array, frames: int, stride: int, padding: tuple[int, int], dilation: int
 ) -> Float[Array, "batch frames channels"]:
     r"""A depthwise convolution as it is written, for a CPU: $y_{t,c} = \sum_k W_{k,c}\, x_{ts - p + kd,\,c}$.
 
     XLA's CPU compiler has no fast program for as many groups as channels: 31 taps of 1,024 channels over eight times
     250 frames, a Conformer block's, take it 150 ms, and 15 ms as this sum.
     """
-    taps, time = len(kernel), x.shape[1] + sum(padding)
-    frames = (time - (taps - 1) * dilation - 1) // stride + 1
-    if frames < 1:
-        return jnp.zeros((x.shape[0], 0, x.shape[-1]), x.dtype)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     padded = jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (*padding, 0), (0, 0, 0)))
-    heard = (padded[:, k * dilation : k * dilation + (frames - 1) * stride + 1 : stride] for k in range(taps))
+    heard = (padded[:, k * dilation : k * dilation + (frames - 1) * stride + 1 : stride] for k in range(len(kernel)))
     return sum(w * h.astype(wide) for w, h in zip(kernel[:, 0].astype(wide), heard, strict=True)).astype(x.dtype)
 
 
@@ -92,7 +91,7 @@ BLOCK = 4  # frames of an output that are computed together
 
 
 def _in_fewer_products(
-    x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[int, int], dilation: int
+    x: jax.Array, kernel: jax.Array, frames: int, stride: int, padding: tuple[int, int], dilation: int
 ) -> Float[Array, "batch frames outputs"]:
     r"""A convolution with half the multiplications, for a CPU (Winograd, Arithmetic Complexity of Computations, 1980).
 
@@ -103,9 +102,6 @@ def _in_fewer_products(
     """
     taps, inputs, outputs = kernel.shape
     batch, time = x.shape[:2]
-    frames = time + sum(padding) - (taps - 1) * dilation
-    if frames < 1:
-        return jnp.zeros((batch, 0, outputs), x.dtype)
     part = min(taps, BLOCK)
     transposed, evaluate, interpolate = _points(part)
     parts, blocks = -(-taps // part), -(-frames // (BLOCK * dilation))
@@ -121,9 +117,7 @@ def _in_fewer_products(
     kernels = [jnp.pad(w, ((0, parts - len(w)), (0, 0), (0, 0))) for w in strided]
 
     products = [
-        jax.lax.conv_general_dilated(
-            _weighted(b, tile), _weighted(g, kernels), (1,), "VALID", dimension_numbers=_DIMENSIONS
-        )
+        _whole(_weighted(b, tile), _weighted(g, kernels), 1, (0, 0), 1, 1)
         for b, g in zip(interpolate, evaluate, strict=True)
     ]
     weights = np.array(transposed, x.dtype).T[:, :, None]
@@ -161,7 +155,7 @@ MOST_TAPS = 16  # the products of a convolution in few bits, each of which has a
 
 
 def _as_products(
-    x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[int, int], dilation: int
+    x: jax.Array, kernel: jax.Array, frames: int, stride: int, padding: tuple[int, int], dilation: int
 ) -> Float[Array, "batch frames outputs"]:
     r"""A convolution in few bits, for a CPU: $y_n = \sum_j X_{n + j} W_j$ with blocks $X$ of $s$ frames side by side.
 
@@ -170,10 +164,7 @@ def _as_products(
     of a single channel, blocks are of one frame.
     """
     taps, inputs, outputs = kernel.shape
-    batch, time = x.shape[0], x.shape[1] + sum(padding)
-    frames = (time - (taps - 1) * dilation - 1) // stride + 1
-    if frames < 1:
-        return jnp.zeros((batch, 0, outputs), x.dtype)
+    batch = len(x)
     x = jnp.pad(x, ((0, 0), padding, (0, 0)))
     if dilation == 1 and inputs > 1:
         count = -(-taps // stride)
