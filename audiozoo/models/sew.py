@@ -259,10 +259,10 @@ class SEWEncoder(nnx.Module):
         self.layer_norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, **kwargs)
 
     def enter(
-        self, x: Float[Array, "batch squeezed hidden"]
+        self, x: Float[Array, "batch squeezed hidden"], dropout: Dropout
     ) -> tuple[Float[Array, "batch squeezed hidden"], list[Any]]:
         """What the first block reads, and what every block is told beside its input and the mask."""
-        return self.layer_norm(x), []
+        return dropout(self.layer_norm(x), self.config.hidden_dropout), []
 
     def squeeze(self, x: Float[Array, "batch frames hidden"]) -> Float[Array, "batch squeezed hidden"]:
         """The mean of each group of frames, and its position; frames without a whole group are left out.
@@ -304,8 +304,7 @@ class SEWEncoder(nnx.Module):
             x = jnp.where(mask[..., None], x, 0)
             counted = squeeze_mask(mask, config.squeeze_factor, config.squeeze_rule)
             keys = counted[:, None, None, :]
-        x, shared = self.enter(self.squeeze(x))
-        x = dropout(x, config.hidden_dropout)
+        x, shared = self.enter(self.squeeze(x), dropout)
         hidden_states, attentions = [x], []
         for layer in self.layers:
             block = partial(layer, need_weights=output_attentions)
@@ -495,7 +494,7 @@ class SEWDEncoder(SEWEncoder):
             self.rel_layer_norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, **kwargs)
 
     def enter(
-        self, x: Float[Array, "batch squeezed hidden"]
+        self, x: Float[Array, "batch squeezed hidden"], dropout: Dropout
     ) -> tuple[Float[Array, "batch squeezed hidden"], list[Any]]:
         """The squeezed frames as they are; the table, and which of its rows stands for each distance."""
         config, span = self.config, self.config.position_buckets

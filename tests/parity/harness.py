@@ -807,6 +807,48 @@ def assert_detects(check: Callable[[], Any], mutations: Iterable[Mutation]) -> i
     return caught
 
 
+# --- dropout ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def bent_dropouts() -> Iterator[None]:
+    r"""Every dropout in training is the curve $x + p \sin x$, on both sides; $p$ is its rate.
+
+    It draws nothing, and is the same wherever arrays are laid out otherwise. A dropout that is missing, that stands
+    elsewhere or has the rate of another gives other numbers.
+    """
+    from audiozoo.layers import basic
+
+    def theirs(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+        return x + p * torch.sin(x) if training else x
+
+    def ours(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+        return x if key is None else x + rate * jnp.sin(x)
+
+    with Replaced(torch.nn.functional, "dropout", theirs), Replaced(basic, "dropout", ours):
+        yield
+
+
+def rates(config: Any, **changes: float) -> dict[str, float]:
+    """A rate of its own for every dropout of an original's configuration, and nothing else that training draws."""
+    names = [name for name in config.to_dict() if "drop" in name or re.fullmatch("mask_.*_prob", name)]
+    dropouts = [name for name in names if "dropout" in name and "layerdrop" not in name]
+    return dict.fromkeys(names, 0.0) | {name: 0.1 + 0.07 * i for i, name in enumerate(dropouts)} | changes
+
+
+def compare_in_training(reference: torch.nn.Module, model: nnx.Module, inputs: Mapping[str, Any], **ours: Any) -> None:
+    """Every output in training, with `bent_dropouts`; `inputs` are arrays or constants, `ours` are for our model."""
+    arrays = {name: value for name, value in inputs.items() if isinstance(value, np.ndarray)}
+    constants = {name: value for name, value in inputs.items() if name not in arrays}
+    with bent_dropouts(), torch.no_grad():
+        reference.train()
+        theirs = reference(**{name: torch.tensor(array) for name, array in arrays.items()}, **constants)
+        reference.eval()
+        run = jax.jit(lambda m, x, key: m(**x, **constants, **ours, key=key))
+        found = run(model, jax.tree.map(jnp.asarray, arrays), jax.random.key(0))
+    compare_outputs(found, theirs)
+
+
 # --- published sizes, at no memory -----------------------------------------------------------------------------------
 
 

@@ -404,3 +404,14 @@ def test_original_files(family, tuned, tmp_path):
             model.project_q.dense_1.kernel[...], state["project_q.net.0.weight"][:, :, 0].numpy().T
         )
         np.testing.assert_array_equal(model.project_hid.batch_norm.var[...], np.full(16, 2.0))
+
+
+@BOTH
+def test_dropouts(family, monkeypatch):
+    monkeypatch.setattr(
+        modeling_sew_d.StableDropout,
+        "forward",
+        lambda self, x: torch.nn.functional.dropout(x, self.drop_prob, self.training),
+    )
+    reference, model, _ = family.pair("ForCTC", **harness.rates(getattr(transformers, family.config_class)()))
+    harness.compare_in_training(reference, model, {"input_values": waves()})
