@@ -610,3 +610,9 @@ def test_the_optimiser(published):
         ours = optax.apply_updates(ours, changes)
     for name, value in start.items():
         np.testing.assert_allclose(ours[name] - value, theirs[name].detach().numpy() - value, rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.usefixtures("softmax_in_its_own_dtype")
+def test_dropouts():
+    reference, model, _ = pair(**harness.rates(transformers.ASTConfig()))
+    harness.compare_in_training(reference, model, {"input_values": features()})

@@ -476,3 +476,16 @@ def test_a_published_size_in_float32():
             wanted = reference(4, torch.tensor(codes)).logits
         found = jax.jit(lambda m: m(4, jnp.asarray(codes)).logits)(model)
         harness.assert_close(found, wanted, name="logits")
+
+
+@pytest.mark.parametrize("name", ["BarkSemanticModel", "BarkFineModel"])
+def test_dropouts(name):
+    fine, kinds = name == "BarkFineModel", transformers.models.bark
+    kind, sizes = (kinds.BarkFineConfig, FINE) if fine else (kinds.BarkSemanticConfig, SEMANTIC)
+    theirs = kind(**(sizes | {"dropout": 0.3}), attn_implementation="eager")
+    reference = harness.randomise(getattr(kinds, name)(theirs))
+    config = stage_config(theirs.to_dict(), name, "config.json")
+    create = functools.partial(getattr(bark, name), config, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    model = harness.ported(reference, create, hugging_face_table(config, name))
+    ids = np.random.default_rng(0).integers(0, 17, (2, 9, 8)) if fine else IDS
+    harness.compare_in_training(reference, model, {"input_ids": ids} | ({"codebook_idx": 3} if fine else {}))

@@ -465,3 +465,12 @@ def test_bfloat16_stays_close(unfused):
     assert ours.dtype == jnp.bfloat16
     wanted = np.asarray(audiozoo.jit(model)(**x).logits_per_audio, np.float32)
     harness.assert_close(ours, wanted, name="bfloat16 logits")
+
+
+def test_dropouts(monkeypatch):
+    """The original drops after the audio tower's MLPs, and in the text tower."""
+    monkeypatch.setitem(TEXT, "hidden_dropout_prob", 0.2)
+    monkeypatch.setitem(TEXT, "attention_probs_dropout_prob", 0.3)
+    rates = {"hidden_dropout_prob": 0.4, "attention_probs_dropout_prob": 0.5, "drop_path_rate": 0.0}
+    reference, model, _ = pair(**rates)
+    harness.compare_in_training(reference, model, inputs())

@@ -352,3 +352,8 @@ def test_full_size_in_float32():
 @pytest.mark.parametrize("head", ["Model", "ForCTC"])
 def test_hugging_face_directories(head, tmp_path):
     FAMILY.round_trip(head, tmp_path, **BATCH_NORM)
+
+
+def test_dropouts():
+    reference, model, _ = pair("ForCTC", **harness.rates(transformers.HubertConfig()), **BATCH_NORM)
+    harness.compare_in_training(reference, model, {"input_values": waves()})

@@ -849,3 +849,10 @@ def test_bfloat16_stays_close(plain):
     ours = audiozoo.jit(half)(**x).logits
     assert ours.dtype == jnp.bfloat16
     harness.assert_close(ours, np.asarray(audiozoo.jit(model)(**x).logits, np.float32), name="bfloat16 logits")
+
+
+def test_dropouts():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TEXT, "dropout_rate", 0.25)
+        reference, model, _ = make(**harness.rates(transformers.MusicgenDecoderConfig()))
+    harness.compare_in_training(reference, model, texts() | {"decoder_input_ids": codes()})

@@ -539,3 +539,8 @@ def test_any_tokens_are_read_alike(theirs):
     unnamed = [2000, 133, 60, 135, 132, 60, 1]
     np.testing.assert_array_equal(ours.decode(unnamed, 0, 12), [[12, 13, 56, 77]])
     assert np.array(theirs[1].relative_tokens_ids_to_notes(np.array(unnamed), 0, 12))[0, 0] == -1
+
+
+def test_dropouts():
+    reference, model, _ = pair(**harness.rates(transformers.Pop2PianoConfig()))
+    harness.compare_in_training(reference, model, inputs())

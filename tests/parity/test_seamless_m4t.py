@@ -540,3 +540,11 @@ def test_mutations_are_noticed(whole):
             harness.dropped(model, "speech_encoder.adapter.0.residual_conv.bias"),
         ],
     )
+
+
+@pytest.mark.parametrize("source", [text, speech])
+def test_dropouts(source):
+    """The original drops behind a text block's MLP by the rate that is of its inside, here and in NLLB's code."""
+    reference, model, _ = build(**harness.rates(transformers.SeamlessM4TConfig(), dropout=0.3, activation_dropout=0.3))
+    inputs = {name: array for name, array in (source() | targets()).items() if not name.endswith("mask")}
+    harness.compare_in_training(reference, model, inputs)

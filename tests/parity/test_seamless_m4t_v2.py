@@ -606,3 +606,25 @@ def test_published_widths_in_float32():
         with torch.no_grad():
             waveform, _ = vocoder(torch.tensor(units), torch.tensor([[7]]), torch.tensor([[30]]))
         harness.assert_close(voice.speak(units, 7, 30)[0], waveform, name="waveform")
+
+
+@pytest.mark.parametrize("source", [text, speech])
+def test_dropouts(source):
+    """The original drops behind a text block's MLP by the rate that is of its inside, here and in NLLB's code."""
+    reference, model, _ = build(
+        **harness.rates(transformers.SeamlessM4Tv2Config(), dropout=0.3, activation_dropout=0.3)
+    )
+    reference.set_attn_implementation("eager")
+    inputs = {name: array for name, array in (source() | targets()).items() if not name.endswith("mask")}
+    harness.compare_in_training(reference, model, inputs)
+
+
+def test_dropouts_of_units():
+    rates = harness.rates(transformers.SeamlessM4Tv2Config(), dropout=0.3, activation_dropout=0.3)
+    reference, model, _ = build(**rates)
+    reference.set_attn_implementation("eager")
+    with harness.bent_dropouts(), torch.no_grad():
+        theirs = reference.t2u_model.train()(**torched(t2u_inputs())).last_hidden_state
+        run = jax.jit(lambda m, x, key: m(**x, frames=theirs.shape[1], key=key).last_hidden_state)
+        ours = run(model.t2u_model, jaxed(t2u_inputs()), jax.random.key(0))
+    harness.assert_close(ours, theirs)

@@ -388,3 +388,9 @@ def test_fairseq_files(tied, tmp_path):
         logits = compiled(model)(input_features=x, decoder_input_ids=tokens).logits
         harness.assert_close(logits, theirs(reference, input_features=x, decoder_input_ids=tokens).logits)
         assert model.generation_config.num_beams == 5
+
+
+def test_dropouts():
+    reference, model, _ = pair(**harness.rates(transformers.Speech2TextConfig()))
+    inputs = {"input_features": padded()[0], "decoder_input_ids": np.array([[2, 7, 5, 9, 6], [2, 8, 4, 3, 5]])}
+    harness.compare_in_training(reference, model, inputs)

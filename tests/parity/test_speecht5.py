@@ -939,3 +939,17 @@ def test_waveforms_and_spectrograms(processors, tmp_path):
     for line in SAYINGS:
         assert back(text=line)["input_ids"] == theirs(text=line)["input_ids"]
     assert back.feature_extractor.to_dict() == theirs.feature_extractor.to_dict()
+
+
+def test_dropouts():
+    reference, model, _ = pair("ForSpeechToText", **harness.rates(transformers.SpeechT5Config()))
+    inputs = {"input_values": padded()[0], "decoder_input_ids": np.array([[2, 7, 5, 9], [2, 8, 4, 3]])}
+    harness.compare_in_training(reference, model, inputs)
+
+
+def test_dropouts_of_speech():
+    reference, model, _ = pair("ForTextToSpeech", **harness.rates(transformers.SpeechT5Config()))
+    ids, units = text()[0], masks(STEPS)
+    inputs = {"input_ids": ids, "decoder_input_values": target(STEPS), "speaker_embeddings": speakers()}
+    with kept(reference, units):
+        harness.compare_in_training(reference, model, inputs, prenet_masks=jnp.asarray(units))

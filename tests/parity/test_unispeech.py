@@ -258,3 +258,8 @@ def test_fairseq_files(head, tmp_path):
         table, ours = conversion.hugging_face_table(model.config, name), harness.parameters(model)
         for path, value in table.read(harness.StateDict(reference.state_dict()), table.steps_for(ours)):
             np.testing.assert_array_equal(ours[path], value, err_msg=path)
+
+
+def test_dropouts():
+    reference, model, _ = pair("ForCTC", **harness.rates(transformers.UniSpeechConfig()))
+    harness.compare_in_training(reference, model, {"input_values": waves()})

@@ -278,3 +278,8 @@ def test_microsofts_files(headed, tmp_path):
     torch.save({"cfg": SETTINGS | {"gru_rel_pos": True}, "model": state}, tmp_path / "odd.pt")
     with pytest.raises(ValueError, match="trained with gru_rel_pos"):
         conversion.open_checkpoint(tmp_path / "odd.pt")
+
+
+def test_dropouts():
+    reference, model, _ = pair("ForCTC", **harness.rates(transformers.UniSpeechSatConfig()), **LAYER)
+    harness.compare_in_training(reference, model, {"input_values": waves()})

@@ -411,7 +411,7 @@ def authors_training_forward(reference):
         )
 
 
-def our_training_forward(model):
+def our_training_forward(model, key=None):
     return model.training_forward(
         jnp.asarray(IDS),
         jnp.asarray(MASK),
@@ -419,6 +419,7 @@ def our_training_forward(model):
         jnp.asarray(FRAMES),
         jnp.asarray([0, 2]),
         segment_frames=6,
+        key=key,
         posterior_noise=jnp.asarray(POSTERIOR_NOISE),
         duration_noise=jnp.asarray(NOISE),
         segment_starts=jnp.asarray(STARTS),
@@ -456,6 +457,27 @@ def test_training_with_the_deterministic_predictor(piper):
     harness.assert_close(ours.duration_loss, torch.sum(duration), name="duration loss")
     harness.assert_close(ours.waveform, waveform[:, 0], name="segments")
     np.testing.assert_array_equal(ours.alignment, alignment[:, 0])
+
+
+RATES = {"attention": 0.1, "activation": 0.2, "hidden": 0.3, "wavenet": 0.4}
+
+
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_dropouts(piper, stochastic):
+    reference, model, table = authors(piper, stochastic=stochastic)
+    config = dataclasses.replace(model.config, **{f"{name}_dropout": rate for name, rate in RATES.items()})
+    model = harness.ported(reference, lambda: double(config), table)
+    places = {"attn_layers": "attention", "ffn_layers": "activation", "enc_p": "hidden"}
+    for name, module in reference.named_modules():
+        if isinstance(module, torch.nn.Dropout) and not name.startswith("dp."):
+            module.p = RATES[next((places[part] for part in places if part in name.split(".")), "wavenet")]
+    with harness.bent_dropouts(), torch.no_grad():
+        waveform, duration, alignment, *_ = authors_training_forward(reference.train())
+        reference.eval()
+        ours = jax.jit(our_training_forward)(model, jax.random.key(0))
+    np.testing.assert_array_equal(ours.alignment, alignment[:, 0])
+    harness.assert_close(ours.waveform, waveform[:, 0], name="segments")
+    harness.assert_close(ours.duration_loss, torch.sum(duration), name="duration loss")
 
 
 def test_voice_conversion(piper):

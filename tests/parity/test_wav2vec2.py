@@ -709,3 +709,18 @@ def test_fairseqs_own_model(fairseq_model, layered):
         # The first of fairseq's candidates is the truth: cosine over temperature.
         truth = wav2vec2.cosine_similarity(ours.projected_states, ours.projected_quantized_states)[spans] / 0.1
         harness.assert_close(truth, whole["x"][0].reshape(-1))
+
+
+@pytest.mark.parametrize(("name", "variant"), [("Wav2Vec2ForCTC", "base"), ("Wav2Vec2ForPreTraining", "lv60")])
+def test_dropouts(name, variant, monkeypatch):
+    masked = name == "Wav2Vec2ForPreTraining"
+    rates = harness.rates(transformers.Wav2Vec2Config(), mask_time_prob=float(masked))
+    reference, model, _ = pair(name, **VARIANTS[variant], **rates)
+    if not masked:
+        harness.compare_in_training(reference, model, {"input_values": waves()})
+        return
+    given = {"input_values": waves(), "mask_time_indices": spans_and_negatives()[0]}
+    choose = lambda logits, tau, hard: torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1])  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "gumbel_softmax", choose)
+    no_noise = jnp.zeros((2, FRAMES, 2, TINY["num_codevectors_per_group"]))
+    harness.compare_in_training(reference, model, given, gumbel_noise=no_noise)

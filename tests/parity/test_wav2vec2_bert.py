@@ -405,3 +405,8 @@ def test_the_processor(tmp_path):
     np.testing.assert_array_equal(
         again(audio=waves, sampling_rate=16_000, return_tensors="np")["input_features"], wanted["input_features"]
     )
+
+
+def test_dropouts():
+    reference, model, _ = pair("ForCTC", **ADAPTED, **harness.rates(transformers.Wav2Vec2BertConfig()))
+    harness.compare_in_training(reference, model, {"input_features": features()})

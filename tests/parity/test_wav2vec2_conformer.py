@@ -22,7 +22,7 @@ from audiozoo.models import conformer, wav2vec2_conformer
 from audiozoo.models.wav2vec2 import sample_negative_indices
 from tests.parity import harness, speech_family
 from tests.parity.seamless_family import exact_positions
-from tests.parity.speech_family import EVERYTHING, LENGTHS, NO_DROPOUT, jitted, padded
+from tests.parity.speech_family import EVERYTHING, LENGTHS, NO_DROPOUT, jitted, padded, waves
 from weights_conversion import wav2vec2_conformer as conversion
 from weights_conversion.readers import open_tensors
 
@@ -301,3 +301,10 @@ def test_fairseqs_own_model_and_file(theirs, ours, fairseq_model, tmp_path):
         torch.save({"model": absolute, "cfg": {"model": known}}, tmp_path / "absolute.pt")
         with pytest.raises(CheckpointError, match="with relative or rotary positions"):
             conversion.open_checkpoint(tmp_path / "absolute.pt")
+
+
+@pytest.mark.parametrize("positions", ["relative", "rotary"])
+def test_dropouts(positions):
+    rates = harness.rates(transformers.Wav2Vec2ConformerConfig())
+    reference, model, _ = pair("ForCTC", position_embeddings_type=positions, **rates)
+    harness.compare_in_training(reference, model, {"input_values": waves()})

@@ -401,3 +401,8 @@ def test_torchaudio_files(tmp_path):
         assert set(ours) == set(wanted)
         for path, value in wanted.items():
             np.testing.assert_array_equal(ours[path], value, err_msg=path)
+
+
+def test_dropouts():
+    reference, model, _ = pair("ForCTC", **harness.rates(transformers.WavLMConfig()))
+    harness.compare_in_training(reference, model, {"input_values": waves()})

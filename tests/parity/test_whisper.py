@@ -422,3 +422,8 @@ def test_bfloat16_stays_close():
     ours = half(x, decoder_input_ids=ids).logits
     assert ours.dtype == jnp.bfloat16
     harness.assert_close(ours, np.asarray(whole, np.float32), name="bfloat16 logits")
+
+
+def test_dropouts():
+    reference, model, _ = pair("WhisperForConditionalGeneration", **harness.rates(transformers.WhisperConfig()))
+    harness.compare_in_training(reference, model, {"input_features": features(), "decoder_input_ids": tokens()})

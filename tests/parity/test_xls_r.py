@@ -431,3 +431,10 @@ def test_pieces_of_words(tmp_path):
 def test_labels_shifted():
     shifted = xls_r.shift_tokens_right(jnp.array([[5, 6, -100, -100]]), 1, 2)
     np.testing.assert_array_equal(shifted, [[2, 5, 6, 1]])
+
+
+def test_dropouts():
+    rates = harness.rates(transformers.Wav2Vec2Config())
+    reference, model, _ = translators(harness.rates(transformers.MBartConfig()), **rates)
+    tokens = np.array([[2, 7, 5, 9], [2, 8, 4, 3]])
+    harness.compare_in_training(reference, model, {"input_values": padded()[0], "decoder_input_ids": tokens})
