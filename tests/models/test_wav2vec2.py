@@ -166,6 +166,33 @@ def test_masks_can_be_given():
         bare.mask(x, spans, None)
 
 
+def test_masks_follow_the_settings():
+    """Spans lie inside a recording and are as many as the settings ask for at least; without SpecAugment none."""
+    config = dataclasses.replace(TINY, mask_time_prob=1e-6, mask_feature_prob=1e-6)
+    least = dataclasses.replace(config, mask_time_min_masks=2, mask_feature_min_masks=1)
+    inside = jnp.arange(34) < jnp.asarray([[34], [5]])
+    few = dataclasses.replace(config, mask_time_min_masks=0, mask_feature_prob=9.0)
+    none = dataclasses.replace(least, apply_spec_augment=False)
+    few, many, none = (build("Model", c).draw_masks(jax.random.key(1), 2, 34, inside) for c in (few, least, none))
+    assert not np.any(few[0])
+    assert np.asarray(few[1]).sum(axis=1).min() > 8
+    assert np.asarray(many[0]).sum(axis=1).min() > TINY.mask_time_length
+    assert not np.any(many[0][1, 5:])
+    np.testing.assert_array_equal(np.asarray(many[1]).sum(axis=1), TINY.mask_feature_length)
+    assert none == (None, None)
+    still, x = build("Model", dataclasses.replace(TINY, apply_spec_augment=False)), jnp.ones((2, 5, 16))
+    np.testing.assert_array_equal(still.mask(x, jnp.ones((2, 5), bool), jnp.ones((2, 16), bool)), x)
+
+
+def test_given_masks_are_not_drawn():
+    """With a key, and nothing else that is drawn, the frames and channels that are given are those that are masked."""
+    rates = ("hidden_dropout", "activation_dropout", "attention_dropout", "feat_proj_dropout", "layerdrop")
+    model = build("Model", dataclasses.replace(TINY, **dict.fromkeys(rates, 0.0)))
+    spans, channels = np.eye(2, 34, dtype=bool), np.eye(2, 16, 3, dtype=bool)
+    run = jax.jit(lambda m, key: m(waves(), None, spans, mask_feature_indices=channels, key=key).last_hidden_state)
+    np.testing.assert_allclose(run(model, jax.random.key(0)), run(model, None), atol=1e-5)
+
+
 def test_labels_that_are_none():
     classifier, speakers = build("ForSequenceClassification"), build("ForXVector")
     for model in (classifier, speakers):
