@@ -207,16 +207,25 @@ def config_from_original(config: Mapping[str, Any], where: str = "config.json") 
 
 
 def recognise(path: Path) -> bool:
-    """Is this one of the authors' generators?"""
+    """Is this one of the authors' generators, or the discriminators of one, which `open_checkpoint` refuses?"""
     if not path.is_file() or path.suffix not in {"", ".pt", ".pth", ".bin"}:
         return False
     try:
         names = open_tensors(path).names()
     except (CheckpointError, SourceError):
-        return False
+        return _holds_discriminators(path)
     others = ("enc_p", "dict.weight")  # what only a VITS and a vocoder of units have
     foreign = any(part in name for name in names for part in others)
     return any(name.endswith("ups.0.weight_g") for name in names) and not foreign
+
+
+def _holds_discriminators(path: Path) -> bool:
+    """Is this a `do_02500000`?"""
+    try:
+        names = open_tensors(path, root="").names()
+    except (CheckpointError, SourceError):
+        return False
+    return any(name.startswith("mpd.discriminators.") for name in names)
 
 
 def processor_of_file(path: Path) -> HifiGanProcessor:
@@ -228,9 +237,14 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
     """Open one of the authors' generators, or a directory of a Hugging Face one.
 
     Raises:
-        SourceError: if the configuration that lies beside the weights is missing.
+        SourceError: if the configuration that lies beside the weights is missing, or the file holds discriminators.
         CheckpointError: if the file is damaged or another class is asked for.
     """
+    if path.is_file() and _holds_discriminators(path):
+        raise SourceError(
+            f"{path} holds the discriminators of a training, which make no sound; give the generator beside it, "
+            f"{path.name.replace('do_', 'g_', 1)}."
+        )
     known = "SpeechT5HifiGan" if path.is_dir() else "HifiGanGenerator"
     if model_class not in (None, known):
         raise CheckpointError(f"{path} holds a HiFi-GAN generator; it loads as {known}, not as {model_class}.")

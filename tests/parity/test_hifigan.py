@@ -16,7 +16,7 @@ from transformers.models.seamless_m4t.modeling_seamless_m4t import SeamlessM4THi
 import audiozoo
 import audiozoo.cli
 import audiozoo.loading
-from audiozoo.errors import CheckpointError
+from audiozoo.errors import CheckpointError, SourceError
 from audiozoo.layers import Conv1d, ConvTranspose1d
 from audiozoo.layers.weight_norm import apply_weight_norm, fold_weight_norm
 from audiozoo.models import hifigan
@@ -313,3 +313,5 @@ def test_training_goes_on_with_the_authors_discriminators(tmp_path):
     torch.save(file, tmp_path / "do_02500000")
     with pytest.raises(CheckpointError, match="do_02500000 does not fit HifiGanDiscriminator"):
         run.build(row, [], init=tmp_path / "g_02500000")
+    with pytest.raises(SourceError, match=r"do_02500000 holds the discriminators .* beside it, g_02500000"):
+        audiozoo.load(tmp_path / "do_02500000")

@@ -349,6 +349,17 @@ def test_root_can_be_chosen():
         open_tensors(path, root="generator")
 
 
+def test_of_several_groups_none_is_guessed(tmp_path):
+    """The sentence names what is there and what is looked for, and nothing that `audiozoo.load` does not offer."""
+    path = write_pt(tmp_path / "x.pt", {"w": ramp(4)}, root="left", right={"w": rebuilt()})
+    with pytest.raises(
+        CheckpointError, match=r"groups of tensors \(left, right\), none .* \(model_state_dict, "
+    ) as caught:
+        open_tensors(path)
+    assert "root=" not in str(caught.value)
+    same(open_tensors(path, root="left").read("w"), ramp(4))
+
+
 def test_hand_made_archive(tmp_path):
     path = archive(tmp_path / "x.pt", assemble({"w": rebuilt()}), {"0": ramp(4).tobytes()})
     same(open_tensors(path).read("w"), ramp(2, 2))

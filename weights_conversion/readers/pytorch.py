@@ -194,7 +194,9 @@ def _find_root(tree: dict, seen: set[int] | None = None) -> tuple[Any, ...]:
         return (groups[0],)
     if groups:
         names = ", ".join(map(str, groups[:8]))
-        raise Damaged(f"it holds several groups of tensors ({names}); choose one with root=")
+        raise Damaged(
+            f"it holds several groups of tensors ({names}), none by a name of a model's ({', '.join(_ROOTS)})"
+        )
     for key in dict.fromkeys((*_ROOTS, *tree)):
         if isinstance(tree.get(key), dict):
             with contextlib.suppress(_NoTensors):
