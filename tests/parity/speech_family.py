@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 import transformers
 from flax import nnx
@@ -109,6 +113,21 @@ class Family:
                 if key in config and key not in ("dtype", "architectures", "id2label"):
                     assert json.dumps(config[key]) == json.dumps(value), key
         return model
+
+
+def from_s3prl(file: str) -> Any:
+    """A copy of authors' code that s3prl ships ("hubert/hubert_model.py"), imported alone; skipped without s3prl."""
+    spec = importlib.util.find_spec("s3prl")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("s3prl, which holds copies of the authors' models, is not installed")
+    path = Path(next(iter(spec.submodule_search_locations))) / "upstream" / file
+    name = "s3prl.upstream." + file.removesuffix(".py").replace("/", ".")
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module
 
 
 def waves(batch: int = 2, samples: int = 700, seed: int = 0) -> np.ndarray:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +18,7 @@ from audiozoo.layers.batch_norm import writable
 from audiozoo.models import hubert
 from tests.parity import harness, speech_family
 from tests.parity.harness import blank
-from tests.parity.speech_family import EVERYTHING, FRAMES, LAYER, NO_DROPOUT, TINY, jitted, padded, waves
+from tests.parity.speech_family import EVERYTHING, FRAMES, LAYER, NO_DROPOUT, TINY, from_s3prl, jitted, padded, waves
 from weights_conversion import hubert as conversion
 
 FAMILY = speech_family.Family("Hubert", "HubertConfig", hubert, conversion, TINY)
@@ -192,20 +189,9 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def fairseq_hubert():
-    """The pure-PyTorch copy of fairseq's HuBERT that s3prl ships, imported alone."""
-    spec = importlib.util.find_spec("s3prl")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("s3prl, which holds a copy of fairseq's model, is not installed")
-    root = Path(next(iter(spec.submodule_search_locations))) / "upstream"
-    for name, path in (
-        ("s3prl.upstream.wav2vec2.wav2vec2_model", root / "wav2vec2" / "wav2vec2_model.py"),
-        ("s3prl.upstream.hubert.hubert_model", root / "hubert" / "hubert_model.py"),
-    ):
-        module_spec = importlib.util.spec_from_file_location(name, path)
-        module = importlib.util.module_from_spec(module_spec)
-        sys.modules.setdefault(name, module)
-        module_spec.loader.exec_module(module)
-    return module
+    """The pure-PyTorch copy of fairseq's HuBERT, which takes its layers from that of wav2vec 2.0."""
+    from_s3prl("wav2vec2/wav2vec2_model.py")
+    return from_s3prl("hubert/hubert_model.py")
 
 
 @pytest.mark.parametrize(("layered", "untied"), [(False, True), (True, False)], ids=["base", "large"])

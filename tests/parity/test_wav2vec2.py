@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
-import sys
-import types
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +19,7 @@ from audiozoo.layers.losses import ctc_loss
 from audiozoo.models import wav2vec2
 from tests.parity import harness
 from tests.parity.harness import blank
-from tests.parity.speech_family import EVERYTHING, LAYER, NO_DROPOUT, TINY
+from tests.parity.speech_family import EVERYTHING, LAYER, NO_DROPOUT, TINY, from_s3prl
 from weights_conversion.wav2vec2 import (
     config_from_hugging_face,
     config_to_hugging_face,
@@ -648,16 +644,8 @@ def test_torchaudio_files(tmp_path):
 
 @pytest.fixture(scope="module")
 def fairseq_model():
-    """The pure-PyTorch copy of fairseq's wav2vec 2.0 that s3prl ships, imported alone."""
-    spec = importlib.util.find_spec("s3prl")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("s3prl, which holds a copy of fairseq's model, is not installed")
-    path = Path(next(iter(spec.submodule_search_locations))) / "upstream" / "wav2vec2" / "wav2vec2_model.py"
-    module_spec = importlib.util.spec_from_file_location("fairseq_wav2vec2", path)
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules["fairseq_wav2vec2"] = module
-    module_spec.loader.exec_module(module)
-    return types.SimpleNamespace(**vars(module))
+    """The pure-PyTorch copy of fairseq's wav2vec 2.0."""
+    return from_s3prl("wav2vec2/wav2vec2_model.py")
 
 
 @pytest.mark.parametrize("layered", [False, True], ids=["group", "layer"])

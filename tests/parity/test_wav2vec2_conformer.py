@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +18,7 @@ from audiozoo.models import conformer, wav2vec2_conformer
 from audiozoo.models.wav2vec2 import sample_negative_indices
 from tests.parity import harness, speech_family
 from tests.parity.seamless_family import exact_positions
-from tests.parity.speech_family import EVERYTHING, LENGTHS, NO_DROPOUT, jitted, padded, waves
+from tests.parity.speech_family import EVERYTHING, LENGTHS, NO_DROPOUT, from_s3prl, jitted, padded, waves
 from weights_conversion import wav2vec2_conformer as conversion
 from weights_conversion.readers import open_tensors
 
@@ -220,16 +216,8 @@ def test_hugging_face_directories(head, changes, tmp_path):
 
 @pytest.fixture(scope="module")
 def fairseq_model():
-    """The pure-PyTorch copy of fairseq's wav2vec 2.0 that s3prl ships, imported alone."""
-    spec = importlib.util.find_spec("s3prl")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("s3prl, which holds a copy of fairseq's model, is not installed")
-    path = Path(next(iter(spec.submodule_search_locations))) / "upstream" / "wav2vec2" / "wav2vec2_model.py"
-    module_spec = importlib.util.spec_from_file_location("fairseq_wav2vec2", path)
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules["fairseq_wav2vec2"] = module
-    module_spec.loader.exec_module(module)
-    return module
+    """The pure-PyTorch copy of fairseq's wav2vec 2.0."""
+    return from_s3prl("wav2vec2/wav2vec2_model.py")
 
 
 SETTINGS = {

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import re
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +26,7 @@ from tests.parity.speech_family import (
     LENGTHS,
     NO_DROPOUT,
     TINY,
+    from_s3prl,
     jitted,
     padded,
     waves,
@@ -293,23 +291,9 @@ def test_hugging_face_directories(head, tmp_path):
 
 @pytest.fixture(scope="module")
 def microsofts():
-    """Microsoft's WavLM, which s3prl ships, imported alone."""
-    spec = importlib.util.find_spec("s3prl")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("s3prl, which holds a copy of Microsoft's model, is not installed")
-    folder = Path(next(iter(spec.submodule_search_locations))) / "upstream" / "wavlm"
-    modules = {}
-    for name in ("modules", "WavLM"):
-        full = f"s3prl_wavlm.{name}"
-        module_spec = importlib.util.spec_from_file_location(full, folder / f"{name}.py")
-        modules[name] = importlib.util.module_from_spec(module_spec)
-        if name == "modules":
-            package = type(sys)("s3prl_wavlm")
-            package.__path__ = [str(folder)]
-            sys.modules["s3prl_wavlm"] = package
-        sys.modules[full] = modules[name]
-        module_spec.loader.exec_module(modules[name])
-    return modules["WavLM"]
+    """Microsoft's WavLM."""
+    from_s3prl("wavlm/modules.py")
+    return from_s3prl("wavlm/WavLM.py")
 
 
 @pytest.mark.parametrize("layered", [False, True], ids=["base", "large"])
