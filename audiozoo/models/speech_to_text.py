@@ -763,7 +763,6 @@ def simultaneous(
 
     while len(text) < room:
         read = max(read, listen((k + len(text) - first) * step))
-        read = len(heard) if ended else read
         if read == 0:
             return
         while True:
@@ -773,12 +772,11 @@ def simultaneous(
             tokens = np.full((1, -(-room // 64) * 64), ids.pad_token_id, np.int32)
             tokens[0, : len(text)] = text
             token = int(_next_token(graphdef, state, features, jnp.int32(read), tokens, jnp.int32(len(text))))
-            everything = ended and read == len(heard)
-            if token != ids.eos_token_id or everything:
+            if token != ids.eos_token_id or ended:
                 break
             read = listen(read + step)
         text.append(token)
-        yield Written(token, read, everything)
+        yield Written(token, read, ended)
         if token == ids.eos_token_id:
             return
 

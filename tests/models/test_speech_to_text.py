@@ -154,6 +154,27 @@ def test_policies(name):
     assert not np.array_equal(augment(jax.random.key(0)), augment(jax.random.key(1)))
 
 
+def test_masks_are_whole_and_move_by_less_than_the_width(monkeypatch):
+    """A band of 0 to 26 of 80 is nowhere cut short, of 20 there is none; a point far enough from both ends is moved."""
+    lb, x = SpecAugmentPolicy.lb(), jnp.asarray(frames(2000, 2, seed=1))
+    augment = jax.jit(spec_augment, static_argnums=1)
+    bands_alone = dataclasses.replace(lb, time_masks=0)
+    widths = (augment(x, bands_alone, jax.random.key(0)) != x).all(axis=1).sum(axis=1)
+    assert (int(widths.min()), int(widths.max())) == (0, 26)
+    assert float(widths.mean()) == pytest.approx(13, abs=0.6)
+    np.testing.assert_array_equal(augment(x[:9, :, :20], lb, jax.random.key(0)), x[:9, :, :20])
+
+    def noted(x, length, point, moved):
+        return jnp.zeros_like(x).at[:, 0].set(point).at[:, 1].set(moved)
+
+    monkeypatch.setattr(speech_to_text, "warp_time", noted)
+    warped = SpecAugmentPolicy(0, 1, 0, 1, 1.0, time_warp=5)
+    told = jax.jit(lambda x: spec_augment(x, warped, jax.random.key(0)))(jnp.ones((2000, 30, 2)))
+    point, moved = np.asarray(told)[:, 0].T
+    assert (point.min(), point.max()) == (5, 24)
+    assert ((moved - point).min(), (moved - point).max()) == (-4, 4)
+
+
 def test_time_warping():
     """Against linear interpolation by NumPy, side by side of the point; no width moves nothing."""
     x, length, point, moved = frames(40, seed=2), 31, 12, 17
@@ -207,6 +228,26 @@ def test_training_lowers_the_loss(model):
         speech_to_text.average([])
 
 
+def test_the_rate_of_the_recipe():
+    rate = speech_to_text.Speech2TextRecipe(learning_rate=1.0, warmup_updates=100).schedule()
+    np.testing.assert_allclose([rate(0), rate(49), rate(99), rate(399)], [0.01, 0.5, 1, 0.5], rtol=1e-6)
+
+
+def test_a_text_is_drawn_by_one_beam(model, monkeypatch):
+    """Unless more are asked for; searched for it is by those of the checkpoint."""
+    asked = []
+
+    def search(*args, config, **kwargs):
+        asked.append(config.num_beams)
+        raise StopIteration
+
+    monkeypatch.setattr(speech_to_text, "_generate", search)
+    for options in ({}, {"do_sample": True}, {"do_sample": True, "num_beams": 2}):
+        with pytest.raises(StopIteration):
+            model.generate(frames(1, 40), **options)
+    assert asked == [5, 1, 2]
+
+
 def test_a_translator_begins_with_a_recognisers_encoder(model):
     other = random_model(lambda rngs: Speech2TextForConditionalGeneration(TINY, rngs=rngs), seed=1)
     joined = speech_to_text.with_encoder_of(other, model)
@@ -232,6 +273,8 @@ def test_wait_k(model):
     weights = np.asarray(out.cross_attentions[0])[0]
     np.testing.assert_array_equal(weights[:, ~seen], 0)
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
+    padded = audiozoo.jit(model)(x, mask_of([30], 80), tokens, output_attentions=True, **waiting)
+    assert not np.asarray(padded.cross_attentions[0])[..., 8:].any()  # 30 frames are 8 of the encoder's
     with pytest.raises(UsageError, match="wait-0"):
         speech_to_text.wait_k_mask(4, 20, 0)
     with pytest.raises(UsageError, match="wait-0"):
