@@ -694,7 +694,7 @@ def mixup(
     partner_labels: Float[Array, "batch labels"],
     weight: Float[Array, " batch"],
 ) -> tuple[Float[Array, "batch time"], Float[Array, "batch labels"]]:
-    r"""§3.1, mixup of waveforms: $\lambda (x - \bar x) + (1 - \lambda)(x' - \bar x')$, without its mean; labels alike.
+    r"""§3.1, mixup of waveforms: $\lambda (x - \bar x) + (1 - \lambda)(x' - \bar x')$; labels alike.
 
     Args:
         waveforms: $x$.
@@ -707,8 +707,7 @@ def mixup(
     weight = weight[:, None]
     x = waveforms - waveforms.mean(axis=-1, keepdims=True)
     other = partners - partners.mean(axis=-1, keepdims=True)
-    mixed = weight * x + (1 - weight) * other
-    return mixed - mixed.mean(axis=-1, keepdims=True), weight * labels + (1 - weight) * partner_labels
+    return weight * x + (1 - weight) * other, weight * labels + (1 - weight) * partner_labels
 
 
 def mixup_weights(key: jax.Array, batch: int, rate: float = 0.5) -> Float[Array, " batch"]:

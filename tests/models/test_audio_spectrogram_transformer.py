@@ -177,6 +177,9 @@ def test_spec_augment():
     assert widths.min() == 0
     assert widths.max() == 47
     assert abs(widths.mean() - 23.5) < 1
+    short = np.asarray(ast.draw_spans(jax.random.key(0), 500, 20, 48))
+    assert (short[:, 0] >= 0).all()
+    assert short[:, 1].max() <= 20
 
 
 def test_noise_and_roll():
@@ -214,6 +217,7 @@ def test_schedules_of_the_released_recipes():
     steps = [0, 49, 50, 999, 1000, 9999, 10_000, 15_000, 20_000]
     wanted = [0, 0, 5e-7, 9.5e-6, 1e-5, 1e-5, 5e-6, 2.5e-6, 1.25e-6]
     np.testing.assert_allclose([float(rate(s)) for s in steps], wanted, rtol=1e-5)
+    assert float(ast.ASTRecipe.audioset().schedule(100)(1000)) == pytest.approx(1e-5)
     rate = ast.ASTRecipe.balanced_audioset().schedule(2000)
     np.testing.assert_allclose(
         [float(rate(2000 * e)) for e in (9, 10, 14, 15, 20)], 5e-5 * 0.5 ** np.array([0, 1, 1, 2, 3])
@@ -422,6 +426,7 @@ def test_scores():
     np.testing.assert_allclose(ast.scores(logits, TINY).sum(), 1, rtol=1e-6)
     tags = ast.ASTConfig.audioset_10_10()
     assert ast.scores(jnp.zeros((1, 527)), tags).sum() == 527 / 2
+    assert ast.scores(jnp.zeros((1, 1)), dataclasses.replace(TINY, id2label=("owl",))) == 0.5
     np.testing.assert_array_equal(ast.scores(logits, TINY, "regression"), logits)
 
 
@@ -430,6 +435,10 @@ def test_attention_rollout():
     uniform = jnp.full((1, 2, 10, 10), 0.1)
     rolled = ast.attention_rollout([uniform], (2, 4))
     np.testing.assert_allclose(rolled, np.full((1, 2, 4), 0.05), rtol=1e-6)
+    # The last block looks at the first patch alone, and the first one's patches at their neighbours.
+    first = jnp.eye(10)[jnp.asarray([*range(2), *range(3, 10), 2])][None, None]
+    last = jnp.broadcast_to(jnp.eye(10)[2], (1, 1, 10, 10))
+    np.testing.assert_allclose(ast.attention_rollout([first, last], (2, 4)).ravel(), [0.25, 0.25, *[0] * 6])
     with pytest.raises(UsageError, match="output_attentions"):
         ast.attention_rollout([], (2, 4))
 
