@@ -283,7 +283,7 @@ class Seq2Seq(Objective):
                 options["label_smoothing"] = self.smoothing
             output = model(**batch, **options)
             count = (labels != IGNORED_LABEL).sum()
-            right = ((output.logits.argmax(axis=-1) == labels) & (labels != IGNORED_LABEL)).sum()
+            right = (output.logits.argmax(axis=-1) == labels).sum()
             return Loss(output.loss * count, count, {"accuracy": right})
 
         return loss
