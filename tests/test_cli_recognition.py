@@ -171,6 +171,18 @@ def test_pieces_for_subtitles():
     heard = ctc.Transcription("", [word, words[-1] | {"start": 11.2, "end": 11.5}], letters, 12.0)
     assert [s["text"] for s in heard.segments(pause=2.0)] == ["abcd", "efg ab"]
     assert [s["text"] for s in heard.segments(pause=2.0, letters=3)] == ["abc", "d", "efg", "ab"]
+    # As long as it may be, it stays whole.
+    assert [s["text"] for s in heard.segments(letters=7, longest=11.1)] == ["abcdefg", "ab"]
+    starts = (0.0, 0.5, 1.0)
+    words = [{"text": "ab", "start": t, "end": t + 0.25, "score": 1.0} for t in starts]
+    heard = ctc.Transcription("", words, [], 10.0)
+    assert [s["text"] for s in heard.segments(letters=8, longest=1.25)] == ["ab ab ab"]
+    assert [s["text"] for s in heard.segments(pause=0.25)] == ["ab"] * 3
+    assert [s["text"] for s in heard.segments(longest=0.125)] == ["ab"] * 3  # no characters are known
+    # The next word's first character belongs to that word, wherever this one ends.
+    words = [{"text": "abc", "start": 0.0, "end": 3.0}, {"text": "d", "start": 3.0, "end": 4.0}]
+    letters = [{"text": x, "start": float(t), "end": t + 1.0} for t, x in enumerate("abcd")]
+    assert [s["text"] for s in ctc.Transcription("", words, letters, 4.0).segments(letters=2)] == ["ab", "c", "d"]
 
 
 def test_align(run, checkpoints, tmp_path):

@@ -125,7 +125,6 @@ class NgramModel:
 
     Attributes:
         order: the longest n-gram.
-        unknown: whether the model has a probability for `<unk>`.
         case: `str.upper` or `str.lower`, if its words are all in capitals or all in small letters.
     """
 
@@ -135,7 +134,6 @@ class NgramModel:
         self.order = max((len(n) for n in self._ngrams), default=0)
         if not self.order:
             raise SourceError("The language model holds no n-gram.")
-        self.unknown = ("<unk>",) in self._ngrams
         self.case = _case(n[0] for n in self._ngrams if len(n) == 1 and not n[0].startswith("<"))
 
     @classmethod
@@ -184,7 +182,7 @@ class NgramModel:
 
     def start(self) -> tuple[str, ...]:
         """The history at the beginning of a sentence."""
-        return ("<s>",) if self.order > 1 and ("<s>",) in self._ngrams else ()
+        return ("<s>",)
 
     def score(self, history: tuple[str, ...], word: str) -> tuple[float, tuple[str, ...]]:
         r"""$\ln p(\text{word} \mid \text{history})$ and the next history; `-inf` for a word unknown to it."""
@@ -510,7 +508,7 @@ class BeamSearch:
         results = []
         ends = [(prefix, beam, self._finish(text)) for prefix, beam, text in beams.values()]
         if not any(end for _, _, end in ends):  # the last word is not yet one of the lexicon's; it is left out
-            ends = [(prefix, beam, dataclasses.replace(text, word="")) for prefix, beam, text in beams.values()]
+            ends = list(beams.values())
         for prefix, beam, end in ends:
             if end is None:
                 continue
@@ -584,10 +582,9 @@ def _viterbi(
     the last block's zero, the zero of each block from the one before it, and the largest score that left in each block.
     """
     blocks, block, _ = log_probs.shape
-    states = extended.shape[0]
     last = 2 * tokens  # the final blank's state
     two_before = jnp.pad(extended, (2, 0), constant_values=blank)[:-2]
-    may_skip = (extended != blank) & (extended != two_before)
+    may_skip = extended != two_before  # a blank follows a blank
 
     def one_block(carry: tuple, inputs: tuple) -> tuple[tuple, tuple]:
         alpha, offset = carry
@@ -595,8 +592,7 @@ def _viterbi(
         scores = scores - scores.max(axis=-1, keepdims=True)
         peak = jnp.where(alpha.max() > LOG_ZERO / 2, alpha.max(), 0.0)
         alpha = jnp.where(alpha > LOG_ZERO / 2, alpha - peak, LOG_ZERO)
-        alpha, moved, behind = _move_window(alpha, offset, jnp.minimum(last + 1, states))
-        left = jnp.where(first < frames, behind, LOG_ZERO)
+        alpha, moved, behind = _move_window(alpha, offset, last + 1)
         labels = jax.lax.dynamic_slice(extended, (moved,), (window,))
         skip = jnp.where(jax.lax.dynamic_slice(may_skip, (moved,), (window,)), 0.0, LOG_ZERO).astype(alpha.dtype)
         emissions = scores[:, labels]  # (block, window)
@@ -607,11 +603,10 @@ def _viterbi(
             best, back = _best_predecessors(alpha, skip)
             begun = jnp.where(reachable < 2, emission, LOG_ZERO)  # the first frame
             new = jnp.where(index == 0, begun, best + emission)
-            running = index < frames
-            ahead = jnp.where(running & (moved + window <= last), jnp.maximum(alpha[-1], alpha[-2]), LOG_ZERO)
-            return (jnp.where(running, new, alpha), jnp.maximum(left, ahead)), _packed(back)
+            ahead = jnp.where(moved + window <= last, jnp.maximum(alpha[-1], alpha[-2]), LOG_ZERO)
+            return (jnp.where(index < frames, new, alpha), jnp.maximum(left, ahead)), _packed(back)
 
-        (alpha, left), back = jax.lax.scan(one_frame, (alpha, left), (emissions, first + jnp.arange(block)))
+        (alpha, left), back = jax.lax.scan(one_frame, (alpha, behind), (emissions, first + jnp.arange(block)))
         return (alpha, moved), (back, moved, peak, left)
 
     alpha = jnp.full((window,), LOG_ZERO, log_probs.dtype)
@@ -620,8 +615,8 @@ def _viterbi(
     alpha, offset = carry
 
     def value(state: jax.Array) -> jax.Array:
-        inside = (state >= offset) & (state < offset + window) & (state >= 0)
-        return jnp.where(inside, alpha[jnp.clip(state - offset, 0, window - 1)], LOG_ZERO)
+        inside = (state >= offset) & (state < offset + window)
+        return jnp.where(inside, alpha[state - offset], LOG_ZERO)
 
     at_blank, at_token = value(last), value(last - 1)
     end = jnp.where(at_token > at_blank, last - 1, last)
@@ -640,7 +635,7 @@ def _move_window(
     moved = jnp.clip(best - window // 2, offset, jnp.maximum(states - window, offset))
     behind = jnp.where(jnp.arange(window) < moved - offset, alpha, LOG_ZERO).max()
     longer = jnp.concatenate([alpha, jnp.full((window,), LOG_ZERO, alpha.dtype)])
-    return jax.lax.dynamic_slice(longer, (jnp.minimum(moved - offset, window),), (window,)), moved, behind
+    return jax.lax.dynamic_slice(longer, (moved - offset,), (window,)), moved, behind
 
 
 def _best_predecessors(
@@ -673,9 +668,9 @@ def _trace(
 
     def trace(state: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
         inside = index < frames
-        local = jnp.clip(state - offsets[index // block], 0, 4 * size - 1)
+        local = state - offsets[index // block]
         step = (flat[index, local // 4] >> (2 * (local % 4)).astype(jnp.uint8)) & 3
-        before = jnp.where(inside & (index > 0), state - step.astype(jnp.int32), state)
+        before = jnp.where(inside, state - step.astype(jnp.int32), state)
         return before, jnp.where(inside, state, -1)
 
     return jax.lax.scan(trace, end, jnp.arange(blocks * block), reverse=True)[1]

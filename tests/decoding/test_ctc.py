@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from audiozoo.decoding import ctc
-from audiozoo.errors import UsageError
+from audiozoo.errors import SourceError, UsageError
 from audiozoo.layers.losses import ctc_loss
 
 VOCABULARY = ["<pad>", "|", "A", "B"]
@@ -86,8 +86,10 @@ ngram 3=1
 
 
 def test_ngrams_back_off():
-    model = ctc.NgramModel.from_arpa(ARPA.splitlines())
+    model = ctc.NgramModel.from_arpa(f" {line} " for line in ARPA.splitlines())
     assert model.order == 3
+    assert model.case is str.upper  # `<s>` is no word
+    assert ctc.NgramModel({("好",): (-1.0, 0.0)}).case is None
 
     def log10(history, word):
         return model.score(history, word)[0] / math.log(10)
@@ -99,6 +101,7 @@ def test_ngrams_back_off():
     assert log10(("A", "B"), "A") == pytest.approx(-0.05 - 0.7)  # B has no back-off weight
     assert log10((), "nonsense") == pytest.approx(-1.2)
     assert model.score(("<s>", "A"), "B")[1] == ("A", "B")
+    assert model.score(("A",), "nonsense")[1] == ("A", "<unk>")
 
 
 def test_arpa_files(tmp_path):
@@ -107,17 +110,26 @@ def test_arpa_files(tmp_path):
         file.write(ARPA)
     for name in ("lm.arpa", "lm.arpa.gz"):
         assert ctc.NgramModel.from_arpa(tmp_path / name).score(("A",), "B")[0] == pytest.approx(-0.5 * math.log(10))
-    with pytest.raises(FileNotFoundError, match="no language model"):
+    with pytest.raises(SourceError, match="no language model"):
         ctc.NgramModel.from_arpa(tmp_path / "other.arpa")
-    for line, text in enumerate(("\\one-grams:\n", "\\1-grams:\nminus one A\n"), 1):
-        (tmp_path / "bad.arpa").write_text(text)
-        with pytest.raises(FileNotFoundError, match=f"line {line} is not in ARPA format"):
+    for first, second in (
+        ("\\one-grams:", ""),
+        ("-1 -1", ""),
+        *(("\\1-grams:", x) for x in ("- A", "-1", "-1 A -1 -1")),
+    ):
+        (tmp_path / "bad.arpa").write_text(f"{first}\n{second}\n")
+        with pytest.raises(SourceError, match=f"line {1 + bool(second)} is not in ARPA format"):
             ctc.NgramModel.from_arpa(tmp_path / "bad.arpa")
+    (tmp_path / "bad.arpa").write_bytes(b"mmap lm \xff")
+    with pytest.raises(SourceError, match="binary models of KenLM are not read"):
+        ctc.NgramModel.from_arpa(tmp_path / "bad.arpa")
+    with pytest.raises(SourceError, match="no n-gram"):
+        ctc.NgramModel.from_arpa(["\\data\\"])
 
 
 # --- beam search -----------------------------------------------------------------------------------------------------
 
-WIDE = {"beam_width": 10_000, "beam_prune_logp": -1e9, "token_min_logp": -1e9}
+WIDE = {"beam_width": 10_000, "beam_prune_logp": -math.inf, "token_min_logp": -math.inf}
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -142,7 +154,7 @@ def words(tokens) -> list[str]:
 
 
 def language_score(model, tokens, alpha, beta, offset, hotwords, weight) -> float:
-    history, score = model.start(), 0.0
+    history, score = ("<s>",), 0.0
     for word in words(tokens):
         logp, history = model.score(history, word)
         if word not in model:
@@ -195,6 +207,8 @@ def test_a_hot_word_under_way_gets_its_share():
     for weight, text in ((0.2, "A"), (0.5, "BA")):  # half of it makes up for ln 0.5 - ln 0.44 = 0.13, or not
         search = ctc.BeamSearch(VOCABULARY, hotwords=["BA"], hotword_weight=weight)
         assert search(log_probs, beam_width=1)[0].text == text
+    search = ctc.BeamSearch(VOCABULARY, hotwords=["B", "BA"], hotword_weight=0.2)
+    assert search(log_probs, beam_width=1)[0].text == "BA"  # the larger share of what two have in common
 
 
 def test_hot_words_and_language_models_change_the_text():
@@ -204,13 +218,14 @@ def test_hot_words_and_language_models_change_the_text():
     only_b = ctc.NgramModel({("A",): (-9.0, 0.0), ("B",): (-0.1, 0.0)})
     assert ctc.BeamSearch(VOCABULARY, language_model=only_b)(log_probs)[0].text == "B"
     assert ctc.BeamSearch(VOCABULARY, skip=(2,))(log_probs)[0].text == "B"
+    assert ctc.BeamSearch(VOCABULARY, skip=(2,))(log_probs, token_min_logp=-0.7)[0].text == ""  # nothing else is tried
 
 
 @pytest.mark.parametrize("hotwords", [(), ("two",)], ids=["no hot word", "hot word"])
 @pytest.mark.parametrize("seed", range(2))
 def test_a_lexicon_is_exact(seed, hotwords, tmp_path):
     """Of all texts in the lexicon's words the best, by brute force; words that are spelled alike, as the model says."""
-    (tmp_path / "lexicon.txt").write_text("one A |\ntwo A B |\nzwo A B |\nthree B B\n\n")
+    (tmp_path / "lexicon.txt").write_text("one A |\ntwo A B |\nzwo A B |\ntwo A B\nthree B B\n\n")
     lexicon = ctc.read_lexicon(tmp_path / "lexicon.txt")
     assert lexicon == {"A": ["one"], "AB": ["two", "zwo"], "BB": ["three"]}
     model = ctc.NgramModel(
@@ -234,14 +249,26 @@ def test_a_lexicon_is_exact(seed, hotwords, tmp_path):
     for hypothesis in found:
         assert hypothesis.score == pytest.approx(wanted[hypothesis.tokens, hypothesis.text], abs=1e-9)
     assert {h.tokens for h in found} == {tokens for tokens, _ in wanted}
+    assert {h.text for h in found if words(h.tokens) == ["AB"]} == {"two" if hotwords else "zwo"}
     # Cut off in the middle of a word, what is whole is left.
     log_probs = np.log(np.full((3, 4), 0.001) + np.eye(4)[[2, 1, 3]])
-    assert ctc.BeamSearch(VOCABULARY, lexicon=lexicon)(log_probs, token_min_logp=-1.0)[0].text == "one"
+    (best,) = ctc.BeamSearch(VOCABULARY, lexicon=lexicon)(log_probs, token_min_logp=-1.0)
+    assert (best.text, best.lm_score) == ("one", 1.5)  # the bonus of a word is without a model, too
+    # What leads out of the lexicon is passed over.
+    assert (
+        ctc.BeamSearch(VOCABULARY, lexicon={"A": ["one"]})(log_probs[[0, 2, 1]], token_min_logp=-1.0)[0].text == "one"
+    )
     with pytest.raises(ValueError, match="not in the lexicon"):
         ctc.BeamSearch(VOCABULARY, lexicon=lexicon, hotwords=["four"])
     (tmp_path / "lexicon.txt").write_text("one |\n")
-    with pytest.raises(FileNotFoundError, match="line 1 has no tokens behind 'one'"):
+    with pytest.raises(SourceError, match="line 1 has no tokens behind 'one'"):
         ctc.read_lexicon(tmp_path / "lexicon.txt")
+    for content, message in ((b"\n", "is empty"), (b"\xff A\n", "cannot be read as UTF-8 text")):
+        (tmp_path / "lexicon.txt").write_bytes(content)
+        with pytest.raises(SourceError, match=message):
+            ctc.read_lexicon(tmp_path / "lexicon.txt")
+    with pytest.raises(SourceError, match="cannot be read"):
+        ctc.read_lexicon(tmp_path / "other.txt")
 
 
 def test_a_long_recording_takes_its_time_and_no_more():
@@ -267,12 +294,18 @@ def test_phrases_and_cases():
     log_probs = np.log(frames)
     assert ctc.BeamSearch(VOCABULARY)(log_probs)[0].text == "A A"
     assert ctc.BeamSearch(VOCABULARY, hotwords=["b b"], hotword_weight=3.0)(log_probs)[0].text == "B B"
+    longer = ctc.BeamSearch([*VOCABULARY, "<unk>"], skip=(4,), hotwords=["b b"], hotword_weight=3.0)
+    (best,) = longer(log_probs)  # what is no letter has no case, nor need it be among the logits
+    assert (best.text, best.lm_score) == ("B B", 0.0)
+    assert longer.text([1, 2, 1, 1, 3, 1]) == "A B"
     small = ctc.NgramModel({("a",): (-9.0, 0.0), ("b",): (-0.1, 0.0)})
     assert small.case is str.lower
     best = ctc.BeamSearch(VOCABULARY, language_model=small, alpha=1.0, beta=0.0)(log_probs)[0]
     assert best.text == "B B"
     assert best.lm_score == pytest.approx(-0.2 * math.log(10))
     assert ctc.NgramModel({("Abc",): (-1.0, 0.0)}).case is None
+    either = ctc.NgramModel({("a",): (-0.1, 0.0), ("b",): (-0.1, 0.0)})  # where letters differ in case, words do
+    assert ctc.BeamSearch(["<pad>", "|", "A", "b"], language_model=either)(log_probs)[0].text == "b b"
     with pytest.raises(ValueError, match="'B2' cannot be heard: the vocabulary has no '2'"):
         ctc.BeamSearch(VOCABULARY, hotwords=["b2"])
 
@@ -282,11 +315,15 @@ def test_phonemes_are_words_without_a_delimiter():
     log_probs = np.log(np.array([[0.02, 0.01, 0.5, 0.47]]))
     search = ctc.BeamSearch(VOCABULARY, delimiter=None, language_model=model, alpha=1.0)
     assert search(log_probs)[0].text == "B"
+    assert search.text([2, 3]) == "A B"
+    with pytest.raises(UsageError, match="'AB' cannot be heard: the vocabulary has no 'AB'"):
+        ctc.BeamSearch(VOCABULARY, delimiter=None, hotwords=["AB"])
 
 
 def test_logits_of_another_vocabulary():
-    with pytest.raises(ValueError, match=r"\(frames, 4\) are wanted"):
-        ctc.BeamSearch(VOCABULARY)(np.zeros((3, 5)))
+    for shape in ((3, 5), (3, 3), (4,)):
+        with pytest.raises(UsageError, match=r"\(frames, 4\) are wanted"):
+            ctc.BeamSearch(VOCABULARY)(np.zeros(shape))
 
 
 # --- forced alignment ------------------------------------------------------------------------------------------------
@@ -377,7 +414,7 @@ def test_a_window_finds_the_same_alignment():
     log_probs, targets = speech_like(3000, 900, 12, 0)
     wanted = viterbi_in_numpy(log_probs.astype(np.float64), targets)
     whole = ctc.forced_alignment(log_probs[None], np.array([targets]))
-    windowed = ctc.forced_alignment(log_probs[None], np.array([targets]), window=512)
+    windowed = ctc.forced_alignment(log_probs[None], np.array([targets]), window=510)
     assert whole.exact
     assert check(whole, 0, log_probs, targets) == pytest.approx(wanted, abs=1e-2)
     np.testing.assert_array_equal(windowed.states, whole.states)
@@ -394,6 +431,71 @@ def test_what_is_called_exact_is():
         best = viterbi_in_numpy(log_probs.astype(np.float64), targets)
         found.append((windowed.exact, check(windowed, 0, log_probs, targets) > best - 1e-2))
     assert set(found) == {(True, True), (False, True), (False, False)}
+
+
+def heard(size: int, blocks: int, said: dict[int, dict[int, float]]) -> np.ndarray:
+    """Blocks of 64 frames of silence, but for those that say tokens with these probabilities, and nothing else."""
+    probabilities = np.full((64 * blocks, size), 1e-9, np.float32)
+    probabilities[:, 0] = 1
+    for frame, tokens in said.items():
+        probabilities[frame, 0] = 1e-9
+        probabilities[frame, list(tokens)] = list(tokens.values())
+    return np.log(np.maximum(probabilities, 1e-9))
+
+
+def saying(tokens: list[int], block: int, probability: float) -> dict[int, dict[int, float]]:
+    """Each token in a frame of its own, with silence for the rest of its probability and between them."""
+    return {64 * block + 1 + 2 * i: {0: 1 - probability, t: probability} for i, t in enumerate(tokens)}
+
+
+def test_what_leaves_a_window():
+    """A window of 16 states follows the best alignment so far: half of it lies before that, and half behind."""
+    text = [1, 2] * 10
+    follows = [3, 4, 5, 3, 4, 5, 3, 4, 5, 3, 4, 5]
+    # Said twice, and more clearly the second time, for which it would have to wait at the start of the window's way.
+    log_probs = heard(6, 3, saying(text, 0, 0.8) | saying(text, 1, 0.9) | saying(follows, 2, 0.99))
+    # Five tokens, the last of them in the first block's last frame; of the next four the fourth comes without a blank
+    # between, at the end of the second block: it alone is outside, and said again in the third.
+    fast = {frame: {1 + i % 3: 1.0} for i, frame in enumerate((3, 13, 23, 33, 63, 73, 83, 126, 127))}
+    fast |= {127: {3: 0.9, 2: 0.1}, 128: {0: 0.5, 3: 0.5}, 140: {1: 1.0}, 200: {2: 1.0}, 210: {3: 1.0}}
+    jumps = heard(6, 4, fast)
+    for scores, targets in ((log_probs, text + follows), (jumps, [1, 2, 3] * 4)):
+        best = viterbi_in_numpy(scores.astype(np.float64), targets)
+        found = ctc.forced_alignment(scores[None], np.array([targets]), window=16)
+        assert check(found, 0, scores, targets) < best - 0.5
+        assert not found.exact
+    log_probs, targets = speech_like(256, 40, 6, 318)  # the last state alone is outside
+    log_probs += np.random.default_rng(218).standard_normal(log_probs.shape).astype(np.float32)
+    log_probs -= np.logaddexp.reduce(log_probs, axis=1, keepdims=True)
+    found = ctc.forced_alignment(log_probs[None], np.array([targets]), window=16)
+    assert check(found, 0, log_probs, targets) < viterbi_in_numpy(log_probs.astype(np.float64), targets) - 1e-2
+    assert not found.exact
+
+
+def test_a_window_never_moves_back(monkeypatch):
+    """Ten tokens are guessed too early, where the window follows them, and heard later."""
+    text, follows = list(range(1, 21)), [21, 22, 23] * 5
+    early = saying(text[:10], 0, 0.9) | {21 + frame: said for frame, said in saying(text[10:], 0, 0.55).items()}
+    rest = saying(text[10:15], 1, 0.99) | saying(text[15:] + follows, 2, 0.99)
+    log_probs, targets = heard(24, 3, early | rest), text + follows
+    single, widths = ctc._single, []
+    monkeypatch.setattr(ctc, "_single", lambda width, blank: widths.append(width) or single(width, blank))
+    found, whole = (ctc.forced_alignment(log_probs[None], np.array([targets]), window=w) for w in (64, 4096))
+    np.testing.assert_array_equal(found.states, whole.states)
+    assert widths == [64, 132]  # the window follows at once
+    assert 64 < np.flatnonzero(whole.states[0] == 21)[0] < 128
+
+
+def test_an_improbable_beginning_hides_no_differences():
+    """Each block counts from the best score before it: single precision holds no hour's sum."""
+    log_probs, targets = speech_like(128, 20, 6, 5)
+    before = np.full((64, 7), -1e8, np.float32)
+    before[:, 1:6] -= 1e6
+    before[:, 6] = 0.0  # what the text does not say
+    scores = np.concatenate([before, np.pad(log_probs, ((0, 0), (0, 1)), constant_values=-20.0)])
+    found = ctc.forced_alignment(scores[None], np.array([targets]))
+    alone = ctc.forced_alignment(log_probs[None], np.array([targets]))
+    np.testing.assert_array_equal(found.states[0, 64:], alone.states[0])
 
 
 def test_an_hour_is_bounded():
@@ -458,13 +560,27 @@ def test_star_takes_what_the_text_leaves_out():
     ("targets", "message"),
     [
         ([[2, 2, 2]], "The recording has 4 frames, too few for its text, which takes 5"),
+        ([[2, 1, 2], [2, 2, 1]], "Item 1 has 3 frames, too few for its text, which takes 4"),
         ([[0, 1, 2]], "no token"),
-        ([[9, 1, 2]], "outside"),
+        ([[4, 1, 2]], "outside"),
+        ([[-1, 1, 2]], "outside"),
     ],
 )
 def test_impossible_targets(targets, message):
-    with pytest.raises(ValueError, match=message):
-        ctc.forced_alignment(random_log_probs(4, 4, 0)[None], np.array(targets))
+    log_probs = np.stack([random_log_probs(4, 4, 0)] * len(targets))
+    with pytest.raises(UsageError, match=message):
+        ctc.forced_alignment(log_probs, np.array(targets), np.array([4, 3])[: len(targets)])
+
+
+def test_a_text_of_as_many_tokens_as_there_is_room_for():
+    log_probs = random_log_probs(5, 4, 0)
+    assert ctc.forced_alignment(log_probs[None], np.array([[2, 2, 2]])).states[0].tolist() == [1, 2, 3, 4, 5]
+    log_probs, targets = speech_like(200, 32, 8, 4)  # and of the number that arrays are made for, with a last blank
+    found = ctc.forced_alignment(log_probs[None], np.array([targets]))
+    assert found.states[0, -1] == 64
+    check(found, 0, log_probs, targets)
+    log_probs[:, targets[0]] = -np.inf  # what cannot be said
+    assert not ctc.forced_alignment(log_probs[None], np.array([targets])).exact
 
 
 # --- long recordings -------------------------------------------------------------------------------------------------
