@@ -11,11 +11,9 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -32,10 +30,8 @@ WEIGHTS: tuple[tuple[str, ...], ...] = (
     ("*.onnx",),
 )
 
-# Configurations, tokenizers and vocabularies, all of them small, and the arrays of a native checkpoint.
-FILES: tuple[str, ...] = ("*.json", "*.txt", "*.model", "*.yaml", "*.tiktoken", "*.onnx.json", "params/*")
-
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# Configurations, tokenizers and vocabularies, all of them small.
+FILES: tuple[str, ...] = ("*.json", "*.txt", "*.model", "*.yaml", "*.tiktoken")
 
 
 def resolve(
@@ -67,8 +63,6 @@ def resolve(
     if path.exists():
         return path
     name = os.fspath(source)
-    if not _ID.fullmatch(name):
-        raise SourceError(f"{name} does not exist (and is not the name of a hub repository, OWNER/NAME).")
     at = f"{name} at revision {revision}" if revision else name
     try:
         try:
@@ -102,7 +96,7 @@ def resolve(
             f"{name} is neither a path nor a repository of the hub that can be seen "
             "(if it is private, log in with `hf auth login` or set HF_TOKEN)."
         ) from None
-    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except OSError as error:
         if isinstance(error, SourceError):
             raise
         raise SourceError(f"{at} could not be downloaded, try again: {_reason(error)}.") from error
@@ -129,12 +123,10 @@ def _choose(files: Iterable[str], patterns: Sequence[str] | None, at: str) -> li
         if not chosen:
             raise SourceError(f"{at} holds none of the files {', '.join(patterns)}.")
         return chosen
-    native = any(file.startswith("params/") for file in files)
-    weights = [] if native else next(filter(None, map(matching, WEIGHTS)), [])
-    if not weights and not native:
+    native = [file for file in files if file.startswith("params/")]
+    weights = native or next(filter(None, map(matching, WEIGHTS)), [])
+    if not weights:
         raise SourceError(f"{at} holds no weights that audiozoo can read (safetensors, PyTorch, CTranslate2, ONNX).")
-    if native:
-        weights = [file for file in files if file.startswith("params/")]
     small = [file for file in matching(FILES) if not file.endswith(".index.json")]
     return sorted({*small, *weights})
 
@@ -148,7 +140,7 @@ def _cached(
     error: Exception,
 ) -> Path:
     """The snapshot in the cache, when the hub cannot be asked."""
-    if isinstance(error, OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         why = "HF_HUB_OFFLINE is set"
     elif isinstance(error, HfHubHTTPError):
         status = error.response.status_code

@@ -42,6 +42,8 @@ def hub(weights):
         "README.md": b"# tiny",
         "model.safetensors": weights,
         "pytorch_model.bin": b"pickle" * 1000,
+        "pytorch_model.bin.index.json": b"{}",
+        "onnx/config.json": b"{}",
         "flax_model.msgpack": b"flax" * 1000,
         "tf_model.h5": b"tf" * 1000,
         "onnx/model.onnx": b"onnx" * 1000,
@@ -68,12 +70,20 @@ def visible(directory):
     ]
 
 
-def test_a_path_is_itself(tmp_path):
+@pytest.fixture
+def offline(monkeypatch):
+    return lambda: monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def test_a_path_is_itself(tmp_path, monkeypatch):
     assert resolve(tmp_path) == tmp_path
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert resolve(f"~/{tmp_path.name}") == tmp_path
     with pytest.raises(SourceError, match="does not exist"):
         resolve(tmp_path / "nothing" / "here")
-    with pytest.raises(SourceError, match="does not exist"):
-        resolve("not a name at all!")
+    for name in ("not a name at all!", "zoo/tiny.git", "zoo/tiny/model.safetensors"):
+        with pytest.raises(SourceError, match="does not exist"):
+            resolve(name)
 
 
 def test_download_takes_one_copy_of_the_weights(hub, get):
@@ -86,7 +96,10 @@ def test_download_takes_one_copy_of_the_weights(hub, get):
 @pytest.mark.parametrize(
     ("files", "taken"),
     [
-        (("pytorch_model.bin", "model.onnx"), ["pytorch_model.bin"]),
+        (("pytorch_model.bin", "model.bin", "model.onnx"), ["pytorch_model.bin"]),
+        (("voice.onnx", "voice.th", "voice.pt"), ["voice.pt", "voice.th"]),
+        (("voice.pth", "voice.safetensors"), ["voice.safetensors"]),
+        (("a.pth", "a.model", "a.yaml", "a.tiktoken", "a.py"), ["a.model", "a.pth", "a.tiktoken", "a.yaml"]),
         (
             ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"),
             ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"],
@@ -100,10 +113,12 @@ def test_download_takes_one_copy_of_the_weights(hub, get):
         (("params/_METADATA", "params/d/0", "config.json"), ["0", "_METADATA", "config.json"]),
     ],
 )
-def test_which_files_are_taken(hub, get, files, taken):
+def test_which_files_are_taken(hub, get, offline, files, taken):
     hub.repositories[NAME] = {file: file.encode() for file in files}
-    get()
+    path = get()
     assert sorted(hub.downloads()) == taken
+    offline()
+    assert get() == path
 
 
 def test_second_call_downloads_nothing(hub, get):
@@ -123,11 +138,13 @@ def test_patterns_and_then_the_rest(hub, get):
         get(patterns=("nothing.json", "*.flac"))
 
 
-def test_offline_with_and_without_the_cache(hub, get, monkeypatch):
+def test_offline_with_and_without_the_cache(hub, get, offline, monkeypatch, tmp_path):
     path = get(revision="main")
     hub.requests.clear()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    offline()
     assert get() == path
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert resolve(NAME) == path
     assert get(patterns=("config.json",)) == path
     with pytest.raises(SourceError, match="zoo/other is not in the local cache, and HF_HUB_OFFLINE is set"):
         get("zoo/other")
@@ -138,11 +155,14 @@ def test_offline_with_and_without_the_cache(hub, get, monkeypatch):
     ):
         get(patterns=("*.flac",))
     assert hub.requests == []
+    (path.parents[1] / "refs" / "main").write_text("")  # as where a disk was full
+    with pytest.raises(SourceError, match="zoo/tiny is not in the local cache"):
+        get()
 
 
-def test_offline_with_half_a_snapshot(hub, get, monkeypatch):
+def test_offline_with_half_a_snapshot(hub, get, offline):
     get(patterns=("config.json",))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    offline()
     with pytest.raises(
         SourceError, match=r"In the local cache, zoo/tiny holds no weights .*; and HF_HUB_OFFLINE is set"
     ):
@@ -178,25 +198,32 @@ def test_a_cache_that_cannot_be_written(get, tmp_path):
 
 
 def test_missing_gated_and_unknown_revisions(hub, get):
-    with pytest.raises(SourceError, match="zoo/absent is neither a path nor a repository of the hub"):
-        get("zoo/absent")
+    for name in ("zoo/absent", "absent"):
+        with pytest.raises(SourceError, match=f"{name} is neither a path nor a repository of the hub"):
+            get(name)
     with pytest.raises(SourceError, match="zoo/tiny has no revision v9"):
         get(revision="v9")
     hub.repositories["zoo/empty"] = {"README.md": b""}
-    with pytest.raises(SourceError, match="zoo/empty holds no weights"):
+    with pytest.raises(SourceError, match=r"^zoo/empty holds no weights"):
         get("zoo/empty")
     hub.gated.add(NAME)
     with pytest.raises(SourceError, match="zoo/tiny is gated: accept its conditions"):
         get()
 
 
-def test_revisions(hub, get):
+def test_revisions(hub, get, offline):
     hub.tags["v1"] = {**hub.repositories[NAME], "config.json": b'{"version": 1}'}
     old, new = get(revision="v1"), get()
     assert (old / "config.json").read_bytes() == b'{"version": 1}'
     assert old != new
     assert hub.downloads().count("model.safetensors") == 1  # the same content, stored once
     assert get(revision=HubServer.commit(hub.tags["v1"])) == old
+    hub.repositories[NAME]["config.json"] = b"{}"  # the branch moves on
+    newest = get()
+    assert (newest / "config.json").read_bytes() == b"{}"
+    offline()
+    assert (get(revision="v1"), get(revision=old.name), get()) == (old, old, newest)
+    assert sorted(os.listdir(old.parents[1] / "refs")) == ["main", "v1"]
 
 
 def test_an_interrupted_download_is_resumed(hub, get, weights, monkeypatch):
