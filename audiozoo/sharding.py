@@ -76,7 +76,6 @@ TRANSFORMER: tuple[Rule, ...] = (
     Rule(rf"(^|[._])({_OPENS}|attention\.[qkv]|wi(_[01])?)\.kernel$", P(None, "tensor"), required=False),
     Rule(rf"(^|\.)({_OPENS})\.bias$", P("tensor"), required=False),
     Rule(rf"(^|[._])({_CLOSES}|attention\.o|wo)\.kernel$", P("tensor", None), required=False),
-    Rule(rf"(^|\.)({_CLOSES})\.bias$", P(), required=False),
     Rule(r"(^|\.)(?!\w*position)\w+\.embedding$", P("tensor", None), required=False),
 )
 

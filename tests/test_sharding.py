@@ -1,9 +1,13 @@
 """Sharding rules on eight virtual devices: the specs that are expected, and the numbers of one device."""
 
 import json
+import re
 
+import jax
 import pytest
+from jax.sharding import PartitionSpec as P
 
+from audiozoo import sharding
 from tests import processes
 
 PRELUDE = """
@@ -180,6 +184,14 @@ raises("needs 6 devices, and there are 8", make_mesh, {"data": 6})
 raises("at least 1", make_mesh, {"data": -1, "tensor": -1})
 raises("at least 1", make_mesh, {"data": 0})
 raises("needs 16 devices, and there are 8", make_mesh, {"data": -1, "tensor": 16})
+raises("at least 1", make_mesh, {})
+assert make_mesh({"tensor": -1}, jax.devices()[2:4]).devices.tolist() == jax.devices()[2:4]
+assert sharding.parse_mesh(" data = 2, tensor=-1,").shape == {"data": 2, "tensor": 4}
+for text in ("model=8", "data=x", "data", "data=2.0"):
+    raises("is not understood; write data=4", sharding.parse_mesh, text)
+several = [("kernel", P()), ("a", P("tensor")), ("c", P()), ("d", P())]
+raises("'a' matches no parameter that an earlier", shardings_for, params, mesh, several)
+raises("has not taken, and so do 2 more.", shardings_for, params, mesh, several)
 for axis, parts in (("data", 4), (("data", "fsdp"), 4), (("data", "tensor"), 8), ("fsdp", 1)):
     assert sharding.shards(batch_sharding(mesh, axis)) == parts
 # Rules for a family of models may match nothing, and may name axes that this mesh does not have.
@@ -273,10 +285,65 @@ print("{{}}")
     )
 
 
-@pytest.mark.parametrize("name", ["TRANSFORMER", "DEFAULT_RULES"])
-def test_rules_for_families_are_never_required(name):
-    from audiozoo import sharding
+OPENS = "self_attn.q_proj", "attention.k_proj", "self_attention.v_proj", "fc1", "feed_forward.intermediate_dense"
+OPENS += (
+    "layer.intermediate",
+    "mlp.in_proj",
+    "self_attention.q",
+    "cross_attention.k",
+    "attention.v",
+    "wi",
+    "wi_0",
+    "wi_1",
+)
+CLOSES = "attention.out_proj", "o_proj", "fc2", "output_dense", "layer.output", "attention_output", "attention.o", "wo"
 
+
+def test_what_the_families_call_their_projections():
+    def specs(names, shape=(64, 128)):
+        mesh = jax.sharding.AbstractMesh((2,), ("tensor",))
+        parameters = {name: jax.ShapeDtypeStruct(shape, "float32") for name in names}
+        return {place.spec for place in sharding.shardings_for(parameters, mesh, sharding.TRANSFORMER).values()}
+
+    assert specs(f"layers.0.{name}.kernel" for name in OPENS) == {P(None, "tensor")}
+    assert specs(f"layers.0.{name}.kernel" for name in CLOSES) == {P("tensor", None)}
+    assert specs(["fc1.kernel", "q_proj.kernel"]) == {P(None, "tensor")}  # of the model itself
+    with_biases = [name for name in OPENS if not re.search(r"attention\.[qkv]$|wi", name)]
+    assert specs((f"layers.0.{name}.bias" for name in with_biases), (128,)) == {P("tensor")}
+    assert specs((f"layers.0.{name}.bias" for name in CLOSES), (128,)) == {P(None)}
+    assert specs(["embed_tokens.embedding", "decoder.shared.embedding"]) == {P("tensor", None)}
+    others = (
+        "embed_positions.embedding",
+        "position_embeds_layer.embedding",
+        "head.kernel",
+        "project.kernel",
+        "fc1.scale",
+    )
+    others += "xfc1.kernel", "xfc2.kernel", "tout.kernel", "xwo.kernel"
+    assert specs(others) == {P(None, None)}
+    assert specs(["xfc1.bias"], (128,)) == {P(None)}
+
+
+def test_what_lies_divided_in_training():
+    """From 4,096 numbers on over `fsdp`, beside `tensor` too; small kernels of convolutions a channel never."""
+    mesh = jax.sharding.AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"))
+
+    def spec(name, *shape, mesh=mesh):
+        rules = sharding.TRAINING_RULES
+        return sharding.shardings_for({name: jax.ShapeDtypeStruct(shape, "float32")}, mesh, rules)[name].spec
+
+    assert spec("layers.0.fc1.kernel", 64, 64) == P("fsdp", "tensor")
+    assert spec("layers.0.fc1.kernel", 63, 65) == P(None, None)
+    assert spec("layers.0.fc1.kernel", 62, 66) == P(None, "tensor")
+    assert spec("head.kernel", 64, 128) == P(None, "fsdp")
+    assert spec("layers.0.conv.depthwise_conv.kernel", 31, 1, 512) == P(None, None, None)
+    assert spec("layers.stacked.fc1.kernel", 4, 64, 64) == P(None, "fsdp", "tensor")
+    data = jax.sharding.AbstractMesh((2,), ("data",))  # copies, where there is no axis of that name
+    assert spec("head.kernel", 64, 128, mesh=data) == P(None, None)
+
+
+@pytest.mark.parametrize("name", ["TRANSFORMER", "DEFAULT_RULES", "TRAINING_RULES"])
+def test_rules_for_families_are_never_required(name):
     assert all(not rule.required for rule in getattr(sharding, name) if isinstance(rule, sharding.Rule))
 
 
