@@ -701,7 +701,7 @@ class EncodecResidualVectorQuantizer(nnx.Module):
             codes = nearest(values, embed)
             chosen = embed[codes]
             commitment = jnp.mean(jnp.square(residual - chosen))  # ||z_k - q_k(z_k)||²
-            if dead_below and not released:
+            if not released:
                 average, count = _revived(average, count, values[spares], dead_below)
             fresh = (*_followed(values, codes, average, count, decay, epsilon), jnp.ones_like(inited))
             kept = (embed, average, count, inited)

@@ -467,6 +467,13 @@ def test_the_recipe_warms_up_and_decays():
     assert sizes[-1] < 1e-6
 
 
+def test_deeper_blocks_are_dropped_more_often():
+    """From never, at the first block, evenly up to the rate, through all stages."""
+    encoder = nnx.eval_shape(lambda: tiny(depths=(2, 1), drop_path_rate=0.3).audio_model.audio_encoder)
+    rates = [block.drop_path_rate for stage in encoder.layers for block in stage.blocks]
+    np.testing.assert_allclose(rates, [0.0, 0.15, 0.3])
+
+
 def test_dropout_and_stochastic_depth_need_a_key():
     block = swin.SwinBlock(4, (4, 4), 2, 4, shifted=False, drop_path_rate=0.5, dropout=0.3, rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((6, 4, 4, 4)), jnp.float32)

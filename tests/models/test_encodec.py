@@ -418,7 +418,9 @@ def test_dead_entries_stay_replaced():
         lambda q, released: q.train_step(z, 1, rows=rows, kmeans_iterations=1, released=released), static_argnums=1
     )
     # All means start at one row, so that all but one are dead after the first batch; the second stands for that row.
-    books = train(quantizer, False).codebooks
+    output = train(quantizer, False)
+    np.testing.assert_allclose(output.commitment_loss, jnp.square(z - output.quantized).mean(), rtol=1e-5)
+    books = output.codebooks
     placed = np.isclose(books.embed[0][2:], z[0, 7:13], atol=1e-3).all(axis=-1)
     assert placed.all()
     released = train(quantizer, True).codebooks
@@ -441,6 +443,14 @@ def test_entries_stay_where_k_means_placed_them():
         np.testing.assert_allclose(quantizer.embed[0], size * centres, rtol=1e-4)
         if not released:
             np.testing.assert_allclose(quantizer.train_step(z, 1, **options).codebooks.embed[0], centres, rtol=1e-4)
+
+
+def test_rows_are_drawn_once_where_there_are_enough():
+    rows = np.asarray(encodec._draw_rows(jax.random.key(0), (2, 3, 8), 9)).reshape(6, 8)
+    assert all(len(set(row)) == 8 for row in rows)
+    assert len({tuple(row) for row in rows}) == 6
+    few = np.asarray(encodec._draw_rows(jax.random.key(0), (2, 3, 8), 4))
+    assert set(few.ravel()) == set(range(4))
 
 
 def test_random_bandwidths():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +113,21 @@ def test_features_of_a_batch_and_mistakes(tmp_path):
         HifiGanConfig(resblock_kernel_sizes=(3,))
     with pytest.raises(UsageError, match="'3'"):
         HifiGanConfig(resblock="3")
+
+
+def test_what_the_generators_loss_is_made_of(monkeypatch):
+    """Three parts, weighted as in the paper; spectrograms of the sizes asked for, or frames as the generator has."""
+    asked, x = [], jnp.asarray([[0.5, 2.0]])
+    monkeypatch.setattr(hifigan, "log_mel", lambda wave, rate, **sizes: asked.append((rate, *sizes.values())) or wave)
+    model = mock.Mock(config=SMALL, side_effect=lambda spectrogram: 2 * spectrogram)
+    batch = hifigan.HifiGanBatch(x, x)
+    losses, output, real = hifigan.generator_losses(model, lambda x: ([x], [(x,)]), batch, n_fft=64, num_mels=7)
+    hifigan.generator_losses(model, lambda x: ([x], [(x,)]), batch, hop_length=16)
+    assert asked == [(8000, 64, 32, 7)] * 2 + [(8000, 1024, 16, 80)] * 2
+    assert (float(losses.adversarial), float(losses.features), float(losses.mel)) == (4.5, 2 * 1.25, 45 * 1.25)
+    assert float(losses.total) == 4.5 + 47 * 1.25
+    np.testing.assert_array_equal(output.waveform, 2 * x)
+    np.testing.assert_array_equal(real, x)
 
 
 @pytest.mark.slow

@@ -107,6 +107,19 @@ def test_sets_of_labels():
         model(x, None, labels)
 
 
+def test_padding_counts_neither_as_masked_nor_as_not():
+    model = random_model(lambda rngs: hubert.HubertForPreTraining(TINY, rngs=rngs))
+    x, mask = jnp.asarray(melody())[None], (jnp.arange(16_000) < 9000).astype(jnp.int32)[None]
+    spans, labels = np.zeros((1, 99), bool), np.random.default_rng(0).integers(0, 4, (1, 100))
+    spans[:, 50:60] = True
+    out = jax.jit(lambda m: m(x, mask, labels, mask_time_indices=spans))(model)
+    losses = -np.take_along_axis(np.asarray(jax.nn.log_softmax(out.logits[0])), labels[:, :99, None], axis=2)[0, :, 0]
+    heard = int(model.backbone.frame_lengths(9000))
+    assert 50 < heard < 60
+    assert float(out.masked_loss) == pytest.approx(losses[50:heard].sum(), rel=1e-5)
+    assert float(out.unmasked_loss) == pytest.approx(losses[:50].sum(), rel=1e-5)
+
+
 def test_cepstra_are_a_cosine_transform_and_its_slopes():
     def slopes(x):
         near = [[x[np.clip(t + n, 0, len(x) - 1)] for n in range(-2, 3)] for t in range(len(x))]

@@ -29,7 +29,7 @@ from audiozoo.training.data import find_items
 from tests import processes
 from tests.models.alignment_search import brute_force_alignment, exhaustive_alignment
 from tests.models.random_model import random_model
-from tests.models.tiny_vits import CONFIG, build
+from tests.models.tiny_vits import CONFIG, PLAIN, build
 from tests.shapes import enforce
 
 
@@ -180,6 +180,17 @@ def test_options_change_what_they_should():
     assert not np.allclose(other.waveform, plain.waveform)
 
 
+def test_a_converted_batch_is_its_items():
+    """Each as long as it says; without noise about the posterior the same for every key."""
+    x = np.abs(np.random.default_rng(0).standard_normal((2, 12, CONFIG.spectrogram_bins))).astype(np.float32)
+    convert = jax.jit(lambda m, x, n, key: m.voice_conversion(x, 0, 2, lengths=n, noise_scale=0.0, key=key).waveform)
+    both = convert(build(), x, jnp.asarray([12, 7]), jax.random.key(0))
+    alone = convert(build(), x[1:, :7], jnp.asarray([7]), jax.random.key(1))
+    np.testing.assert_allclose(both[1, : 7 * 8], alone[0], atol=1e-5)
+    assert not np.any(both[1, 7 * 8 :])
+    assert np.any(both[0, 7 * 8 :])
+
+
 def test_speak_goes_sentence_by_sentence():
     sentences = [("one", [1, 4, 9]), ("two", [1, 4, 9])]
     spoken = list(synthesis.speak(synthesizer(), sentences, seed=1, noise_scale_duration=0.0))
@@ -292,6 +303,38 @@ def test_the_last_frames_of_a_shorter_recording_are_its_own():
     for row, wave in zip(together, alone, strict=True):
         single = vits.spectrogram_of(CONFIG, jnp.asarray(wave))[0]
         np.testing.assert_allclose(row[: wave.size // CONFIG.hop_length], single, rtol=1e-5, atol=1e-5)
+
+
+def test_segments_lie_anywhere_inside():
+    """Of 4, of 5 and of 12 frames the first of a segment of 4 is one of 1, of 2 and of 9."""
+    model, keys = build(PLAIN), jax.random.split(jax.random.key(0), 300)
+    ids, spectrogram = jnp.ones((3, 2), int), jnp.ones((3, 12, CONFIG.spectrogram_bins))
+
+    def start(key):
+        given = ids, ids, spectrogram, jnp.asarray([4, 5, 12]), jnp.zeros(3, int)
+        return model.training_forward(*given, segment_frames=4, key=key).segment_starts
+
+    starts = np.asarray(jax.jit(jax.vmap(start))(keys))
+    assert [sorted(set(column)) for column in starts.T] == [[0], [0, 1], list(range(9))]
+
+
+def test_what_the_generators_loss_is_made_of():
+    """Segments of the recording beside what was decoded, and each part by its weight."""
+    hop, starts = CONFIG.hop_length, jnp.asarray([0, 2])
+    waveform = jnp.asarray(np.random.default_rng(0).standard_normal((2, 16 * hop)), jnp.float32)
+    batch = vits.VitsBatch(None, None, waveform, jnp.asarray([16 * hop, 11 * hop + 3]))
+    decoded = vits.slices(0.5 * waveform, starts * hop, 8 * hop)
+    made = vits.VitsTrainingOutput(decoded, starts, jnp.asarray(3.0), jnp.asarray(5.0))
+    model = mock.Mock(config=CONFIG, training_forward=mock.Mock(return_value=made))
+    losses, _, real = vits.generator_losses(
+        model, lambda x: ([x], [(x[..., None],)]), batch, segment_frames=8, num_mels=6, mel_weight=2.0, kl_weight=0.5
+    )
+    np.testing.assert_array_equal(real, 2 * decoded)
+    assert model.training_forward.call_args.args[3].tolist() == [16, 11]
+    assert model.training_forward.call_args.kwargs == {"segment_frames": 8}
+    parts = (losses.adversarial, losses.features, 2 * losses.mel, 3.0, 0.5 * 5.0)
+    assert float(losses.total) == pytest.approx(float(sum(parts)), rel=1e-6)
+    assert (float(losses.duration), float(losses.kl)) == (3.0, 5.0)
 
 
 LETTERS = {symbol: index for index, symbol in enumerate("_ abcdefghijklmnopqrstuvwxyz")}
