@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from audiozoo.commands.terminal import keep_compiled_programs
-from audiozoo.commands.training import values_of
+from audiozoo.commands.training import FUSED_ATTENTION, values_of
 from audiozoo.errors import UsageError
 
 
@@ -26,6 +26,7 @@ def plan(
     accumulate: Annotated[int, typer.Option(help="parts that a batch is cut into")] = 1,
     remat: Annotated[str, typer.Option(help="none, layers or dots: what is computed again to save memory")] = "none",
     stack: Annotated[bool, typer.Option(help="equal blocks by one scan: compiles faster")] = True,
+    fused_attention: Annotated[bool, FUSED_ATTENTION] = False,
     average: Annotated[float | None, typer.Option(help="decay of a moving average of the parameters")] = None,
     dtype: Annotated[str, typer.Option(help="of the computation: float32 or bfloat16")] = "bfloat16",
     param_dtype: Annotated[str, typer.Option(help="of the parameters: float32 or bfloat16")] = "float32",
@@ -52,7 +53,7 @@ def plan(
         recipe=recipe,
         model_class=model_class,
         config=values_of(config),
-        options=Options(accumulate, average, remat, stack),
+        options=Options(accumulate, average, remat, stack, fused_attention=fused_attention),
         dtype=dtype,
         param_dtype=param_dtype,
     )

@@ -11,6 +11,8 @@ import typer
 from audiozoo.commands.terminal import keep_compiled_programs, messages, seed_option
 from audiozoo.errors import UsageError
 
+FUSED_ATTENTION = typer.Option("--fused-attention", help="on TPUs: attention of long inputs by one kernel")
+
 
 def recipes() -> None:
     """List the recipes, and where their numbers are from."""
@@ -38,6 +40,7 @@ def train(
     accumulate: Annotated[int, typer.Option(help="parts that a batch is cut into")] = 1,
     remat: Annotated[str, typer.Option(help="none, layers or dots: what is computed again to save memory")] = "none",
     stack: Annotated[bool, typer.Option("--stack", help="equal blocks by one scan: compiles faster")] = False,
+    fused_attention: Annotated[bool, FUSED_ATTENTION] = False,
     average: Annotated[float | None, typer.Option(help="decay of a moving average of the parameters")] = None,
     seed: Annotated[int, seed_option("of all that is drawn")] = 0,
     dtype: Annotated[str, typer.Option(help="of the computation: float32 or bfloat16")] = "float32",
@@ -73,7 +76,7 @@ def train(
         config=values_of(config),
         lora=None if lora is None else Lora(rank=lora, alpha=2 * lora),
         mesh=None if mesh is None else sharding.parse_mesh(mesh),
-        options=Options(accumulate, average, remat, stack, seed),
+        options=Options(accumulate, average, remat, stack, seed, fused_attention),
         dtype=None if dtype == "float32" else dtype,
         evaluate_every=evaluate_every,
         patience=patience,

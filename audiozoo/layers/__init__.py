@@ -3,7 +3,9 @@
 from audiozoo.layers.abstract import abstract
 from audiozoo.layers.activations import ACTIVATIONS, activation, gelu
 from audiozoo.layers.attention import (
+    Causal,
     KeyValues,
+    Mask,
     MultiHeadAttention,
     attend,
     attend_without_weights,
@@ -26,11 +28,13 @@ from audiozoo.layers.basic import (
 )
 from audiozoo.layers.blocks import in_blocks
 from audiozoo.layers.convolution import Conv1d, ConvTranspose1d
+from audiozoo.layers.fused import fused_attention
 from audiozoo.layers.positions import fairseq_sinusoids, sinusoids
 from audiozoo.layers.stacking import layer_drop, scan_layers, stack_layers, unstack_layers
 
 __all__ = [
     "ACTIVATIONS",
+    "Causal",
     "Conv1d",
     "ConvTranspose1d",
     "Dropout",
@@ -39,6 +43,7 @@ __all__ = [
     "KeyValues",
     "LayerNorm",
     "Linear",
+    "Mask",
     "MultiHeadAttention",
     "abstract",
     "activation",
@@ -50,6 +55,7 @@ __all__ = [
     "check_mask",
     "dropout",
     "fairseq_sinusoids",
+    "fused_attention",
     "gelu",
     "in_blocks",
     "layer_drop",

@@ -62,7 +62,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from audiozoo.configs import restore_parts
 from audiozoo.decoding import GenerateOutput, GenerationConfig, Growing, LogitsProcessor, generate, while_loop
@@ -70,11 +70,13 @@ from audiozoo.decoding.generate import argmax, invert_cdf, row_keys
 from audiozoo.decoding.processors import SuppressTokens, Temperature, TopK, TopP, apply, warpers_from_config
 from audiozoo.errors import UsageError
 from audiozoo.layers import (
+    Causal,
     Dropout,
     Embed,
     KeyValues,
     LayerNorm,
     Linear,
+    Mask,
     MultiHeadAttention,
     causal_mask,
     check_ids,
@@ -351,7 +353,7 @@ class BarkBlock(nnx.Module):
         self,
         x: Float[Array, "batch time width"],
         dropout: Dropout,
-        mask: Bool[Array, "#batch 1 #time keys"] | None,
+        mask: Mask | None,
         past: KeyValues | None = None,
         position: int | Int[Array, ""] = 0,
         need_weights: bool = True,
@@ -397,11 +399,11 @@ class _Transformer(nnx.Module):
             # What a chunk of a prompt holds beyond the prompt is never looked at; any position will do for it.
             position_ids = jnp.minimum(position + jnp.arange(time), config.block_size - 1)[None]
         x = dropout(x + spread(self.position_embeds_layer(position_ids), x), config.dropout)
-        keys = time if past is None else past[0].key.shape[2]
-        mask = causal_mask(time, keys, position if past is not None else 0) if self.is_causal else None
-        if attention_mask is not None:
-            seen = (attention_mask != 0)[:, None, None, :]
-            mask = seen if mask is None else mask & seen
+        seen = None if attention_mask is None else (attention_mask != 0)[:, None, None, :]
+        mask: Mask | None = Causal(seen) if self.is_causal else seen
+        if past is not None and self.is_causal:
+            mask = causal_mask(time, past[0].key.shape[2], position)
+            mask = mask if seen is None else mask & seen
         states, attentions, cache = [], [], []
         for i, block in enumerate(self.layers):
             states += [x, *unseen(block)]

@@ -65,11 +65,13 @@ from audiozoo.configs import restore_parts
 from audiozoo.decoding import GenerationConfig, bucketed, generate
 from audiozoo.errors import UsageError
 from audiozoo.layers import (
+    Causal,
     Dropout,
     Embed,
     KeyValues,
     LayerNorm,
     Linear,
+    Mask,
     MultiHeadAttention,
     activation,
     causal_mask,
@@ -359,7 +361,7 @@ class MusicgenDecoderLayer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch time width"],
-        mask: Bool[Array, "#batch 1 time keys"],
+        mask: Mask,
         dropout: Dropout,
         past: KeyValues | None = None,
         position: int | Int[Array, ""] = 0,
@@ -469,10 +471,11 @@ class MusicgenDecoder(nnx.Module):
             key: switches dropout on.
         """
         dropout, time = Dropout(key), x.shape[1]
-        keys = time if cache is None else cache.self_attention[0].key.shape[2]
-        mask = causal_mask(time, keys, position)
-        if attention_mask is not None:
-            mask = mask & (attention_mask != 0)[:, None, None, :]
+        visible = None if attention_mask is None else (attention_mask != 0)[:, None, None, :]
+        mask: Mask = Causal(visible)
+        if cache is not None:
+            mask = causal_mask(time, cache.self_attention[0].key.shape[2], position)
+            mask = mask if visible is None else mask & visible
         shown = None if memory_mask is None else memory_mask[:, None, None, :]
         if cache is not None:
             shown = cache.memory_mask

@@ -10,6 +10,7 @@ arrays, and the batch is the one that the recipe makes of a recording of the giv
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
@@ -30,6 +31,7 @@ from audiozoo import loading, registry, sharding
 from audiozoo.checkpoints import is_native
 from audiozoo.errors import UsageError
 from audiozoo.layers.abstract import abstract
+from audiozoo.layers.fused import fused_attention
 from audiozoo.layers.stacking import scanned
 from audiozoo.layers.weight_norm import fold_weight_norm
 from audiozoo.models.bark import BarkGenerationConfig
@@ -287,13 +289,15 @@ def forward(
     dtype: Any = jnp.bfloat16,
     param_dtype: Any = jnp.float32,
     stack: bool = False,
+    fused: bool = False,
 ) -> tuple[tpu.Report, dict[str, int]]:
     """Compile `audiozoo.jit(model)` for a batch; and the bytes on one chip by what they are."""
     model = nnx.eval_shape(fold_weight_norm, choice.create(dtype, param_dtype))
     model = _placed(scanned(model) if stack else model, mesh, rules)
     run = audiozoo.jit(model)
     batch = _batched(shapes, mesh)
-    report = tpu.compile(run, **batch)
+    with fused_attention(mesh) if fused else contextlib.nullcontext():
+        report = tpu.compile(run, **batch)
     arrays = {name: shape for name, shape in batch.items() if hasattr(shape, "shape")}
     values = [leaf.get_value() for leaf in loading.variables(model).values()]
     return report, {"parameters": tpu.resident(values), "batch": tpu.resident(arrays)}
@@ -639,11 +643,14 @@ def plan(
         report, resident = training(choice, amount, where, recipe=row, options=options, **how)
         step = f"a step of training, {row.name}"
     else:
-        report, resident = forward(choice, inputs(choice, amount), where, stack=options.stack, **how)
+        report, resident = forward(
+            choice, inputs(choice, amount), where, stack=options.stack, fused=options.fused_attention, **how
+        )
         step = "a forward pass"
     count = sum(int(np.prod(leaf.shape)) for leaf in loading.variables(choice.create(None, jnp.float32)).values())
     told = [f"{dtype} from {param_dtype}"]
     told += ["stacked"] if options.stack else []
+    told += ["attention fused"] if options.fused_attention else []
     told += [f"remat {options.remat}"] if train and options.remat != "none" else []
     told += [f"in {options.accumulate} parts"] if train and options.accumulate > 1 else []
     return Plan(

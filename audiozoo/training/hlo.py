@@ -8,8 +8,9 @@ A model whose layers are stacked is one loop. Here every computation is counted 
 
 Operations are those of matrix products and convolutions, which is what a TPU's matrix units do (the compiler writes a
 product as a convolution): $2 \cdot$ outputs $\cdot$ taps $\cdot$ input channels, for taps that meet the input and not
-its padding. Bytes are those that instructions read and write in the device's main memory; what the compiler keeps in
-the memory on the chip (`S(1)` in a layout) is free.
+its padding. The kernels of fused attention are closed to it: their products are counted by their names, causal ones as
+if every query saw every key. Bytes are those that instructions read and write in the device's main memory; what the
+compiler keeps in the memory on the chip (`S(1)` in a layout) is free.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ _COLLECTIVE = re.compile(
     r"^(all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast)"
     r"(-start)?$"
 )
+# Kernels of FlashAttention (arXiv 2205.14135, B.2 and B.4), and how many products each takes as large as the scores:
+# scores and output; scores, dP, dV and dK; scores, dP and dQ.
+_KERNELS = {"flash_attention": 2, "flash_mha_bwd_dkv": 4, "flash_mha_bwd_dq": 3}
 # Instructions that move nothing: they name what is there, or wait for what is counted where it begins.
 _FREE = {
     *("parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "optimization-barrier", "after-all"),
@@ -203,6 +207,8 @@ class _Reader:
             opcode = instruction.opcode
             if opcode in ("convolution", "dot"):
                 self.flops += times * _operations(computation, instruction)
+            if opcode == "custom-call":
+                self.flops += times * _kernel_operations(computation, instruction)
             if match := _COLLECTIVE.match(opcode):
                 self._collective(computation, instruction, match[1], times, fused, seen)
             if not fused and opcode not in _FREE:
@@ -368,6 +374,14 @@ def _operations(computation: Computation, i: Instruction) -> float:
         name = str(axis)
         total *= _meetings(data[name], kernel[name], result[name], axis, fields)
     return total
+
+
+def _kernel_operations(computation: Computation, i: Instruction) -> float:
+    products = next((n for name, n in _KERNELS.items() if i.name.startswith(name)), 0)
+    if not products or "tpu_custom_call" not in i.rest:
+        return 0.0
+    query, key = (computation.instructions[name].outputs[0].shape for name in i.operands[:2])
+    return 2.0 * products * math.prod(query) * key[2]
 
 
 def _meetings(data: int, kernel: int, out: int, axis: int, fields: dict[str, str]) -> int:

@@ -27,6 +27,7 @@ float32.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -44,6 +45,7 @@ from jax.sharding import PartitionSpec as P
 
 from audiozoo import sharding
 from audiozoo.errors import UsageError
+from audiozoo.layers.fused import fused_attention
 from audiozoo.layers.stacking import rematerialise, scanned, unscanned
 from audiozoo.training.data import Whole
 from audiozoo.training.parameters import Trainable, join, partition, restore, shardings_like
@@ -156,6 +158,7 @@ class Options:
             matrix products and recomputes the rest.
         stack: run stacks of equal blocks by `lax.scan`, which compiles a deep model in the time of one block.
         seed: of all that is drawn.
+        fused_attention: run attention by the kernel of `layers.fused` on TPUs.
     """
 
     accumulate: int = 1
@@ -163,6 +166,7 @@ class Options:
     remat: str = "none"
     stack: bool = False
     seed: int = 0
+    fused_attention: bool = False
 
     def __post_init__(self) -> None:
         if self.accumulate < 1:
@@ -208,10 +212,22 @@ class Trainer:
         self.parts = 1 if self._divided is None else sharding.shards(self._divided)  # that a batch is divided into
         abstract = jax.eval_shape(self._init, *self._initial())
         self.shardings = None if mesh is None else shardings_like(abstract, mesh, rules)
-        self.step = jax.jit(self._step, donate_argnums=0, out_shardings=self._results(None))
-        self._evaluate = jax.jit(self._evaluation)
+        self.step = jax.jit(self._fused(self._step), donate_argnums=0, out_shardings=self._results(None))
+        self._evaluate = jax.jit(self._fused(self._evaluation))
         if isinstance(how := task.evaluate, Together):
             self._judge = jax.jit(lambda state, rows: how.judge(self._evaluated(state), rows))
+
+    def _fused(self, program: Callable[..., Any]) -> Callable[..., Any]:
+        """`program`, traced where attention is fused if the options ask for it."""
+        if not self.options.fused_attention:
+            return program
+
+        @functools.wraps(program)
+        def inside(*arguments: Any) -> Any:
+            with fused_attention(self.mesh):
+                return program(*arguments)
+
+        return inside
 
     def _results(self, others: Any) -> Any:
         return None if self.shardings is None else (self.shardings, others)

@@ -111,6 +111,26 @@ def test_the_command_prints_what_one_chip_needs():
     assert "https://docs.cloud.google.com/tpu/docs/v5e" in done.stdout
 
 
+def test_fused_attention_moves_less_and_its_products_are_counted():
+    """One causal layer: scores stay on the chip, and the gradient makes them anew in both its kernels."""
+    config = {"num_layers": 1, "hidden_size": 256, "num_heads": 8, "input_vocab_size": 256, "output_vocab_size": 256}
+    plain, fused = (
+        plan.plan(
+            "bark:bark_small",
+            "v5e:2x2",
+            MESH,
+            Amount(4, 1.0, 1024),
+            train=True,
+            config=config,
+            options=Options(fused_attention=kernel),
+        ).report
+        for kernel in (False, True)
+    )
+    scores = 2 * 1024 * 1024 * 256  # a product, of one recording a chip
+    assert fused.program.flops == pytest.approx(plain.program.flops + (2 + 4 + 3 - 6) * scores)
+    assert fused.program.bytes < 0.6 * plain.program.bytes
+
+
 def test_what_is_of_training_is_not_of_a_forward_pass():
     done = CliRunner().invoke(app, ["plan", "bark:bark_small", "--remat=layers"])
     assert isinstance(done.exception, UsageError)
