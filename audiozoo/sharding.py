@@ -252,7 +252,7 @@ def _divide(path: str, shape: tuple[int, ...], rule: Rule, mesh: Mesh) -> list[t
             f"The sharding rule {rule.pattern!r} has {len(rule.spec)} entries, and {path} has the shape {shape}."
         )
     entries: list[tuple[str, ...]] = [()] * len(shape)
-    postponed: list[tuple[int, str]] = []
+    postponed: list[str] = []
     for i, entry in enumerate(rule.spec):
         for name in _names(entry):
             if name not in mesh.shape:
@@ -260,10 +260,10 @@ def _divide(path: str, shape: tuple[int, ...], rule: Rule, mesh: Mesh) -> list[t
             if shape[i] % math.prod(mesh.shape[n] for n in (*entries[i], name)) == 0:
                 entries[i] = (*entries[i], name)
             else:
-                postponed.append((i, name))
-    for i, name in postponed:
-        for j in sorted(_divisible(shape), key=lambda j: (j < i, j)):
-            if j != i and not entries[j] and shape[j] % mesh.shape[name] == 0:
+                postponed.append(name)
+    for name in postponed:
+        for j in _divisible(shape):
+            if not entries[j] and shape[j] % mesh.shape[name] == 0:
                 entries[j] = (name,)
                 break
     return entries

@@ -5,6 +5,7 @@ import re
 
 import jax
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from audiozoo import sharding
@@ -332,14 +333,19 @@ def test_what_lies_divided_in_training():
         rules = sharding.TRAINING_RULES
         return sharding.shardings_for({name: jax.ShapeDtypeStruct(shape, "float32")}, mesh, rules)[name].spec
 
-    assert spec("layers.0.fc1.kernel", 64, 64) == P("fsdp", "tensor")
+    assert spec("layers.0.fc1.kernel", 64, 64) == spec("layers.0.fc1.kernel", 64, 128) == P("fsdp", "tensor")
     assert spec("layers.0.fc1.kernel", 63, 65) == P(None, None)
     assert spec("layers.0.fc1.kernel", 62, 66) == P(None, "tensor")
     assert spec("head.kernel", 64, 128) == P(None, "fsdp")
     assert spec("layers.0.conv.depthwise_conv.kernel", 31, 1, 512) == P(None, None, None)
     assert spec("layers.stacked.fc1.kernel", 4, 64, 64) == P(None, "fsdp", "tensor")
     data = jax.sharding.AbstractMesh((2,), ("data",))  # copies, where there is no axis of that name
-    assert spec("head.kernel", 64, 128, mesh=data) == P(None, None)
+    assert spec("head.kernel", 64, 128, mesh=data) == spec("fc1.kernel", 64, 128, mesh=data) == P(None, None)
+    model = nnx.eval_shape(
+        lambda: nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.Dropout(0.1, rngs=nnx.Rngs(0)))
+    )
+    assert list(sharding.shardings_for(model, mesh)["layers"]) == [0]  # random state is none of the parameters
+    assert [rule for rule in sharding.DEFAULT_RULES if isinstance(rule, sharding.Fsdp)] == [sharding.fsdp()]
 
 
 @pytest.mark.parametrize("name", ["TRANSFORMER", "DEFAULT_RULES", "TRAINING_RULES"])
