@@ -13,7 +13,7 @@ import pytest
 import audiozoo
 from audiozoo import packaged
 from audiozoo.errors import CheckpointError, SourceError, UsageError
-from audiozoo.loading import variables
+from audiozoo.loading import paper_of, variables
 from audiozoo.models.whisper import WhisperConfig, WhisperGenerationConfig
 from tests.models.tiny_whisper import TINY, build
 from tests.weights_conversion import make_whisper_pt
@@ -332,6 +332,30 @@ def test_what_is_not_a_checkpoint(exported, tmp_path):
     refuse(SourceError, "nowhere", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     refuse(SourceError, "is no checkpoint of a model that audiozoo runs", tmp_path / "empty")
+
+
+def test_a_directory_of_ours_that_is_not_what_is_asked_for(model, tmp_path):
+    audiozoo.save(model, native := tmp_path / "native")
+    with pytest.raises(CheckpointError, match="holds a WhisperForConditionalGeneration, not a WhisperModel"):
+        audiozoo.load(native, model_class="WhisperModel")
+    for source in (native, make_whisper_pt.PATH):
+        with pytest.raises(UsageError, match="Sharding rules need a mesh"):
+            audiozoo.load(source, rules=())
+    path = native / "config.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps(saved | {"config": saved["config"] | {"zeta": 1, "eta": 2}}))
+    with pytest.raises(CheckpointError, match="WhisperConfig has no eta, zeta; a newer audiozoo may have written this"):
+        audiozoo.load(native)
+
+
+def test_the_paper_of_a_configuration(exported):
+    """By the class that it names, else by the type of model; a class that is there counts."""
+    edit(exported, architectures=None)
+    assert paper_of(exported).name == "whisper"
+    edit(exported, architectures=[], model_type="unispeech-sat")
+    assert paper_of(exported).name == "unispeech_sat"
+    edit(exported, architectures=["WhisperModel"])
+    assert paper_of(exported).name == "whisper"
 
 
 def test_an_existing_directory_is_not_overwritten(model, exported):
