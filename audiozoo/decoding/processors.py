@@ -173,7 +173,7 @@ class ExponentialDecayLengthPenalty:
     def __call__(self, logits: Array, tokens: Array, length: Array) -> Array:
         count = jnp.maximum(length - self.start, 0).astype(logits.dtype)
         raised = logits + jnp.abs(logits) * (self.factor**count - 1)
-        applies = _one_of(self.eos_token_ids, logits.shape[-1]) & jnp.isfinite(logits) & (length > self.start)
+        applies = _one_of(self.eos_token_ids, logits.shape[-1]) & jnp.isfinite(logits)
         return jnp.where(applies, raised, logits)
 
 
@@ -434,7 +434,7 @@ def _kth(logits: Array, k: int) -> Float[Array, "batch 1"]:
     """The k-th largest value of each row, by bisection: on a CPU far cheaper than a sort of the vocabulary."""
     if k == 1:
         return jnp.max(logits, axis=-1, keepdims=True)
-    image, k = _ordered_bits(logits), min(k, logits.shape[-1])
+    image = _ordered_bits(logits)
     kth = _bisect(image, lambda threshold: jnp.sum(image >= threshold, axis=-1, keepdims=True) >= k)
     return jnp.min(jnp.where(image >= kth, logits, jnp.inf), axis=-1, keepdims=True)
 
