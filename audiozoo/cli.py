@@ -197,15 +197,19 @@ def _convert(
         model: Any = audiozoo.load(path, model_class=model_class, param_dtype=param_dtype, progress=megabytes(update))
     directory = path if path.is_dir() else path.parent
     with tempfile.TemporaryDirectory() as made:
-        try:
-            processor = loading.processor_of_file(path, loading.paper_of_class(type(model).__name__))
-        except (SourceError, CheckpointError) as problem:
-            processor = None
-            say(f"{out} will have no tokenizer, and reads no texts until one is put there: {problem}", style="yellow")
         if to_hugging_face and (language is not None or hasattr(model, "speaking")):
             if getattr(model.config, "adapter_attn_dim", None) is None:
                 raise UsageError(f"{source} has no adapters of languages; leave --language out.")
             model, processor = loading.speak_language(model, loading.processor_of(path), language, source)
+        else:
+            try:
+                processor = loading.processor_of_file(path, loading.paper_of_class(type(model).__name__))
+            except (SourceError, CheckpointError) as problem:
+                processor = None
+                say(
+                    f"{out} will have no tokenizer, and reads no texts until one is put there: {problem}",
+                    style="yellow",
+                )
         if processor is not None:
             processor.save(made)
             directory = Path(made)
