@@ -90,12 +90,18 @@ class HubertConfig(Wav2Vec2Config):
 
     @classmethod
     def base(cls) -> HubertConfig:
-        """Table I, BASE: 12 blocks of width 768, 94.4 M parameters; pre-trained on 960 hours."""
+        """Table I, BASE: 12 blocks of width 768, pre-trained on 960 hours.
+
+        94.4 M parameters; 94.7 M with the head of pre-training, which the table counts.
+        """
         return cls()
 
     @classmethod
     def large(cls) -> HubertConfig:
-        """Table I, LARGE: 24 pre-norm blocks of width 1024, 315 M parameters; pre-trained on 60,000 hours."""
+        """Table I, LARGE: 24 pre-norm blocks of width 1024, pre-trained on 60,000 hours.
+
+        315.4 M parameters; 316.6 M with the head of pre-training.
+        """
         return cls(
             hidden_size=1024,
             num_hidden_layers=24,
@@ -110,7 +116,10 @@ class HubertConfig(Wav2Vec2Config):
 
     @classmethod
     def xlarge(cls) -> HubertConfig:
-        """Table I, X-LARGE: 48 pre-norm blocks of width 1280, heads of 80 channels, 962 M parameters."""
+        """Table I, X-LARGE: 48 pre-norm blocks of width 1280, heads of 80 channels.
+
+        962.5 M parameters; 964.3 M with the head of pre-training.
+        """
         return cls(
             hidden_size=1280,
             num_hidden_layers=48,

@@ -57,7 +57,7 @@ class NllbConfig(MBartConfig):
 
     @classmethod
     def dense_600m(cls) -> NllbConfig:
-        """§8.6, the distilled model of 600 M parameters."""
+        """§8.6, the distilled model of 600 million parameters."""
         return cls()
 
     @classmethod

@@ -234,7 +234,7 @@ class SpeechT5Config:
 
     @classmethod
     def asr(cls) -> SpeechT5Config:
-        """§3.2, the base model as a recogniser, `microsoft/speecht5_asr`: 154 M parameters, the embedding once."""
+        """§3.2, the base model as a recogniser, `microsoft/speecht5_asr`: 151 M parameters, the embedding once."""
         return cls()
 
     @classmethod

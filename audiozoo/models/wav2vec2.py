@@ -231,12 +231,15 @@ class Wav2Vec2Config(_HeadSizes):
 
     @classmethod
     def base(cls) -> Wav2Vec2Config:
-        """§4.2, BASE: 12 blocks of width 768, 95 M parameters."""
+        """§4.2, BASE: 12 blocks of width 768, 95 M parameters with the quantiser."""
         return cls()
 
     @classmethod
     def large(cls) -> Wav2Vec2Config:
-        """§4.2, LARGE, pre-trained on Librispeech (`libri960_big`): 24 blocks of width 1024, 317 M parameters."""
+        """§4.2, LARGE, pre-trained on Librispeech (`libri960_big`): 24 blocks of width 1024.
+
+        317 M parameters with the quantiser.
+        """
         return cls(
             hidden_size=1024,
             num_hidden_layers=24,

@@ -96,12 +96,12 @@ class Wav2Vec2ConformerConfig(Wav2Vec2Config):
 
     @classmethod
     def rel_pos_large(cls) -> Wav2Vec2ConformerConfig:
-        """`rel-pos-large`: 24 blocks of width 1024 with relative positions, 620 M parameters with the quantiser."""
+        """`rel-pos-large`: 24 blocks of width 1024 with relative positions, 621 M parameters with the quantiser."""
         return dataclasses.replace(cls.large_lv60(), hidden_act="swish")  # type: ignore[return-value]
 
     @classmethod
     def rope_large(cls) -> Wav2Vec2ConformerConfig:
-        """`rope-large`: the same with rotary positions, 595 M."""
+        """`rope-large`: the same with rotary positions, 595 M parameters with the quantiser."""
         return dataclasses.replace(cls.rel_pos_large(), position_embeddings_type="rotary")
 
 

@@ -109,7 +109,10 @@ class WavLMConfig(Wav2Vec2Config):
 
     @classmethod
     def base(cls) -> WavLMConfig:
-        """§V-A, WavLM Base: 12 blocks of width 768, pre-trained on 960 hours; 94.4 M parameters."""
+        """§V-A, WavLM Base: 12 blocks of width 768, pre-trained on 960 hours.
+
+        94.4 M parameters; 94.7 M with the head of pre-training, which the paper counts.
+        """
         return cls()
 
     @classmethod
@@ -119,7 +122,10 @@ class WavLMConfig(Wav2Vec2Config):
 
     @classmethod
     def large(cls) -> WavLMConfig:
-        """§V-A, WavLM Large: 24 pre-norm blocks of width 1024, LayerNorm in the convolutions; 315.5 M parameters."""
+        """§V-A, WavLM Large: 24 pre-norm blocks of width 1024, LayerNorm in the convolutions.
+
+        315.5 M parameters; 316.6 M with the head of pre-training.
+        """
         return cls(
             hidden_size=1024,
             num_hidden_layers=24,

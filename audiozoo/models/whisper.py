@@ -156,7 +156,7 @@ class WhisperConfig:
 
     @classmethod
     def tiny(cls) -> WhisperConfig:
-        """Table 1: 4 layers of width 384, 39 M parameters."""
+        """Table 1: 4 layers of width 384, 37.8 M parameters, the embedding once; the table has 39."""
         return cls._size(384, 4)
 
     @classmethod
@@ -166,7 +166,7 @@ class WhisperConfig:
 
     @classmethod
     def base(cls) -> WhisperConfig:
-        """Table 1: 6 layers of width 512, 74 M parameters."""
+        """Table 1: 6 layers of width 512, 72.6 M parameters; the table has 74."""
         return cls._size(512, 6)
 
     @classmethod
@@ -176,7 +176,7 @@ class WhisperConfig:
 
     @classmethod
     def small(cls) -> WhisperConfig:
-        """Table 1: 12 layers of width 768, 244 M parameters."""
+        """Table 1: 12 layers of width 768, 241.7 M parameters; the table has 244."""
         return cls._size(768, 12)
 
     @classmethod
@@ -186,7 +186,7 @@ class WhisperConfig:
 
     @classmethod
     def medium(cls) -> WhisperConfig:
-        """Table 1: 24 layers of width 1024, 769 M parameters."""
+        """Table 1: 24 layers of width 1024, 763.9 M parameters; the table has 769."""
         return cls._size(1024, 24)
 
     @classmethod
@@ -196,7 +196,7 @@ class WhisperConfig:
 
     @classmethod
     def large(cls) -> WhisperConfig:
-        """Table 1: 32 layers of width 1280, 1550 M parameters; large-v2 has the same sizes."""
+        """Table 1: 32 layers of width 1280, 1543.3 M parameters; the table has 1550. large-v2 has the same sizes."""
         return cls._size(1280, 32)
 
     @classmethod

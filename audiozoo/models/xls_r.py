@@ -99,7 +99,7 @@ class XLSRConfig(Wav2Vec2Config):
 
     @classmethod
     def xls_r_1b(cls) -> XLSRConfig:
-        """Table 2, XLS-R (1B): 48 blocks of width 1280, heads of 80 channels, 965 M parameters with the quantiser."""
+        """Table 2, XLS-R (1B): 48 blocks of width 1280, heads of 80 channels, 965.5 M parameters with the quantiser."""
         return cls._size(1280, 48, 1024)
 
     @classmethod
