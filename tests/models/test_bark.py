@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -185,6 +186,39 @@ def learns(model, loss) -> np.ndarray:
         return jax.lax.scan(body, (params, state), length=60)[1]
 
     return np.asarray(steps(params, optimiser.init(params)))
+
+
+def test_what_every_stage_reads_and_is_asked():
+    """Each token after all before it; padding is read as what stands for nothing, and not asked for."""
+    rng, seen = np.random.default_rng(0), []
+    ids = generation_from_hugging_face(GENERATION)
+
+    def network(*given, inputs_embeds=None, key=None):
+        tokens = given[-1] if inputs_embeds is None else inputs_embeds[..., 0]
+        seen.append(np.asarray(tokens))
+        return SimpleNamespace(logits=logits[:, : tokens.shape[1]])
+
+    network.generation_config, network.input_embeds_layer = ids, lambda tokens: tokens[..., None]
+    network.prompt = lambda text, history, _: jnp.concatenate([text, history], axis=1)[..., None]
+    logits = jnp.asarray(rng.standard_normal((1, 9, 90)), jnp.float32)
+
+    def loss(rows, targets):
+        return -np.mean([jax.nn.log_softmax(logits[0, row])[target] for row, target in zip(rows, targets, strict=True)])
+
+    found = bark.semantic_loss(network, jnp.asarray([[7, 8]]), jnp.asarray([[5, 6, 40, -100, -100]]))
+    np.testing.assert_array_equal(seen.pop(), [[7, 8, 40, 40, 5, 6, 40, 40]])
+    assert float(found) == pytest.approx(loss([3, 4, 5], [5, 6, 40]), rel=1e-5)
+    found = bark.coarse_loss(network, jnp.asarray([[7, 8, 9]]), jnp.asarray([[41, -100, 42, 60]]))
+    np.testing.assert_array_equal(seen.pop(), [[7, 8, 9, 74, 41, 72, 42]])
+    assert float(found) == pytest.approx(loss([3, 5, 6], [41, 42, 60]), rel=1e-5)
+    codes = rng.integers(0, 16, (1, 4, 3))
+    found = bark.fine_loss(network, jnp.asarray(codes), 1, jnp.asarray([1]), jnp.asarray([3]))
+    shown = codes.copy()
+    shown[:, 1:, 1:] = shown[:, 3] = 16  # the first frame is known, and the last padding
+    np.testing.assert_array_equal(seen.pop(), shown)
+    assert float(found) == pytest.approx(loss([1, 2], codes[0, 1:3, 1]), rel=1e-5)
+    bark.fine_loss(network, jnp.asarray(codes), 2)
+    np.testing.assert_array_equal(seen.pop()[..., :2], codes[..., :2])
 
 
 @pytest.mark.slow

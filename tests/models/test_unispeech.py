@@ -83,6 +83,33 @@ def test_replacement():
     assert unispeech.replace_states(context, codes, None) is context
 
 
+def test_what_is_drawn_in_training(monkeypatch):
+    """A share of the frames to be replaced, and distractors of all frames of speech, not of masked ones alone."""
+    small = dataclasses.replace(UNISPEECH, num_hidden_layers=1, replace_prob=0.2)
+    model, seen = build(unispeech, unispeech_conversion, "UniSpeechForPreTraining", small), {}
+    mask = (jnp.arange(400) < jnp.asarray([[400], [250]])).astype(jnp.int32)
+
+    def replace(context, codes, replaced):
+        seen["replaced"] = replaced
+        return context
+
+    def sample(key, among, count):
+        seen["among"] = among
+        return jnp.zeros((*among.shape, count), int)
+
+    monkeypatch.setattr(unispeech, "replace_states", replace)
+    monkeypatch.setattr(unispeech, "sample_negative_indices", sample)
+
+    def draw(key):
+        model(waves(2, 400), mask, key=key)
+        return seen["replaced"], seen["among"]
+
+    replaced, among = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), 300))
+    assert float(replaced.mean()) == pytest.approx(0.2, abs=0.02)
+    valid = model.backbone.frame_mask(mask, among.shape[2])
+    np.testing.assert_array_equal(among, np.broadcast_to(valid, among.shape))
+
+
 def test_speech_without_phonemes_is_not_silence():
     """An utterance that nobody labelled has no CTC loss; that of no phonemes would teach blanks."""
     small = dataclasses.replace(UNISPEECH, num_hidden_layers=1)

@@ -385,6 +385,34 @@ def test_training_learns_a_real_recording():
     assert text.strip() == packaged.SPEECH_TEXT
 
 
+def test_spec_augment(monkeypatch):
+    """Spans inside the audio, and channels, as many as the settings say at least; in training, if asked for, alone."""
+    sizes = {"mask_time_prob": 1e-6, "mask_time_length": 3, "mask_feature_prob": 1e-6, "mask_feature_length": 2}
+    few = dataclasses.replace(TINY, apply_spec_augment=True, **sizes, mask_time_min_masks=0)
+    least = dataclasses.replace(few, mask_time_min_masks=2, mask_feature_min_masks=1)
+    heard = (jnp.arange(24) < jnp.asarray([[24], [5]])).astype(jnp.int32)
+    x = jnp.ones((2, 8, 24))
+    np.testing.assert_array_equal(whisper.spec_augment(jax.random.key(0), x, few, heard), x)
+    hidden = np.asarray(whisper.spec_augment(jax.random.key(0), x, least, heard)) == 0
+    frames, channels = hidden.all(axis=1), hidden.all(axis=2)
+    np.testing.assert_array_equal(hidden, frames[:, None] | channels[:, :, None])
+    assert frames.sum(axis=1).min() > 3
+    assert not frames[1, 5:].any()
+    assert channels.sum(axis=1).tolist() == [2, 2]
+
+    def noted(key, features, config, mask):
+        called.append(mask)
+        return features
+
+    monkeypatch.setattr(whisper, "spec_augment", noted)
+    for config, key, times in ((least, jax.random.key(0), 1), (least, None, 0), (TINY, jax.random.key(0), 0)):
+        called = []
+        model = build(config=config)
+        jax.eval_shape(lambda m, x, k: m(x, heard, decoder_input_ids=tokens(), key=k).logits, model, x, key)
+        assert len(called) == times
+        assert all(mask is heard for mask in called)
+
+
 def test_layer_drop(model):
     encoder = build(config=dataclasses.replace(TINY, encoder_layerdrop=1.0)).model.encoder
     dropped = audiozoo.jit(encoder)(features(), key=jax.random.key(0), output_hidden_states=True)
