@@ -120,6 +120,21 @@ def test_speech_without_phonemes_is_not_silence():
     np.testing.assert_allclose(output.ctc_loss, alone, rtol=1e-6)
 
 
+@pytest.mark.parametrize("zero", [False, True])
+def test_phonemes_that_do_not_fit(zero, monkeypatch):
+    """Infinitely improbable, or left out, as the configuration says."""
+    model = build(
+        unispeech,
+        unispeech_conversion,
+        "UniSpeechForPreTraining",
+        dataclasses.replace(UNISPEECH, ctc_zero_infinity=zero),
+    )
+    told = {}
+    monkeypatch.setattr(unispeech, "ctc_loss", lambda *args, **options: told.update(options) or jnp.zeros(2))
+    jax.eval_shape(lambda m: m(waves(2, 400), labels=jnp.ones((2, 4), int)).loss, model)
+    assert told == {"blank": UNISPEECH.pad_token_id, "reduction": "none", "zero_infinity": zero}
+
+
 @pytest.mark.slow
 def test_multitask_pretraining_lowers_the_loss():
     small = dataclasses.replace(UNISPEECH, num_hidden_layers=1)
@@ -127,6 +142,22 @@ def test_multitask_pretraining_lowers_the_loss():
     labels = jnp.asarray(np.random.default_rng(1).integers(1, 9, (2, 4)))
     losses = train(model, lambda m, key: m(waves(2, 400), labels=labels, key=key))
     assert losses[-5:].mean() < 0.85 * losses[:5].mean()
+
+
+def test_masked_padding_does_not_count_and_blocks_are_read_as_they_are():
+    model = build(unispeech_sat, sat_conversion, "UniSpeechSatForPreTraining", SAT)
+    mask = (jnp.arange(400) < jnp.asarray([[400], [250]])).astype(jnp.int32)
+    labels = np.random.default_rng(1).integers(0, 7, (2, 19))
+    everywhere = np.ones((2, 19), bool)
+    run = jax.jit(lambda m: m(waves(2, 400), mask, labels, mask_time_indices=everywhere))
+    out = run(model)
+    losses = -np.take_along_axis(np.asarray(jax.nn.log_softmax(out.logits)), labels[..., None], axis=2)[..., 0]
+    valid = np.asarray(model.backbone.frame_mask(mask, 19))
+    assert not valid.all()
+    assert float(out.masked_loss) == pytest.approx(losses[valid].sum(), rel=1e-5)
+    assert out.hidden_states is None
+    model.layer_norm_for_extract.scale[...] *= 0  # for pre-norm models alone
+    np.testing.assert_array_equal(run(model).projected_quantized_states, out.projected_quantized_states)
 
 
 def test_instances_are_masked_frames_of_the_batch():

@@ -12,6 +12,7 @@ from flax import nnx
 
 import audiozoo
 from audiozoo.errors import CheckpointError, UsageError
+from audiozoo.layers.losses import ctc_loss
 from audiozoo.models import ecapa_tdnn, wav2vec2
 from audiozoo.models.wav2vec2 import Wav2Vec2Config
 from tests.models.random_model import random_model
@@ -199,6 +200,20 @@ def test_labels_that_are_none():
         with pytest.raises(ValueError, match=r"labels go up to 3; the model has 3 classes"):
             model(waves(), labels=np.array([3, 0]))
     wav2vec2.check_labels(np.zeros((1, 0), int), 5, "an empty text has none")
+
+
+@pytest.mark.parametrize(("reduction", "zero"), [("sum", False), ("mean", True)])
+def test_settings_of_the_ctc_loss(reduction, zero):
+    model = build(
+        config=dataclasses.replace(TINY, ctc_loss_reduction=reduction, ctc_zero_infinity=zero, pad_token_id=3)
+    )
+    mask = (jnp.arange(700) < jnp.asarray([[700], [60]])).astype(jnp.int32)
+    labels = jnp.asarray([[4, 3, 5, -100], [6, 7, 8, 9]])  # of the second there are two frames
+    out = jax.jit(lambda m: m(waves(), mask, labels))(model)
+    lengths = model.backbone.frame_lengths(mask.sum(axis=1))
+    wanted = ctc_loss(out.logits, labels, lengths, blank=3, reduction=reduction, zero_infinity=zero)
+    assert bool(jnp.isfinite(wanted)) == zero
+    np.testing.assert_allclose(out.loss, wanted, rtol=1e-5)
 
 
 def test_statistics_in_bfloat16_are_those_of_its_values():
