@@ -6,6 +6,7 @@ import gzip
 import itertools
 import math
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -623,6 +624,11 @@ def test_pieces_make_the_whole():
     for chunk, stride, told in ((1.0, 0.5, "leave nothing"), (math.inf, 0.2, "no end"), (1.0, math.nan, "no end")):
         with pytest.raises(UsageError, match=told):
             ctc.chunked_logits(model, wave, chunk_length_s=chunk, stride_length_s=stride, sampling_rate=1000)
+
+
+def test_convolutions_behind_the_transformer_make_fewer_rows():
+    config = SimpleNamespace(inputs_to_logits_ratio=320, add_adapter=True, adapter_stride=2, num_adapter_layers=3)
+    assert ctc._samples_a_row(SimpleNamespace(config=config)) == 2560
 
 
 def test_ctc_loss_is_the_sum_over_paths():

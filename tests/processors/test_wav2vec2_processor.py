@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from flax import nnx
 
 from audiozoo.decoding import ctc
+from audiozoo.errors import UsageError
 from audiozoo.processors.wav2vec2 import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 
 VOCABULARY = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "|": 4, "A": 5, "B": 6, "C": 7}
@@ -113,6 +115,83 @@ def test_transcribe(options):
     assert all(0.7 < w["score"] <= 1 for w in result.words)
 
 
+def test_a_search_is_told_what_it_is_to_know(monkeypatch):
+    """And how wide it is to be; one of what it may know is reason enough for one."""
+    told = {}
+
+    def beam_search(model, **options):
+        search = Wav2Vec2Processor.beam_search(PROCESSOR, model, **options)
+        told.update(options)
+        return lambda logits, beam_width: told.update(beam_width=beam_width) or search(logits, beam_width=beam_width)
+
+    monkeypatch.setattr(PROCESSOR, "beam_search", beam_search, raising=False)
+    lexicon = {"AAB": ["Aab!"], "CA": ["ca?"]}
+    model = ctc.NgramModel({("AAB",): (-1.0, 0.0)})
+    weights = {"alpha": 0.6, "beta": 0.7, "hotword_weight": 0.8}
+    for how in ({"lexicon": lexicon}, {"hotwords": ["CA"]}, {"language_model": model}, {"beam_width": 7}):
+        told.clear()
+        heard = ctc.transcribe_ctc(Spelled(), PROCESSOR, spoken(PATH), **how, **weights)
+        assert {k: v for k, v in told.items() if k in weights} == weights
+        assert told["beam_width"] == how.get("beam_width", 100)
+        text = "Aab! ca?" if "lexicon" in how else "AAB CA"
+        assert heard.text == " ".join(w["text"] for w in heard.words) == text
+    silence = ctc.transcribe_ctc(Spelled(), PROCESSOR, spoken([0] * 4), beam_width=7)
+    assert (silence.text, silence.words, silence.duration) == ("", [], (4 * 320 + 80) / 16_000)
+    told.clear()
+    ctc.transcribe_ctc(Spelled(), PROCESSOR, spoken(PATH), beam_width=1, **weights)
+    assert not told, "a beam of one is no search"
+
+
+def test_regions_of_speech(monkeypatch):
+    """Each as if alone, at its own time; what is too short, and what says nothing, adds nothing."""
+    parts = [spoken(PATH), spoken([0] * 20), spoken([5]), spoken([0, 7, 0, 0, 0])]
+    edges = np.cumsum([0, *map(len, parts)])
+    regions = list(itertools.pairwise(edges))
+    monkeypatch.setattr(ctc, "spoken_samples", lambda audio, rate, vad: regions)
+    heard = ctc.transcribe_ctc(Spelled(), PROCESSOR, np.concatenate(parts), vad={})
+    assert heard.text == "AAB CA C"
+    assert [c["text"] for c in heard.characters] == list("AABCAC")
+    assert heard.characters[-1] == heard.words[-1]
+    start = round(edges[3] / 16_000 + 0.02, 3)
+    assert (heard.words[-1]["start"], heard.words[-1]["end"]) == (start, round(start + 0.02, 3))
+    assert heard.duration == edges[-1] / 16_000
+
+
+def test_any_token_may_be_padding_and_heads_may_have_columns_without_one(monkeypatch):
+    vocabulary = {"A": 0, "|": 1, "B": 2, "<pad>": 3, "<s>": 4, "<unk>": 5}  # `</s>` behind it, and then one of no name
+    processor = Wav2Vec2Processor(Wav2Vec2FeatureExtractor(do_normalize=False), Wav2Vec2CTCTokenizer(vocabulary))
+    wave = spoken([3, 0, 3, 0, 2, 1, 4, 5, 6, 7, 2, 3])
+    heard = ctc.transcribe_ctc(Spelled(), processor, wave)
+    assert heard.text == "AAB B"
+    wave = spoken([3, 0, 3, 0, 2, 1, 3, 2, 3])
+    named = Wav2Vec2Processor(processor.feature_extractor, Wav2Vec2CTCTokenizer(vocabulary | {"C": 6}))
+    assert ctc.transcribe_ctc(Spelled(), named, wave, beam_width=9).text == "AAB B"
+    few = Wav2Vec2CTCTokenizer({t: i for t, i in vocabulary.items() if i < 4}, bos_token=None, eos_token=None)
+    words = ctc.align(Spelled(), Wav2Vec2Processor(processor.feature_extractor, few), wave, "aab b")
+    assert [w["text"] for w in words] == ["aab", "b"]
+    windows, alignment = [], ctc.forced_alignment
+    monkeypatch.setattr(ctc, "forced_alignment", lambda *a, **o: windows.append(o.get("window")) or alignment(*a, **o))
+    words = ctc.align(Spelled(), processor, wave, "aab b", window=12)
+    assert [(w["text"], w["start"], w["end"]) for w in words] == [("aab", 0.02, 0.1), ("b", 0.14, 0.16)]
+    assert windows == [12]
+
+
+def test_languages_of_a_model_that_holds_one():
+    processor = Wav2Vec2Processor(PROCESSOR.feature_extractor, Wav2Vec2CTCTokenizer(NESTED, target_lang="eng"))
+    assert ctc.transcribe_ctc(Spelled(), processor, spoken(PATH), language="eng").text == "AAB CA"
+    with pytest.raises(UsageError, match="load the adapters of fra into it"):
+        ctc.transcribe_ctc(Spelled(), processor, spoken(PATH), language="fra")
+
+    class One(Spelled):
+        def speaking(self, language):
+            assert language == "eng"
+            return self
+
+    one = One()
+    one.config.languages = ("eng",)
+    assert ctc.transcribe_ctc(one, processor, spoken(PATH)).text == "AAB CA"
+
+
 def test_a_score_is_a_mean_over_frames():
     path = [0, 5, 5.3, 0, 6, 0]  # the second frame of the A is less clear than the first
     a, also_a, b = (
@@ -152,6 +231,9 @@ def test_phonemes_are_words():
     assert result.text == "n aɪ tʃ ə" == result.segments()[0]["text"]
     assert [(w["text"], w["start"]) for w in result.words] == [("n", 0.0), ("aɪ", 0.06), ("tʃ", 0.08), ("ə", 0.14)]
     assert ctc.transcribe_ctc(Spelled(), processor, spoken(path), beam_width=9).text == "n aɪ tʃ ə"
+    delimited = {"|" if token == "<unk>" else token: index for token, index in vocabulary.items()}
+    spaced = Wav2Vec2Processor(processor.feature_extractor, Wav2Vec2CTCTokenizer(delimited, phonemes=True))
+    assert [w["text"] for w in ctc.transcribe_ctc(Spelled(), spaced, spoken([4, 3, 5])).words] == ["n", "aɪ"]
     aligned = ctc.align(Spelled(), processor, spoken(path), "n aɪ tʃ ə")
     assert [(w["text"], w["start"]) for w in aligned] == [("n", 0.0), ("aɪ", 0.06), ("tʃ", 0.08), ("ə", 0.14)]
 
