@@ -496,10 +496,11 @@ def train(
         items, held = ([_with_language(item, language) for item in part] for part in (items, held))
     run = build(recipe, [*items, *held], **how)
     checkpoints = Checkpoints(out / "checkpoints", keep=keep)
-    _remember(out / "run.json", run)
+    _check_recipe(out / "run.json", run)
     batches = run.batches(items, limit=limit)
     stream = batches.training()
     state = checkpoints.restore(run.trainer.abstract(), stream)
+    _remember(out / "run.json", run)  # not before: a checkpoint that does not fit keeps what it was begun with
     for message in checkpoints.messages if console is not None else []:
         console.print(message, style="yellow", highlight=False)  # type: ignore[union-attr]
     if state is None:
@@ -599,13 +600,8 @@ def _save(model: Any, processor: Any, directory: Path) -> None:
         loading.save(model, directory, files=files, overwrite=True)
 
 
-def _remember(path: Path, run: Run) -> None:
-    """Write down what is run; a directory of another recipe is not gone on with."""
-    says = {
-        "recipe": run.recipe.name,
-        "model_class": run.recipe.model_class,
-        "settings": dataclasses.asdict(run.settings),
-    }
+def _check_recipe(path: Path, run: Run) -> None:
+    """A directory of another recipe is not gone on with."""
     if path.is_file():
         try:
             before = json.loads(path.read_text(encoding="utf-8")).get("recipe")
@@ -613,6 +609,15 @@ def _remember(path: Path, run: Run) -> None:
             before = None
         if before not in (None, run.recipe.name):
             raise CheckpointError(f"{path.parent} holds a run of the recipe {before}; give another place.")
+
+
+def _remember(path: Path, run: Run) -> None:
+    """Write down what is run."""
+    says = {
+        "recipe": run.recipe.name,
+        "model_class": run.recipe.model_class,
+        "settings": dataclasses.asdict(run.settings),
+    }
     path.write_text(json.dumps(says, indent=2) + "\n", encoding="utf-8")
 
 

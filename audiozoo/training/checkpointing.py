@@ -173,6 +173,11 @@ class Checkpoints:
         missing, more = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))
         if stored and (missing or more):
             sign, name = ("lacks", missing[0]) if missing else ("has besides", more[0])
+            if all(other.startswith("optimizer.") for other in (*missing, *more)):
+                raise _Mismatch(
+                    f"The checkpoint of step {step} in {self.directory} is of this model, but of another optimiser: it "
+                    f"{sign} {name}. Go on with the settings of the run's beginning, or begin anew in another place."
+                )
             raise _Mismatch(
                 f"The checkpoint of step {step} in {self.directory} is of another model or recipe: it {sign} {name}"
                 f" ({len(missing)} missing, {len(more)} unexpected)."

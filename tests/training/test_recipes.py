@@ -153,6 +153,21 @@ def test_nothing_is_dropped_in_evaluation(name, corpus, monkeypatch):
     assert set(keys) == {None}
 
 
+def test_of_a_frozen_conformer_the_statistics_move(corpus):
+    """As under `freeze_base_model` in transformers: no parameter of the body moves, each running statistic does."""
+    row, model, processor = tiny.small(recipe("wav2vec2_conformer_classification"))
+    items = find_items(corpus)
+    ready = run.build(row, items, model=model, processor=processor, settings={"batch_size": 2, "steps": 1})
+    before = {name: np.asarray(leaf[...]) for name, leaf in variables(model).items()}
+    batch = ready.trainer.put(ready.batches(items, buckets=1).batch(0))
+    state, _ = ready.trainer.step(ready.trainer.init(), batch)
+    after = variables(ready.trained(state))
+    moved = {name for name, value in before.items() if not np.array_equal(value, after[name][...])}
+    statistics = {name for name, leaf in after.items() if isinstance(leaf, nnx.BatchStat)}
+    assert statistics
+    assert moved == statistics | {name for name in before if not name.startswith("wav2vec2_conformer.")}
+
+
 @pytest.mark.slow
 def test_low_rank_factors_find_queries_and_values():
     """LoRA's default finds something to adapt in every paper that is a Transformer, and trains little of it."""
@@ -739,6 +754,23 @@ def test_train_learns_letters_saves_goes_on_and_loads(corpus, tmp_path):
     np.testing.assert_array_equal(body, again.wav2vec2.encoder.layers[0].feed_forward.intermediate_dense.kernel[...])
     query = adapted.wav2vec2.encoder.layers[0].attention.q_proj.kernel[...]
     assert np.any(query != again.wav2vec2.encoder.layers[0].attention.q_proj.kernel[...])
+
+
+def test_a_checkpoint_of_another_optimiser_stays_and_so_does_what_it_was_begun_with(corpus, tmp_path):
+    """AST's recipe had no L2 penalty once, whose part of the optimiser moves those behind it; no settings are lost."""
+    small, model, processor = tiny.small(recipe("ast"))
+    begun = {"steps": 2, "batch_size": 2, "weight_decay": 0.0}
+    how = {"model": model, "processor": processor}
+    run.train(small, corpus, tmp_path / "run", settings=begun, **how)
+    said = (tmp_path / "run" / "run.json").read_text()
+    on = begun | {"steps": 3}
+    with pytest.raises(
+        CheckpointError, match=r"of this model, but of another optimiser: it .*\. Go on with the settings"
+    ):
+        run.train(small, corpus, tmp_path / "run", settings=on | {"weight_decay": 5e-7}, **how)
+    assert (tmp_path / "run" / "run.json").read_text() == said
+    run.train(small, corpus, tmp_path / "run", settings=on, **how)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["steps"] == 3
 
 
 def test_spectrograms_are_as_large_as_the_model_reads(corpus):
