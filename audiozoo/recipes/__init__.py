@@ -125,6 +125,10 @@ _FINETUNING = {
     "wav2vec2_conformer": _like(_CTC, f"our choice, {_FROM_WAV2VEC2}{_CTC.source}"),
     "wav2vec2_bert": _like(_CTC, f"our choice, {_FROM_WAV2VEC2}{_CTC.source}", frozen=None),
 }
+_MOVING = (
+    "; of a frozen backbone the running statistics of batch normalisation move in training, as under transformers' "
+    "`freeze_base_model`"
+)
 _HEAD = r"^lm_head\.|masked_spec_embed"
 _CLASSIFIER = r"^(projector|classifier)\.|masked_spec_embed"
 _AST_HEAD = r"^classifier\."
@@ -246,7 +250,8 @@ ROWS = [
             Settings(
                 source="SUPERB (arXiv 2105.01051) asks for a frozen backbone under a mean and a linear layer; its "
                 "authors' configuration of speaker identification in s3prl: Adam, 1e-4, 200,000 updates of 32 "
-                "recordings of at most 8 s, gradients of at most 1",
+                "recordings of at most 8 s, gradients of at most 1"
+                + (_MOVING if paper == "wav2vec2_conformer" else ""),
                 steps=200_000,
                 batch_size=32,
                 learning_rate=1e-4,
@@ -259,7 +264,6 @@ ROWS = [
             new=_CLASSIFIER,
         )
         for paper, (prefix, size) in _FAMILY.items()
-        if paper != "wav2vec2_conformer"  # a frozen one's batch normalisation would not stand still
     ),
     Recipe(
         "wav2vec2_pretraining",

@@ -29,6 +29,7 @@ STACKS = {
     **dict.fromkeys(("wav2vec2", "hubert", "sew", "unispeech", "unispeech_sat", "mms", "wav2vec2_bert"), 1),
     "wavlm": 0,  # the first of its two blocks holds the table of positions
     "whisper": 2,
+    "wav2vec2_conformer": 1,
     "audio_spectrogram_transformer": 1,
     "clap": 0,  # one block in each stage
     "pop2piano": 2,

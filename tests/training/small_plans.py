@@ -90,6 +90,7 @@ def _configurations() -> dict[str, tuple[str, Any]]:
             "sew": "SEW",
             "unispeech": "UniSpeech",
             "unispeech_sat": "UniSpeechSat",
+            "wav2vec2_conformer": "Wav2Vec2Conformer",
             "wav2vec2_bert": "Wav2Vec2Bert",
         }.items()
     }

@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 import jax
 import numpy as np
+from flax import nnx
 
 import audiozoo
 from audiozoo.recipes import ROWS, run
@@ -59,6 +60,7 @@ def overfit(name: str, corpus: str) -> dict[str, Any]:
             equal = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), state, resumed)
     trained = {n: np.asarray(leaf[...]) for n, leaf in audiozoo.loading.variables(ready.trained(state)).items()}
     moved = [n for n in before if not np.array_equal(before[n], trained[n])]
+    parameters = [n for n, leaf in audiozoo.loading.variables(model).items() if isinstance(leaf, nnx.Param)]
     still = [n for n in at_first if jax.tree.all(jax.tree.map(np.array_equal, at_first[n], state.params[n]))]
     return {
         "before": first[watched],
@@ -68,7 +70,9 @@ def overfit(name: str, corpus: str) -> dict[str, Any]:
         "moved": len(moved),
         "networks_that_stood_still": [n for n in still if at_first[n]],
         "of": len(before),
-        "frozen_that_moved": [n for n in moved if row.settings.frozen and re.search(row.settings.frozen, n)],
+        "frozen_that_moved": [
+            n for n in moved if row.settings.frozen and re.search(row.settings.frozen, n) and n in parameters
+        ],
         "resumed": all(jax.tree.leaves(equal)) if name == RESUMED else None,
     }
 
