@@ -182,6 +182,27 @@ def test_commands_that_make_no_sense(audiozoo_command):
         assert "Traceback" not in run.err
 
 
+def test_nothing_is_written_over_what_is_read(audiozoo_command, tmp_path, monkeypatch):
+    """By any name: the recording, or the text, stays as it is."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.wav", np.zeros(1600), 16_000)
+    (tmp_path / "a.txt").write_text("a text")
+    kept = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for arguments in (
+        ("codec", "encode", "a.wav", tmp_path / "a.wav"),
+        ("codec", "decode", "a.wav", "./a.wav"),
+        ("convert-voice", "a.wav", "--model", "none", "--output", "./a.wav"),
+        ("music", "a hum", "--continue", tmp_path / "a.wav", "--output", "a.wav"),
+        ("piano", "a.wav", "--mix", "./a.wav"),
+        ("translate", "a.wav", "--speech", "./a.wav"),
+        ("translate", "a.txt", "--output", "./a.txt"),
+    ):
+        run = audiozoo_command(*arguments)
+        assert run.code == 1
+        assert "is what is read, and would be lost; name another file to write." in run.err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == kept
+
+
 # --- transcription ---------------------------------------------------------------------------------------------------
 
 

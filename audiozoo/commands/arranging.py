@@ -36,10 +36,10 @@ def piano(
         raise UsageError(f"{output} should end in .mid.")
     from audiozoo.audio.beats import TRACKERS
 
-    check_output(output)
+    check_output(output, song)
     for place in (sound, mix):
         if place is not None:
-            check_sound(place)
+            check_sound(place, song)
     if sound is not None and sound == mix:
         raise UsageError(f"--sound and --mix would both be written to {sound}.")
     if soundfont is not None:

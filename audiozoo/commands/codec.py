@@ -91,7 +91,7 @@ def encode(
     programs cannot read it.
     """
     check_file(source)
-    check_output(Path(out))
+    check_output(Path(out), source)
     if raw is not None and raw < 1:
         raise UsageError(f"--raw is {raw}; a sampling rate is 1 Hz or more.")
     if language_model is not None and stream:
@@ -138,7 +138,7 @@ def decode(
     raw: Annotated[bool, typer.Option("--raw", help="write bare 16-bit samples")] = False,
 ) -> None:
     """Decompress an .ecdc file. To standard output, sound is written as soon as it is decoded, if the model allows."""
-    (check_output if raw else check_sound)(Path(out))
+    (check_output if raw else check_sound)(Path(out), source)
     keep_compiled_programs()
     import soundfile
 

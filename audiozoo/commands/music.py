@@ -46,7 +46,7 @@ def music(
         raise UsageError(f"--temperature is {temperature:g}; it is 0 or more.")
     if stride is not None and not 0 < stride < float("inf"):
         raise UsageError(f"--stride is {stride:g}; a window moves on by more than 0 seconds.")
-    check_sound(output)
+    check_sound(output, melody, prompt)
     terminal.keep_compiled_programs()
     import jax
 

@@ -79,7 +79,7 @@ def speak(
         raise UsageError(f"There is no format {form!r} of subtitles; there are {', '.join(forms.FORMATS)}.")
     check_sound(output)
     if subtitles is not None:
-        check_output(subtitles)
+        check_output(subtitles, file)
     if save_voice is not None and save_voice.suffix != ".npz":
         raise UsageError(f"--save-voice writes an .npz file; {save_voice.name} is not named so.")
     if save_voice is not None:
@@ -185,7 +185,7 @@ def convert_voice(
     """Say a recording again in another voice. It is one that VITS knows, or that of an x-vector for SpeechT5."""
     if noise_scale is not None and not 0 <= noise_scale < math.inf:
         raise UsageError(f"--noise-scale must be at least 0; it is {noise_scale}.")
-    check_sound(output)
+    check_sound(output, recording)
     check_file(recording)
     keep_compiled_programs()
     import jax

@@ -104,19 +104,22 @@ def check_file(file: str) -> None:
         raise SourceError(f"There is no file {file}.")
 
 
-def check_output(path: Path) -> None:
-    """Say before anything is computed that a file cannot be written there."""
+def check_output(path: Path, *read: str | Path | None) -> None:
+    """Say before anything is computed that a file cannot be written there, or is one of those that are read."""
     if str(path) == "-":
         return
     if path.is_dir():
         raise SourceError(f"{path} is a directory; name the file to write.")
     if not path.parent.is_dir():
         raise SourceError(f"Cannot write {path}: there is no directory {path.parent}.")
+    for file in read:
+        if file is not None and os.path.exists(file) and path.exists() and path.samefile(file):
+            raise SourceError(f"{path} is what is read, and would be lost; name another file to write.")
 
 
-def check_sound(path: Path) -> None:
+def check_sound(path: Path, *read: str | Path | None) -> None:
     """The same, and whether it is a sound file by its name."""
-    check_output(path)
+    check_output(path, *read)
     if str(path) == "-":
         return
     if not path.suffix:

@@ -312,9 +312,9 @@ def translate(
 
         silero()
     if speech is not None:
-        check_sound(speech)
+        check_sound(speech, source)
     if output is not None:
-        check_output(output)
+        check_output(output, source)
     terminal.keep_compiled_programs()
     import audiozoo
 
