@@ -182,6 +182,16 @@ def test_commands_that_make_no_sense(audiozoo_command):
         assert "Traceback" not in run.err
 
 
+def test_a_file_of_text_is_not_taken_for_a_text(audiozoo_command, tmp_path):
+    text = tmp_path / "words.txt"
+    text.write_text("a text")
+    write(tmp_path / "a.wav", np.zeros(1600), 16_000)
+    for arguments in (("align", tmp_path / "a.wav", text), ("speak", text, "--output", tmp_path / "b.wav")):
+        run = audiozoo_command(*arguments)
+        assert run.code == 1
+        assert f"words.txt is a file; say --file {text} for the text that it holds." in " ".join(run.err.split())
+
+
 def test_nothing_is_written_over_what_is_read(audiozoo_command, tmp_path, monkeypatch):
     """By any name: the recording, or the text, stays as it is."""
     monkeypatch.chdir(tmp_path)

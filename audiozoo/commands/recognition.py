@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from audiozoo.commands import terminal
-from audiozoo.commands.terminal import check_file, progress_bar, say
+from audiozoo.commands.terminal import check_file, check_text, progress_bar, say
 from audiozoo.errors import SourceError, UsageError
 
 RECOGNISER = "facebook/wav2vec2-base-960h"
@@ -214,6 +214,7 @@ def align(
     if (text is None) == (text_file is None):
         raise UsageError("Give the text either as an argument or with --file.")
     check_file(file)
+    check_text(text or "")
     if text_file is not None:
         check_file(str(text_file))
         try:

@@ -15,6 +15,7 @@ from audiozoo.commands.terminal import (
     check_file,
     check_output,
     check_sound,
+    check_text,
     keep_compiled_programs,
     progress_bar,
     say,
@@ -285,6 +286,7 @@ def _text(text: str | None, file: Path | None) -> str:
     if file is None and text is None:
         raise UsageError("There is nothing to say: give a text, --file FILE, or - for standard input.")
     if file is None and text != "-":
+        check_text(str(text))
         return str(text)
     try:
         raw = sys.stdin.buffer.read() if file is None else file.read_bytes()

@@ -104,6 +104,12 @@ def check_file(file: str) -> None:
         raise SourceError(f"There is no file {file}.")
 
 
+def check_text(text: str) -> None:
+    """Say that what was given for a text is the name of a file that holds one."""
+    if text.lower().endswith(".txt") and os.path.isfile(text):
+        raise UsageError(f"{text} is a file; say --file {text} for the text that it holds.")
+
+
 def check_output(path: Path, *read: str | Path | None) -> None:
     """Say before anything is computed that a file cannot be written there, or is one of those that are read."""
     if str(path) == "-":
