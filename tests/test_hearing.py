@@ -207,6 +207,7 @@ def test_search_looks_once(command, checkpoints, monkeypatch, tmp_path):
         (("classify", "{hum}", "--model", "{clap}", "--labels", "rain", "--template", "x"), "no {} where"),
         (("classify", "{hum}", "--model", "{ast}", "--template", "{{}}"), "--template is the sentence"),
         (("embed",), "nothing to embed"),
+        (("embed", "--text", "a hum", "--text", " "), "text is empty"),
         (("embed", "{hum}", "-o", "out.txt"), "should end in .npz"),
         (("embed", "{hum}", "-o", "nowhere/out.npz"), "there is no directory nowhere"),
         (("embed", "{hum}", "--model", "{ast}", "--text", "rain"), "embeds sounds, and no --text"),

@@ -111,6 +111,8 @@ def embed(
     files, text = files or [], text or []
     if not files and not text:
         raise UsageError("There is nothing to embed; name sound files, or texts with --text.")
+    if not all(map(str.strip, text)):
+        raise UsageError("A text is empty; say in words what to embed.")
     for file in files:
         check_file(file)
     if output is not None:
