@@ -189,6 +189,12 @@ def test_a_hub_that_refuses_a_token(hub, get, monkeypatch):
         get("zoo/other")
 
 
+def test_a_mistake_of_ours_is_not_put_on_the_connection(get, monkeypatch):
+    monkeypatch.setattr("audiozoo.hub.snapshot_download", lambda *_, **__: {}["commit"])
+    with pytest.raises(KeyError, match="commit"):
+        get()
+
+
 def test_a_cache_that_cannot_be_written(get, tmp_path):
     path = get()
     reference = tmp_path / "cache" / "models--zoo--tiny" / "refs" / "main"

@@ -408,7 +408,7 @@ def _one_of(tokens: Sequence[int], vocabulary: int) -> np.ndarray:
 def _mark(tokens: Array, counted: Array, vocabulary: int) -> Bool[Array, "batch vocab"]:
     """Which tokens of the vocabulary occur in each row, among the `counted` columns."""
     rows = jnp.arange(tokens.shape[0])[:, None]
-    columns = jnp.where(counted & (tokens < vocabulary), tokens, vocabulary)
+    columns = jnp.where(counted, tokens, vocabulary)
     return jnp.zeros((tokens.shape[0], vocabulary), bool).at[rows, columns].set(True, mode="drop")
 
 

@@ -21,7 +21,7 @@ from audiozoo.decoding import (
     generate,
 )
 from audiozoo.decoding.generate import invert_cdf
-from audiozoo.decoding.processors import EncoderNoRepeatNGram, SequenceBias
+from audiozoo.decoding.processors import EncoderNoRepeatNGram, RepetitionPenalty, SequenceBias, TopP
 from audiozoo.errors import UsageError
 from tests.decoding import table_model, tiny_transformer
 
@@ -479,6 +479,27 @@ def test_words_longer_than_the_text_are_not_in_it():
     short = GREEDY.replace(max_new_tokens=3)
     found = run(tables(), PROMPT, short.replace(bad_words_ids=((4,) * 9,), no_repeat_ngram_size=9))
     np.testing.assert_array_equal(found.sequences, run(tables(), PROMPT, short).sequences)
+
+
+def test_tokens_that_are_forced_stand_where_they_are_said_to():
+    length = PROMPT.shape[1]
+    found = run(tables(), PROMPT, GREEDY.replace(forced_decoder_ids=((length, 7), (length + 2, 4))))
+    assert found.sequences[:, length].tolist() == [7] * 3
+    assert found.sequences[:, length + 2].tolist() == [4] * 3
+    free = run(tables(), PROMPT, GREEDY)
+    assert (free.sequences[:, length] != 7).any()
+    assert (free.sequences[:, length + 2] != 4).any()
+
+
+def test_zeros_of_either_sign_are_as_probable():
+    assert np.isfinite(TopP(0.7)(jnp.array([[0.5, 0.0, -0.0]]), PROMPT, jnp.asarray(1))).all()
+
+
+def test_what_is_no_token_has_not_been_said():
+    """A padding token behind the vocabulary is in the sequence, and no logit is its."""
+    logits = jnp.arange(1.0, 5.0)[None]
+    found = RepetitionPenalty(2.0)(logits, jnp.array([[4, 1, 4, 3]]), jnp.asarray(3))
+    np.testing.assert_array_equal(found, [[1.0, 1.0, 3.0, 4.0]])
 
 
 def test_what_is_not_filled_yet_completes_nothing():
