@@ -103,6 +103,13 @@ def test_gumbel_noise_chooses_by_probability():
         np.testing.assert_allclose(share, wanted[group], atol=0.02)
 
 
+def test_noise_that_is_given_is_not_drawn():
+    quantizer = build("ForPreTraining").quantizer
+    x, noise = jnp.ones((1, 3, 8)), jnp.asarray(np.random.default_rng(0).gumbel(size=(1, 3, 2, 6)), jnp.float32)
+    given, drawn = (jax.jit(quantizer)(x, gumbel_noise=noise, key=key)[2] for key in (None, jax.random.key(0)))
+    np.testing.assert_array_equal(given, drawn)
+
+
 @pytest.mark.slow
 def test_gradient_of_the_feature_encoder_is_scaled():
     model, x = build("ForPreTraining"), waves()
@@ -194,6 +201,22 @@ def test_given_masks_are_not_drawn():
     np.testing.assert_allclose(run(model, jax.random.key(0)), run(model, None), atol=1e-5)
 
 
+def test_what_the_heads_hand_on(monkeypatch):
+    """A mix of all states returns them if asked; a voice's head learns by the batch's statistics in training alone."""
+    classifier, told = build("ForSequenceClassification", dataclasses.replace(TINY, use_weighted_layer_sum=True)), []
+    bare, full = (
+        jax.eval_shape(lambda m, x: m(x, output_hidden_states=asked), classifier, waves())  # noqa: B023
+        for asked in (False, True)
+    )
+    assert bare.hidden_states is None
+    assert len(full.hidden_states) == TINY.num_hidden_layers + 1
+    speaker = nnx.eval_shape(lambda: wav2vec2.Wav2Vec2ForSpeakerVerification(TINY, rngs=nnx.Rngs(0)))
+    monkeypatch.setattr(ecapa_tdnn.EcapaTdnn, "__call__", lambda self, x, mask, train=False: told.append(train) or x)
+    for key in (None, jax.random.key(0)):
+        jax.eval_shape(lambda m, x, key: m(x, key=key).embeddings, speaker, waves(), key)
+    assert told == [False, True]
+
+
 def test_labels_that_are_none():
     classifier, speakers = build("ForSequenceClassification"), build("ForXVector")
     for model in (classifier, speakers):
@@ -233,6 +256,7 @@ def test_statistics_in_bfloat16_are_those_of_its_values():
     shares = np.exp(np.asarray(weights, np.float64)) / np.exp(np.asarray(weights, np.float64)).sum()
     mixed = np.tensordot(shares, np.stack(np.split(exact, 7, axis=1)), 1).astype(jnp.bfloat16)
     np.testing.assert_array_equal(wav2vec2.mix_of_states(states, weights), mixed)
+    np.testing.assert_allclose(wav2vec2.features_penalty(x), np.square(exact).mean(), rtol=1e-5)
     objective = wav2vec2.AMSoftmaxLoss(3, 4, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     loss = objective(x[:, 0], jnp.asarray([1, 2]))
     np.testing.assert_allclose(loss, objective(x[:, 0].astype(jnp.float32), jnp.asarray([1, 2])), rtol=1e-6)
