@@ -240,6 +240,14 @@ def test_prompt_lengths_share_programs(tiny_en: tuple, recordings: Path):
     assert programs.decode._cache_size() == size
 
 
+def test_of_little_patience_every_beam_is_ranked_all_the_same(tiny_en: tuple):
+    """As in OpenAI's search, which is filled up with what has not ended."""
+    for patience, finished, ranked in ((0.4, 2, 5), (0.05, 1, 5), (None, 5, 5), (2.0, 10, 10)):
+        options = TranscriptionOptions(beam_size=5, patience=patience)
+        search = WindowDecoder(tiny_en[0], tiny_en[1].tokenizer, options)._search(0.0)
+        assert (search.max_candidates, search.num_return_sequences) == (finished, ranked)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

@@ -227,7 +227,6 @@ GRID = {
     "last clip open": {"clip_timestamps": [30.0], "language": "en"},
     "beams": {"beam_size": 3},
     "patience": {"beam_size": 3, "patience": 2.0},
-    "little patience": {"beam_size": 3, "patience": 0.5},
     "length penalty": {"beam_size": 4, "length_penalty": 0.6},
     "words": {"word_timestamps": True},
     "words of clips": {"word_timestamps": True, "clip_timestamps": "1,19", "language": "ja"},
