@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from audiozoo.errors import UsageError
-from audiozoo.layers import MultiHeadAttention, attend, attend_without_weights, in_blocks
+from audiozoo.layers import Dropout, KeyValues, MultiHeadAttention, attend, attend_without_weights, in_blocks
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -34,6 +34,32 @@ def test_values_and_gradients_agree(masked, monkeypatch):
         a, b = (jax.jit(jax.grad(lambda x, f=f: (f(x) ** 2).sum()))(arrays) for f in (other, one))
         for x, y in zip(a, b, strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("why", ["bias", "dropout", "beams"])
+def test_weights_that_nobody_needs_change_nothing(why, monkeypatch):
+    """A bias, dropped weights and several beams of one example are heeded where no weights are asked for, too."""
+    for name in ("TURNS_FROM", "TURNS_FROM_ALL"):
+        monkeypatch.setattr(f"audiozoo.layers.attention.{name}", 1)
+    attention = MultiHeadAttention(8, 2, dropout=0.5, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    x, bias = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 3, 8), (1, 2, 3, 3)))
+
+    @jax.jit
+    def both(m, key):
+        options = {"bias": bias if why == "bias" else None}
+        memory = m.key_values(x[:1]) if why == "beams" else None
+        return [m(x, memory, dropout=Dropout(key), need_weights=w, **options)[0] for w in (True, False)]
+
+    full, bare = both(attention, jax.random.key(0) if why == "dropout" else None)
+    np.testing.assert_allclose(full, bare, atol=1e-6)
+
+
+def test_a_cache_keeps_its_dtype():
+    cache, new = KeyValues.empty(1, 2, 4, 3, jnp.bfloat16), KeyValues(*jnp.ones((2, 1, 2, 1, 3)))
+    written = cache.write(new, 2)
+    assert written.key.dtype == written.value.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(written.value[0, 0, :, 0], [0, 0, 1, 0])
 
 
 def test_blocks_of_positions_agree(monkeypatch):
