@@ -60,7 +60,7 @@ def resolve(
             fit, or it is neither in the cache nor can it be reached.
     """
     path = Path(source).expanduser()
-    if path.exists():
+    if os.path.exists(path):  # unlike `path.exists()` also of a name that is too long for a file
         return path
     name = os.fspath(source)
     at = f"{name} at revision {revision}" if revision else name

@@ -81,7 +81,7 @@ def test_a_path_is_itself(tmp_path, monkeypatch):
     assert resolve(f"~/{tmp_path.name}") == tmp_path
     with pytest.raises(SourceError, match="does not exist"):
         resolve(tmp_path / "nothing" / "here")
-    for name in ("not a name at all!", "zoo/tiny.git", "zoo/tiny/model.safetensors"):
+    for name in ("not a name at all!", "zoo/tiny.git", "zoo/tiny/model.safetensors", 300 * "x"):
         with pytest.raises(SourceError, match="does not exist"):
             resolve(name)
 

@@ -173,9 +173,8 @@ def attend_without_weights(
     51 ms instead of 166 ms on two cores. The gradient computes the weights again instead of reading them from memory.
     On a TPU, `fused_attention` has a kernel do likewise.
     """
-    seen = mask.seen if isinstance(mask, Causal) else mask
+    causal, seen = isinstance(mask, Causal), mask.seen if isinstance(mask, Causal) else mask
     kernel = kernel_for(query, key, value, keys_alone=seen is None or seen.shape[1:3] == (1, 1))
-    causal = isinstance(mask, Causal)
     if isinstance(mask, Causal):
         mask = mask.written_out(query.shape[2], key.shape[2])
 
