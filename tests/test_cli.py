@@ -25,6 +25,7 @@ import audiozoo
 from audiozoo import audio, cli, packaged, registry
 from audiozoo.commands import terminal, transcription
 from audiozoo.decoding.long_form import TranscriptionOptions
+from audiozoo.errors import SourceError
 from audiozoo.text import subtitles
 from tests import processes
 from tests.models.tiny_whisper import build
@@ -143,6 +144,15 @@ def test_show(audiozoo_command):
     assert shown["arxiv"] == "2212.04356"
     assert "large_v3" in shown["sizes"]
     assert_refused(audiozoo_command("show", "whispr"), "did you mean 'whisper'?")
+
+
+def test_a_name_too_long_for_a_file_is_that_of_no_file(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["audiozoo", "transcribe", 300 * "x"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err.replace("\n", "").endswith("There is no file " + 300 * "x" + ".")
+    with pytest.raises(SourceError, match="There is no file"):
+        audio.read(300 * "x")
 
 
 def test_a_terminal_that_lacks_letters(monkeypatch):

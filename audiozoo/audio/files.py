@@ -84,7 +84,7 @@ def _seekable(source: Source, name: str) -> str | io.BytesIO | BinaryIO:
         if os.fspath(source) == "-":
             return _seekable(sys.stdin.buffer.read(), name)
         path = Path(source)
-        if not path.exists():
+        if not os.path.exists(path):
             raise SourceError(f"There is no file {name}.")
         if path.is_dir():
             raise SourceError(f"{name} is a directory; name a sound file inside it.")

@@ -98,9 +98,9 @@ def check_file(file: str) -> None:
     """Say before anything is loaded that there is no such file; - is standard input."""
     if file == "-":
         return
-    if Path(file).is_dir():
+    if os.path.isdir(file):
         raise SourceError(f"{file} is a directory; name the sound files inside it.")
-    if not Path(file).exists():
+    if not os.path.exists(file):
         raise SourceError(f"There is no file {file}.")
 
 
