@@ -12,6 +12,9 @@ never loosened to make a test pass: find the cause, or name it here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -85,3 +88,13 @@ def tolerance(kind: str, dtype: object, backend: str = ANY) -> Tolerance:
     if (kind, name, backend) in TABLE:
         return TABLE[kind, name, backend]
     return TABLE[kind, name, ANY]
+
+
+def assert_close(ours: Any, reference: Any, kind: str) -> None:
+    """`ours` agrees with the reference, by the entry for this kind and the dtype of `ours`."""
+    ours, reference = np.asarray(ours), np.asarray(reference)
+    assert ours.shape == reference.shape
+    allowed = tolerance(kind, ours.dtype)
+    scale = np.maximum(np.abs(reference), np.sqrt(np.mean(np.square(reference))))
+    excess = np.abs(ours - reference) - allowed.atol - allowed.rtol * scale
+    assert excess.max() <= 0, f"off by {np.abs(ours - reference).max():.2e}"

@@ -240,17 +240,20 @@ def open_checkpoint(path: Path, model_class: str | None = None) -> ForeignCheckp
         SourceError: if the configuration that lies beside the weights is missing, or the file holds discriminators.
         CheckpointError: if the file is damaged or another class is asked for.
     """
-    if path.is_file() and _holds_discriminators(path):
-        raise SourceError(
-            f"{path} holds the discriminators of a training, which make no sound; give the generator beside it, "
-            f"{path.name.replace('do_', 'g_', 1)}."
-        )
+    try:
+        tensors = open_tensors(path)
+    except CheckpointError:
+        if path.is_file() and _holds_discriminators(path):
+            raise SourceError(
+                f"{path} holds the discriminators of a training, which make no sound; give the generator beside it, "
+                f"{path.name.replace('do_', 'g_', 1)}."
+            ) from None
+        raise
     known = "SpeechT5HifiGan" if path.is_dir() else "HifiGanGenerator"
     if model_class not in (None, known):
         raise CheckpointError(f"{path} holds a HiFi-GAN generator; it loads as {known}, not as {model_class}.")
     directory = path if path.is_dir() else path.parent
     raw, where = read_json(directory / "config.json"), str(directory / "config.json")
-    tensors = open_tensors(path)
     if path.is_dir():
         config = config_from_hugging_face(raw, where)
         return ForeignCheckpoint(known, config, tensors, hugging_face_table(config), path)

@@ -95,9 +95,11 @@ class Causal:
 
     seen: Bool[Array, "#batch 1 1 keys"] | None = None
 
-    def written_out(self, queries: int, keys: int) -> Bool[Array, "#batch 1 queries keys"]:
+    def written_out(
+        self, queries: int, keys: int, offset: int | Int[Array, ""] = 0
+    ) -> Bool[Array, "#batch 1 queries keys"]:
         """`causal_mask`, without the keys that are not to be seen."""
-        mask = causal_mask(queries, keys)
+        mask = causal_mask(queries, keys, offset)
         return mask if self.seen is None else mask & self.seen
 
 
@@ -173,7 +175,7 @@ def attend_without_weights(
     51 ms instead of 166 ms on two cores. The gradient computes the weights again instead of reading them from memory.
     On a TPU, `fused_attention` has a kernel do likewise.
     """
-    causal, seen = isinstance(mask, Causal), mask.seen if isinstance(mask, Causal) else mask
+    seen, causal = (mask.seen, True) if isinstance(mask, Causal) else (mask, False)
     kernel = kernel_for(query, key, value, keys_alone=seen is None or seen.shape[1:3] == (1, 1))
     if isinstance(mask, Causal):
         mask = mask.written_out(query.shape[2], key.shape[2])

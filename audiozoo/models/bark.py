@@ -78,7 +78,6 @@ from audiozoo.layers import (
     Linear,
     Mask,
     MultiHeadAttention,
-    causal_mask,
     check_ids,
     check_mask,
     gelu,
@@ -400,10 +399,9 @@ class _Transformer(nnx.Module):
             position_ids = jnp.minimum(position + jnp.arange(time), config.block_size - 1)[None]
         x = dropout(x + spread(self.position_embeds_layer(position_ids), x), config.dropout)
         seen = None if attention_mask is None else (attention_mask != 0)[:, None, None, :]
-        mask: Mask | None = Causal(seen) if self.is_causal else seen
-        if past is not None and self.is_causal:
-            mask = causal_mask(time, past[0].key.shape[2], position)
-            mask = mask if seen is None else mask & seen
+        mask: Mask | None = seen
+        if self.is_causal:
+            mask = Causal(seen) if past is None else Causal(seen).written_out(time, past[0].key.shape[2], position)
         states, attentions, cache = [], [], []
         for i, block in enumerate(self.layers):
             states += [x, *unseen(block)]

@@ -74,7 +74,6 @@ from audiozoo.layers import (
     Mask,
     MultiHeadAttention,
     activation,
-    causal_mask,
     check_frames,
     check_ids,
     check_mask,
@@ -474,8 +473,7 @@ class MusicgenDecoder(nnx.Module):
         visible = None if attention_mask is None else (attention_mask != 0)[:, None, None, :]
         mask: Mask = Causal(visible)
         if cache is not None:
-            mask = causal_mask(time, cache.self_attention[0].key.shape[2], position)
-            mask = mask if visible is None else mask & visible
+            mask = Causal(visible).written_out(time, cache.self_attention[0].key.shape[2], position)
         shown = None if memory_mask is None else memory_mask[:, None, None, :]
         if cache is not None:
             shown = cache.memory_mask

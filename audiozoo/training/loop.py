@@ -27,12 +27,11 @@ float32.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import jax
@@ -222,7 +221,7 @@ class Trainer:
         if not self.options.fused_attention:
             return program
 
-        @functools.wraps(program)
+        @wraps(program)
         def inside(*arguments: Any) -> Any:
             with fused_attention(self.mesh):
                 return program(*arguments)

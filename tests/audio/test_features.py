@@ -17,18 +17,9 @@ from audiozoo import audio
 from audiozoo.audio import features
 from audiozoo.errors import AudioError, UsageError
 from tests.golden.whisper_log_mel import waveform as golden_waveform
-from tests.tolerances import tolerance
+from tests.tolerances import assert_close
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "whisper_log_mel.npz"
-
-
-def assert_close(ours, reference, kind: str) -> None:
-    ours, reference = np.asarray(ours), np.asarray(reference)
-    assert ours.shape == reference.shape
-    allowed = tolerance(kind, ours.dtype)
-    scale = np.maximum(np.abs(reference), np.sqrt(np.mean(np.square(reference))))
-    excess = np.abs(ours - reference) - allowed.atol - allowed.rtol * scale
-    assert excess.max() <= 0, f"off by {np.abs(ours - reference).max():.2e}"
 
 
 def exact_log_mel(waveform: np.ndarray, n_mels: int) -> np.ndarray:

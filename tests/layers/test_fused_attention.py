@@ -13,7 +13,7 @@ from audiozoo import sharding
 from audiozoo.layers import Causal, attend, attend_without_weights, fused_attention
 from audiozoo.layers.fused import kernel_for
 from tests import processes
-from tests.tolerances import tolerance
+from tests.tolerances import assert_close
 
 
 def interpret(patch):
@@ -26,12 +26,6 @@ def interpret(patch):
 @pytest.fixture
 def interpreted(monkeypatch):
     interpret(monkeypatch)
-
-
-def assert_close(ours, theirs):
-    allowed, theirs = tolerance("output", "float32"), np.asarray(theirs)
-    size = np.maximum(np.abs(theirs), np.sqrt(np.mean(np.square(theirs))))
-    assert (np.abs(np.asarray(ours) - theirs) <= allowed.atol + allowed.rtol * size).all()
 
 
 def arrays(batch, heads, queries, keys, head_dim=16, dtype=jnp.float32):
@@ -73,7 +67,7 @@ def test_values_and_gradients_agree(queries, keys, causal, masked, interpreted):
         (whole(*given), *jax.grad(lambda *x: (whole(*x) * weight).sum(), (0, 1, 2))(*given)),
         strict=True,
     ):
-        assert_close(ours, theirs)
+        assert_close(ours, theirs, "output")
 
 
 def on_eight_devices():
@@ -84,7 +78,7 @@ def on_eight_devices():
     mask = Causal((jnp.arange(256)[None] < jnp.asarray([256, 200, 131, 255])[:, None])[:, None, None])
     output = jax.jit(lambda *x: kernel(*x, mask, mesh))(*given)
     assert output.sharding.shard_shape(output.shape) == (1, 2, 256, 16)
-    assert_close(output, attend(*given, scale=0.25, mask=mask)[0])
+    assert_close(output, attend(*given, scale=0.25, mask=mask)[0], "output")
     with fused_attention(mesh):
         assert kernel_for(*arrays(2, 2, 256, 256), keys_alone=True) is None  # two rows do not divide into four
 
@@ -114,4 +108,4 @@ def test_on_a_cpu_nothing_changes():
     with fused_attention():
         fused = jax.jit(lambda *x: attend_without_weights(*x, scale=0.25, mask=mask))(*given)
     np.testing.assert_array_equal(plain, fused)
-    assert_close(plain, attend(*given, scale=0.25, mask=mask)[0])
+    assert_close(plain, attend(*given, scale=0.25, mask=mask)[0], "output")
